@@ -1,0 +1,1 @@
+"""Runs and Hugging Face directories on disk; conversion and the cut."""

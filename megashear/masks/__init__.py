@@ -1,0 +1,1 @@
+"""The mathematics of learned masks: no torch.distributed, no megatron."""

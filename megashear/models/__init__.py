@@ -1,0 +1,1 @@
+"""LLaMA on megatron-core, plain or masked, and the table of its weights."""

@@ -1,0 +1,1 @@
+"""Ranks, groups and devices: the only package that knows them."""

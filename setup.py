@@ -1,0 +1,44 @@
+"""Packaging of megashear; `pip install -c constraints.txt -e .` for a checkout."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megashear",
+    version="0.1.0",
+    description="Structured pruning of LLaMA models on megatron-core, under tensor and pipeline parallelism",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megashear", "megashear.*"]),
+    package_data={"megashear": ["py.typed"]},
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "torch>=2.9",
+        "megatron-core==0.16.1",
+        # megatron-core imports both without declaring them: psutil when it saves, einops in some groups
+        "psutil>=5.9",
+        "einops>=0.7",
+        "numpy>=1.26",
+        "safetensors>=0.4",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.20",
+        "tensorboard>=2.16",
+        "tyro>=1.0,<2",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch,core_cu12]>=2.0"],
+        "eval": ["lm-eval>=0.4"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "transformers>=4.51",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+    },
+    entry_points={"console_scripts": ["megashear=megashear.__main__:main"]},
+)

@@ -1,0 +1,12 @@
+"""One thread before any torch op: forking after threaded ops hangs the child."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # ranks that wait must not spin on a shared core
+
+import torch
+
+torch.set_num_threads(1)
