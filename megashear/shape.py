@@ -58,10 +58,8 @@ class ModelShape:
 
     def layer_params(self) -> int:
         """Prunable parameters of one layer: attention and MLP matrices, no norms."""
-        per_head = (
-            2 * self.hidden_size * self.head_dim
-        )  # one query head's rows of q and columns of o
-        per_group = 2 * self.hidden_size * self.head_dim  # one key/value head's rows of k and v
+        per_head = 2 * self.hidden_size * self.head_dim  # rows of q, columns of o
+        per_group = 2 * self.hidden_size * self.head_dim  # rows of k and of v
         per_neuron = 3 * self.hidden_size  # gate, up, down
         return (
             self.num_attention_heads * per_head

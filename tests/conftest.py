@@ -3,9 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # ranks that wait must not spin on a shared core
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting ranks must not spin
 
 import torch
 
