@@ -1,4 +1,4 @@
-"""A masked LLaMA in plain torch, written from docs/algorithm.md section 2: what others are held to."""
+"""A masked LLaMA in plain torch, written from docs/algorithm.md section 2, to compare with."""
 
 from __future__ import annotations
 

@@ -1,0 +1,275 @@
+"""The table: every weight's Hugging Face name, Megatron name, axes, and where masks fold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megashear.shape import ModelShape
+
+AXES: dict[str, Callable[[ModelShape], int]] = {
+    "vocab": lambda shape: shape.vocab_size,
+    "hidden": lambda shape: shape.hidden_size,
+    "query": lambda shape: shape.num_attention_heads * shape.head_dim,
+    "key_value": lambda shape: shape.num_query_groups * shape.head_dim,
+    "intermediate": lambda shape: shape.ffn_hidden_size,
+}
+"""Length of each named axis of a weight, in a model of a given shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One Hugging Face weight: where it lives and how masks act on it."""
+
+    hf_name: str
+    """Name in a Hugging Face directory, with ``{layer}`` if every layer has one."""
+    axes: tuple[str, ...]
+    """Keys of `AXES`; the cut keeps the open units of each."""
+    folds: tuple[tuple[str, ...], ...]
+    """Per axis, the kinds of gates multiplied into it: "hidden", "layer", "intermediate", or
+    "head", which stands for a query head's own gate times its group's.
+
+    Source: docs/algorithm.md section 3.
+    """
+
+    def extents(self, shape: ModelShape) -> tuple[int, ...]:
+        """Lengths of the axes in a model of ``shape``."""
+        return tuple(AXES[axis](shape) for axis in self.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronTensor:
+    """One Megatron parameter and the Hugging Face weights it is made of, in order."""
+
+    name: str
+    """Name in the GPTModel of an unfused spec, with ``{layer}`` if every layer has one."""
+    key: str
+    """Key in a checkpoint. Layers are stacked along an axis put before the others, and norms
+    carry the names Transformer Engine gives them, so that either spec loads either."""
+    parts: tuple[Weight, ...]
+    """One weight; or q, k, v, interleaved group by group; or gate, up, one after the other."""
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether every layer has one."""
+        return "{layer}" in self.name
+
+    def extents(self, shape: ModelShape) -> tuple[int, ...]:
+        """Shape of the whole parameter of one layer, as no tensor parallelism splits it."""
+        rows = sum(part.extents(shape)[0] for part in self.parts)
+        return (rows, *self.parts[0].extents(shape)[1:])
+
+    def stored_extents(self, shape: ModelShape) -> tuple[int, ...]:
+        """Global shape in a checkpoint: [L, ...] for what every layer has."""
+        return (shape.num_layers,) * self.per_layer + self.extents(shape)
+
+
+def _plain(hf_name: str, name: str, key: str, axes: str, *folds: tuple[str, ...]) -> MegatronTensor:
+    return MegatronTensor(name, key, (Weight(hf_name, tuple(axes.split()), folds),))
+
+
+def _input(name: str, axis: str) -> Weight:
+    # Reads the stream behind a norm, which carries z_hidden already: nothing to fold.
+    return Weight(f"model.layers.{{layer}}.{name}.weight", (axis, "hidden"), ((), ()))
+
+
+TABLE: tuple[MegatronTensor, ...] = (
+    _plain(
+        "model.embed_tokens.weight",
+        "embedding.word_embeddings.weight",
+        "embedding.word_embeddings.weight",
+        "vocab hidden",
+        (),
+        ("hidden",),
+    ),
+    _plain(
+        "model.layers.{layer}.input_layernorm.weight",
+        "decoder.layers.{layer}.input_layernorm.weight",
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+        "hidden",
+        ("hidden",),
+    ),
+    MegatronTensor(
+        "decoder.layers.{layer}.self_attention.linear_qkv.weight",
+        "decoder.layers.self_attention.linear_qkv.weight",
+        (
+            _input("self_attn.q_proj", "query"),
+            _input("self_attn.k_proj", "key_value"),
+            _input("self_attn.v_proj", "key_value"),  # shared by its group's heads: no fold
+        ),
+    ),
+    _plain(
+        "model.layers.{layer}.self_attn.o_proj.weight",
+        "decoder.layers.{layer}.self_attention.linear_proj.weight",
+        "decoder.layers.self_attention.linear_proj.weight",
+        "hidden query",
+        ("layer", "hidden"),
+        ("head",),
+    ),
+    _plain(
+        "model.layers.{layer}.post_attention_layernorm.weight",
+        "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+        "decoder.layers.mlp.linear_fc1.layer_norm_weight",
+        "hidden",
+        ("hidden",),
+    ),
+    MegatronTensor(
+        "decoder.layers.{layer}.mlp.linear_fc1.weight",
+        "decoder.layers.mlp.linear_fc1.weight",
+        (_input("mlp.gate_proj", "intermediate"), _input("mlp.up_proj", "intermediate")),
+    ),
+    _plain(
+        "model.layers.{layer}.mlp.down_proj.weight",
+        "decoder.layers.{layer}.mlp.linear_fc2.weight",
+        "decoder.layers.mlp.linear_fc2.weight",
+        "hidden intermediate",
+        ("layer", "hidden"),
+        ("intermediate",),
+    ),
+    _plain(
+        "model.norm.weight",
+        "decoder.final_layernorm.weight",
+        "decoder.final_layernorm.weight",
+        "hidden",
+        ("hidden",),
+    ),
+    # Not folded: the final norm carries z_hidden, and z squared is not the model that was trained.
+    _plain("lm_head.weight", "output_layer.weight", "output_layer.weight", "vocab hidden", (), ()),
+)
+"""The LLaMA family with untied embeddings and no biases, in the order of a Hugging Face file.
+
+Source: transformers `LlamaForCausalLM`; megatron-core 0.16 `GPTModel`; docs/algorithm.md section 3.
+"""
+
+NOT_WEIGHTS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+"""Names tolerated in a Hugging Face file and ignored: rotary tables that old releases of
+transformers stored, a function of ``rotary_base`` alone."""
+
+
+def tensors(shape: ModelShape) -> Iterator[tuple[MegatronTensor, int | None]]:
+    """Every Megatron parameter of a model with its layer (None where there is one in all).
+
+    In the order of a Hugging Face file: embedding, layer by layer, final norm, output layer.
+    """
+    by_layer = [row for row in TABLE if row.per_layer]
+    first = TABLE.index(by_layer[0])
+    yield from ((row, None) for row in TABLE[:first])
+    yield from ((row, layer) for layer in range(shape.num_layers) for row in by_layer)
+    yield from ((row, None) for row in TABLE[first:] if not row.per_layer)
+
+
+def weights(shape: ModelShape) -> Iterator[tuple[str, Weight, int | None]]:
+    """Every Hugging Face weight of a model: its full name, its row of the table, its layer."""
+    for row, layer in tensors(shape):
+        for part in row.parts:
+            yield part.hf_name.format(layer=layer), part, layer
+
+
+def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Shape of every Hugging Face weight by name; their sizes add up to ``num_params()``."""
+    return {name: weight.extents(shape) for name, weight, _ in weights(shape)}
+
+
+def megatron_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Shape of every Megatron parameter, whole, by its name in a GPTModel without parallelism."""
+    return {row.name.format(layer=layer): row.extents(shape) for row, layer in tensors(shape)}
+
+
+def checkpoint_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Global shape of every tensor of a Megatron checkpoint by its key."""
+    return {row.key: row.stored_extents(shape) for row in TABLE}
+
+
+def fuse(row: MegatronTensor, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    """Make a whole Megatron parameter from its Hugging Face weights, bit by bit.
+
+    Args:
+        row: the parameter.
+        parts: its weights in the order of ``row.parts``, shaped as in a model of ``shape``.
+        shape: extents of the model.
+
+    Returns:
+        The parameter, shape ``row.extents(shape)``. q, k, v are interleaved: for each query group
+        its H/G query heads, then its key, then its value; gate comes before up.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if len(parts) == 2:
+        return torch.cat(list(parts))
+    groups = [p.unflatten(0, (shape.num_query_groups, -1)) for p in parts]  # [G, x*d, h]
+    return torch.cat(groups, dim=1).flatten(0, 1)  # [G * (H/G + 2) * d, h]
+
+
+def split(row: MegatronTensor, whole: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+    """Take a whole Megatron parameter apart: the inverse of `fuse`, bit by bit.
+
+    Returns:
+        Contiguous tensors in the order of ``row.parts``.
+    """
+    if len(row.parts) == 1:
+        return (whole,)
+    rows = [part.extents(shape)[0] for part in row.parts]
+    if len(rows) == 2:
+        return tuple(part.contiguous() for part in whole.split(rows))
+    groups = shape.num_query_groups
+    by_group = whole.unflatten(0, (groups, -1))  # [G, (H/G + 2) * d, h]
+    parts = by_group.split([r // groups for r in rows], dim=1)
+    return tuple(part.flatten(0, 1).contiguous() for part in parts)
+
+
+def check_hf(found: Mapping[str, Sequence[int]], shape: ModelShape, where: str) -> None:
+    """Hold the weights of a Hugging Face model to the table; `NOT_WEIGHTS` are passed over.
+
+    Args:
+        found: shape of each weight by name.
+        shape: extents the model should have.
+        where: what the weights belong to, for the message ("HF checkpoint DIR").
+
+    Raises:
+        ValueError: names missing or unknown, all listed; or a shape differs, with its name,
+            the shape found and the shape wanted.
+    """
+    known = {name: extents for name, extents in found.items() if not NOT_WEIGHTS.fullmatch(name)}
+    _check(known, hf_shapes(shape), where, "weights")
+
+
+def check_stored(found: Mapping[str, Sequence[int]], shape: ModelShape, where: str) -> None:
+    """Hold the tensors of a Megatron checkpoint, global shapes by key, to the table.
+
+    Raises:
+        ValueError: as `check_hf`.
+    """
+    _check(found, checkpoint_shapes(shape), where, "tensors")
+
+
+def _check(
+    found: Mapping[str, Sequence[int]],
+    wanted: Mapping[str, Sequence[int]],
+    where: str,
+    things: str,
+) -> None:
+    unknown, missing = set(found) - set(wanted), set(wanted) - set(found)
+    complaints = []
+    if unknown:
+        complaints.append(f"has {len(unknown)} {things} this model does not know: {_list(unknown)}")
+    if missing:
+        complaints.append(f"lacks {len(missing)} {things} of this model: {_list(missing)}")
+    if complaints:
+        raise ValueError(f"{where} {'; it '.join(complaints)}")
+    for name, extents in wanted.items():
+        if tuple(found[name]) != tuple(extents):
+            raise ValueError(
+                f"{where}: {name} has shape {list(found[name])}, its shape in this model is "
+                f"{list(extents)}; is config.json or the shape given another model's?"
+            )
+
+
+def _list(names: Collection[str]) -> str:
+    """All names in natural order: layer 2 before layer 10."""
+    return ", ".join(
+        sorted(names, key=lambda n: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", n)])
+    )

@@ -1,0 +1,112 @@
+"""The table against independently spelled names, shapes, counts and fusions."""
+
+import pytest
+import torch
+
+from megashear.models import layout
+from megashear.shape import PRESETS, ModelShape
+from tests import reference_llama
+
+TINY = ModelShape(
+    num_layers=4,
+    hidden_size=40,
+    num_attention_heads=8,
+    num_query_groups=4,
+    head_dim=8,
+    ffn_hidden_size=96,
+    vocab_size=64,
+)
+MULTI_HEAD = ModelShape(**{**TINY.to_dict(), "num_query_groups": 8})
+SHAPES = pytest.mark.parametrize("shape", [TINY, MULTI_HEAD], ids=["grouped", "multi-head"])
+
+
+@SHAPES
+def test_hf_names_and_shapes_equal_those_spelled_out(shape: ModelShape) -> None:
+    assert list(layout.hf_shapes(shape).items()) == list(reference_llama.hf_shapes(shape).items())
+
+
+@pytest.mark.parametrize("shape", [TINY, MULTI_HEAD, *PRESETS.values()])
+def test_sizes_add_up_to_the_parameter_count(shape: ModelShape) -> None:
+    for shapes in (
+        layout.hf_shapes(shape),
+        layout.megatron_shapes(shape),
+        layout.checkpoint_shapes(shape),
+    ):
+        sizes = [torch.Size(extents).numel() for extents in shapes.values()]
+        assert sum(sizes) == shape.num_params()
+
+
+@SHAPES
+def test_split_undoes_fuse_bit_by_bit(shape: ModelShape) -> None:
+    weights = reference_llama.random_weights(shape)
+    seen = set()
+    for row, layer in layout.tensors(shape):
+        names = [part.hf_name.format(layer=layer) for part in row.parts]
+        whole = layout.fuse(row, [weights[name] for name in names], shape)
+        assert whole.shape == row.extents(shape)
+        for name, part in zip(names, layout.split(row, whole, shape)):
+            assert part.is_contiguous()
+            assert torch.equal(part, weights[name]), name
+            seen.add(name)
+    assert seen == set(weights)
+
+
+@SHAPES
+def test_query_key_value_are_interleaved_by_group(shape: ModelShape) -> None:
+    weights = reference_llama.random_weights(shape)
+    q, k, v = (weights[f"model.layers.2.self_attn.{p}_proj.weight"] for p in "qkv")
+    row = next(row for row in layout.TABLE if "linear_qkv.weight" in row.name)
+    whole = layout.fuse(row, [q, k, v], shape)
+    d, n = shape.head_dim, shape.heads_per_group
+    rows = []
+    for group in range(shape.num_query_groups):
+        rows += [q[(group * n + head) * d : (group * n + head + 1) * d] for head in range(n)]
+        rows += [k[group * d : (group + 1) * d], v[group * d : (group + 1) * d]]
+    assert torch.equal(whole, torch.cat(rows))
+    assert not torch.equal(whole, torch.cat([q, k, v]))  # the twin: stacked is another matrix
+
+
+def test_gate_comes_before_up() -> None:
+    weights = reference_llama.random_weights(TINY)
+    gate, up = (weights[f"model.layers.1.mlp.{p}_proj.weight"] for p in ("gate", "up"))
+    row = next(row for row in layout.TABLE if "linear_fc1.weight" in row.name)
+    whole = layout.fuse(row, [gate, up], TINY)
+    assert torch.equal(whole[:96], gate)
+    assert torch.equal(whole[96:], up)
+
+
+def test_norms_are_stored_under_the_names_of_transformer_engine() -> None:
+    keys = {row.name: row.key for row in layout.TABLE}
+    at = "decoder.layers.{layer}."
+    assert keys[at + "input_layernorm.weight"].endswith(
+        "self_attention.linear_qkv.layer_norm_weight"
+    )
+    assert keys[at + "pre_mlp_layernorm.weight"].endswith("mlp.linear_fc1.layer_norm_weight")
+    assert layout.checkpoint_shapes(TINY)[keys[at + "input_layernorm.weight"]] == (4, 40)
+
+
+def test_unknown_and_missing_names_are_listed_in_natural_order() -> None:
+    found = dict(layout.hf_shapes(TINY))
+    del found["model.norm.weight"]
+    found |= {f"model.layers.{layer}.self_attn.q_proj.bias": (64,) for layer in (10, 2)}
+    with pytest.raises(
+        ValueError,
+        match=r"HF checkpoint X has 2 weights this model does not know: "
+        r"model.layers.2.self_attn.q_proj.bias, model.layers.10.self_attn.q_proj.bias; "
+        r"it lacks 1 weights of this model: model.norm.weight",
+    ):
+        layout.check_hf(found, TINY, "HF checkpoint X")
+
+
+def test_stored_rotary_tables_are_passed_over() -> None:
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}
+    layout.check_hf(layout.hf_shapes(TINY) | table, TINY, "X")
+
+
+def test_another_shape_is_refused_with_both_shapes() -> None:
+    found = layout.hf_shapes(TINY) | {"model.layers.3.mlp.up_proj.weight": (40, 96)}
+    with pytest.raises(ValueError, match=r"up_proj.weight has shape \[40, 96\].*is \[96, 40\]"):
+        layout.check_hf(found, TINY, "X")
+    stored = layout.checkpoint_shapes(TINY) | {"output_layer.weight": (128, 40)}
+    with pytest.raises(ValueError, match=r"output_layer.weight has shape \[128, 40\]"):
+        layout.check_stored(stored, TINY, "checkpoint X")
