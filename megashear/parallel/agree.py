@@ -1,0 +1,115 @@
+"""How ranks come to the same values: flat reductions, broadcasts, agreement on errors."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megashear.parallel import device
+
+
+def flat_all_reduce(
+    tensors: Sequence[Tensor],
+    group: dist.ProcessGroup,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+) -> list[Tensor]:
+    """Reduce several tensors of one dtype in one call. Collective over ``group``.
+
+    Args:
+        tensors: same dtype, shapes and order on every rank; left as they are.
+        group: the ranks whose values are combined.
+        op: sum unless given.
+
+    Returns:
+        The reduced tensors, where ``tensors`` were (host or device), equal on every rank.
+    """
+    if not tensors:
+        return []
+    if dist.get_world_size(group) == 1:
+        return [tensor.detach().clone() for tensor in tensors]
+    # nccl moves device memory only
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(_on(group, tensors[0]))
+    dist.all_reduce(flat, op=op, group=group)
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor).to(tensor.device) for piece, tensor in zip(pieces, tensors)]
+
+
+def gather_rows(pieces: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Return the tensor of every rank, in rank order. Collective over ``group``.
+
+    Args:
+        pieces: a tensor of any shape, which may differ between ranks.
+        group: the ranks that exchange.
+    """
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, pieces.detach().cpu().numpy(), group=group)
+    return [torch.from_numpy(array) for array in gathered]
+
+
+def broadcast_object(value: Any, source: int, group: dist.ProcessGroup | None = None) -> Any:
+    """Return the value that global rank ``source`` holds. Collective over ``group``."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source, group=group)
+    return box[0]
+
+
+def assert_replicated(named: Mapping[str, Tensor], group: dist.ProcessGroup, where: str) -> None:
+    """Check that copies are bit-equal on every rank. Collective over ``group``.
+
+    Args:
+        named: tensors by the name to print; the same names on every rank.
+        group: the ranks that hold copies.
+        where: what holds them, for the message.
+
+    Raises:
+        RuntimeError: on every rank alike, naming the first tensor that differs.
+    """
+    digests = {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in named.items()}
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, digests, group=group)
+    for name in digests:
+        seen = [theirs[name] for theirs in everyone]
+        if len(set(seen)) > 1:
+            odd = [rank for rank, digest in enumerate(seen) if digest != seen[0]]
+            raise RuntimeError(
+                f"{where}: copies of {name} have drifted apart; ranks {odd} of their group differ "
+                f"from rank 0. Restart from the last checkpoint"
+            )
+
+
+@contextlib.contextmanager
+def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Run a block without collectives; if it fails on any rank, fail on all of them.
+
+    Collective over ``group`` (the world unless given): a rank that raised alone would leave the
+    others waiting in their next collective.
+
+    Raises:
+        ValueError: on ranks that did not fail themselves, with the first failing rank's message.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    messages: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(messages, None if error is None else str(error), group=group)
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise ValueError(f"rank {rank}: {message}")
+
+
+def _on(group: dist.ProcessGroup, tensor: Tensor) -> torch.device:
+    return device.device() if device.has_cuda() else tensor.device
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

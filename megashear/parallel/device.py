@@ -1,0 +1,364 @@
+"""The device seam: cuda with nccl, or cpu with gloo, under an unmodified megatron-core.
+
+megatron-core 0.16.1 names CUDA devices outright in its schedules, pipeline sends, sequence-parallel
+buffers, optimizers and random-state tracker. Without CUDA, ``install`` gives every loaded
+``megatron.core`` module a stand-in for its global ``torch`` whose ``torch.cuda`` answers for the
+CPU; torch as everybody else sees it stays as it is, but for the two methods named in
+``_patch_tensor_methods``. With CUDA it changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megashear.config import ModelConfig, ParallelConfig
+
+SUPPORTED_MEGATRON_CORE = "0.16.1"
+"""The one version whose every use of CUDA below was read; another may hide new ones."""
+
+# Modules that hold a global ``torch`` and may be imported later than the seam is installed; a
+# module that comes after it would keep the real torch and fail on its first CUDA literal.
+_MODULES = (
+    "tensor_parallel",
+    "tensor_parallel.random",
+    "pipeline_parallel",
+    "pipeline_parallel.schedules",
+    "pipeline_parallel.p2p_communication",
+    "distributed",
+    "distributed.finalize_model_grads",
+    "optimizer",
+    "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
+    "optimizer.grad_scaler",
+    "optimizer_param_scheduler",
+    "models.gpt",
+    "models.gpt.gpt_layer_specs",
+    "transformer.utils",
+    "timers",
+    "utils",
+    "parallel_state",
+    "rerun_state_machine",
+    "datasets.gpt_dataset",
+    "dist_checkpointing",
+    "dist_checkpointing.serialization",
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.strategies.torch",
+    "dist_checkpointing.strategies.filesystem_async",
+    "dist_checkpointing.strategies.async_utils",
+    "dist_checkpointing.strategies.fully_parallel",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "dist_checkpointing.tensor_aware_state_dict",
+)
+
+# torch functions that megatron-core calls with ``device="cuda"`` or the current CUDA device.
+_FACTORIES = (
+    "arange",
+    "empty",
+    "empty_like",
+    "full",
+    "full_like",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+
+_CPU = torch.device("cpu")
+
+
+def has_cuda() -> bool:
+    """Whether this process computes on a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Where this process holds weights and activations."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+
+
+def backend() -> str:
+    """The torch.distributed backend that fits the device: nccl or gloo."""
+    return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
+
+
+def select(local_rank: int) -> None:
+    """Make CUDA device ``local_rank`` (its index on this host) current; nothing without CUDA.
+
+    Raises:
+        ValueError: this host has fewer devices than processes.
+    """
+    if not has_cuda():
+        return
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local_rank} of this host has no GPU: {torch.cuda.device_count()} found; "
+            f"start at most that many processes here (torchrun --nproc-per-node)"
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def synchronize() -> None:
+    """Wait until the device has done its work, so that a clock read means something."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def use_deterministic_kernels() -> None:
+    """Choose deterministic kernels, for runs that must repeat bit for bit on a GPU."""
+    torch.use_deterministic_algorithms(True)
+
+
+def seed_model_parallel(seed: int) -> None:
+    """Seed megatron-core's random-state tracker, from which fresh weights are drawn.
+
+    ``seed`` is the run's; ranks of one tensor group get different states from it, as in Megatron.
+    """
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed)
+    # the inference tracker is the one variant that megatron-core builds without CUDA
+    model_parallel_cuda_manual_seed(
+        seed, inference_rng_tracker=not has_cuda(), force_reset_rng=True
+    )
+
+
+def find_accelerators() -> dict[str, bool]:
+    """Which optional libraries are here: NVIDIA Apex (fused Adam) and Transformer Engine.
+
+    The registry's package called ``apex`` is another project: only one with NVIDIA's optimizers
+    counts.
+    """
+    return {
+        "apex": _importable("apex.optimizers"),
+        "transformer_engine": _importable("transformer_engine.pytorch"),
+    }
+
+
+def check_settings(parallel: ParallelConfig, model: ModelConfig) -> None:
+    """Refuse what this device cannot do, and what megatron-core 0.16.1 would corrupt silently.
+
+    Raises:
+        ValueError: names the flag and the way out.
+    """
+    if parallel.use_distributed_optimizer:
+        raise ValueError(
+            "--use-distributed-optimizer is refused: megatron-core 0.16.1 gives every parameter "
+            "one shared step count when it loads such a state without Transformer Engine or Apex, "
+            "so a resumed run would differ in silence; drop the flag"
+        )
+    if model.transformer_impl == "transformer_engine":
+        if not has_cuda():
+            raise ValueError(
+                "--transformer-impl transformer_engine needs a CUDA device and none is found; use "
+                "--transformer-impl local"
+            )
+        if not find_accelerators()["transformer_engine"]:
+            raise ValueError(
+                "--transformer-impl transformer_engine: Transformer Engine is not installed; "
+                "install megashear[gpu], or use --transformer-impl local"
+            )
+
+
+def pipeline_settings(parallel: ParallelConfig) -> dict[str, bool]:
+    """TransformerConfig fields of the pipeline that keep its gradients right.
+
+    Batched sends under the interleaved schedule with two stages, and deallocated outputs while
+    sends overlap, both give wrong gradients without an error (docs/megatron_core.md).
+    """
+    return {
+        "batch_p2p_comm": False,
+        "overlap_p2p_comm": parallel.overlap_p2p_communication,
+        "deallocate_pipeline_outputs": parallel.pipeline_model_parallel_size > 1
+        and not parallel.overlap_p2p_communication,
+    }
+
+
+def install() -> None:
+    """Make megatron-core usable on this machine; call before any of its parts is used.
+
+    Raises:
+        RuntimeError: megatron-core is missing, of another version, or cannot be imported.
+    """
+    _check_megatron_core()
+    if not has_cuda():
+        _install_cpu()
+
+
+@functools.cache
+def _check_megatron_core() -> None:
+    way_out = f"pip install megatron-core=={SUPPORTED_MEGATRON_CORE}"
+    try:
+        import megatron.core
+    except ImportError as error:
+        raise RuntimeError(f"megatron-core cannot be imported ({error}); {way_out}") from error
+    except RuntimeError as error:
+        # the empty meta package of Transformer Engine raises here (docs/megatron_core.md)
+        raise RuntimeError(
+            f"megatron-core cannot be imported: {error}; if transformer-engine was installed "
+            f"without its CUDA extra, pip uninstall transformer-engine"
+        ) from error
+    require_version(megatron.core.__version__)
+
+
+def require_version(found: str) -> None:
+    """Refuse a megatron-core other than the one this seam was written for.
+
+    Raises:
+        RuntimeError: ``found`` is another version.
+    """
+    if found != SUPPORTED_MEGATRON_CORE:
+        raise RuntimeError(
+            f"megatron-core {found} is installed; megashear knows {SUPPORTED_MEGATRON_CORE} only, "
+            f"because other versions may use the device differently; "
+            f"pip install megatron-core=={SUPPORTED_MEGATRON_CORE}"
+        )
+
+
+@functools.cache
+def _install_cpu() -> None:
+    for module in _MODULES:
+        importlib.import_module(f"megatron.core.{module}")
+    stand_in = _torch_for_cpu()
+    for name, module_object in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module_object, "torch", None) is torch:
+            module_object.torch = stand_in  # type: ignore[attr-defined]
+    _replace_random_state()
+    _patch_tensor_methods()
+
+
+class _StandIn(types.ModuleType):
+    """A module that answers for ``real`` except where attributes were set on it."""
+
+    def __init__(self, real: types.ModuleType) -> None:
+        super().__init__(f"{real.__name__} for megatron-core on cpu")
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+class _Stream:
+    """A CUDA stream or event on a device that runs everything in order."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return _nothing
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _torch_for_cpu() -> types.ModuleType:
+    stand_in = _StandIn(torch)
+    for name in _FACTORIES:
+        setattr(stand_in, name, _on_cpu(getattr(torch, name)))
+    stand_in.autocast = lambda kind, *args, **kwargs: torch.autocast(  # type: ignore[attr-defined]
+        "cpu" if kind == "cuda" else kind, *args, **kwargs
+    )
+    stand_in.cuda = _cuda_for_cpu()  # type: ignore[attr-defined]
+    return stand_in
+
+
+def _cuda_for_cpu() -> types.ModuleType:
+    cuda: Any = _StandIn(torch.cuda)
+    for name in ("synchronize", "empty_cache", "set_device", "ipc_collect"):
+        setattr(cuda, name, _nothing)
+    cuda.reset_peak_memory_stats = _nothing
+    cuda.current_device = lambda: _CPU
+    cuda.device_count = lambda: 1
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        setattr(cuda, name, lambda *args, **kwargs: 0)
+    cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    for name in ("Stream", "Event", "current_stream", "default_stream"):
+        setattr(cuda, name, lambda *args, **kwargs: _Stream())
+    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    return cuda
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def made_on_cpu(*args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.get("device")
+        # an int is the index of a CUDA device
+        if wanted is not None and (isinstance(wanted, int) or torch.device(wanted).type == "cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return made_on_cpu
+
+
+def _replace_random_state() -> None:
+    # The tracker keeps one state of "the device generator" per parallel region; here that is the
+    # CPU's default generator.
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    @contextlib.contextmanager
+    def fork(
+        tracker: Any, name: str = mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME
+    ) -> Iterator[None]:
+        if name not in tracker.states_:
+            raise KeyError(f"random state {name} was not added to the tracker")
+        outside = torch.get_rng_state()
+        torch.set_rng_state(tracker.states_[name])
+        try:
+            yield
+        finally:
+            tracker.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+    mcore_random._get_cuda_rng_state = get_state
+    mcore_random._set_cuda_rng_state = set_state
+    mcore_random.CudaRNGStatesTracker.fork = fork
+
+
+def _patch_tensor_methods() -> None:
+    # The mixed-precision optimizers compare ``tensor.type()`` with 'torch.cuda.FloatTensor', and
+    # a few places call ``tensor.cuda()``. Methods cannot be replaced for one caller, so these two
+    # look who calls; every caller outside megatron.core gets the real one.
+    real_type: Any = torch.Tensor.type
+    real_cuda: Any = torch.Tensor.cuda
+
+    def called_by(package: str) -> bool:
+        caller = sys._getframe(2).f_globals.get("__name__", "")
+        return caller.startswith(package)
+
+    @functools.wraps(real_type)
+    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = real_type(tensor, *args, **kwargs)
+        if isinstance(answer, str) and called_by("megatron.core.optimizer"):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    @functools.wraps(real_cuda)
+    def cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return tensor if called_by("megatron.core") else real_cuda(tensor, *args, **kwargs)
+
+    torch.Tensor.type = type_  # type: ignore[method-assign]
+    torch.Tensor.cuda = cuda  # type: ignore[method-assign]
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError, RuntimeError):
+        return False

@@ -1,0 +1,73 @@
+"""Start and end torch.distributed from torchrun's environment."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import tempfile
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from megashear.config import ModelConfig, ParallelConfig
+from megashear.parallel import device
+from megashear.parallel.groups import ParallelGroups
+
+
+@contextlib.contextmanager
+def distributed(
+    parallel: ParallelConfig, model: ModelConfig, *, timeout_s: float = 600.0
+) -> Iterator[ParallelGroups]:
+    """Join the processes that torchrun started, or be the only one, and divide them.
+
+    Everything that the configuration and the environment alone can get wrong is refused before
+    processes meet. Collective over the world.
+
+    Args:
+        parallel: how to divide the processes.
+        model: checked against the device.
+        timeout_s: seconds after which a collective that some rank does not enter fails.
+
+    Raises:
+        ValueError: layout, device or settings do not fit; the same on every rank.
+        RuntimeError: megatron-core is missing or of another version.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    parallel.data_parallel_size(world_size)
+    device.install()
+    device.check_settings(parallel, model)
+    device.select(int(os.environ.get("LOCAL_RANK", "0")))
+    if model.deterministic_mode:
+        device.use_deterministic_kernels()
+    with process_group(timeout_s=timeout_s):
+        groups = ParallelGroups.create(parallel)
+        try:
+            yield groups
+        finally:
+            groups.destroy()
+
+
+@contextlib.contextmanager
+def process_group(*, timeout_s: float = 600.0) -> Iterator[None]:
+    """Hold torch.distributed open: torchrun's processes, or a private group of one.
+
+    A process group that is open already is used and left open.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    timeout = datetime.timedelta(seconds=timeout_s)
+    with tempfile.TemporaryDirectory(prefix="megashear-") as folder:
+        if "RANK" in os.environ:
+            dist.init_process_group(device.backend(), timeout=timeout)
+        else:
+            # alone: meet oneself through a file, so that no port can be taken
+            store = dist.FileStore(f"{folder}/store", 1)
+            dist.init_process_group(
+                device.backend(), store=store, rank=0, world_size=1, timeout=timeout
+            )
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
