@@ -1,0 +1,146 @@
+"""The files of a tokenizer that travel with a checkpoint, and the ids of its special tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+CARRIED = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+"""Names of the files that are carried along, as Hugging Face directories spell them."""
+
+# From which transformers builds a LlamaTokenizer out of a bare SentencePiece tokenizer.model.
+_SENTENCEPIECE_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "clean_up_tokenization_spaces": False,
+    "legacy": False,
+}
+
+
+def find(source: Path | str | Iterable[Path | str] | None) -> list[Path]:
+    """The tokenizer's files among ``source``.
+
+    Args:
+        source: a directory, of which the `CARRIED` files are taken; or files, all of them taken
+            (a lone ``x.model`` file counts as ``tokenizer.model``); None gives no file.
+
+    Raises:
+        ValueError: the directory or a file does not exist, or a file's name is not in `CARRIED`.
+    """
+    if source is None:
+        return []
+    if isinstance(source, Path | str):
+        source = Path(source)
+        if source.is_dir():
+            return [source / name for name in CARRIED if (source / name).is_file()]
+        source = [source]
+    files = [Path(path) for path in source]
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"tokenizer file {path} does not exist")
+        if path.name not in CARRIED and path.suffix != ".model":
+            raise ValueError(
+                f"{path} is not a tokenizer file: its name is none of {', '.join(CARRIED)}"
+            )
+    return files
+
+
+def copy(files: Sequence[Path], directory: Path) -> None:
+    """Copy ``files`` into ``directory`` under the names transformers looks for.
+
+    Beside a bare SentencePiece model a minimal tokenizer_config.json is written, without which
+    transformers does not know which tokenizer to build.
+    """
+    names = set()
+    for path in files:
+        name = "tokenizer.model" if path.suffix == ".model" else path.name
+        shutil.copyfile(path, directory / name)
+        names.add(name)
+    if "tokenizer.model" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
+        config = _SENTENCEPIECE_CONFIG | _sentencepiece_tokens(directory / "tokenizer.model")
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def fingerprint(files: Sequence[Path]) -> str | None:
+    """SHA-256 of what fixes the token ids: tokenizer.model, else tokenizer.json, else None."""
+    for wanted in (".model", ".json"):
+        for path in files:
+            if path.suffix == wanted and path.stem != "tokenizer_config":
+                if wanted == ".json" and path.name != "tokenizer.json":
+                    continue
+                return hashlib.sha256(path.read_bytes()).hexdigest()
+    return None
+
+
+def token_ids(files: Sequence[Path]) -> dict[str, Any]:
+    """``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` as far as the files tell.
+
+    A generation_config.json is believed first, then the SentencePiece model, then the added
+    tokens of tokenizer.json under the names that tokenizer_config.json gives.
+    """
+    by_name = {"tokenizer.model" if p.suffix == ".model" else p.name: p for p in files}
+    ids: dict[str, Any] = {}
+    if "tokenizer.json" in by_name and "tokenizer_config.json" in by_name:
+        added = _json(by_name["tokenizer.json"]).get("added_tokens") or []
+        number = {token["content"]: token["id"] for token in added}
+        names = _json(by_name["tokenizer_config.json"])
+        for name in ("bos_token", "eos_token", "pad_token"):
+            token = names.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token in number:
+                ids[f"{name}_id"] = number[token]
+    if "tokenizer.model" in by_name:
+        pieces = _sentencepiece(by_name["tokenizer.model"])
+        found = {"bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id()}
+        ids |= {name: number for name, number in found.items() if number >= 0}
+    if "generation_config.json" in by_name:
+        generation = _json(by_name["generation_config.json"])
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if generation.get(name) is not None:
+                ids[name] = generation[name]
+    return ids
+
+
+def _sentencepiece_tokens(path: Path) -> dict[str, str]:
+    pieces = _sentencepiece(path)
+    found = {
+        "bos_token": pieces.bos_id(),
+        "eos_token": pieces.eos_id(),
+        "unk_token": pieces.unk_id(),
+        "pad_token": pieces.pad_id(),
+    }
+    return {name: pieces.id_to_piece(number) for name, number in found.items() if number >= 0}
+
+
+def _sentencepiece(path: Path) -> Any:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object")
+    return values

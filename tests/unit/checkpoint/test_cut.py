@@ -1,0 +1,162 @@
+"""Law 2 on one process: the masked model and the cut one compute the same logits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megashear.checkpoint.cut import RoundingChange, cut, rounding_changes
+from megashear.models import layout
+from megashear.shape import ModelShape
+from tests.reference_llama import forward, random_weights, relative_error
+from tests.unit.checkpoint.shapes import (
+    CUT_GROUPED,
+    CUT_MULTI_HEAD,
+    GROUPED,
+    MULTI_HEAD,
+    TOKENS,
+    random_gates,
+)
+
+FOLDING_ORDER = 1e-5  # relative, float32: the same products in another order (law 2)
+NARROW = replace(CUT_GROUPED, num_attention_heads=3)  # one query head left in each group
+PAIRS = pytest.mark.parametrize(
+    ("source", "target"),
+    [(MULTI_HEAD, CUT_MULTI_HEAD), (GROUPED, CUT_GROUPED)],
+    ids=["multi-head", "grouped"],
+)
+
+
+def error_of_cut(
+    source: ModelShape, target: ModelShape, gates: dict[str, Tensor], **changed: Tensor
+) -> float:
+    weights = random_weights(source)
+    cut_weights = dict(cut(weights, gates, source, target)) | changed
+    masked = forward(weights, source, TOKENS, gates)
+    return relative_error(forward(cut_weights, target, TOKENS), masked)
+
+
+@PAIRS
+def test_cut_equals_masked_model(source: ModelShape, target: ModelShape) -> None:
+    assert error_of_cut(source, target, random_gates(source, target)) < FOLDING_ORDER
+
+
+@PAIRS
+def test_folding_the_output_layer_too_is_noticed(source: ModelShape, target: ModelShape) -> None:
+    gates = random_gates(source, target)
+    keep = gates["hidden"][0].nonzero().flatten()
+    head = (random_weights(source)["lm_head.weight"] * gates["hidden"])[:, keep]
+    error = error_of_cut(source, target, gates, **{"lm_head.weight": head})
+    assert error > 0.01  # as the reference does it
+
+
+@PAIRS
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_missing_fold_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, source: ModelShape, target: ModelShape, axis: int
+) -> None:
+    def without(row: layout.MegatronTensor) -> layout.MegatronTensor:
+        if "linear_proj" not in row.name:
+            return row
+        folds = tuple(() if a == axis else kinds for a, kinds in enumerate(row.parts[0].folds))
+        return replace(row, parts=(replace(row.parts[0], folds=folds),))
+
+    monkeypatch.setattr(layout, "TABLE", tuple(map(without, layout.TABLE)))
+    assert error_of_cut(source, target, random_gates(source, target)) > 0.01
+
+
+def heads_in_groups(seed: int = 4) -> Tensor:
+    """One of the two query heads of every group open, [L, H]."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(2, (4, 4, 1), generator=generator)
+    return (torch.cat([first, 1 - first], dim=2) * 0.7).flatten(1)
+
+
+def test_query_heads_inside_groups_are_cut_with_their_groups() -> None:
+    gates = random_gates(GROUPED, CUT_GROUPED) | {"head": heads_in_groups()}
+    assert error_of_cut(GROUPED, NARROW, gates) < FOLDING_ORDER
+
+
+@pytest.mark.parametrize(
+    ("kind", "extents"),
+    [
+        ("hidden", {"hidden_size": 24}),
+        ("group", {"num_query_groups": 3, "num_attention_heads": 6}),
+        ("intermediate", {"ffn_hidden_size": 56}),
+        ("layer", {"num_layers": 3}),
+    ],
+)
+def test_kinds_that_are_absent_stay_open(kind: str, extents: dict[str, int]) -> None:
+    gates = {kind: random_gates(GROUPED, CUT_GROUPED)[kind]}
+    assert error_of_cut(GROUPED, replace(GROUPED, **extents), gates) < FOLDING_ORDER
+
+
+def test_weights_keep_their_format_and_are_rounded_once() -> None:
+    weights = {name: w.bfloat16() for name, w in random_weights(GROUPED).items()}
+    gates = random_gates(GROUPED, CUT_GROUPED)
+    exact = dict(cut({n: w.float() for n, w in weights.items()}, gates, GROUPED, CUT_GROUPED))
+    for name, weight in cut(weights, gates, GROUPED, CUT_GROUPED):
+        assert torch.equal(weight, exact[name].bfloat16()), name
+
+
+def test_names_and_shapes_are_the_targets_in_order() -> None:
+    pieces = cut(random_weights(GROUPED), random_gates(GROUPED, CUT_GROUPED), GROUPED, CUT_GROUPED)
+    shapes = [(name, tuple(weight.shape)) for name, weight in pieces]
+    assert shapes == list(layout.hf_shapes(CUT_GROUPED).items())
+
+
+class Unread(dict[str, Tensor]):
+    """Weights that may not be read."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise AssertionError(f"{name} was read")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"hidden_size": 25},
+            "cannot cut: the hidden mask keeps 24 of 40, target wants 25; train the masks longer "
+            "or cut with --exact-target, which keeps the 25 most open",
+        ),
+        ({"num_layers": 2}, "cannot cut: the layer mask keeps 3 of 4, target wants 2"),
+        ({"ffn_hidden_size": 57}, r"layer \d: its intermediate mask keeps 56 of 96.* wants 57"),
+        (
+            {"num_attention_heads": 4, "num_query_groups": 2},
+            r"layer \d: its group mask keeps 3 of 4, target wants 2",
+        ),
+        ({"num_attention_heads": 3}, r"layer \d group \d: its head mask keeps 2 of 2.* wants 1"),
+        ({"head_dim": 16}, "target head_dim is 16, the source has 8, and no mask changes it"),
+        ({"vocab_size": 32}, "target vocab_size is 32, the source has 64"),
+    ],
+)
+def test_another_count_than_the_targets_is_refused_before_any_weight_is_read(
+    change: dict[str, int], message: str
+) -> None:
+    gates = random_gates(GROUPED, CUT_GROUPED)
+    with pytest.raises(ValueError, match=message):
+        cut(Unread(), gates, GROUPED, replace(CUT_GROUPED, **change))
+
+
+def test_one_deviating_row_is_refused_by_its_layer() -> None:
+    gates = random_gates(MULTI_HEAD, CUT_MULTI_HEAD)
+    gates["layer"] = torch.tensor([[0.5, 0.6, 0.0, 0.9]])
+    gates["head"][3] = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="cut layer 3: its head mask keeps 4 of 8, target wants 5"):
+        cut(Unread(), gates, MULTI_HEAD, CUT_MULTI_HEAD)
+    gates["layer"] = torch.tensor([[0.5, 0.6, 0.9, 0.0]])
+    cut(Unread(), gates, MULTI_HEAD, CUT_MULTI_HEAD)  # a layer that goes need keep nothing
+
+
+def test_rounding_changes_count_gates_that_differ_between_the_modes() -> None:
+    # P(z = 0) is .953 for the low, .002 for the high: rows are expected to close 1, 2 and 3 of 4
+    low, high = -4.6, 4.6
+    log_alpha = torch.tensor([[low, high, high, 4], [low, low, 4, high], [low, low, low, high]])
+    changes = rounding_changes({"intermediate": log_alpha}, {"intermediate": 2})
+    assert changes == {
+        "intermediate": RoundingChange(
+            num_changed=2, num_gates=12, fewest_open=1, most_open=3, target=2
+        )
+    }

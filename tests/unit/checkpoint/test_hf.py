@@ -1,0 +1,239 @@
+"""Hugging Face directories written and read back, and every refusal of foreign ones."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megashear.checkpoint import hf
+from megashear.checkpoint.hf_config import config_of_shape, shape_of_config
+from megashear.shape import ModelShape
+from tests.reference_llama import random_weights
+from tests.unit.checkpoint.shapes import CUT_GROUPED, GROUPED, MULTI_HEAD
+
+WEIGHTS = random_weights(GROUPED)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    hf.write_directory(tmp_path / "model", WEIGHTS.items(), GROUPED)
+    return tmp_path / "model"
+
+
+def edit_config(directory: Path, **fields: Any) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in config.items() if value != "drop"}))
+
+
+@pytest.mark.parametrize("shape", [GROUPED, MULTI_HEAD, CUT_GROUPED])
+def test_shapes_survive_config_json(shape: ModelShape) -> None:
+    assert shape_of_config(config_of_shape(shape, dtype="float32"), "X") == shape
+
+
+@pytest.mark.parametrize("max_shard_bytes", [hf.MAX_SHARD_BYTES, 40_000])
+def test_weights_are_read_back_bit_by_bit(tmp_path: Path, max_shard_bytes: int) -> None:
+    output = tmp_path / "model"
+    written = hf.write_directory(output, WEIGHTS.items(), GROUPED, max_shard_bytes=max_shard_bytes)
+    read = hf.HfWeights(output)
+    assert list(read) == list(WEIGHTS)
+    assert all(torch.equal(read[name], weight) for name, weight in WEIGHTS.items())
+    files = sorted(path for path in output.iterdir() if path.suffix == ".safetensors")
+    assert (output / hf.INDEX).exists() == (len(files) > 1)
+    assert written == 4 * GROUPED.num_params()
+    if max_shard_bytes == 40_000:
+        assert len(files) > 3
+        assert all(path.stat().st_size < 40_000 + 2_000 for path in files)  # weights and header
+
+
+@pytest.mark.parametrize("dtype", hf.DTYPES)
+def test_weights_are_stored_in_the_format_asked_for(tmp_path: Path, dtype: str) -> None:
+    hf.write_directory(tmp_path / "model", WEIGHTS.items(), GROUPED, dtype=dtype)
+    for name, weight in hf.HfWeights(tmp_path / "model").items():
+        assert torch.equal(weight, WEIGHTS[name].to(hf.DTYPES[dtype])), name
+    assert json.loads((tmp_path / "model/config.json").read_text())["torch_dtype"] == dtype
+
+
+def test_nothing_is_left_of_a_directory_that_could_not_be_finished(tmp_path: Path) -> None:
+    weights = dict(WEIGHTS)
+    del weights["model.norm.weight"]
+    with pytest.raises(ValueError, match=r"lacks 1 weights of this model: model.norm.weight"):
+        hf.write_directory(tmp_path / "model", weights.items(), GROUPED)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_refused(directory: Path) -> None:
+    before = (directory / hf.SINGLE).read_bytes()
+    with pytest.raises(ValueError, match="model exists; choose another output"):
+        hf.write_directory(directory, WEIGHTS.items(), GROUPED)
+    assert (directory / hf.SINGLE).read_bytes() == before
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"dtype is 'fp8', wanted one of float32, bfloat16"):
+        hf.write_directory(tmp_path / "model", WEIGHTS.items(), GROUPED, dtype="fp8")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "qwen2"}, "model_type is 'qwen2', wanted 'llama'"),
+        ({"architectures": ["LlamaModel"]}, r"architectures is \['LlamaModel'\], wanted"),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu", wanted "silu"'),
+        ({"attention_bias": True}, "attention_bias is true, wanted false"),
+        ({"mlp_bias": True}, "mlp_bias is true, wanted false"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is true.* not supported yet: save"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, wanted 1.0"),
+        ({"sliding_window": 4096}, "sliding_window is 4096, wanted absent or null"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is .*save the model in float"),
+        ({"auto_map": {"AutoModel": "x.X"}}, "auto_map is .*never run"),
+        ({"logits_scaling": 8.0}, "logits_scaling is 8.0, wanted 1.0"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_scaling is .*llama3.*wanted rope_type 'default'",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*linear"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters is .*yarn"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor is 0.5, wanted 1.0",
+        ),
+        ({"rope_theta": 5e5}, r"contradicts itself: .*theta 10000 and rope_theta 500000"),
+        ({"rope_parameters": 3}, "rope_parameters is 3; it must be an object or null"),
+        ({"hidden_size": "drop"}, "hidden_size is missing; it must be a positive integer"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5; it must be a positive integer"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1; it must be a positive number"),
+        ({"head_dim": None, "num_attention_heads": 7}, "head_dim is not given and hidden_size 40"),
+    ],
+)
+def test_other_mathematics_is_refused(
+    directory: Path, fields: dict[str, Any], message: str
+) -> None:
+    edit_config(directory, **fields)
+    with pytest.raises(ValueError, match=message):
+        hf.read_shape(directory)
+
+
+@pytest.mark.parametrize(
+    ("fields", "base"),
+    [
+        ({"rope_theta": 5e5, "rope_parameters": "drop"}, 5e5),
+        ({"rope_theta": "drop", "rope_parameters": {"rope_theta": 7e4}}, 7e4),
+        ({"rope_theta": "drop", "rope_parameters": None, "rope_scaling": "drop"}, 1e4),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "default"}}, 1e4),
+    ],
+)
+def test_rotary_base_is_found_where_any_release_put_it(
+    directory: Path, fields: dict[str, Any], base: float
+) -> None:
+    edit_config(directory, **fields)
+    assert hf.read_shape(directory).rotary_base == base
+
+
+def test_fields_without_effect_are_ignored(directory: Path) -> None:
+    fields = {"pretraining_tp": 2, "use_cache": False, "head_dim": None, "_name_or_path": "x"}
+    edit_config(directory, **fields, num_attention_heads=5, num_key_value_heads=None)
+    shape = hf.read_shape(directory)
+    assert (shape.head_dim, shape.num_query_groups) == (8, 5)
+
+
+def truncate(directory: Path) -> None:
+    data = (directory / hf.SINGLE).read_bytes()
+    (directory / hf.SINGLE).write_bytes(data[: len(data) // 2])
+
+
+def foreign(directory: Path) -> None:
+    (directory / hf.SINGLE).rename(directory / "pytorch_model.bin")
+
+
+def resave(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(directory / hf.SINGLE)
+    change(weights)
+    save_file(weights, directory / hf.SINGLE)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "has no config.json; is it the right directory"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda d: (d / "config.json").write_text("[]"), "holds a list, not a JSON object"),
+        (lambda d: (d / hf.SINGLE).unlink(), "has neither model.safetensors nor model.safetensors"),
+        (truncate, r"model.safetensors \([\d,]+ bytes\) cannot be read.*may be truncated"),
+        (foreign, r"pytorch_model.bin files only.*save_pretrained\(..., safe_serialization=True\)"),
+        (
+            lambda d: resave(d, lambda w: w.pop("lm_head.weight")),
+            "lacks 1 weights of this model: lm_head.weight",
+        ),
+        (
+            lambda d: resave(d, lambda w: w.update({"x.bias": torch.ones(2)})),
+            "has 1 weights this model does not know: x.bias",
+        ),
+        (
+            lambda d: resave(d, lambda w: w.update({"model.norm.weight": torch.ones(41)})),
+            r"model.norm.weight has shape \[41\], its shape in this model is \[40\]",
+        ),
+        (
+            lambda d: resave(d, lambda w: w.update({"model.norm.weight": torch.ones(40).char()})),
+            "model.norm.weight is stored as I8, wanted one of",
+        ),
+    ],
+)
+def test_broken_directories_are_refused(
+    directory: Path, harm: Callable[[Path], object], message: str
+) -> None:
+    harm(directory)
+    with pytest.raises(ValueError, match=message):
+        hf.HfWeights(directory)
+
+
+def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no Hugging Face checkpoint at .*nowhere"):
+        hf.HfWeights(tmp_path / "nowhere")
+
+
+def test_stored_rotary_tables_are_passed_over(directory: Path) -> None:
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    resave(directory, lambda weights: weights.update(table))
+    assert list(hf.HfWeights(directory)) == list(WEIGHTS)
+    with pytest.raises(KeyError):
+        hf.HfWeights(directory)["model.layers.0.self_attn.rotary_emb.inv_freq"]
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"a": "b.safetensors"}}, "names b.safetensors, which is missing"),
+        ({"weight_map": {"a": "../b.safetensors"}}, "is not a file of its own directory"),
+        ({}, "is not an index of safetensors: no weight_map in it"),
+    ],
+)
+def test_broken_indexes_are_refused(directory: Path, index: dict[str, Any], message: str) -> None:
+    (directory / hf.SINGLE).unlink()
+    (directory / hf.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        hf.HfWeights(directory)
+
+
+def test_a_weight_in_two_files_is_refused(directory: Path) -> None:
+    one, two = "one.safetensors", "two.safetensors"
+    save_file(WEIGHTS, directory / one)
+    save_file({"lm_head.weight": WEIGHTS["lm_head.weight"]}, directory / two)
+    (directory / hf.SINGLE).unlink()
+    (directory / hf.INDEX).write_text(json.dumps({"weight_map": {"a": one, "b": two}}))
+    with pytest.raises(ValueError, match=r"two.safetensors: lm_head.weight is in another file"):
+        hf.HfWeights(directory)
+
+
+def test_a_shape_that_new_transformers_refuse_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config_of_shape(CUT_GROUPED, dtype="float32")
+    assert not caplog.records
+    odd = ModelShape(**{**CUT_GROUPED.to_dict(), "hidden_size": 25})
+    config_of_shape(odd, dtype="float32")
+    assert "25 is not a multiple of num_attention_heads 6" in caplog.text
