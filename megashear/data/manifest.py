@@ -1,0 +1,168 @@
+"""What a directory of tokenised domains holds, as its manifest.json says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megashear.data.tokenizer import Tokenizer
+
+FORMAT = "megashear-data-1"
+"""Names the layout of the directory; another layout gets another name."""
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+HELD_OUT_SUFFIX = "_heldout"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainCounts:
+    """Size of one domain."""
+
+    name: str
+    """Name of the domain and of its files."""
+    documents: int
+    """Training documents."""
+    tokens: int
+    """Training tokens, BOS and EOS included."""
+    held_out_documents: int
+    """Held-out documents."""
+    held_out_tokens: int
+    """Held-out tokens, BOS and EOS included."""
+    skipped_documents: int
+    """Documents left out because they hold no text."""
+    source_bytes: int
+    """Size of the jsonl files, bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataManifest:
+    """Tokenised domains in a directory: one ``.bin/.idx`` to train on and one held out for each."""
+
+    directory: Path
+    """Where the files lie."""
+    domains: tuple[DomainCounts, ...]
+    """Domains in the order of every vector over domains: weights, losses, references."""
+    vocab_size: int
+    """Ids are below this."""
+    bos_id: int | None
+    """Begins every document if ``prepend_bos``."""
+    eos_id: int | None
+    """Ends every document if ``append_eod``."""
+    prepend_bos: bool
+    """Documents begin with BOS."""
+    append_eod: bool
+    """Documents end with EOS."""
+    held_out_fraction: float
+    """Share of documents held out, as asked for."""
+    json_key: str
+    """Key the text came from."""
+    dtype: str
+    """Numpy type of the stored tokens."""
+    tokenizer_fingerprint: str
+    """SHA-256 of the tokenizer's model file, hex."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the domains, in order."""
+        return tuple(domain.name for domain in self.domains)
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Copy of the tokenizer, for ``load_tokenizer`` and for exported models."""
+        return self.directory / TOKENIZER_FOLDER
+
+    def prefix(self, name: str) -> Path:
+        """Path of a domain's training text, without ``.bin`` and ``.idx``."""
+        return self.directory / name
+
+    def held_out_prefix(self, name: str) -> Path:
+        """Path of a domain's held-out text, without ``.bin`` and ``.idx``."""
+        return self.directory / f"{name}{HELD_OUT_SUFFIX}"
+
+    def moved(self, directory: Path) -> DataManifest:
+        """The same data, lying in ``directory``."""
+        return replace(self, directory=directory)
+
+    def check_vocab(self, model_vocab_size: int) -> None:
+        """Refuse a model that has no embedding for some of the ids.
+
+        Raises:
+            ValueError: the vocabulary of the data is larger than the model's.
+        """
+        if self.vocab_size > model_vocab_size:
+            raise ValueError(
+                f"{self.directory} was tokenised with {self.vocab_size} ids but the model has "
+                f"{model_vocab_size}; preprocess again with the tokenizer of the model"
+            )
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Refuse a tokenizer other than the one the data were made with.
+
+        Raises:
+            ValueError: the fingerprints differ.
+        """
+        if tokenizer.fingerprint != self.tokenizer_fingerprint:
+            raise ValueError(
+                f"{self.directory} was tokenised with another tokenizer (sha256 "
+                f"{self.tokenizer_fingerprint[:12]}) than {tokenizer.path} (sha256 "
+                f"{tokenizer.fingerprint[:12]}); use {self.tokenizer_directory}, or preprocess "
+                f"again"
+            )
+
+    def write(self) -> None:
+        """Write manifest.json into the directory."""
+        content: dict[str, Any] = {"format": FORMAT, **asdict(self)}
+        del content["directory"]  # so that the directory can move
+        path = self.directory / MANIFEST_NAME
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: str | Path) -> DataManifest:
+    """The manifest of a directory that ``megashear preprocess`` wrote.
+
+    Raises:
+        ValueError: the directory has no manifest of this format, or a domain's file is missing
+            or shorter or longer than the manifest says.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{directory} is not a megashear data directory: it has no {MANIFEST_NAME}; make one "
+            f"from jsonl files with `megashear preprocess`"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content.pop("format", None)
+        if found != FORMAT:
+            raise ValueError(f"its format is {found!r}, wanted {FORMAT!r}")
+        domains = tuple(DomainCounts(**domain) for domain in content.pop("domains"))
+        manifest = DataManifest(directory=directory, domains=domains, **content)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a manifest this version reads: {error}; preprocess again"
+        ) from error
+    _check_sizes(manifest)
+    return manifest
+
+
+def _check_sizes(manifest: DataManifest) -> None:
+    """A copy that was cut short reads as text up to the cut, so it is found here or never."""
+    width = np.dtype(manifest.dtype).itemsize
+    for domain in manifest.domains:
+        for prefix, tokens in (
+            (manifest.prefix(domain.name), domain.tokens),
+            (manifest.held_out_prefix(domain.name), domain.held_out_tokens),
+        ):
+            file = Path(f"{prefix}.bin")
+            if not file.is_file() or not Path(f"{prefix}.idx").is_file():
+                raise ValueError(f"{prefix}.bin or {prefix}.idx is missing; copy the data again")
+            if file.stat().st_size != tokens * width:
+                raise ValueError(
+                    f"{file} has {file.stat().st_size} bytes, wanted {tokens * width} for "
+                    f"{tokens} tokens; copy the data again"
+                )

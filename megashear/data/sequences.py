@@ -1,0 +1,186 @@
+"""Training sequences of one domain, any number of epochs, by their number."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class DomainSequences:
+    """Sequences of one domain: sample n of an endless row of epochs.
+
+    Documents are packed back to back, as Megatron-LM packs them: each epoch shuffles the documents,
+    cuts their text into sequences that share their border token (every token but the first is a
+    label once; less than one sequence is left over), and shuffles the sequences. What sample n is
+    depends on the text, the sequence length, and (seed, domain, n) alone.
+
+    Each epoch is a ``GPTDataset`` of one epoch, held in memory: built with an empty cache path, it
+    writes no files, so ranks need neither wait for one another nor race, and it needs no process
+    group. Its one-epoch index takes 4 bytes a document and 12 bytes a sequence.
+    """
+
+    def __init__(
+        self, prefix: str | Path, sequence_length: int, seed: int, domain_index: int
+    ) -> None:
+        """Open a domain.
+
+        Args:
+            prefix: path of the domain's ``.bin`` and ``.idx``, without these endings.
+            sequence_length: tokens that the model sees of a sequence.
+            seed: of all shuffling, >= 0.
+            domain_index: place of the domain among the domains.
+
+        Raises:
+            ValueError: no such files, or less text than one sequence.
+        """
+        if seed < 0:
+            raise ValueError(f"--seed is {seed}; wanted an integer >= 0")
+        self.name = Path(prefix).name
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.domain_index = domain_index
+        self._text = open_text(prefix)
+        self.num_tokens = int(self._text.sequence_lengths.sum(dtype=np.int64))
+        """Tokens of one epoch."""
+        self.samples_per_epoch = num_sequences(
+            prefix,
+            self.num_tokens,
+            sequence_length,
+            way_out="add text to this domain, leave it out,",
+        )
+        """Sequences of one epoch."""
+        self._epoch = -1
+        self._sequences: GPTDataset | None = None
+
+    def __getitem__(self, sample: int) -> Tensor:
+        """Tokens of a sample, int64 [sequence_length + 1]; any number >= 0 is one."""
+        assert sample >= 0, sample
+        epoch, place = divmod(sample, self.samples_per_epoch)
+        item = self._of_epoch(epoch)[place]
+        text: Tensor = torch.cat([item["tokens"], item["labels"][-1:]])
+        return text
+
+    def _of_epoch(self, epoch: int) -> GPTDataset:
+        """Sequences of one epoch; the last asked for is kept."""
+        if self._sequences is None or epoch != self._epoch:
+            if epoch > 0:
+                # Loud as often as the number of epochs doubles: a tiny domain starts thousands.
+                doubled = (epoch + 1).bit_count() == 1
+                logger.log(
+                    logging.WARNING if doubled else logging.INFO,
+                    "domain %s: in epoch %d from here on, its %d sequences (%d tokens) repeat; "
+                    "lower its weight or add text to see no token twice",
+                    *(self.name, epoch + 1, self.samples_per_epoch, self.num_tokens),
+                )
+            self._sequences = self._build(epoch)
+            self._epoch = epoch
+        return self._sequences
+
+    def _build(self, epoch: int) -> GPTDataset:
+        # SeedSequence mixes, where seed + epoch would make domains and seeds share their orders.
+        mixed = np.random.SeedSequence((self.seed, self.domain_index, epoch))
+        prefix = self._text.path_prefix
+        with _without_advice():
+            config = GPTDatasetConfig(
+                random_seed=int(mixed.generate_state(1, np.uint32)[0]),
+                sequence_length=self.sequence_length,
+                blend=([prefix], None),
+                split="1,0,0",
+                path_to_cache="",  # None would mean a directory beside the text
+                tokenizer=_NoTokenizer(),
+                reset_position_ids=False,
+                reset_attention_mask=False,
+                eod_mask_loss=False,
+                create_attention_mask=False,
+            )
+            documents = np.arange(len(self._text), dtype=np.int32)
+            sequences = GPTDataset(self._text, prefix, documents, None, Split.train, config)
+        assert len(sequences) == self.samples_per_epoch, (len(sequences), self.samples_per_epoch)
+        return sequences
+
+
+def open_text(prefix: str | Path) -> IndexedDataset:
+    """Memory-mapped documents of ``prefix``.bin and .idx.
+
+    Raises:
+        ValueError: one of the files is missing, or they do not belong together.
+    """
+    if not IndexedDataset.exists(str(prefix)):
+        raise ValueError(
+            f"{prefix}.bin or {prefix}.idx does not exist; make them with `megashear preprocess`"
+        )
+    size = Path(f"{prefix}.bin").stat().st_size
+    if not size:
+        raise ValueError(f"{prefix}.bin is empty; preprocess this domain again")
+    text = IndexedDataset(str(prefix))
+    wanted = int(text.sequence_lengths.sum(dtype=np.int64)) * text.index.dtype_size
+    if size != wanted:
+        raise ValueError(
+            f"{prefix}.bin has {size} bytes, its .idx wants {wanted}; copy both again, or "
+            f"preprocess again"
+        )
+    return text
+
+
+def num_sequences(
+    prefix: str | Path, num_tokens: int, sequence_length: int, *, way_out: str
+) -> int:
+    """Sequences that a text makes, neighbours sharing their border token.
+
+    Args:
+        prefix: path of the text, for the message.
+        num_tokens: its tokens.
+        sequence_length: tokens that the model sees of a sequence.
+        way_out: what to do about a text too short, besides shorter sequences.
+
+    Raises:
+        ValueError: not one.
+    """
+    if sequence_length < 1:
+        raise ValueError(f"--seq-length is {sequence_length}; wanted at least 1 token")
+    if num_tokens <= sequence_length:
+        raise ValueError(
+            f"{prefix}.bin has {num_tokens} tokens, one sequence of --seq-length "
+            f"{sequence_length} takes {sequence_length + 1}; {way_out} or lower "
+            f"--seq-length"
+        )
+    return (num_tokens - 1) // sequence_length
+
+
+@dataclass(frozen=True)
+class _NoTokenizer:
+    """What GPTDataset asks its tokenizer for, of text that needs no tokenizer any more."""
+
+    vocab_size: None = None  # the type of the stored tokens is read from the .idx
+    pad: int = -1  # no token is padding: every label counts
+    eod: int = -2  # not looked at, for positions and attention run through documents
+
+    @property
+    def unique_identifiers(self) -> dict[str, Any]:
+        """Would name cached files."""
+        return {}
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keeps GPTDataset from warning that it saves no files, which is what it is asked for."""
+    theirs = logging.getLogger(GPTDataset.__module__)
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.setLevel(level)
