@@ -40,16 +40,11 @@ def flat_all_reduce(
     return [piece.view_as(tensor).to(tensor.device) for piece, tensor in zip(pieces, tensors)]
 
 
-def gather_rows(pieces: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Return the tensor of every rank, in rank order. Collective over ``group``.
-
-    Args:
-        pieces: a tensor of any shape, which may differ between ranks.
-        group: the ranks that exchange.
-    """
+def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """The value of every rank, in rank order. Collective over ``group``."""
     gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, pieces.detach().cpu().numpy(), group=group)
-    return [torch.from_numpy(array) for array in gathered]
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
 
 
 def broadcast_object(value: Any, source: int, group: dist.ProcessGroup | None = None) -> Any:
@@ -71,8 +66,7 @@ def assert_replicated(named: Mapping[str, Tensor], group: dist.ProcessGroup, whe
         RuntimeError: on every rank alike, naming the first tensor that differs.
     """
     digests = {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in named.items()}
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, digests, group=group)
+    everyone = gather_objects(digests, group)
     for name in digests:
         seen = [theirs[name] for theirs in everyone]
         if len(set(seen)) > 1:
@@ -98,8 +92,7 @@ def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    messages: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(messages, None if error is None else str(error), group=group)
+    messages = gather_objects(None if error is None else str(error), group or dist.group.WORLD)
     if error is not None:
         raise error
     for rank, message in enumerate(messages):

@@ -353,8 +353,8 @@ def _patch_tensor_methods() -> None:
     def cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return tensor if called_by("megatron.core") else real_cuda(tensor, *args, **kwargs)
 
-    torch.Tensor.type = type_  # type: ignore[method-assign]
-    torch.Tensor.cuda = cuda  # type: ignore[method-assign]
+    tensor_class: Any = torch.Tensor
+    tensor_class.type, tensor_class.cuda = type_, cuda
 
 
 def _importable(name: str) -> bool:

@@ -1,0 +1,202 @@
+"""build_llama: this rank's chunks of a LLaMA as megatron-core GPTModels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import init_method_normal, scaled_init_method_normal
+
+from megashear.config import ModelConfig, ParallelConfig
+from megashear.models.masked_layers import EmbeddingGate
+from megashear.models.specs import Variant, block_spec
+from megashear.parallel import device
+from megashear.parallel.groups import ParallelGroups
+from megashear.shape import ModelShape
+
+
+def check_layout(shape: ModelShape, parallel: ParallelConfig, *, role: str = "model") -> None:
+    """Refuse a shape that the layout cannot divide.
+
+    Args:
+        shape: what is to be divided.
+        parallel: the layout.
+        role: what the shape is, for the message: model, source, target.
+
+    Raises:
+        ValueError: names the extent, the size that does not divide it and sizes that do.
+    """
+    tp = parallel.tensor_model_parallel_size
+    stages = parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank
+    for extent in (
+        "num_query_groups",
+        "num_attention_heads",
+        "ffn_hidden_size",
+        "vocab_size",
+    ):
+        value = getattr(shape, extent)
+        if value % tp:
+            fitting = [
+                n
+                for n in range(1, tp)
+                if all(
+                    getattr(shape, other) % n == 0
+                    for other in (
+                        "num_query_groups",
+                        "num_attention_heads",
+                        "ffn_hidden_size",
+                        "vocab_size",
+                    )
+                )
+            ]
+            raise ValueError(
+                f"{role} {extent} {value} is not a multiple of --tensor-model-parallel-size {tp}; "
+                f"the {role} divides by {', '.join(map(str, fitting))}"
+            )
+    if shape.num_layers % stages:
+        fitting = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
+        raise ValueError(
+            f"{role} num_layers {shape.num_layers} is not a multiple of "
+            f"--pipeline-model-parallel-size * --num-virtual-stages-per-pipeline-rank = "
+            f"{parallel.pipeline_model_parallel_size} * "
+            f"{parallel.num_virtual_stages_per_pipeline_rank}; their product may be "
+            f"{', '.join(map(str, fitting))}"
+        )
+
+
+def transformer_config(
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    *,
+    init_method_std: float = 0.02,
+) -> TransformerConfig:
+    """megatron-core's configuration of a LLaMA of this shape and layout."""
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    recompute = model.recompute_granularity
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # fused kernels that need Apex or Transformer Engine are not assumed
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        use_cpu_initialization=not device.has_cuda(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.bf16,
+        init_method=init_method_normal(init_method_std),
+        output_layer_init_method=scaled_init_method_normal(init_method_std, shape.num_layers),
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=recompute,
+        recompute_method=model.recompute_method if recompute else None,
+        recompute_num_layers=model.recompute_num_layers if recompute else None,
+        deterministic_mode=model.deterministic_mode,
+        **device.pipeline_settings(parallel),
+    )
+
+
+def build_llama(
+    shape: ModelShape,
+    groups: ParallelGroups,
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    *,
+    variant: Variant,
+    init_method_std: float = 0.02,
+    seed: int = 1234,
+) -> list[DistributedDataParallel]:
+    """Build this rank's chunks, wrapped for data parallelism. Collective over the world.
+
+    Args:
+        shape: the whole model.
+        groups: where this rank stands.
+        parallel: the layout.
+        model: precision, recompute.
+        variant: masked while pruning, else local or transformer_engine.
+        init_method_std: standard deviation of fresh weights.
+        seed: of fresh weights.
+
+    Returns:
+        One chunk, or one per virtual stage.
+
+    Raises:
+        ValueError: the shape does not divide.
+    """
+    check_layout(shape, parallel)
+    device.seed_model_parallel(seed)
+    config = transformer_config(shape, parallel, model, init_method_std=init_method_std)
+    chunks = [
+        _build_chunk(shape, groups, config, variant, number if groups.virtual_size > 1 else None)
+        for number in range(groups.virtual_size)
+    ]
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=model.bf16)
+    wrapped = [
+        DistributedDataParallel(config=config, ddp_config=ddp, module=chunk) for chunk in chunks
+    ]
+    for chunk in wrapped:
+        # fresh weights that the layout replicates must be the same in every replica
+        chunk.broadcast_params()
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = (
+        [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    )
+    return wrapped
+
+
+def unwrap(chunk: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside data-parallel and mixed-precision wrappers."""
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def _build_chunk(
+    shape: ModelShape,
+    groups: ParallelGroups,
+    config: TransformerConfig,
+    variant: Variant,
+    vp_stage: int | None,
+) -> torch.nn.Module:
+    first = groups.is_first_stage and vp_stage in (None, 0)
+    last = groups.is_last_stage and vp_stage in (None, groups.virtual_size - 1)
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, variant, vp_stage=vp_stage),
+        vocab_size=shape.vocab_size,
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=first,
+        post_process=last,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=shape.rotary_base,
+        vp_stage=vp_stage,
+    )
+    if variant == "masked":
+        gpt.embedding_gate = EmbeddingGate()
+        if first:
+            gpt.embedding.register_forward_hook(gpt.embedding_gate)
+    gpt.to(device.device())
+    return Float16Module(config, gpt) if config.bf16 else gpt

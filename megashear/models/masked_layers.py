@@ -1,0 +1,164 @@
+"""Layers whose activations are gated, and which are their plain selves while no gates are set."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megashear.models.core import RMSNorm
+
+
+class StreamGates(NamedTuple):
+    """All gates of this rank for one noise stream: leaves on the device, float32.
+
+    A kind that is not pruned is None.
+    """
+
+    hidden: Tensor | None
+    """[h]."""
+    num_open_hidden: int | None
+    """How many hidden gates are not 0, counted on the host so that no device has to wait."""
+    heads: Tensor | None
+    """[own L, heads/tp], or groups under grouped-query attention."""
+    intermediate: Tensor | None
+    """[own L, ffn/tp]."""
+    layer: Tensor | None
+    """[own L]."""
+
+
+class LayerGates(NamedTuple):
+    """What gates one row-parallel linear."""
+
+    units: Tensor | None
+    """[units/tp]: heads, groups or neurons on the input side."""
+    hidden: Tensor | None
+    """[h], on the output side."""
+    layer: Tensor | None
+    """Scalar, on the output side."""
+
+
+class NormGates(NamedTuple):
+    """What gates one norm."""
+
+    hidden: Tensor
+    """[h]."""
+    num_open: int
+    """How many of ``hidden`` are not 0."""
+
+
+class MaskedRMSNorm(RMSNorm):
+    """RMSNorm over the open hidden dimensions, with a gated output.
+
+    The stream is exactly 0 in closed dimensions, so with h' open of h the mean square over the
+    open ones is h / h' times that over all: an ordinary norm with weight * z * sqrt(h' / h) and
+    eps * h' / h gives the same, and nothing is gathered.
+    """
+
+    gates: NormGates | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm ``x``, [s, b, h]."""
+        if self.gates is None:
+            return super().forward(x)
+        ratio = self.gates.num_open / x.size(-1)
+        weight = self.weight.float() * self.gates.hidden * math.sqrt(ratio)
+        return F.rms_norm(x.float(), (x.size(-1),), weight, self.eps * ratio).to(x.dtype)
+
+
+class MaskedRowParallelLinear(RowParallelLinear):
+    """Row-parallel linear with gated input units and gated output channels.
+
+    Stands in for attention ``linear_proj`` (units are heads, or groups) and MLP ``linear_fc2``
+    (units are neurons). Without gates it is exactly ``RowParallelLinear``.
+    """
+
+    gates: LayerGates | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gate, multiply, reduce, gate.
+
+        Args:
+            x: [s, b, units * width/tp].
+
+        Returns:
+            [s, b, h] (under sequence parallelism this rank's part of s), and the gated bias.
+        """
+        if self.gates is None:
+            return super().forward(x)
+        units, hidden, layer = self.gates
+        # float32 gates promote the product, which is then rounded once, to x's dtype
+        if units is not None:
+            gated = x.unflatten(-1, (len(units), -1)) * units[:, None]
+            x = gated.flatten(-2).to(x.dtype)
+        y, bias = super().forward(x)
+        if hidden is None and layer is None:
+            return y, bias
+        # The product is taken in every microbatch: taken once per step, it would be freed by the
+        # first backward pass and missing in the second.
+        output = hidden if layer is None else layer if hidden is None else hidden * layer
+        return (y * output).to(y.dtype), None if bias is None else (bias * output).to(bias.dtype)
+
+
+class MaskedTransformerLayer(TransformerLayer):
+    """Transformer layer that hands its parts the gates of the microbatch's noise stream.
+
+    Full recompute runs a layer again long after other microbatches have passed, so the stream
+    must travel with the layer's arguments. Causal attention needs no mask tensor: the argument
+    ``attention_mask``, which megatron-core carries through its recompute, is the stream's number.
+    """
+
+    streams: dict[int, StreamGates] | None = None
+    """Gates by stream, set by MaskBinding for one step."""
+    row: int = 0
+    """Which of this rank's layers this is."""
+
+    def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """As ``TransformerLayer``, gated by stream ``attention_mask`` (one int64 on the host)."""
+        gates = None
+        if self.streams is not None:
+            assert attention_mask is not None
+            gates = self.streams[int(attention_mask)]
+        self._set(gates)
+        return super().forward(*args, attention_mask=None, **kwargs)
+
+    def _set(self, gates: StreamGates | None) -> None:
+        def own(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else rows[self.row]
+
+        norm = attention = mlp = None
+        if gates is not None:
+            norm = norm_gates(gates)
+            layer = own(gates.layer)
+            attention = LayerGates(own(gates.heads), gates.hidden, layer)
+            mlp = LayerGates(own(gates.intermediate), gates.hidden, layer)
+        self.input_layernorm.gates = norm
+        self.pre_mlp_layernorm.gates = norm
+        self.self_attention.linear_proj.gates = attention
+        self.mlp.linear_fc2.gates = mlp
+
+
+class EmbeddingGate:
+    """Forward hook that gates the embedding's output; GPTModel builds its embedding itself."""
+
+    hidden: Tensor | None = None
+    """[h]."""
+
+    def __call__(self, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """Gate ``output``, [s, b, h]."""
+        if self.hidden is None:
+            return output
+        return (output * self.hidden).to(output.dtype)
+
+
+def norm_gates(gates: StreamGates) -> NormGates | None:
+    """The gates of every norm in ``gates``; None where hidden is not pruned."""
+    if gates.hidden is None:
+        return None
+    assert gates.num_open_hidden is not None
+    return NormGates(gates.hidden, gates.num_open_hidden)

@@ -1,0 +1,89 @@
+"""ModuleSpecs of a LLaMA: masked (unfused), or plain (local or Transformer Engine)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megashear.models.core import CausalAttention, RMSNorm
+from megashear.models.masked_layers import (
+    MaskedRMSNorm,
+    MaskedRowParallelLinear,
+    MaskedTransformerLayer,
+)
+
+Variant = Literal["masked", "local", "transformer_engine"]
+
+# Transformer Engine fuses each norm with the linear after it and checkpoints under these names, as
+# Megatron-LM does: with them a checkpoint of one variant loads into another.
+_CHECKPOINT_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def block_spec(
+    config: TransformerConfig, variant: Variant, *, vp_stage: int | None = None
+) -> TransformerBlockSubmodules | ModuleSpec:
+    """What one model chunk of this rank is built from.
+
+    Args:
+        config: says how many layers the chunk has.
+        variant: masked for pruning; local or transformer_engine for everything else.
+        vp_stage: number of the chunk under the interleaved schedule.
+    """
+    if variant == "transformer_engine":
+        from megatron.core.models.gpt.gpt_layer_specs import (
+            get_gpt_layer_with_transformer_engine_spec,
+        )
+
+        return get_gpt_layer_with_transformer_engine_spec()
+    masked = variant == "masked"
+    norm = MaskedRMSNorm if masked else RMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(masked)] * get_num_layers_to_build(config, vp_stage=vp_stage),
+        layer_norm=norm,
+    )
+
+
+def _layer_spec(masked: bool) -> ModuleSpec:
+    norm = MaskedRMSNorm if masked else RMSNorm
+    row_parallel = MaskedRowParallelLinear if masked else RowParallelLinear
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=CausalAttention,
+        linear_proj=row_parallel,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    # MLP itself, not a subclass: TransformerLayer passes the tensor group to that class only
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel)
+    return ModuleSpec(
+        module=MaskedTransformerLayer if masked else TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=attention,
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_CHECKPOINT_NAMES,
+        ),
+    )

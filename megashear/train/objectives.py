@@ -1,0 +1,247 @@
+"""What a step minimises: language modelling alone, or with masks and their constraint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megashear.config import MaskConfig
+from megashear.data.batch import MicroBatch
+from megashear.masks.constraint import SparsityConstraint
+from megashear.masks.mask_set import (
+    MaskSet,
+    exact_gates,
+    expected_gates,
+    target_units,
+    whole_parts,
+)
+from megashear.masks.optimizer import MaskOptimizer
+from megashear.models.binding import MaskBinding, own_layers, own_parts
+from megashear.parallel.groups import ParallelGroups
+from megashear.shape import ModelShape
+from megashear.train.schedule import SequenceLosses, run_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskMetrics:
+    """Where masks and constraint stood in a step."""
+
+    penalty: float
+    """What the constraint added to the loss."""
+    grad_norm: float
+    """Of log_alpha and multipliers together, before clipping."""
+    learning_rate: float
+    expected: dict[str, float] = field(default_factory=dict)
+    """Expected sparsity by kind, mean over rows."""
+    target: dict[str, float] = field(default_factory=dict)
+    """Target sparsity of this step by kind."""
+    lambda1: dict[str, float] = field(default_factory=dict)
+    lambda2: dict[str, float] = field(default_factory=dict)
+
+
+class LanguageModelling:
+    """Cross entropy of the next token.
+
+    Args:
+        chunks: this rank's model chunks, wrapped for data parallelism.
+    """
+
+    stage = "pretrain"
+    """What a checkpoint of such a run is called."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        self.chunks = list(chunks)
+
+    def forward_backward(self, batches: Sequence[MicroBatch], step: int) -> list[SequenceLosses]:
+        """Add the gradients of one step. Collective over the world.
+
+        Args:
+            batches: this replica's microbatches.
+            step: from 0.
+
+        Returns:
+            Losses per microbatch on the last stage; none on others.
+        """
+        return run_schedule(self.chunks, batches, forward_only=False)
+
+    def update(self, step: int, schedule_fraction: float) -> MaskMetrics | None:
+        """Step whatever the weights' optimizer does not know: nothing here."""
+        return None
+
+    def evaluation_modes(self) -> list[str]:
+        """Names of the models to evaluate, the one that steers the mixture first."""
+        return ["loss"]
+
+    def evaluate(self, mode: str, batches: Sequence[MicroBatch]) -> list[SequenceLosses]:
+        """Losses of held-out microbatches. Collective over the replica's model group."""
+        return run_schedule(self.chunks, batches, forward_only=True)
+
+    def begin_evaluation(self, mode: str) -> None:
+        """Prepare the model for evaluations in ``mode``."""
+
+    def end_evaluation(self) -> None:
+        """Undo :meth:`begin_evaluation`."""
+
+
+class StructuredPruning(LanguageModelling):
+    """Cross entropy under sampled masks, plus the Lagrangian that draws them to the target.
+
+    Args:
+        chunks: this rank's masked chunks, wrapped for data parallelism.
+        groups: where this rank stands.
+        source: shape of the model.
+        target: shape to end with.
+        config: warm-up, rates, noise streams.
+        seed: of the noise.
+        global_batch_size: sequences per step, over all replicas.
+        sequence_parallel: see MaskBinding.
+        clip_grad: largest norm of the masks' gradients.
+        betas: of the masks' Adam.
+        eps: of the masks' Adam.
+
+    Raises:
+        ValueError: no masks lead from source to target.
+    """
+
+    stage = "prune"
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        groups: ParallelGroups,
+        *,
+        source: ModelShape,
+        target: ModelShape,
+        config: MaskConfig,
+        seed: int,
+        global_batch_size: int,
+        sequence_parallel: bool,
+        clip_grad: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(chunks)
+        self.config = config
+        self.seed = seed
+        self.global_batch_size = global_batch_size
+        self.clip_grad = clip_grad
+        self.targets = target_units(source, target)
+        parts = own_parts(whole_parts(source, target), own_layers(chunks), groups)
+        self.masks = MaskSet(parts)
+        self.constraint = SparsityConstraint(
+            parts,
+            self.targets,
+            warmup_steps=config.sparsity_warmup_iters,
+            lambda2_max=config.lambda2_max,
+            force=config.force_lambda2_max,
+        )
+        self.optimizer = MaskOptimizer(self.masks, self.constraint, betas=betas, eps=eps)
+        self.binding = MaskBinding(chunks, self.masks, groups, sequence_parallel=sequence_parallel)
+        self._penalty = torch.zeros((), dtype=torch.float64)
+
+    def forward_backward(self, batches: Sequence[MicroBatch], step: int) -> list[SequenceLosses]:
+        """Add the gradients of weights, log_alpha and multipliers. Collective over the world."""
+        streams = [self.stream_of(batch) for batch in batches]
+        self.optimizer.zero_grad()
+        self.binding.bind(
+            {
+                stream: self.masks.sample(seed=self.seed, step=step, stream=stream)
+                for stream in sorted(set(streams))
+            }
+        )
+        losses = run_schedule(
+            self.chunks,
+            batches,
+            forward_only=False,
+            streams=streams,
+            select=self.binding.select,
+        )
+        self.binding.backward()
+        self.binding.release()
+        # after the mean over replicas, who all add the same penalty
+        self._penalty = self.binding.penalty(self.constraint, step)
+        self._penalty.backward()
+        return losses
+
+    def stream_of(self, batch: MicroBatch) -> int:
+        """Noise stream of a microbatch: sample i of B belongs to stream i K // B."""
+        streams = batch.positions * self.config.mask_noise_streams // self.global_batch_size
+        assert bool((streams == streams[0]).all()), "a microbatch lies inside one stream"
+        return int(streams[0])
+
+    def update(self, step: int, schedule_fraction: float) -> MaskMetrics:
+        """Clip and step log_alpha and the multipliers.
+
+        Collective over the replica's model group and the pipeline group.
+
+        Args:
+            step: from 0.
+            schedule_fraction: the weights' rate over its peak, this step.
+        """
+        lr = self.config.mask_lr * schedule_fraction
+        norm, scale = self.binding.clip(self.optimizer, self.clip_grad)
+        sums = self.binding.whole_closed_sums(self.masks.closed_sums())
+        metrics = MaskMetrics(
+            penalty=float(self._penalty),
+            grad_norm=norm,
+            learning_rate=lr,
+            expected=self.constraint.expected_sparsity(sums),
+            target=self.constraint.target_at(step),
+            lambda1={kind: float(value) for kind, value in self.constraint.lambda1.items()},
+            lambda2={kind: float(value) for kind, value in self.constraint.lambda2.items()},
+        )
+        self.optimizer.step(lr, grad_scale=scale)
+        return metrics
+
+    def evaluation_modes(self) -> list[str]:
+        """Expected-size masks, which steer the mixture, and exact-size masks, which are cut."""
+        return ["expected", "exact"]
+
+    def begin_evaluation(self, mode: str) -> None:
+        """Bind deterministic gates. Collective over the replica's model group."""
+        whole = self.binding.gather_log_alpha()
+        gates = exact_gates(whole, self.targets) if mode == "exact" else expected_gates(whole)
+        self.binding.bind({0: self.binding.slice_gates(gates)})
+
+    def evaluate(self, mode: str, batches: Sequence[MicroBatch]) -> list[SequenceLosses]:
+        """Losses under the bound gates. Collective over the replica's model group."""
+        return run_schedule(
+            self.chunks,
+            batches,
+            forward_only=True,
+            streams=[0] * len(batches),
+            select=self.binding.select,
+        )
+
+    def end_evaluation(self) -> None:
+        """Release the gates."""
+        self.binding.release()
+
+    def replicated_tensors(self) -> dict[str, Tensor]:
+        """What every rank holds a copy of: multipliers, and log_alpha of hidden."""
+        copies = dict(self.constraint.state_dict())
+        if "hidden" in self.masks.log_alpha:
+            copies["log_alpha of hidden"] = self.masks.log_alpha["hidden"].detach()
+        return copies
+
+
+def check_streams(num_streams: int, *, global_batch_size: int, micro_batch_size: int) -> None:
+    """Refuse noise streams that would split a microbatch.
+
+    Raises:
+        ValueError: with numbers and the nearest that divide.
+    """
+    fits = [
+        n
+        for n in range(1, global_batch_size // micro_batch_size + 1)
+        if global_batch_size % (n * micro_batch_size) == 0
+    ]
+    if num_streams not in fits:
+        raise ValueError(
+            f"--mask-noise-streams {num_streams} does not divide --global-batch-size "
+            f"{global_batch_size} into whole microbatches of {micro_batch_size}; possible: "
+            f"{', '.join(map(str, fits))}"
+        )

@@ -1,0 +1,89 @@
+"""Megatron's optimizer of the weights, and the schedule that masks and multipliers share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megashear.config import OptimizerConfig
+
+
+def build_optimizer(
+    chunks: Sequence[torch.nn.Module], config: OptimizerConfig, *, bf16: bool
+) -> MegatronOptimizer:
+    """AdamW over the weights of this rank's chunks; float32 masters under bf16.
+
+    Args:
+        chunks: wrapped for data parallelism.
+        config: betas, weight decay, clip norm. The learning rate comes from the schedule.
+        bf16: whether the weights are bfloat16.
+    """
+    megatron = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=_floor(config),
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=False,
+    )
+    return get_megatron_optimizer(megatron, list(chunks), use_gloo_process_groups=False)
+
+
+def build_schedule(
+    optimizer: MegatronOptimizer, config: OptimizerConfig, train_iters: int
+) -> OptimizerParamScheduler:
+    """Warm-up from 0 and decay to the floor, counted in steps; sets the rate of step 0 at once.
+
+    Raises:
+        ValueError: warm-up is not shorter than the decay.
+    """
+    check_schedule(config, train_iters)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=_floor(config),
+        lr_warmup_steps=config.lr_warmup_iters,
+        lr_decay_steps=config.lr_decay_iters or train_iters,
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+        # what the user asks for now counts, not what the checkpoint was trained with
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def check_schedule(config: OptimizerConfig, train_iters: int) -> None:
+    """Refuse a warm-up that leaves no step for the decay.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    decay = config.lr_decay_iters or train_iters
+    if config.lr_warmup_iters >= decay:
+        raise ValueError(
+            f"--lr-warmup-iters {config.lr_warmup_iters} is not below --lr-decay-iters {decay} "
+            f"(--train-iters unless given); lower the one or raise the other"
+        )
+
+
+def schedule_fraction(schedule: OptimizerParamScheduler, peak: float) -> float:
+    """The schedule's present value as a fraction of its peak, for the rate of masks."""
+    return schedule.get_lr({}) / peak
+
+
+def _floor(config: OptimizerConfig) -> float:
+    # a tenth of the peak: the recipes of Sheared LLaMA (docs/algorithm.md section 6)
+    return config.lr / 10 if config.min_lr is None else config.min_lr

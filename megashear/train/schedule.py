@@ -1,0 +1,87 @@
+"""One pass of Megatron's pipeline schedule over this replica's microbatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megashear.data.batch import MicroBatch
+from megashear.parallel import device
+
+Select = Callable[[torch.nn.Module, int], Tensor]
+"""Chooses the noise stream of a chunk's next microbatch; MaskBinding.select."""
+
+
+class SequenceLosses(NamedTuple):
+    """What the last stage measured of one microbatch, on the device."""
+
+    sums: Tensor
+    """Cross entropy summed over the counted tokens of each sequence, nats, [b]."""
+    counts: Tensor
+    """Counted tokens of each sequence, [b]."""
+    domains: Tensor
+    """Domain of each sequence, int64 [b], on the host."""
+
+
+def run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[MicroBatch],
+    *,
+    forward_only: bool,
+    streams: Sequence[int] | None = None,
+    select: Select | None = None,
+) -> list[SequenceLosses]:
+    """Run every microbatch forward, and backward unless ``forward_only``.
+
+    Collective over the replica's model group, and over the data group when gradients are reduced.
+    The loss of a microbatch is the mean over its counted tokens, that of the step their mean.
+
+    Args:
+        chunks: this rank's model chunks, wrapped for data parallelism.
+        batches: this replica's microbatches, all of one shape, the same on all its ranks.
+        forward_only: whether to leave gradients alone.
+        streams: noise stream of each microbatch, where ``select`` is given.
+        select: called before a chunk runs a microbatch.
+
+    Returns:
+        One entry per microbatch on the last stage, none on others.
+    """
+
+    def forward_step(
+        pending: Iterator[tuple[MicroBatch, int]], chunk: torch.nn.Module
+    ) -> tuple[Tensor, Any]:
+        batch, stream = next(pending)
+        to = device.device()
+        positions = torch.arange(batch.tokens.size(1), device=to).expand_as(batch.tokens)
+        per_token = chunk(
+            batch.tokens.to(to),
+            positions,
+            None if select is None else select(chunk, stream),
+            labels=batch.labels.to(to),
+        )  # last stage: cross entropy [b, s]
+        return per_token, partial(_loss, batch)
+
+    pairs = list(zip(batches, streams if streams is not None else [0] * len(batches)))
+    size, length = batches[0].tokens.shape
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        # every chunk of an interleaved schedule goes through the microbatches on its own
+        data_iterator=[iter(pairs) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=size,
+        forward_only=forward_only,
+    )
+
+
+def _loss(batch: MicroBatch, per_token: Tensor) -> tuple[Tensor, SequenceLosses]:
+    mask = batch.loss_mask.to(per_token.device)
+    sums, counts = (per_token * mask).sum(dim=1), mask.sum(dim=1)  # [b]
+    loss = sums.sum() / counts.sum().clamp(min=1.0)
+    return loss, SequenceLosses(sums.detach(), counts, batch.domains)
