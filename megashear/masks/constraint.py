@@ -1,0 +1,191 @@
+"""Lagrangian of expected against target sizes, with a warm-up of the target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from megashear.masks.gates import LOG_ALPHA_MAX, LOG_ALPHA_MIN, probability_closed, scores
+from megashear.masks.state import load_tensors
+from megashear.masks.targets import EXTENTS, KINDS, MaskPart
+from megashear.shape import ModelShape
+
+LEAST_LAMBDA2_MAX = 100.0
+"""Smallest bound of lambda2 that still holds the constraint; 10 was seen to lose control."""
+
+
+class SparsityConstraint:
+    """Holds each kind's expected sparsity to its target with a pair of multipliers.
+
+    Every process keeps all multipliers and computes the same penalty from the same whole sums, so
+    they stay equal everywhere without communication.
+
+    Args:
+        parts: what this process holds, by kind.
+        targets: units to leave open, by kind: the kinds of ``parts``.
+        warmup_steps: steps over which the target sparsity grows from 0; 0 asks for it at once.
+        lambda2_max: bound of the quadratic multipliers, which otherwise only ever grow; ``None``
+            for no bound.
+        force: accept a ``lambda2_max`` below ``LEAST_LAMBDA2_MAX``.
+        dtype: of the multipliers, float32 as in the reference; float64 is for comparing layouts.
+
+    Raises:
+        ValueError: a target that the clamp of log_alpha puts out of reach, a negative warm-up, or
+            a bound too low to hold the constraint.
+
+    Source: Sheared LLaMA (arXiv:2310.06694), section 2.1. Deviations: sums in float64, bounded
+    lambda2, no multipliers for a kind that keeps its size.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, MaskPart],
+        targets: Mapping[str, int],
+        *,
+        warmup_steps: int,
+        lambda2_max: float | None = 500.0,
+        force: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        assert parts.keys() == targets.keys(), f"masks {[*parts]} for targets {[*targets]}"
+        if warmup_steps < 0:
+            raise ValueError(
+                f"warmup_steps is {warmup_steps}; it must be 0 (the whole target at once) or more"
+            )
+        if lambda2_max is not None and not lambda2_max >= LEAST_LAMBDA2_MAX and not force:
+            raise ValueError(
+                f"lambda2_max is {lambda2_max:g}; below {LEAST_LAMBDA2_MAX:g} the masks were seen "
+                f"to lose their targets; raise it to {LEAST_LAMBDA2_MAX:g} or more, or force it"
+            )
+        self.parts: dict[str, MaskPart] = {kind: parts[kind] for kind in KINDS if kind in parts}
+        self.targets: dict[str, float] = {
+            kind: _target_sparsity(part, targets[kind]) for kind, part in self.parts.items()
+        }  # sparsity at the end of the warm-up
+        self.warmup_steps = warmup_steps
+        self.lambda2_max = lambda2_max
+        self.lambda1: dict[str, nn.Parameter] = self._multipliers(dtype)
+        self.lambda2: dict[str, nn.Parameter] = self._multipliers(dtype)
+
+    def target_at(self, step: int) -> dict[str, float]:
+        """Target sparsity by kind at ``step`` (from 0), fraction of a row's units."""
+        grown = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        return {kind: target * grown for kind, target in self.targets.items()}
+
+    def penalty(
+        self, own_sums: Mapping[str, Tensor], whole_sums: Mapping[str, Tensor], step: int
+    ) -> Tensor:
+        """What to add to the loss, the same number on every process.
+
+        Its gradient is this process's exact share for the log_alpha behind ``own_sums``, and the
+        whole gradient for the multipliers, without a differentiable collective: the value of each
+        row comes from ``whole_sums``, its slope from ``own_sums``.
+
+        Args:
+            own_sums: expected closed units held here by kind, float64 [own rows], differentiable,
+                from :meth:`MaskSet.closed_sums`.
+            whole_sums: the same summed over all shards, float64 [num_rows], row order; in one
+                process ``own_sums`` itself.
+            step: training step, from 0.
+
+        Returns:
+            float64 scalar: sum over kinds of the mean over all rows of
+            lambda1 (s - t) + lambda2 (s - t)**2, s a row's sparsity and t the target's.
+        """
+        targets = self.target_at(step)
+        total = torch.zeros((), dtype=torch.float64)
+        for kind, part in self.parts.items():
+            own, whole = own_sums[kind], whole_sums[kind].detach()
+            assert whole.shape == (part.num_rows,), f"{kind}: {list(whole.shape)} for whole rows"
+            rows = torch.tensor(part.rows, dtype=torch.long)
+            sums = whole.index_add(0, rows, own - own.detach())  # [num_rows]
+            gap = sums / part.num_units - targets[kind]
+            lambda1, lambda2 = self.lambda1[kind].double(), self.lambda2[kind].double()
+            total = total + (lambda1 * gap + lambda2 * gap.square()).mean()
+        return total
+
+    def expected_sparsity(self, whole_sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Mean over all rows of the fraction of units expected to be closed, by kind.
+
+        Args:
+            whole_sums: expected closed units of whole rows by kind, [num_rows].
+        """
+        return {
+            kind: float(whole_sums[kind].detach().double().mean()) / part.num_units
+            for kind, part in self.parts.items()
+        }
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All multipliers: lambda1 of every kind, then lambda2, in the order of ``KINDS``."""
+        yield from self.lambda1.values()
+        yield from self.lambda2.values()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The multipliers as ``lambda1.<kind>`` and ``lambda2.<kind>``: live tensors."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The multipliers by ``lambda1.<kind>`` and ``lambda2.<kind>``."""
+        first = {f"lambda1.{kind}": parameter for kind, parameter in self.lambda1.items()}
+        return first | {f"lambda2.{kind}": parameter for kind, parameter in self.lambda2.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Overwrite the multipliers with what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: multipliers of other kinds.
+        """
+        load_tensors(self.state_dict(), state, what="multipliers")
+
+    def _multipliers(self, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+        return {kind: nn.Parameter(torch.zeros((), dtype=dtype)) for kind in self.parts}
+
+
+def expected_params(whole_log_alpha: Mapping[str, Tensor], source: ModelShape) -> float:
+    """Prunable parameters (attention and MLP matrices) expected to remain.
+
+    A product of sums: outer products of the scores would take gigabytes at 7B.
+
+    Args:
+        whole_log_alpha: **whole** masks by kind, [num_rows, num_units]; a kind that is missing
+            is not pruned.
+        source: shape of the unpruned model.
+    """
+    open_units = {kind: scores(mask.detach()) for kind, mask in whole_log_alpha.items()}
+
+    def row_sums(kind: str) -> Tensor:
+        if kind in open_units:
+            return open_units[kind].sum(dim=1)  # [L], or [1] for hidden
+        return torch.tensor([float(getattr(source, EXTENTS[kind]))], dtype=torch.float64)
+
+    # Per hidden unit: a query head has a row of q and a column of o, a key/value head a row of k
+    # and of v, a neuron one of gate, up and down. Heads go with their group, or groups with
+    # their one head: whichever is masked scales both.
+    heads = "head" if source.heads_per_group == 1 else "group"
+    per_unit = 2 * source.head_dim * (source.heads_per_group + 1)
+    per_layer = row_sums(heads) * per_unit + row_sums("intermediate") * 3  # [L] or [1]
+    layers = open_units["layer"][0] if "layer" in open_units else None
+    if layers is None:
+        layers = torch.ones(source.num_layers, dtype=torch.float64)
+    return float(row_sums("hidden").sum() * (layers * per_layer).sum())
+
+
+def _target_sparsity(part: MaskPart, wanted: int) -> float:
+    least, most = (
+        float(probability_closed(torch.tensor(clamp, dtype=torch.float64)))
+        for clamp in (LOG_ALPHA_MAX, LOG_ALPHA_MIN)
+    )
+    sparsity = 1.0 - wanted / part.num_units
+    if not least <= sparsity <= most:
+        if sparsity < least:
+            nearest = math.floor(part.num_units * (1.0 - least))
+        else:
+            nearest = math.ceil(part.num_units * (1.0 - most))
+        raise ValueError(
+            f"target {EXTENTS[part.kind]} {wanted} of {part.num_units} is a sparsity of "
+            f"{sparsity:.4f}, and masks reach {least:.4f} to {most:.4f}; the nearest target is "
+            f"{nearest}"
+        )
+    return sparsity

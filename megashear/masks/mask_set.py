@@ -1,0 +1,149 @@
+"""log_alpha of this process's rows and slices, and the gates it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from megashear.masks.gates import (
+    LOG_ALPHA_MAX,
+    deterministic_gates,
+    num_closed_expected,
+    probability_closed,
+    sample_gates,
+    uniform_noise,
+)
+from megashear.masks.state import load_tensors
+from megashear.masks.targets import KINDS, MaskPart, target_units, whole_parts
+
+__all__ = [
+    "KINDS",
+    "MaskPart",
+    "MaskSet",
+    "exact_gates",
+    "expected_gates",
+    "target_units",
+    "whole_parts",
+]
+
+
+class MaskSet:
+    """The learned locations of the gates whose weights this process holds.
+
+    Everything lives on the CPU: masks are tiny, and the host must know how many gates are open
+    without waiting for a device.
+
+    Args:
+        parts: what this process holds, by kind.
+        dtype: of log_alpha. Training uses float32; float64 is for comparing shards with the
+            whole beyond float32's rounding.
+    """
+
+    def __init__(
+        self, parts: Mapping[str, MaskPart], *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        assert set(parts) <= set(KINDS), f"unknown kinds of mask in {sorted(parts)}"
+        self.parts: dict[str, MaskPart] = {kind: parts[kind] for kind in KINDS if kind in parts}
+        self.log_alpha: dict[str, nn.Parameter] = {
+            kind: nn.Parameter(
+                torch.full((len(part.rows), len(part.units)), LOG_ALPHA_MAX, dtype=dtype)
+            )  # [own rows, own units]
+            for kind, part in self.parts.items()
+        }
+
+    def sample(self, *, seed: int, step: int, stream: int) -> dict[str, Tensor]:
+        """Gates of one noise stream at one step, differentiable.
+
+        Args:
+            seed: the run's seed.
+            step: training step, from 0.
+            stream: noise stream, from 0.
+
+        Returns:
+            z by kind, [own rows, own units]: the same gates that any other layout samples.
+        """
+        gates = {}
+        for kind, part in self.parts.items():
+            own = _index(part.units)
+            noise = [
+                uniform_noise(
+                    part.num_units, seed=seed, step=step, stream=stream, kind=kind, row=row
+                )[own]
+                for row in part.rows
+            ]
+            log_alpha = self.log_alpha[kind]
+            whole = torch.stack(noise) if noise else torch.empty(log_alpha.shape)
+            gates[kind] = sample_gates(log_alpha, whole)
+        return gates
+
+    def closed_sums(self) -> dict[str, Tensor]:
+        """Expected number of closed units among those held here, differentiable.
+
+        Returns:
+            By kind, float64 [own rows]. Summed over the shards of a row they give the whole
+            row's number, which :meth:`SparsityConstraint.penalty` wants beside them.
+        """
+        return {
+            kind: probability_closed(log_alpha).sum(dim=1)
+            for kind, log_alpha in self.log_alpha.items()
+        }
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """log_alpha of every kind, in the order of ``KINDS``."""
+        return iter(self.log_alpha.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """log_alpha by kind, [own rows, own units]: the live tensors, not copies."""
+        return {kind: log_alpha.detach() for kind, log_alpha in self.log_alpha.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Overwrite log_alpha with what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: other kinds or other shapes than held here.
+        """
+        load_tensors(self.state_dict(), state, what="masks")
+
+
+def exact_gates(
+    whole_log_alpha: Mapping[str, Tensor], targets: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Deterministic gates that leave exactly the target number of units open in every row.
+
+    Args:
+        whole_log_alpha: **whole** masks by kind, [num_rows, num_units].
+        targets: units to leave open, by kind, as :func:`target_units` gives them.
+
+    Returns:
+        Gates by kind, [num_rows, num_units].
+    """
+    assert whole_log_alpha.keys() == targets.keys(), f"{[*whole_log_alpha]} for {[*targets]}"
+    return {
+        kind: deterministic_gates(
+            log_alpha, [log_alpha.shape[1] - targets[kind]] * log_alpha.shape[0]
+        )
+        for kind, log_alpha in whole_log_alpha.items()
+    }
+
+
+def expected_gates(whole_log_alpha: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Deterministic gates that close as many units of a row as it is expected to close.
+
+    Args:
+        whole_log_alpha: **whole** masks by kind, [num_rows, num_units].
+
+    Returns:
+        Gates by kind, [num_rows, num_units]; rows may differ in the number of open units.
+    """
+    return {
+        kind: deterministic_gates(log_alpha, [num_closed_expected(row) for row in log_alpha])
+        for kind, log_alpha in whole_log_alpha.items()
+    }
+
+
+def _index(units: tuple[int, ...] | range) -> slice | Tensor:
+    if isinstance(units, range) and units.step == 1:
+        return slice(units.start, units.stop)
+    return torch.tensor(units, dtype=torch.long)

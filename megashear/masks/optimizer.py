@@ -1,0 +1,156 @@
+"""Adam that descends on log_alpha and ascends on the multipliers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from megashear.masks.constraint import SparsityConstraint
+from megashear.masks.gates import LOG_ALPHA_MAX, LOG_ALPHA_MIN
+from megashear.masks.mask_set import MaskSet
+from megashear.masks.state import load_tensors
+
+MULTIPLIERS = "multipliers"
+"""Name under which :meth:`MaskOptimizer.grad_square_sums` reports all multipliers together."""
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class MaskOptimizer:
+    """Steps the masks against the penalty's multipliers: a minimum against a maximum.
+
+    Args:
+        mask_set: its log_alpha descends, and is clamped after each step. The clamp is on the
+            master itself: the reference clamps a copy, and its masters wind up.
+        constraint: its multipliers ascend; lambda2 is held within [0, lambda2_max].
+        betas: decay rates of Adam's two moments, per step.
+        eps: added to the root of the second moment.
+
+    Source: reference implementation of Sheared LLaMA (arXiv:2310.06694), with the clamp moved.
+    """
+
+    def __init__(
+        self,
+        mask_set: MaskSet,
+        constraint: SparsityConstraint,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        self._log_alpha: dict[str, nn.Parameter] = dict(mask_set.log_alpha)
+        self._multipliers: dict[str, nn.Parameter] = constraint.named_parameters()
+        self._lambda2 = list(constraint.lambda2.values())
+        self._lambda2_max = constraint.lambda2_max
+        # One Adam for both sides, so that step count and learning rate cannot drift apart; step()
+        # turns the multipliers' sign.
+        self._adam = torch.optim.Adam(
+            [
+                {"params": list(self._log_alpha.values())},
+                {"params": list(self._multipliers.values())},
+            ],
+            lr=0.0,
+            betas=betas,
+            eps=eps,
+            foreach=False,
+        )
+        # Adam makes its state at the first step; a checkpoint wants it before.
+        for parameter in self._named_parameters().values():
+            self._adam.state[parameter] = {"step": torch.tensor(0.0)} | {
+                moment: torch.zeros_like(parameter, requires_grad=False) for moment in _MOMENTS
+            }
+
+    def step(self, lr: float, *, grad_scale: float = 1.0) -> None:
+        """Take one step with the gradients at hand, and clamp.
+
+        Uses the gradients up: afterwards they are scaled, and those of the multipliers negated.
+
+        Args:
+            lr: learning rate of log_alpha and multipliers, the scheduler's value.
+            grad_scale: factor on all gradients, from :func:`clip_factor`.
+        """
+        for name, parameter in self._named_parameters().items():
+            assert parameter.grad is not None, f"{name} has no gradient; was the penalty added?"
+            parameter.grad.mul_(-grad_scale if name in self._multipliers else grad_scale)
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        self._adam.step()
+        with torch.no_grad():
+            for log_alpha in self._log_alpha.values():
+                log_alpha.clamp_(LOG_ALPHA_MIN, LOG_ALPHA_MAX)
+            for lambda2 in self._lambda2:
+                lambda2.clamp_(min=0.0, max=self._lambda2_max)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of log_alpha and of the multipliers."""
+        self._adam.zero_grad(set_to_none=True)
+
+    def grad_square_sums(self) -> dict[str, Tensor]:
+        """Squared gradient norms of what is held here, for one clip norm over all of it.
+
+        The caller sums each kind over the shards that hold different parts of it, and only those,
+        so that a replicated mask counts once; then adds up the kinds.
+
+        Returns:
+            float64 scalars: one for log_alpha of each kind, and ``MULTIPLIERS`` for all
+            multipliers, which every process holds whole.
+        """
+        sums = {kind: _grad_square_sum(mask) for kind, mask in self._log_alpha.items()}
+        zero = torch.zeros((), dtype=torch.float64)
+        return sums | {MULTIPLIERS: sum(map(_grad_square_sum, self._multipliers.values()), zero)}
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken, which Adam's bias correction needs; saved beside the tensors."""
+        return int(next(iter(self._adam.state.values()))["step"])
+
+    @num_steps.setter
+    def num_steps(self, num_steps: int) -> None:
+        for state in self._adam.state.values():
+            state["step"].fill_(float(num_steps))
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Adam's moments: the live tensors, not copies.
+
+        Returns:
+            ``<kind>.exp_avg`` and ``<kind>.exp_avg_sq`` shaped like log_alpha, and sharded like
+            it; ``lambda1.<kind>.exp_avg`` and so on for the multipliers, scalars. With
+            :attr:`num_steps` this is all there is to resume.
+        """
+        return {
+            f"{name}.{moment}": self._adam.state[parameter][moment]
+            for name, parameter in self._named_parameters().items()
+            for moment in _MOMENTS
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite the moments with what :meth:`state_tensors` gave; set ``num_steps`` beside.
+
+        Raises:
+            ValueError: other names or shapes than held here.
+        """
+        load_tensors(self.state_tensors(), tensors, what="mask optimizer moments")
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        return self._log_alpha | self._multipliers
+
+
+def clip_factor(total_norm: float, max_norm: float = 1.0) -> float:
+    """Factor on all gradients that brings their norm down to ``max_norm``, at most 1.
+
+    Args:
+        total_norm: norm over log_alpha of all shards and the multipliers.
+        max_norm: the largest norm left unscaled.
+
+    Source: torch.nn.utils.clip_grad_norm_, and Megatron's clipping, with their 1e-6.
+    """
+    factor = max_norm / (total_norm + 1e-6)
+    return (
+        1.0 if factor > 1.0 else factor
+    )  # not min(), which would hide a norm that is not a number
+
+
+def _grad_square_sum(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "no gradient yet; was the penalty added?"
+    return parameter.grad.double().square().sum()

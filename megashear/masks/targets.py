@@ -1,0 +1,158 @@
+"""Which kinds of mask lead from a source shape to a target shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from megashear.shape import ModelShape
+
+KINDS = ("hidden", "head", "group", "intermediate", "layer")
+"""Kinds of mask, in the order in which every process goes through them."""
+
+EXTENTS = {
+    "hidden": "hidden_size",
+    "head": "num_attention_heads",
+    "group": "num_query_groups",
+    "intermediate": "ffn_hidden_size",
+    "layer": "num_layers",
+}
+"""The extent of :class:`ModelShape` that each kind of mask lowers."""
+
+_UNMASKED = ("head_dim", "vocab_size", "norm_epsilon", "rotary_base")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskPart:
+    """The rows and units of one kind's whole log_alpha [num_rows, num_units] held here.
+
+    ``hidden`` and ``layer`` have one row; the units of ``layer`` are the layers. With virtual
+    pipeline stages neither rows nor units need be contiguous.
+    """
+
+    kind: str
+    """Kind of mask, of ``KINDS``."""
+    num_rows: int
+    """Rows of the whole mask."""
+    num_units: int
+    """Units in a whole row."""
+    rows: tuple[int, ...]
+    """Rows held here, whole mask's numbers, rising."""
+    units: tuple[int, ...] | range
+    """Units held here, of each row held, whole row's numbers, rising."""
+
+    def __post_init__(self) -> None:
+        assert self.kind in KINDS, f"unknown kind of mask {self.kind!r}"
+        for name, held, total in (
+            ("rows", self.rows, self.num_rows),
+            ("units", self.units, self.num_units),
+        ):
+            assert all(a < b for a, b in pairwise(held)), f"{self.kind} {name} {held} do not rise"
+            assert not held or (held[0] >= 0 and held[-1] < total), (
+                f"{self.kind} {name} {held} are not within 0..{total - 1}"
+            )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this process holds every row and every unit."""
+        return len(self.rows) == self.num_rows and len(self.units) == self.num_units
+
+
+def whole_parts(source: ModelShape, target: ModelShape) -> dict[str, MaskPart]:
+    """The masks to learn on the way from ``source`` to ``target``, held by one process.
+
+    A kind exists only where the target is smaller: its sparsity cannot fall to 0, so its
+    multipliers would grow without end. Attention has ``head`` masks without grouped queries,
+    ``group`` masks (a key/value head with its query heads) with them.
+
+    Args:
+        source: the model to prune.
+        target: the model to end with.
+
+    Returns:
+        Whole parts by kind, in the order of ``KINDS``.
+
+    Raises:
+        ValueError: no set of masks leads from ``source`` to ``target``.
+    """
+    parts = {}
+    for kind in target_units(source, target):
+        num_rows = 1 if kind in ("hidden", "layer") else source.num_layers
+        num_units: int = getattr(source, EXTENTS[kind])
+        parts[kind] = MaskPart(
+            kind=kind,
+            num_rows=num_rows,
+            num_units=num_units,
+            rows=tuple(range(num_rows)),
+            units=range(num_units),
+        )
+    return parts
+
+
+def target_units(source: ModelShape, target: ModelShape) -> dict[str, int]:
+    """Units that stay open in each row, by kind of mask, in the order of ``KINDS``.
+
+    Has the same kinds as :func:`whole_parts`.
+
+    Raises:
+        ValueError: no set of masks leads from ``source`` to ``target``.
+    """
+    _check_reachable(source, target)
+    grouped = _is_grouped(source)
+    units: dict[str, int] = {}
+    for kind in KINDS:
+        if kind == ("head" if grouped else "group"):
+            continue
+        wanted: int = getattr(target, EXTENTS[kind])
+        if wanted < getattr(source, EXTENTS[kind]):
+            units[kind] = wanted
+    if not units:
+        extents = ", ".join(f"{name} {getattr(source, name)}" for name in EXTENTS.values())
+        raise ValueError(
+            f"nothing to prune: target and source both have {extents}; lower at least one of them "
+            f"in the target"
+        )
+    return units
+
+
+def _is_grouped(shape: ModelShape) -> bool:
+    return shape.num_query_groups < shape.num_attention_heads
+
+
+def _check_reachable(source: ModelShape, target: ModelShape) -> None:
+    for name in _UNMASKED:
+        found, wanted = getattr(target, name), getattr(source, name)
+        if found != wanted:
+            raise ValueError(
+                f"target {name} is {found}, the source has {wanted}, and no mask changes it; set "
+                f"the target's {name} to {wanted}"
+            )
+    for name in EXTENTS.values():
+        found, most = getattr(target, name), getattr(source, name)
+        if found > most:
+            raise ValueError(
+                f"target {name} is {found}, the source has {most}, and pruning only removes; set "
+                f"the target's {name} to at most {most}"
+            )
+    _check_heads(source, target)
+
+
+def _check_heads(source: ModelShape, target: ModelShape) -> None:
+    heads, groups = target.num_attention_heads, target.num_query_groups
+    if source.heads_per_group == target.heads_per_group:
+        return
+    if not _is_grouped(source):
+        raise ValueError(
+            f"target has {heads} query heads in num_query_groups {groups}, but in the source "
+            f"every query head has its own key/value head and masks do not merge them; set the "
+            f"target's num_query_groups to {heads}"
+        )
+    width = source.heads_per_group
+    # Halves go up; ModelShape made sure that groups divide heads, so this is an exact extent.
+    nearest = min(max(1, (2 * heads + width) // (2 * width)), source.num_query_groups)
+    raise ValueError(
+        f"target has {heads} query heads in num_query_groups {groups}, but query heads go with "
+        f"their key/value head, {width} at a time, so num_attention_heads must be a multiple of "
+        f"{width}; the nearest is num_attention_heads {nearest * width} with num_query_groups "
+        f"{nearest}"
+    )
