@@ -1,0 +1,166 @@
+"""Law 1: every layout computes what one process computes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from megashear.config import ModelConfig, ParallelConfig
+from megashear.models import binding
+from megashear.models.masked_layers import MaskedRMSNorm
+from megashear.train.objectives import StructuredPruning
+from tests.distributed.pruning_run import Snapshot, run
+from tests.tiny import layout, relative_error
+
+REDUCTION_ORDER = 1e-5
+"""Relative; float32 sums over at most 4 shards and 4 layers in another order."""
+FREE_RUNNING = 1e-3
+"""Absolute, on log_alpha: Adam at rate 1.0 turns rounding of nearly cancelled gradients into
+steps; architecture law 1 (b)."""
+
+RECOMPUTE = ModelConfig(recompute_granularity="full")
+
+LAYOUTS = [
+    pytest.param(layout(tp=2), 1, None, id="tp2"),
+    pytest.param(layout(tp=4), 1, None, id="tp4"),
+    pytest.param(layout(tp=2, sp=True), 1, None, id="tp2-sp"),
+    pytest.param(layout(pp=2), 1, None, id="pp2"),
+    pytest.param(layout(pp=4), 1, None, id="pp4"),
+    pytest.param(layout(pp=2, vpp=2), 1, None, id="pp2-vpp2"),
+    pytest.param(
+        layout(pp=2, vpp=2, overlap_p2p_communication=True), 1, None, id="pp2-vpp2-overlap"
+    ),
+    pytest.param(layout(), 2, None, id="dp2"),
+    pytest.param(layout(), 4, None, id="dp4"),
+    pytest.param(layout(), 1, RECOMPUTE, id="recompute"),
+    pytest.param(layout(pp=2), 1, RECOMPUTE, id="pp2-recompute"),
+    pytest.param(layout(tp=2, pp=2, sp=True), 1, None, id="tp2-pp2-sp"),
+    pytest.param(layout(tp=2, sp=True), 2, RECOMPUTE, id="tp2-sp-dp2-recompute"),
+]
+
+
+@functools.cache
+def whole_run() -> list[Snapshot]:
+    return run(layout(), steps=6)
+
+
+@pytest.mark.parametrize(("parallel", "data_size", "model"), LAYOUTS)
+def test_a_step_does_not_depend_on_layout(
+    parallel: ParallelConfig, data_size: int, model: ModelConfig | None
+) -> None:
+    reference = whole_run()[:3]
+    for here, there in zip(
+        run(parallel, data_size=data_size, model=model, follow=reference), reference
+    ):
+        assert errors(here, there) == pytest.approx(
+            dict.fromkeys(errors(here, there), 0.0), abs=REDUCTION_ORDER
+        )
+
+
+@pytest.mark.parametrize(
+    ("parallel", "data_size", "model"),
+    [case for case in LAYOUTS if case.id in ("tp2-pp2-sp", "pp2-vpp2", "tp2-sp-dp2-recompute")],
+)
+def test_free_running_layouts_stay_together(
+    parallel: ParallelConfig, data_size: int, model: ModelConfig | None
+) -> None:
+    reference = whole_run()
+    for here, there in zip(run(parallel, data_size=data_size, model=model, steps=6), reference):
+        assert here.loss == pytest.approx(there.loss, rel=REDUCTION_ORDER)
+        for name, value in there.multipliers.items():
+            assert here.multipliers[name] == pytest.approx(
+                float(value), rel=REDUCTION_ORDER, abs=REDUCTION_ORDER
+            ), name
+        for kind, log_alpha in there.masks.items():
+            assert (here.masks[kind] - log_alpha).abs().max() < FREE_RUNNING, kind
+            assert torch.equal(here.expected_open[kind] > 0, there.expected_open[kind] > 0), kind
+
+
+def test_layout_parity_notices_a_missing_division(monkeypatch: pytest.MonkeyPatch) -> None:
+    # replicated gates counted once per tensor rank
+    def broken(objective: StructuredPruning) -> None:
+        objective.binding.sequence_parallel = True
+
+    found = worst(layout(tp=2), broken=broken)
+    assert found["leaf hidden"] > 0.5
+    assert found["leaf intermediate"] < REDUCTION_ORDER
+
+
+def test_layout_parity_notices_a_missing_sum_over_stages() -> None:
+    def broken(objective: StructuredPruning) -> None:
+        # the hidden mask treated as if each stage had its own
+        binding.SPLIT_OVER_PIPELINE = frozenset({"hidden", *binding.SPLIT_OVER_PIPELINE})
+
+    with pytest.raises(AssertionError, match="copies of hidden gradients differ"):
+        worst(layout(pp=2), broken=broken)
+
+
+def test_layout_parity_notices_streams_mixed_up_by_recompute() -> None:
+    def broken(objective: StructuredPruning) -> None:
+        # gates looked up when a layer runs again, instead of carried with its arguments
+        select = objective.binding.select
+        current = {}
+
+        def remember(chunk: Any, stream: int) -> torch.Tensor:
+            current["stream"] = stream
+            return select(chunk, stream)
+
+        class Current(dict):
+            def __getitem__(self, stream: int) -> Any:
+                return super().__getitem__(current["stream"])
+
+        bind = objective.binding.bind
+
+        def bind_current(sampled: Any) -> None:
+            bind(sampled)
+            for layer in binding._layers(objective.chunks):
+                layer.streams = Current(layer.streams)
+
+        objective.binding.select = remember  # type: ignore[method-assign]
+        objective.binding.bind = bind_current  # type: ignore[method-assign]
+
+    assert worst(layout(pp=2), model=RECOMPUTE, broken=broken)["leaf intermediate"] > 0.01
+
+
+def test_layout_parity_notices_a_norm_over_closed_dimensions() -> None:
+    def broken(objective: StructuredPruning) -> None:
+        def forward(norm: MaskedRMSNorm, x: torch.Tensor) -> torch.Tensor:
+            weight = norm.weight if norm.gates is None else norm.weight * norm.gates.hidden
+            return torch.nn.functional.rms_norm(x, (x.size(-1),), weight, norm.eps)
+
+        MaskedRMSNorm.forward = forward  # type: ignore[method-assign]
+
+    assert worst(layout(tp=2), broken=broken)["loss"] > 1e-3
+
+
+def worst(parallel: ParallelConfig, **more: Any) -> dict[str, float]:
+    """The largest error of each quantity over three followed steps."""
+    reference = whole_run()[:3]
+    steps = [errors(a, b) for a, b in zip(run(parallel, follow=reference, **more), reference)]
+    return {name: max(step[name] for step in steps) for name in steps[0]}
+
+
+def errors(here: Snapshot, there: Snapshot) -> dict[str, float]:
+    """Relative error of the loss, and per tensor of all gradients."""
+    found = {"loss": abs(here.loss - there.loss) / there.loss}
+    if there.penalty:
+        found["penalty"] = abs(here.penalty - there.penalty) / abs(there.penalty)
+    assert here.weight_grads.keys() == there.weight_grads.keys()
+    for name, grad in there.weight_grads.items():
+        found[name] = relative_error(here.weight_grads[name], grad)
+    for kind in there.mask_grads:
+        streams = [stream for stream, k in there.leaf_grads if k == kind]
+        found[f"leaf {kind}"] = max(
+            relative_error(here.leaf_grads[stream, kind], there.leaf_grads[stream, kind])
+            for stream in streams
+        )
+    # log_alpha of all kinds together: some kinds' gradients nearly cancel
+    ours = torch.cat([here.mask_grads[kind].flatten() for kind in there.mask_grads])
+    theirs = torch.cat([grad.flatten() for grad in there.mask_grads.values()])
+    found["log_alpha"] = relative_error(ours, theirs)
+    for name, grad in there.multiplier_grads.items():
+        found[name] = abs(float(here.multiplier_grads[name] - grad))
+    return found
