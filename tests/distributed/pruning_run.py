@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megashear.masks.mask_set import expected_gates
+from megashear.masks.mask_set import expected_gates, whole_parts
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.objectives import StructuredPruning
@@ -76,6 +76,15 @@ def run(
     return [_whole([result[step] for result in per_rank]) for step in range(steps)]
 
 
+def half_open_masks() -> dict[str, Tensor]:
+    """Whole log_alpha in the middle of pruning: gates sampled closed, open and between."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        kind: (torch.randn(part.num_rows, part.num_units, generator=generator) * 2 + 1).clamp(-4, 4)
+        for kind, part in whole_parts(SOURCE, TARGET).items()
+    }
+
+
 def _rank(
     parallel: ParallelConfig,
     model: ModelConfig,
@@ -97,6 +106,7 @@ def _rank(
         global_batch_size=BATCH,
         sequence_parallel=parallel.sequence_parallel,
     )
+    objective.masks.load_state_dict(objective.binding.slice_gates(half_open_masks()))
     if broken is not None:
         broken(objective)
     optimizer = build_optimizer(chunks, OPTIMIZER, bf16=False)
