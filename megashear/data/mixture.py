@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 SUM_TOLERANCE = 1e-6
-"""How far from 1 a sum of weights may lie: what printing them with six decimals leaves."""
+"""How far from 1 a sum of weights may lie: what writing them with seven decimals leaves."""
 
 
 class MixtureState(TypedDict):
@@ -102,7 +102,7 @@ def normalise_weights(
         raise ValueError(f"--domain-weights are {values.tolist()}; wanted finite numbers >= 0")
     total = math.fsum(values)
     if abs(total - 1) > SUM_TOLERANCE:
-        shares = ", ".join(f"{value / total:.6g}" for value in values) if total else "positive ones"
+        shares = ", ".join(f"{value / total:.9g}" for value in values) if total else "positive ones"
         raise ValueError(
             f"--domain-weights sum to {total:.8g}, wanted 1; in the same proportions: {shares}"
         )

@@ -1,0 +1,197 @@
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megashear.data.loader import DomainSequences, MicroBatch, MixtureLoader
+from megashear.data.mixture import DomainMixture
+
+LENGTH = 250  # leaves so few sequences that the run below crosses epochs
+WEIGHTS = [0.5, 0.2, 0.3]
+OTHER_WEIGHTS = [0.1, 0.1, 0.8]
+STEPS = 30
+
+
+def loader(data, *, batch=12, micro=1, rank=0, size=1, seed=5, length=LENGTH) -> MixtureLoader:
+    domains = [
+        DomainSequences(data.prefix(name), length, seed, i) for i, name in enumerate(data.names)
+    ]
+    return MixtureLoader(
+        domains,
+        DomainMixture(WEIGHTS),
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        data_parallel_rank=rank,
+        data_parallel_size=size,
+    )
+
+
+def rows(batches: list[MicroBatch]) -> list[tuple]:
+    """(position, domain, text) of every sequence, in order."""
+    return [
+        (batch.positions[i].item(), batch.domains[i].item(), *batch.tokens[i].tolist())
+        for batch in batches
+        for i in range(len(batch.tokens))
+    ]
+
+
+def run(each: MixtureLoader, steps: range) -> list[list[tuple]]:
+    """Rows of each step; the weights change at step 10."""
+    found = []
+    for step in steps:
+        if step == 10:
+            each.mixture.set_weights(OTHER_WEIGHTS)
+        found.append(rows(each.next_batch()))
+    return found
+
+
+def test_labels_are_the_next_tokens(data) -> None:
+    batches = loader(data, micro=3).next_batch()
+    assert len(batches) == 4
+    for batch in batches:
+        assert batch.tokens.shape == batch.labels.shape == batch.loss_mask.shape == (3, LENGTH)
+        assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
+        assert batch.tokens.dtype == batch.labels.dtype == batch.domains.dtype == torch.int64
+        assert batch.loss_mask.dtype == torch.float32
+        assert batch.loss_mask.all()
+    assert [p for batch in batches for p in batch.positions.tolist()] == list(range(12))
+
+
+@pytest.fixture(scope="module")
+def whole(data) -> list[list[tuple]]:
+    return run(loader(data), range(STEPS))
+
+
+def assert_same_batches(whole: list, parts: list[list]) -> None:
+    for step, expected in enumerate(whole):
+        assert [row for part in parts for row in part[step]] == expected, step
+
+
+@pytest.mark.parametrize(("size", "micro"), [(1, 4), (2, 3), (3, 2), (4, 1), (12, 1)])
+def test_every_data_parallel_size_reads_the_same_batches(data, whole, size, micro) -> None:
+    parts = [
+        run(loader(data, rank=rank, size=size, micro=micro), range(STEPS)) for rank in range(size)
+    ]
+    assert_same_batches(whole, parts)
+
+
+def test_equal_batches_notice_a_replica_that_draws_for_itself(data, whole) -> None:
+    parts = [run(loader(data, batch=6), range(STEPS)) for _ in range(2)]
+    with pytest.raises(AssertionError):
+        assert_same_batches(whole, parts)
+
+
+def test_the_run_crosses_epochs(data, whole) -> None:
+    drawn = Counter(row[1] for step in whole for row in step)
+    domains = loader(data).domains
+    assert any(drawn[d.domain_index] > 2 * d.samples_per_epoch for d in domains)
+
+
+def test_within_an_epoch_nothing_is_skipped_or_repeated(data, whole) -> None:
+    for domain in loader(data).domains:
+        read = [row[2:] for step in whole for row in step if row[1] == domain.domain_index]
+        expected = [tuple(domain[i].tolist()[:-1]) for i in range(len(read))]
+        assert read == expected
+
+
+@pytest.mark.parametrize("stop", [1, 7, 10, 17])
+@pytest.mark.parametrize("size", [1, 3])
+def test_resumed_run_goes_on_with_the_same_batches(data, whole, stop: int, size: int) -> None:
+    first = loader(data, rank=0, size=2)
+    run(first, range(stop))
+    state = json.loads(json.dumps(first.state_dict()))
+    assert first.consumed_samples == 12 * stop
+    parts = []
+    for rank in range(size):
+        resumed = loader(data, rank=rank, size=size)
+        resumed.load_state_dict(state)
+        assert resumed.consumed_samples == 12 * stop
+        parts.append(run(resumed, range(stop, STEPS)))
+    assert_same_batches(whole[stop:], parts)
+
+
+def test_resume_notices_a_forgotten_mixture(data, whole) -> None:
+    with pytest.raises(AssertionError):
+        assert_same_batches(whole[7:], [run(loader(data), range(7, STEPS))])
+
+
+def test_state_does_not_grow(data) -> None:
+    each = loader(data)
+    before = len(json.dumps(each.state_dict()))
+    run(each, range(STEPS))
+    assert len(json.dumps(each.state_dict())) < before + 60 * len(data.names)
+
+
+def test_only_own_samples_are_read(data, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    original = DomainSequences.__getitem__
+
+    def noted(domain: DomainSequences, sample: int) -> torch.Tensor:
+        read.append(sample)
+        return original(domain, sample)
+
+    monkeypatch.setattr(DomainSequences, "__getitem__", noted)
+    loader(data, rank=1, size=4).next_batch()
+    assert len(read) == 3
+
+
+@pytest.fixture
+def second_of_two_ranks() -> Iterator[None]:
+    """A process group whose other rank never comes: whoever waits for it waits for ever."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+def test_ranks_of_a_group_need_not_wait_for_each_other(data, whole, second_of_two_ranks) -> None:
+    before = sorted(os.listdir(data.directory))
+    # Megatron's own cached way has rank 0 build the index and all others read its files.
+    assert run(loader(data), range(STEPS)) == whole
+    assert sorted(os.listdir(data.directory)) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 12, "micro": 5}, "12 is not a positive multiple .* 5 \\* data-parallel size 1"),
+        ({"batch": 12, "micro": 2, "size": 4}, r"--micro-batch-size 2 \* .* size 4 = 8"),
+        ({"batch": 0}, "--global-batch-size 0 is not a positive multiple"),
+        ({"micro": 0}, "--micro-batch-size 0"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused(data, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loader(data, **options)
+
+
+def test_weights_of_other_domains_are_refused(data) -> None:
+    with pytest.raises(ValueError, match="3 domains but --domain-weights has 2"):
+        MixtureLoader(
+            loader(data).domains,
+            DomainMixture([0.5, 0.5]),
+            global_batch_size=2,
+            micro_batch_size=1,
+            data_parallel_rank=0,
+            data_parallel_size=1,
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"domains": ["cc"]}, r"domains was \['cc'\] in the saved run.*data of the saved run"),
+        ({"sequence_length": 4096}, "sequence_length was 4096 .* and is 250 now.*--seq-length"),
+        ({"samples_per_epoch": [1, 2, 3]}, "samples_per_epoch was .*repeat and skip samples"),
+        ({"seed": 42}, "seed was 42 in the saved run and is 5 now.*--seed"),
+    ],
+)
+def test_state_of_another_run_is_refused(data, change: dict, message: str) -> None:
+    each = loader(data)
+    with pytest.raises(ValueError, match=message):
+        each.load_state_dict({**each.state_dict(), **change})
