@@ -90,7 +90,9 @@ def test_probability_closed_at_the_clamps_is_what_the_docs_say() -> None:
     found = gates.probability_closed(torch.tensor([gates.LOG_ALPHA_MAX, 0.0, gates.LOG_ALPHA_MIN]))
     assert found.dtype == torch.float64
     assert found.tolist() == pytest.approx([0.0020177, 0.16818, 0.952870], abs=5e-6)
-    assert float(gates.soft_gates(torch.tensor(gates.LOG_ALPHA_MAX))) == pytest.approx(0.99603, 1e-5)
+    assert float(gates.soft_gates(torch.tensor(gates.LOG_ALPHA_MAX))) == pytest.approx(
+        0.99603, 1e-5
+    )
 
 
 def test_sampled_gates_have_the_slope_of_finite_differences() -> None:

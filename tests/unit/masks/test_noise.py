@@ -43,10 +43,10 @@ def test_noise_is_uniform_float32() -> None:
 
 def test_noise_ignores_global_generators() -> None:
     torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
     first = noise()
     torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
     assert torch.equal(first, noise())
 
 

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megashear.masks import constraint as constraint_module
+from megashear.masks import gates
+from megashear.masks.constraint import SparsityConstraint, expected_params
+from megashear.masks.mask_set import MaskSet, target_units, whole_parts
+from megashear.shape import ModelShape
+from tests.unit.masks import golden
+from tests.unit.masks.test_targets import GQA, MHA
+
+FLOAT32 = 2e-6  # relative, or absolute on sparsities; the reference sums and cancels in float32
+STEPS = (0, 3, 10, 50)
+
+
+def golden_masks() -> tuple[MaskSet, SparsityConstraint]:
+    source, target = golden.shape("base"), golden.shape("target")
+    parts = whole_parts(source, target)
+    masks = MaskSet(parts)
+    constraint = SparsityConstraint(
+        parts, target_units(source, target), warmup_steps=golden.facts()["warmup"]
+    )
+    masks.load_state_dict(golden.log_alpha())
+    constraint.load_state_dict(
+        {
+            f"lambda{n}.{kind}": golden.tensors()[f"lambda.lambda_{n}_{kind}"]
+            for n in (1, 2)
+            for kind in parts
+        }
+    )
+    return masks, constraint
+
+
+def golden_errors(step: int) -> dict[str, float]:
+    masks, constraint = golden_masks()
+    sums = masks.closed_sums()
+    penalty = constraint.penalty(sums, sums, step)
+    penalty.backward()
+    facts = golden.facts()[f"lagrangian@{step}"]
+    errors = {"total": abs(penalty.item() - facts["total"])}
+    for kind, sparsity in constraint.expected_sparsity(sums).items():
+        errors[f"s.{kind}"] = abs(sparsity - facts[f"expected_{kind}_sparsity"])
+        errors[f"t.{kind}"] = abs(
+            constraint.target_at(step)[kind] - facts[f"target_{kind}_sparsity"]
+        )
+    found: dict[str, Tensor | None] = {k: p.grad for k, p in masks.log_alpha.items()}
+    found |= {
+        name.replace(".", "_").replace("lambda", "lambda_"): parameter.grad
+        for name, parameter in constraint.named_parameters().items()
+    }
+    for name, grad in found.items():
+        assert grad is not None
+        wanted = golden.tensors()[f"lag_grad@{step}.{name}"]
+        errors[name] = golden.relative_error(grad, wanted.reshape(grad.shape))
+    return errors
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_penalty_and_its_gradients_equal_the_reference(step: int) -> None:
+    errors = golden_errors(step)
+    assert len(errors) == 1 + 4 * 5
+    assert max(errors.values()) < FLOAT32, errors
+
+
+def one_row_per_kind(self: SparsityConstraint, own: object, whole: object, step: int) -> Tensor:
+    """A penalty of the mean row instead of the mean over rows of the penalty."""
+    total = torch.zeros((), dtype=torch.float64)
+    for kind, part in self.parts.items():
+        gap = own[kind].mean() / part.num_units - self.target_at(step)[kind]  # type: ignore[index]
+        total = total + self.lambda1[kind] * gap + self.lambda2[kind] * gap**2
+    return total
+
+
+def no_warmup(self: SparsityConstraint, step: int) -> dict[str, float]:
+    return self.targets
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"), [("penalty", one_row_per_kind), ("target_at", no_warmup)]
+)
+def test_penalty_parity_notices_a_break(
+    name: str, broken: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SparsityConstraint, name, broken)
+    assert max(golden_errors(3).values()) > 100 * FLOAT32
+
+
+def test_penalty_equals_a_formula_written_out() -> None:
+    masks, constraint = golden_masks()
+    wanted = 0.0
+    for kind, log_alpha in masks.log_alpha.items():
+        first, second = constraint.lambda1[kind].item(), constraint.lambda2[kind].item()
+        t = constraint.targets[kind] * 0.7
+        terms = []
+        for row in log_alpha.tolist():
+            closed = [1 / (1 + math.exp(a - 2 / 3 * math.log(0.1 / 1.1))) for a in row]
+            gap = math.fsum(closed) / len(row) - t
+            terms.append(first * gap + second * gap**2)
+        wanted += math.fsum(terms) / len(terms)
+    sums = masks.closed_sums()
+    found = constraint.penalty(sums, sums, 7).item()
+    assert found == pytest.approx(wanted, rel=1e-12)  # float64 throughout
+
+
+def test_expected_params_equal_the_reference() -> None:
+    found = expected_params(golden.log_alpha(), golden.shape("base"))
+    assert found == pytest.approx(golden.facts()["expected_params"], rel=FLOAT32)
+
+
+def test_expected_params_notice_a_missing_mask() -> None:
+    masks = golden.log_alpha()
+    del masks["layer"]
+    found = expected_params(masks, golden.shape("base"))
+    assert found != pytest.approx(golden.facts()["expected_params"], rel=0.1)
+
+
+@pytest.mark.parametrize("source", [MHA, GQA], ids=["mha", "gqa"])
+def test_expected_params_are_the_outer_product_of_scores(source: ModelShape) -> None:
+    """Weighs every entry of every matrix with the chance that its row and column stay."""
+    torch.manual_seed(3)
+    heads = "head" if source is MHA else "group"
+    units = {"hidden": (1, 40), heads: (4, source.num_query_groups), "layer": (1, 4)}
+    masks = {kind: 3 * torch.randn(shape) for kind, shape in units.items()}  # intermediate: none
+    hidden = gates.scores(masks["hidden"])[0]
+    layers = gates.scores(masks["layer"])[0]
+    wanted = 0.0
+    for layer in range(4):
+        groups = gates.scores(masks[heads][layer])
+        queries = groups.repeat_interleave(source.heads_per_group * source.head_dim)
+        keys = groups.repeat_interleave(source.head_dim)
+        neurons = torch.ones(96, dtype=torch.float64)
+        matrices = (queries, queries, keys, keys, neurons, neurons, neurons)
+        wanted += float(layers[layer]) * sum(float(torch.outer(m, hidden).sum()) for m in matrices)
+    assert expected_params(masks, source) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_expected_params_without_masks_are_all() -> None:
+    for source in (MHA, GQA):
+        assert expected_params({}, source) == source.num_layers * source.layer_params()
+
+
+def build(**settings: object) -> SparsityConstraint:
+    target = replace(MHA, hidden_size=24)
+    return SparsityConstraint(
+        whole_parts(MHA, target), target_units(MHA, target), **({"warmup_steps": 10} | settings)
+    )  # type: ignore[arg-type]
+
+
+def test_target_grows_over_the_warmup() -> None:
+    constraint = build(warmup_steps=4)
+    grown = [constraint.target_at(step)["hidden"] for step in (0, 1, 2, 4, 100)]
+    assert grown == pytest.approx([0.0, 0.1, 0.2, 0.4, 0.4])
+    assert build(warmup_steps=0).target_at(0) == {"hidden": pytest.approx(0.4)}
+
+
+def test_multipliers_start_at_nothing_in_float32() -> None:
+    state = build().state_dict()
+    assert list(state) == ["lambda1.hidden", "lambda2.hidden"]
+    assert all(value.dtype == torch.float32 and value == 0 for value in state.values())
+
+
+def test_reachable_range_is_computed_from_the_clamp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constraint_module, "LOG_ALPHA_MAX", 0.0)
+    target = replace(MHA, hidden_size=36)
+    with pytest.raises(ValueError, match=r"masks reach 0.1682 to 0.9529; the nearest target is 33"):
+        SparsityConstraint(whole_parts(MHA, target), target_units(MHA, target), warmup_steps=1)
+
+
+def test_a_negative_warmup_is_refused() -> None:
+    with pytest.raises(ValueError, match="warmup_steps is -1; it must be 0"):
+        build(warmup_steps=-1)
+
+
+@pytest.mark.parametrize("bound", [99.0, 0.0, -5.0, math.nan])
+def test_a_bound_that_loses_control_is_refused_unless_forced(bound: float) -> None:
+    with pytest.raises(ValueError, match=f"lambda2_max is {bound:g}; below 100 .*or force it"):
+        build(lambda2_max=bound)
+    assert build(lambda2_max=None).lambda2_max is None
+    assert build(lambda2_max=100.0).lambda2_max == 100.0
+    assert build(lambda2_max=10.0, force=True).lambda2_max == 10.0
+
+
+def test_multipliers_of_another_run_are_refused() -> None:
+    constraint = build()
+    with pytest.raises(ValueError, match=r"saved multipliers are \['lambda1.head'\].*this run has"):
+        constraint.load_state_dict({"lambda1.head": torch.zeros(())})
+    with pytest.raises(
+        ValueError, match=r"lambda1.hidden has shape \[2\], this process holds \[\]"
+    ):
+        constraint.load_state_dict(
+            {"lambda1.hidden": torch.zeros(2), "lambda2.hidden": torch.ones(())}
+        )
+    assert constraint.lambda2["hidden"].item() == 0  # nothing half loaded
