@@ -141,6 +141,7 @@ class StructuredPruning(LanguageModelling):
         self.optimizer = MaskOptimizer(self.masks, self.constraint, betas=betas, eps=eps)
         self.binding = MaskBinding(chunks, self.masks, groups, sequence_parallel=sequence_parallel)
         self._penalty = torch.zeros((), dtype=torch.float64)
+        self._closed: dict[str, Tensor] = {}
 
     def forward_backward(self, batches: Sequence[MicroBatch], step: int) -> list[SequenceLosses]:
         """Add the gradients of weights, log_alpha and multipliers. Collective over the world."""
@@ -162,7 +163,9 @@ class StructuredPruning(LanguageModelling):
         self.binding.backward()
         self.binding.release()
         # after the mean over replicas, who all add the same penalty
-        self._penalty = self.binding.penalty(self.constraint, step)
+        own = self.masks.closed_sums()
+        self._closed = self.binding.whole_closed_sums(own)
+        self._penalty = self.constraint.penalty(own, self._closed, step)
         self._penalty.backward()
         return losses
 
@@ -183,12 +186,11 @@ class StructuredPruning(LanguageModelling):
         """
         lr = self.config.mask_lr * schedule_fraction
         norm, scale = self.binding.clip(self.optimizer, self.clip_grad)
-        sums = self.binding.whole_closed_sums(self.masks.closed_sums())
         metrics = MaskMetrics(
             penalty=float(self._penalty),
             grad_norm=norm,
             learning_rate=lr,
-            expected=self.constraint.expected_sparsity(sums),
+            expected=self.constraint.expected_sparsity(self._closed),
             target=self.constraint.target_at(step),
             lambda1={kind: float(value) for kind, value in self.constraint.lambda1.items()},
             lambda2={kind: float(value) for kind, value in self.constraint.lambda2.items()},

@@ -1,0 +1,303 @@
+"""Save and load a run, at any layout: weights, optimizer, masks, and where the data stands."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from megashear.checkpoint import tokenizer_files
+from megashear.checkpoint.description import (
+    TOKENIZER,
+    TRACKER,
+    Description,
+    find_iteration,
+    iteration_name,
+    latest_iteration,
+    read_description,
+    write_description,
+)
+from megashear.checkpoint.pickles import check_pickles
+from megashear.checkpoint.weights import without_extra_state
+from megashear.masks.constraint import SparsityConstraint
+from megashear.masks.mask_set import MaskPart, MaskSet
+from megashear.masks.optimizer import MaskOptimizer
+from megashear.models.binding import SPLIT_OVER_TENSOR
+from megashear.models.llama import unwrap
+from megashear.parallel import device
+from megashear.parallel.agree import raise_together
+from megashear.parallel.groups import ParallelGroups
+from megashear.parallel.launch import process_group
+
+# Optimizer state as dist_checkpointing shapes it; the same for saving and loading.
+_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskState:
+    """What a pruning run keeps beside the weights."""
+
+    masks: MaskSet
+    constraint: SparsityConstraint
+    optimizer: MaskOptimizer
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Live tensors by kind and name, shaped like log_alpha; multipliers under ``""``."""
+        found: dict[str, dict[str, Tensor]] = {kind: {} for kind in self.masks.parts}
+        found[""] = dict(self.constraint.state_dict())
+        for kind, log_alpha in self.masks.state_dict().items():
+            found[kind]["log_alpha"] = log_alpha
+        for name, moment in self.optimizer.state_tensors().items():
+            kind, _, rest = name.partition(".")
+            if kind in self.masks.parts:
+                found[kind][rest] = moment
+            else:
+                found[""][name] = moment
+        return found
+
+
+def save_run(
+    root: Path | str,
+    description: Description,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    groups: ParallelGroups,
+    *,
+    masks: MaskState | None = None,
+    tokenizer: Path | str | None = None,
+) -> Path:
+    """Write one iteration aside, make it visible, then name it the latest.
+
+    Collective over the world.
+
+    Args:
+        root: the run's checkpoint directory; made if needed.
+        description: shape, iteration, stage and plain values.
+        chunks: this rank's model chunks.
+        optimizer: of the weights.
+        groups: where this rank stands.
+        masks: of a pruning run.
+        tokenizer: directory of the tokenizer's files, carried along.
+
+    Returns:
+        The iteration's directory.
+
+    Raises:
+        ValueError: on every rank, if the iteration is there already or cannot be written.
+    """
+    root = Path(root)
+    final = root / iteration_name(description.iteration)
+    aside = root / f".{final.name}.partial"
+    with raise_together():
+        if groups.rank == 0:
+            if final.exists():
+                raise ValueError(
+                    f"{final} exists; choose another --save, or remove it if it is not needed"
+                )
+            # what a killed save left behind is nobody's checkpoint
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    model = _model_entries(chunks)
+    state: dict[str, Any] = dict(model)
+    state["optimizer"] = optimizer.sharded_state_dict(model, metadata=_METADATA)
+    if masks is not None:
+        state["masks"] = _mask_entries(masks, groups)
+    dist_checkpointing.save(state, str(aside))
+    with raise_together():
+        if groups.rank == 0:
+            files = tokenizer_files.find(tokenizer)
+            (aside / TOKENIZER).mkdir()
+            tokenizer_files.copy(files, aside / TOKENIZER)
+            write_description(
+                aside,
+                dataclasses.replace(
+                    description,
+                    tokenizer_sha256=tokenizer_files.fingerprint(files),
+                    token_ids=tokenizer_files.token_ids(files) | description.token_ids,
+                ),
+            )
+            aside.rename(final)
+            _name_latest(root, description.iteration)
+    return final
+
+
+def load_weights(checkpoint: Path | str, chunks: Sequence[torch.nn.Module]) -> None:
+    """Fill the model from a checkpoint of its shape, whatever layout wrote it.
+
+    Collective over the world. Optimizer states and masks in the checkpoint are left alone.
+
+    Raises:
+        ValueError: on every rank, if the checkpoint is damaged, or could run code.
+    """
+    directory = find_iteration(checkpoint)
+    with raise_together():
+        check_pickles(directory)
+    state = dist_checkpointing.load(_model_entries(chunks), str(directory))
+    _fill(chunks, state)
+
+
+def load_run(
+    checkpoint: Path | str,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    groups: ParallelGroups,
+    *,
+    masks: MaskState | None = None,
+) -> Description:
+    """Fill model, optimizer and masks from a run's checkpoint, whatever layout wrote it.
+
+    Collective over the world.
+
+    Returns:
+        What the checkpoint says of itself; its plain values are the caller's to use.
+
+    Raises:
+        ValueError: on every rank, if the checkpoint is damaged, could run code, or is of other
+            masks.
+    """
+    directory = find_iteration(checkpoint)
+    with raise_together():
+        check_pickles(directory)
+        description = read_description(directory)
+    model = _model_entries(chunks)
+    state: dict[str, Any] = dict(model)
+    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=_METADATA)
+    if masks is not None:
+        state["masks"] = _mask_entries(masks, groups)
+    loaded = dist_checkpointing.load(state, str(directory))
+    _fill(chunks, loaded)
+    with torch.no_grad():
+        optimizer.load_state_dict(loaded["optimizer"])
+    if masks is not None:
+        _fill_masks(masks, loaded["masks"])
+        masks.optimizer.num_steps = int(description.details["mask_optimizer_steps"])
+    return description
+
+
+def read_log_alpha(checkpoint: Path | str) -> dict[str, Tensor]:
+    """Whole log_alpha by kind, [num_rows, num_units], of a pruning run; in one process.
+
+    Raises:
+        ValueError: the checkpoint is not of a pruning run, or is damaged.
+    """
+    directory = find_iteration(checkpoint)
+    description = read_description(directory)
+    if "mask_extents" not in description.details:
+        raise ValueError(
+            f"checkpoint {directory} is of stage {description.stage!r} and has no masks; give one "
+            f"that megashear prune wrote"
+        )
+    check_pickles(directory)
+    device.install()
+    masks: dict[str, list[int]] = description.details["mask_extents"]
+    with process_group():
+        wanted = {
+            kind: ShardedTensor.from_rank_offsets(
+                f"masks.{kind}.log_alpha",
+                torch.empty(extents if kind in SPLIT_OVER_TENSOR else extents[1:]),
+            )
+            for kind, extents in masks.items()
+        }
+        loaded = dist_checkpointing.load(dict(wanted), str(directory))
+    return {kind: loaded[kind].reshape(extents) for kind, extents in masks.items()}
+
+
+def check_save_directory(save: str | None, load: str | None, *, resume: bool) -> None:
+    """Refuse to mix a new run's checkpoints with another's.
+
+    Raises:
+        ValueError: ``save`` holds checkpoints and the run does not go on from them.
+    """
+    if save is None or resume:
+        return
+    if load is not None and Path(save).resolve() == Path(load).resolve():
+        return
+    newest = latest_iteration(Path(save)) if Path(save).is_dir() else None
+    if newest is not None:
+        raise ValueError(
+            f"--save {save} holds a run at step {newest}; add --resume to go on with it, or choose "
+            f"another directory"
+        )
+
+
+def _model_entries(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    return {
+        f"model{number}": without_extra_state(unwrap(chunk).sharded_state_dict(metadata=_METADATA))
+        for number, chunk in enumerate(chunks)
+    }
+
+
+def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    for number, chunk in enumerate(chunks):
+        missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=False)
+        odd = [name for name in (*missing, *unexpected) if "_extra_state" not in name]
+        assert not odd, odd
+
+
+def _mask_entries(state: MaskState, groups: ParallelGroups) -> dict[str, Any]:
+    """Every mask tensor of this rank as shards of the whole, each row or layer one shard."""
+    entries: dict[str, Any] = {}
+    for kind, tensors in state.tensors().items():
+        for name, tensor in tensors.items():
+            key = f"masks.{kind}.{name}" if kind else f"masks.{name}"
+            part = state.masks.parts.get(kind)
+            entries.update(_shards(key, tensor.detach(), part, groups))
+    return entries
+
+
+def _shards(
+    key: str, tensor: Tensor, part: MaskPart | None, groups: ParallelGroups
+) -> dict[str, ShardedTensor]:
+    if part is None or part.kind == "hidden":  # every rank holds the whole
+        everyone = (groups.pipeline_rank, groups.tensor_rank, groups.data_rank)
+        return {key: ShardedTensor.from_rank_offsets(key, tensor.reshape(-1), replica_id=everyone)}
+    if part.kind == "layer":
+        copies = (0, groups.tensor_rank, groups.data_rank)
+        return {
+            f"{key}.{layer}": ShardedTensor.from_rank_offsets(
+                key, tensor[0, own : own + 1], (0, layer, part.num_units), replica_id=copies
+            )
+            for own, layer in enumerate(part.units)
+        }
+    return {
+        f"{key}.{row}": ShardedTensor.from_rank_offsets(
+            key,
+            tensor[own],
+            (0, row, part.num_rows),
+            (1, groups.tensor_rank, groups.tensor_size),
+            prepend_axis_num=1,
+            replica_id=(0, 0, groups.data_rank),
+        )
+        for own, row in enumerate(part.rows)
+    }
+
+
+def _fill_masks(state: MaskState, loaded: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for kind, tensors in state.tensors().items():
+            part = state.masks.parts.get(kind)
+            for name, tensor in tensors.items():
+                key = f"masks.{kind}.{name}" if kind else f"masks.{name}"
+                if part is None or kind == "hidden":
+                    tensor.copy_(loaded[key].reshape(tensor.shape))
+                elif kind == "layer":
+                    pieces = [loaded[f"{key}.{layer}"] for layer in part.units]
+                    tensor.copy_(torch.cat(pieces)[None])
+                else:
+                    tensor.copy_(torch.stack([loaded[f"{key}.{row}"] for row in part.rows]))
+
+
+def _name_latest(root: Path, iteration: int) -> None:
+    aside = root / f".{TRACKER}.partial"
+    aside.write_text(str(iteration), encoding="utf-8")
+    os.replace(aside, root / TRACKER)
