@@ -18,7 +18,7 @@ from megashear.checkpoint.hf_config import CONFIG, config_of_shape, read_shape
 from megashear.models import layout
 from megashear.shape import ModelShape
 
-__all__ = ["DTYPES", "MAX_SHARD_BYTES", "HfWeights", "read_shape", "write_directory"]
+__all__ = ["DTYPES", "MAX_SHARD_BYTES", "HfWeights", "dtype_of", "read_shape", "write_directory"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -115,14 +115,13 @@ def write_directory(
         ValueError: ``output`` exists; ``dtype`` is unknown; names or shapes of the weights are
             not the model's; a tokenizer file does not exist.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, wanted one of {', '.join(DTYPES)}")
+    stored = dtype_of(dtype)
     files = tokenizer_files.find(tokenizer)
     ids = tokenizer_files.token_ids(files) | {
         name: value for name, value in (token_ids or {}).items() if value is not None
     }
     with written_aside(output) as aside:
-        shards = _Shards(aside, max_shard_bytes, None if dtype is None else DTYPES[dtype])
+        shards = _Shards(aside, max_shard_bytes, stored)
         for name, weight in weights:
             shards.add(name, weight)
         layout.check_hf(shards.shapes, shape, f"the model to be written to {output}")
@@ -131,6 +130,17 @@ def write_directory(
         _write_json(aside / CONFIG, config)
         tokenizer_files.copy(files, aside)
     return total_bytes
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The number format of a name a user gave; None, "as is", stays None.
+
+    Raises:
+        ValueError: ``name`` is no key of `DTYPES`.
+    """
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}, wanted one of {', '.join(DTYPES)}")
+    return None if name is None else DTYPES[name]
 
 
 class _Shards:

@@ -169,6 +169,15 @@ def weights(shape: ModelShape) -> Iterator[tuple[str, Weight, int | None]]:
             yield part.hf_name.format(layer=layer), part, layer
 
 
+def owners(shape: ModelShape) -> dict[str, tuple[MegatronTensor, int | None]]:
+    """By the name of every Hugging Face weight, the Megatron parameter it is part of, its layer."""
+    return {
+        part.hf_name.format(layer=layer): (row, layer)
+        for row, layer in tensors(shape)
+        for part in row.parts
+    }
+
+
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Shape of every Hugging Face weight by name; their sizes add up to ``num_params()``."""
     return {name: weight.extents(shape) for name, weight, _ in weights(shape)}
@@ -221,20 +230,30 @@ def split(row: MegatronTensor, whole: Tensor, shape: ModelShape) -> tuple[Tensor
     return tuple(part.flatten(0, 1).contiguous() for part in parts)
 
 
-def check_hf(found: Mapping[str, Sequence[int]], shape: ModelShape, where: str) -> None:
-    """Hold the weights of a Hugging Face model to the table; `NOT_WEIGHTS` are passed over.
+def check_names(found: Collection[str], shape: ModelShape, where: str) -> None:
+    """Hold the names of Hugging Face weights to the table; `NOT_WEIGHTS` are passed over.
 
     Args:
-        found: shape of each weight by name.
+        found: the names.
         shape: extents the model should have.
         where: what the weights belong to, for the message ("HF checkpoint DIR").
 
     Raises:
-        ValueError: names missing or unknown, all listed; or a shape differs, with its name,
+        ValueError: names are missing or unknown; all are listed.
+    """
+    known = [name for name in found if not NOT_WEIGHTS.fullmatch(name)]
+    _check_names(known, hf_shapes(shape), where, "weights")
+
+
+def check_hf(found: Mapping[str, Sequence[int]], shape: ModelShape, where: str) -> None:
+    """Hold Hugging Face weights, their shapes by name, to the table; as `check_names`, and more.
+
+    Raises:
+        ValueError: names are missing or unknown, all listed; or a shape differs, with its name,
             the shape found and the shape wanted.
     """
-    known = {name: extents for name, extents in found.items() if not NOT_WEIGHTS.fullmatch(name)}
-    _check(known, hf_shapes(shape), where, "weights")
+    check_names(found, shape, where)
+    _check_shapes(found, hf_shapes(shape), where)
 
 
 def check_stored(found: Mapping[str, Sequence[int]], shape: ModelShape, where: str) -> None:
@@ -243,15 +262,24 @@ def check_stored(found: Mapping[str, Sequence[int]], shape: ModelShape, where: s
     Raises:
         ValueError: as `check_hf`.
     """
-    _check(found, checkpoint_shapes(shape), where, "tensors")
+    _check_names(found, checkpoint_shapes(shape), where, "tensors")
+    _check_shapes(found, checkpoint_shapes(shape), where)
 
 
-def _check(
-    found: Mapping[str, Sequence[int]],
-    wanted: Mapping[str, Sequence[int]],
-    where: str,
-    things: str,
-) -> None:
+def check_extents(name: str, found: Sequence[int], wanted: Sequence[int], where: str) -> None:
+    """Hold one tensor's shape to the one wanted.
+
+    Raises:
+        ValueError: they differ; both are in the message.
+    """
+    if tuple(found) != tuple(wanted):
+        raise ValueError(
+            f"{where}: {name} has shape {list(found)}, its shape in this model is "
+            f"{list(wanted)}; is config.json or the shape given another model's?"
+        )
+
+
+def _check_names(found: Collection[str], wanted: Collection[str], where: str, things: str) -> None:
     unknown, missing = set(found) - set(wanted), set(wanted) - set(found)
     complaints = []
     if unknown:
@@ -260,12 +288,13 @@ def _check(
         complaints.append(f"lacks {len(missing)} {things} of this model: {_list(missing)}")
     if complaints:
         raise ValueError(f"{where} {'; it '.join(complaints)}")
+
+
+def _check_shapes(
+    found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]], where: str
+) -> None:
     for name, extents in wanted.items():
-        if tuple(found[name]) != tuple(extents):
-            raise ValueError(
-                f"{where}: {name} has shape {list(found[name])}, its shape in this model is "
-                f"{list(extents)}; is config.json or the shape given another model's?"
-            )
+        check_extents(name, found[name], extents, where)
 
 
 def _list(names: Collection[str]) -> str:

@@ -1,0 +1,128 @@
+"""Hold every pickle in a checkpoint to an allow-list before anything loads it."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+METADATA = ".metadata"
+COMMON = "common.pt"
+
+# What torch 2.13 and megatron-core 0.16.1 put into .metadata: records and enumerations that do
+# nothing when they are made, and one lookup in a table of layouts.
+_ALLOWED: dict[str, frozenset[str]] = {
+    "torch": frozenset(
+        {"Size", "bfloat16", "bool", "float16", "float32", "float64", "int32", "int64", "uint8"}
+    ),
+    "torch.serialization": frozenset({"_get_layout"}),
+    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
+    "torch.distributed.checkpoint.metadata": frozenset(
+        {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        }
+    ),
+    "torch.distributed.checkpoint.planner": frozenset(
+        {"BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"}
+    ),
+}
+
+
+def check_pickles(directory: Path) -> Metadata:
+    """Read what a dist_checkpointing directory says of itself, and run none of its code.
+
+    torch and megatron-core unpickle ``.metadata`` and byte entries without limits, so a
+    checkpoint from elsewhere could run anything. Call this before they see the directory.
+
+    Args:
+        directory: one iteration of a checkpoint.
+
+    Returns:
+        The index: shapes, files and offsets of all entries.
+
+    Raises:
+        ValueError: a file is missing or broken, a pickle in it wants anything but plain records
+            and tensors (the thing is named), or an entry lies outside of the directory.
+    """
+    metadata = _read_metadata(directory / METADATA)
+    if (directory / COMMON).is_file():
+        _check_plain((directory / COMMON).read_bytes(), f"{directory / COMMON}")
+    for index, place in (metadata.storage_data or {}).items():
+        if Path(place.relative_path).name != place.relative_path:
+            raise ValueError(
+                f"{directory / METADATA} puts {index.fqn} into {place.relative_path}, which is "
+                f"not a file of its own directory; refused"
+            )
+        path = directory / place.relative_path
+        if not path.is_file() or path.stat().st_size < place.offset + place.length:
+            raise ValueError(
+                f"checkpoint {directory} is incomplete: {index.fqn} ends at byte "
+                f"{place.offset + place.length:,} of {place.relative_path}, which is "
+                + (f"{path.stat().st_size:,} bytes" if path.is_file() else "missing")
+                + "; copy it again"
+            )
+        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                _check_plain(file.read(place.length), f"{index.fqn} in {path}")
+    return metadata
+
+
+class _Restricted(pickle.Unpickler):
+    """Makes only what is on the allow-list."""
+
+    def __init__(self, file: io.BufferedIOBase, where: Path) -> None:
+        super().__init__(file)
+        self.where = where
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise ValueError(
+                f"{self.where} wants to load {module}.{name} when it is read, which no checkpoint "
+                f"needs and which could run code; refused"
+            )
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise ValueError(f"{self.where} refers to something outside of itself ({pid}); refused")
+
+
+def _read_metadata(path: Path) -> Metadata:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is no checkpoint, or was never finished: no {path.name}")
+    try:
+        with path.open("rb") as file:
+            metadata = _Restricted(file, path).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is broken: {error}; copy the checkpoint again") from None
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{path} holds a {type(metadata).__name__}, not a checkpoint's metadata")
+    return metadata
+
+
+def _check_plain(data: bytes, where: str) -> None:
+    """Refuse a torch.save file of anything but tensors and plain containers."""
+    try:
+        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # of torch's message only this: it goes on to explain how to load the file all the same
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"wants to load {found[1]}" if found else "is no plain torch.save file"
+        raise ValueError(
+            f"{where} {what} when it is read; only tensors and plain values are, because anything "
+            f"else could run code; refused"
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{where} is broken: {error}; copy the checkpoint again") from None
