@@ -56,8 +56,8 @@ def preprocess(
     A document is held out by the hash of its text: it stays on its side when files are added, and
     copies of a text share a side. Where all documents of a (small) domain fall on one side, the one
     that divides its tokens best is moved. The directory appears whole or not at all. Documents keep
-    the order of the files, whatever the number of workers. Memory grows only by the index, some 50
-    bytes a document.
+    the order of the files, whatever the number of workers. Memory grows only by the index, some
+    100 bytes a document.
 
     Args:
         inputs: jsonl files of each domain; their order becomes the order of the domains

@@ -109,6 +109,15 @@ def data(tmp_path_factory: pytest.TempPathFactory, jsonl, sentencepiece_file: Pa
 
 
 @pytest.fixture
+def untouched(tmp_path: Path, data: DataManifest) -> DataManifest:
+    """A copy of the data that no other test has read, so no index is cached beside it."""
+    copy = Path(shutil.copytree(data.directory, tmp_path / "copy"))
+    for folder in data.names:
+        shutil.rmtree(copy / folder, ignore_errors=True)
+    return data.moved(copy)
+
+
+@pytest.fixture
 def tokenise(tmp_path: Path, sentencepiece_file: Path) -> Callable[..., DataManifest]:
     """Preprocess given texts as one domain ``prose``; keywords go to ``preprocess``."""
 

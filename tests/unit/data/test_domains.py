@@ -75,8 +75,8 @@ def test_sides_stay_when_text_is_added(tokenise, texts) -> None:
 
 
 def test_workers_change_nothing(jsonl, sentencepiece_file, data, tmp_path, monkeypatch) -> None:
-    small = lambda file: read_chunks(file, 2000)  # noqa: E731 - many chunks, or order says little
-    monkeypatch.setattr(domains_module, "read_chunks", small)
+    # Many chunks, or their order says little.
+    monkeypatch.setattr(domains_module, "read_chunks", lambda file: read_chunks(file, 2000))
     output = tmp_path / "parallel"
     preprocess(jsonl, output, sentencepiece_file, held_out_fraction=0.1, workers=2)
     assert content(output) == content(data.directory)
@@ -170,10 +170,11 @@ def test_broken_lines_are_refused_and_leave_nothing(
     assert os.listdir(tmp_path) == ["prose.jsonl"]
 
 
-def test_refusal_of_a_worker_reaches_the_user(tmp_path, sentencepiece_file) -> None:
+def test_refusal_of_a_worker_reaches_the_user(tmp_path, sentencepiece_file, monkeypatch) -> None:
+    monkeypatch.setattr(domains_module, "read_chunks", lambda file: read_chunks(file, 1))
     file = tmp_path / "prose.jsonl"
-    file.write_bytes(GOOD + b"{}\n")
-    with pytest.raises(ValueError, match=r"prose\.jsonl, line 2 has no key 'text'"):
+    file.write_bytes(GOOD + GOOD + b"{}\n")
+    with pytest.raises(ValueError, match=r"prose\.jsonl, line 3 has no key 'text'"):
         preprocess({"prose": [file]}, tmp_path / "out", sentencepiece_file, workers=2)
     assert os.listdir(tmp_path) == ["prose.jsonl"]
 

@@ -79,11 +79,11 @@ def test_a_sample_depends_on_nothing_read_before(data) -> None:
         assert jumping[i].tolist() == in_order[i]
 
 
-def test_reading_leaves_no_files(data) -> None:
-    before = sorted(os.listdir(data.directory))
-    sequences = open_domain(data)
+def test_reading_leaves_no_files(untouched) -> None:
+    before = sorted(os.listdir(untouched.directory))
+    sequences = open_domain(untouched)
     samples(sequences, 0), samples(sequences, 1)
-    assert sorted(os.listdir(data.directory)) == before
+    assert sorted(os.listdir(untouched.directory)) == before
 
 
 def test_new_epochs_are_told_less_and_less_often(data, caplog) -> None:
