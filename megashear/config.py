@@ -141,6 +141,10 @@ class TrainConfig:
     load: str | None = None
     """Checkpoint directory to start from; a run of the same kind continues, else only its weights
     are taken."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --save if there is one, else start from --load."""
+    finetune: bool = False
+    """Take only the weights of --load, even from a run of the same kind, and start at step 0."""
     tensorboard_dir: str | None = None
     """Directory for TensorBoard event files."""
     exit_interval: int = 0
@@ -157,6 +161,8 @@ class TrainConfig:
         ):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if self.resume and self.save is None:
+            raise ValueError("--resume goes on from --save, and --save is not given")
         for name in ("eval_interval", "save_interval", "exit_interval"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; 0 turns it off")
@@ -364,3 +370,5 @@ class QuickstartConfig:
     """Directory of jsonl files, one a domain; text of this Python installation unless given."""
     seed: int = 1234
     """Seed of data order, mask noise and fresh weights."""
+    short: bool = False
+    """Far fewer steps: shows that everything runs, and its numbers show nothing."""

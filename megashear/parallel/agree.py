@@ -40,8 +40,8 @@ def flat_all_reduce(
     return [piece.view_as(tensor).to(tensor.device) for piece, tensor in zip(pieces, tensors)]
 
 
-def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """The value of every rank, in rank order. Collective over ``group``."""
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The value of every rank, in rank order. Collective over ``group``, the world if None."""
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
@@ -54,13 +54,15 @@ def broadcast_object(value: Any, source: int, group: dist.ProcessGroup | None = 
     return box[0]
 
 
-def assert_replicated(named: Mapping[str, Tensor], group: dist.ProcessGroup, where: str) -> None:
+def assert_replicated(
+    named: Mapping[str, Tensor], where: str, group: dist.ProcessGroup | None = None
+) -> None:
     """Check that copies are bit-equal on every rank. Collective over ``group``.
 
     Args:
         named: tensors by the name to print; the same names on every rank.
-        group: the ranks that hold copies.
         where: what holds them, for the message.
+        group: the ranks that hold copies, the world unless given.
 
     Raises:
         RuntimeError: on every rank alike, naming the first tensor that differs.
@@ -92,7 +94,7 @@ def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    messages = gather_objects(None if error is None else str(error), group or dist.group.WORLD)
+    messages = gather_objects(None if error is None else str(error), group)
     if error is not None:
         raise error
     for rank, message in enumerate(messages):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megashear.config import MaskConfig
@@ -52,7 +53,7 @@ class LanguageModelling:
     stage = "pretrain"
     """What a checkpoint of such a run is called."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
         self.chunks = list(chunks)
 
     def forward_backward(self, batches: Sequence[MicroBatch], step: int) -> list[SequenceLosses]:
@@ -110,7 +111,7 @@ class StructuredPruning(LanguageModelling):
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
+        chunks: Sequence[DistributedDataParallel],
         groups: ParallelGroups,
         *,
         source: ModelShape,
@@ -187,13 +188,13 @@ class StructuredPruning(LanguageModelling):
         lr = self.config.mask_lr * schedule_fraction
         norm, scale = self.binding.clip(self.optimizer, self.clip_grad)
         metrics = MaskMetrics(
-            penalty=float(self._penalty),
+            penalty=self._penalty.item(),
             grad_norm=norm,
             learning_rate=lr,
             expected=self.constraint.expected_sparsity(self._closed),
             target=self.constraint.target_at(step),
-            lambda1={kind: float(value) for kind, value in self.constraint.lambda1.items()},
-            lambda2={kind: float(value) for kind, value in self.constraint.lambda2.items()},
+            lambda1={kind: value.item() for kind, value in self.constraint.lambda1.items()},
+            lambda2={kind: value.item() for kind, value in self.constraint.lambda2.items()},
         )
         self.optimizer.step(lr, grad_scale=scale)
         return metrics

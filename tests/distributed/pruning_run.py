@@ -154,7 +154,7 @@ def _rank(
                 "multiplier_grads": {
                     n: p.grad.clone() for n, p in objective.constraint.named_parameters().items()
                 },
-                "penalty": float(objective._penalty),
+                "penalty": objective._penalty.item(),
                 "expected_open": expected_gates(objective.binding.gather_log_alpha()),
             }
         )

@@ -1,0 +1,67 @@
+"""Cut a pruning run's checkpoint to its target: masks folded in, closed units gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megashear.checkpoint.cut import cut, rounding_changes
+from megashear.checkpoint.description import Description
+from megashear.checkpoint.store import read_log_alpha
+from megashear.checkpoint.weights import CheckpointWeights, write_weights
+from megashear.masks.mask_set import exact_gates, expected_gates, target_units
+from megashear.shape import ModelShape
+
+
+def cut_checkpoint(
+    load: Path | str, output: Path | str, *, exact_target: bool = False
+) -> dict[str, Any]:
+    """Write the smaller model that the run's masks describe, as a checkpoint of its own.
+
+    Args:
+        load: checkpoint directory of a pruning run, or one iteration's.
+        output: checkpoint directory to make.
+        exact_target: keep the target's number of most open units in every row, whatever the masks
+            expect to keep.
+
+    Returns:
+        Parameters before and after, and for each kind how many gates rounding to the target's
+        counts changed.
+
+    Raises:
+        ValueError: ``output`` exists; no masks there; without ``exact_target``, a row of the masks
+            keeps another number of units than the target.
+    """
+    weights = CheckpointWeights(load)
+    log_alpha = read_log_alpha(weights.directory)
+    details = weights.description.details
+    source, target = weights.shape, ModelShape(**details["target_shape"])
+    targets = target_units(source, target)
+    changes = rounding_changes(log_alpha, targets)
+    gates = exact_gates(log_alpha, targets) if exact_target else expected_gates(log_alpha)
+    smaller = dict(cut(weights, gates, source, target))
+    written = write_weights(
+        output,
+        smaller,
+        Description(
+            shape=target,
+            iteration=0,
+            stage="cut",
+            token_ids=weights.description.token_ids,
+            details={
+                "source_shape": source.to_dict(),
+                "pruned_for": weights.description.iteration,
+                "rounding": {kind: change.num_changed for kind, change in changes.items()},
+            },
+        ),
+        tokenizer=weights.tokenizer,
+    )
+    return {
+        "written": str(output),
+        "bytes": written,
+        "parameters before": source.num_params(),
+        "parameters after": target.num_params(),
+        "gates that rounding to the target changed": {
+            kind: f"{change.num_changed} of {change.num_gates}" for kind, change in changes.items()
+        },
+    }

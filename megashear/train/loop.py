@@ -1,0 +1,308 @@
+"""The loop: steps, evaluations that move the mixture, log lines, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megashear.checkpoint.description import Description
+from megashear.checkpoint.store import MaskState, save_run
+from megashear.config import DataConfig, OptimizerConfig, TrainConfig
+from megashear.data.held_out import HeldOutSet
+from megashear.data.loader import MixtureLoader
+from megashear.data.manifest import DataManifest
+from megashear.data.reweight import reweight
+from megashear.monitor import tensorboard as tags
+from megashear.monitor.console import format_evaluation, format_step, progress
+from megashear.monitor.throughput import Throughput
+from megashear.parallel import device
+from megashear.parallel.agree import assert_replicated, flat_all_reduce
+from megashear.parallel.groups import ParallelGroups
+from megashear.shape import ModelShape
+from megashear.train.evaluate import DomainLosses, evaluate_domains
+from megashear.train.objectives import LanguageModelling, MaskMetrics, StructuredPruning
+from megashear.train.optim import schedule_fraction
+from megashear.train.schedule import SequenceLosses
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The domains of a run."""
+
+    manifest: DataManifest
+    loader: MixtureLoader
+    held_out: Sequence[HeldOutSet]
+    references: npt.NDArray[np.float64] | None
+    """Reference loss of each domain; None leaves the weights alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """Everything one rank needs to train; :meth:`run` does it. Methods are collective over the
+    world."""
+
+    shape: ModelShape
+    chunks: Sequence[DistributedDataParallel]
+    objective: LanguageModelling
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    data: RunData
+    groups: ParallelGroups
+    train: TrainConfig
+    optimizer_config: OptimizerConfig
+    data_config: DataConfig
+    details: dict[str, Any]
+    """Plain values that every checkpoint carries: the run, the target shape."""
+
+    def run(self, first_step: int) -> dict[str, Any]:
+        """Train from ``first_step`` (steps done) to the end.
+
+        Returns:
+            What was reached: step, held-out losses, where the checkpoint lies.
+
+        Raises:
+            RuntimeError: on every rank, when a gradient is not finite or copies drift apart.
+        """
+        train, last = self.train, self.train.train_iters
+        # steps done are the x axis: this process writes from the next one on
+        directory = train.tensorboard_dir if self.groups.rank == 0 else None
+        sink = tags.TensorBoardSink(directory, purge_step=first_step + 1 if first_step else None)
+        meter = Throughput(num_devices=self.groups.world_size)
+        window: list[SequenceLosses] = []
+        saved: Path | None = None
+        found: dict[str, DomainLosses] = {}
+        step = first_step
+        with progress(
+            last, rank=self.groups.rank, initial=first_step, desc=self.objective.stage
+        ) as bar:
+            while step < last:
+                rate = self.schedule.get_lr({})
+                losses, norm, masks = self._step(step)
+                window += losses
+                step += 1
+                bar.update()
+                meter.step(train.global_batch_size * train.seq_length)
+                if step % train.log_interval == 0 or step == last:
+                    self._log(step, window, rate, norm, masks, meter, sink)
+                    window = []
+                if step < last and train.eval_interval and step % train.eval_interval == 0:
+                    with meter.pause():
+                        self._reweight(step, self.evaluate(step, sink, whole=False), sink)
+                stop = bool(train.exit_interval) and step % train.exit_interval == 0
+                due = bool(train.save_interval) and step % train.save_interval == 0
+                if train.save is not None and step < last and (due or stop):
+                    with meter.pause():
+                        saved = self.save(step)
+                if stop:
+                    logger.info("step %d: stopping as --exit-interval asks", step)
+                    break
+        if step == last:
+            found = self.evaluate(step, sink, whole=True)
+            if train.save is not None and first_step < last:
+                saved = self.save(step)
+        sink.close()
+        return {
+            "step": step,
+            "held-out loss": {mode: losses.losses for mode, losses in found.items()},
+            "checkpoint": None if saved is None else str(saved),
+            "tensorboard": train.tensorboard_dir,
+        }
+
+    def evaluate(
+        self, step: int, sink: tags.TensorBoardSink, *, whole: bool
+    ) -> dict[str, DomainLosses]:
+        """Held-out losses in each of the objective's modes.
+
+        Args:
+            step: steps done.
+            sink: where points go.
+            whole: read all held-out sequences, not the run's subsample.
+        """
+        if isinstance(self.objective, StructuredPruning):
+            copies = self.objective.replicated_tensors()
+            assert_replicated(copies, f"step {step}")
+        names = self.data.manifest.names
+        most = max(map(len, self.data.held_out)) if whole else self.train.eval_sequences
+        # one seed for the whole run, so that losses of different steps compare
+        chosen = [part.subsample(most, self.train.seed) for part in self.data.held_out]
+        found = {
+            mode: evaluate_domains(
+                self.objective,
+                mode,
+                names,
+                self.data.held_out,
+                chosen,
+                self.groups,
+                micro_batch_size=self.train.micro_batch_size,
+            )
+            for mode in self.objective.evaluation_modes()
+        }
+        first = next(iter(found.values()))
+        points = {tags.eval_loss(name): loss for name, loss in first.losses.items()}
+        points[tags.EVAL_MEAN_LOSS] = first.mean
+        if self.data.references is not None:
+            for name, reference in zip(names, self.data.references):
+                points[tags.eval_excess(name)] = first.losses[name] - float(reference)
+        if "exact" in found:
+            points[tags.DISCRETISATION_GAP] = found["exact"].mean - first.mean
+        sink.scalars(step, points)
+        for mode, losses in found.items():
+            what = "" if mode == "loss" else f" [{mode} masks]"
+            logger.info("%s%s", format_evaluation(step, losses.losses), what)
+        return found
+
+    def save(self, step: int) -> Path:
+        """Write a checkpoint of ``step`` steps done."""
+        assert self.train.save is not None
+        details = self.details | {
+            "scheduler": self.schedule.state_dict(),
+            "loader": self.data.loader.state_dict(),
+            "consumed_samples": self.data.loader.consumed_samples,
+        }
+        masks = mask_state(self.objective)
+        if masks is not None:
+            details["mask_optimizer_steps"] = masks.optimizer.num_steps
+            details["mask_extents"] = {
+                kind: [part.num_rows, part.num_units] for kind, part in masks.masks.parts.items()
+            }
+        path = save_run(
+            self.train.save,
+            Description(
+                shape=self.shape, iteration=step, stage=self.objective.stage, details=details
+            ),
+            self.chunks,
+            self.optimizer,
+            self.groups,
+            masks=masks,
+            tokenizer=self.data.manifest.tokenizer_directory,
+        )
+        logger.info("step %d: saved %s", step, path)
+        return path
+
+    def _step(self, step: int) -> tuple[list[SequenceLosses], float, MaskMetrics | None]:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = self.objective.forward_backward(self.data.loader.next_batch(), step)
+        fraction = schedule_fraction(self.schedule, self.optimizer_config.lr)
+        _, norm, _ = self.optimizer.step()
+        masks = self.objective.update(step, fraction)
+        self.schedule.step(1)
+        norms = {"weights": float(norm), "masks": masks.grad_norm if masks else 0.0}
+        for what, value in norms.items():
+            # both norms are reduced over all ranks, so that all of them stop here
+            if not math.isfinite(value):
+                raise RuntimeError(
+                    f"step {step + 1}: the gradient norm of {what} is {value}; nothing was saved "
+                    f"since. Lower --lr, or look at the samples of this step, and go on from the "
+                    f"last checkpoint with --resume"
+                )
+        return losses, float(norm), masks
+
+    def _log(
+        self,
+        step: int,
+        window: Sequence[SequenceLosses],
+        rate: float,
+        norm: float,
+        masks: MaskMetrics | None,
+        meter: Throughput,
+        sink: tags.TensorBoardSink,
+    ) -> None:
+        device.synchronize()
+        loss = self._mean_loss(window)
+        pace = meter.window()
+        mixture = self.data.loader.mixture
+        points = {
+            tags.LM_LOSS: loss,
+            tags.GRAD_NORM: norm,
+            tags.LEARNING_RATE: rate,
+            tags.TOKENS_PER_SECOND: pace.tokens_per_second,
+            tags.TOKENS_PER_SECOND_PER_DEVICE: pace.tokens_per_second_per_device,
+            tags.SECONDS_PER_STEP: pace.seconds_per_step,
+        }
+        for number, name in enumerate(self.data.manifest.names):
+            drawn = int(mixture.drawn[number])
+            points[tags.mixture_weight(name)] = float(mixture.weights[number])
+            points[tags.mixture_share(name)] = drawn / mixture.num_drawn
+            epochs = drawn / self.data.loader.domains[number].samples_per_epoch
+            points[tags.mixture_epoch(name)] = epochs
+        if masks is not None:
+            points[tags.PENALTY] = masks.penalty
+            points[tags.MASK_GRAD_NORM] = masks.grad_norm
+            points[tags.MASK_LEARNING_RATE] = masks.learning_rate
+            for kind, expected in masks.expected.items():
+                points[tags.expected_sparsity(kind)] = expected
+                points[tags.target_sparsity(kind)] = masks.target[kind]
+                points[tags.linear_multiplier(kind)] = masks.lambda1[kind]
+                points[tags.quadratic_multiplier(kind)] = masks.lambda2[kind]
+        sink.scalars(step, points)
+        sparsity = (
+            None
+            if masks is None
+            else {kind: (now, masks.target[kind]) for kind, now in masks.expected.items()}
+        )
+        logger.info(
+            format_step(
+                step,
+                self.train.train_iters,
+                loss=loss,
+                learning_rate=rate,
+                grad_norm=norm,
+                tokens_per_second=pace.tokens_per_second,
+                eta_seconds=meter.eta(self.train.train_iters - step),
+                penalty=None if masks is None else masks.penalty,
+                sparsity=sparsity,
+            )
+        )
+
+    def _mean_loss(self, window: Sequence[SequenceLosses]) -> float:
+        total = torch.zeros(2, dtype=torch.float64, device=device.device())
+        for losses in window:  # on the last stage
+            total[0] += losses.sums.double().sum()
+            total[1] += losses.counts.double().sum()
+        for group in (self.groups.pipeline, self.groups.data):
+            (total,) = flat_all_reduce([total], group)
+        return float(total[0] / total[1])
+
+    def _reweight(
+        self, step: int, found: dict[str, DomainLosses], sink: tags.TensorBoardSink
+    ) -> None:
+        if self.data.references is None:
+            return
+        names, mixture = self.data.manifest.names, self.data.loader.mixture
+        losses = next(iter(found.values())).losses
+        weights = reweight(
+            mixture.weights,
+            [losses[name] for name in names],
+            self.data.references,
+            policy=self.data_config.reweight,
+            eta=self.data_config.reweight_eta,
+            smoothing=self.data_config.reweight_smoothing,
+            domains=names,
+        )
+        mixture.set_weights(weights)
+        shares = " ".join(f"{name} {weight:.3f}" for name, weight in zip(names, weights))
+        logger.info("step %d: domain weights %s", step, shares)
+
+
+def mask_state(objective: LanguageModelling) -> MaskState | None:
+    """What a checkpoint keeps of the masks; None outside pruning."""
+    if not isinstance(objective, StructuredPruning):
+        return None
+    return MaskState(
+        masks=objective.masks, constraint=objective.constraint, optimizer=objective.optimizer
+    )
