@@ -128,7 +128,7 @@ def write_directory(
         total_bytes = shards.finish()
         config = config_of_shape(shape, dtype=shards.main_dtype(), token_ids=ids)
         _write_json(aside / CONFIG, config)
-        tokenizer_files.copy(files, aside)
+        tokenizer_files.copy_for_transformers(files, aside)
     return total_bytes
 
 

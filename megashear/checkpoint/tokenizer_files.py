@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megashear.checkpoint import fast_tokenizer
+
 CARRIED = (
     "tokenizer.model",
     "tokenizer.json",
@@ -20,15 +22,6 @@ CARRIED = (
     "chat_template.jinja",
 )
 """Names of the files that are carried along, as Hugging Face directories spell them."""
-
-# From which transformers builds a LlamaTokenizer out of a bare SentencePiece tokenizer.model.
-_SENTENCEPIECE_CONFIG = {
-    "tokenizer_class": "LlamaTokenizer",
-    "add_bos_token": True,
-    "add_eos_token": False,
-    "clean_up_tokenization_spaces": False,
-    "legacy": False,
-}
 
 
 def find(source: Path | str | Iterable[Path | str] | None) -> list[Path]:
@@ -60,30 +53,29 @@ def find(source: Path | str | Iterable[Path | str] | None) -> list[Path]:
 
 
 def copy(files: Sequence[Path], directory: Path) -> None:
-    """Copy ``files`` into ``directory`` under the names transformers looks for.
-
-    Beside a bare SentencePiece model a minimal tokenizer_config.json is written, without which
-    transformers does not know which tokenizer to build.
-    """
-    names = set()
+    """Copy ``files`` into ``directory`` under the names transformers looks for."""
     for path in files:
-        name = "tokenizer.model" if path.suffix == ".model" else path.name
-        shutil.copyfile(path, directory / name)
-        names.add(name)
+        shutil.copyfile(path, directory / _carried_name(path))
+
+
+def copy_for_transformers(files: Sequence[Path], directory: Path) -> None:
+    """As `copy`; beside a bare SentencePiece model, also write what transformers needs to use it.
+
+    Raises:
+        ValueError: the SentencePiece model cannot be read.
+    """
+    copy(files, directory)
+    names = {_carried_name(path) for path in files}
     if "tokenizer.model" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
-        config = _SENTENCEPIECE_CONFIG | _sentencepiece_tokens(directory / "tokenizer.model")
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        fast_tokenizer.write_for_transformers(directory / "tokenizer.model", directory)
 
 
 def fingerprint(files: Sequence[Path]) -> str | None:
     """SHA-256 of what fixes the token ids: tokenizer.model, else tokenizer.json, else None."""
-    for wanted in (".model", ".json"):
-        for path in files:
-            if path.suffix == wanted and path.stem != "tokenizer_config":
-                if wanted == ".json" and path.name != "tokenizer.json":
-                    continue
-                return hashlib.sha256(path.read_bytes()).hexdigest()
+    by_name = {_carried_name(path): path for path in files}
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if name in by_name:
+            return hashlib.sha256(by_name[name].read_bytes()).hexdigest()
     return None
 
 
@@ -93,7 +85,7 @@ def token_ids(files: Sequence[Path]) -> dict[str, Any]:
     A generation_config.json is believed first, then the SentencePiece model, then the added
     tokens of tokenizer.json under the names that tokenizer_config.json gives.
     """
-    by_name = {"tokenizer.model" if p.suffix == ".model" else p.name: p for p in files}
+    by_name = {_carried_name(path): path for path in files}
     ids: dict[str, Any] = {}
     if "tokenizer.json" in by_name and "tokenizer_config.json" in by_name:
         added = _json(by_name["tokenizer.json"]).get("added_tokens") or []
@@ -116,15 +108,8 @@ def token_ids(files: Sequence[Path]) -> dict[str, Any]:
     return ids
 
 
-def _sentencepiece_tokens(path: Path) -> dict[str, str]:
-    pieces = _sentencepiece(path)
-    found = {
-        "bos_token": pieces.bos_id(),
-        "eos_token": pieces.eos_id(),
-        "unk_token": pieces.unk_id(),
-        "pad_token": pieces.pad_id(),
-    }
-    return {name: pieces.id_to_piece(number) for name, number in found.items() if number >= 0}
+def _carried_name(path: Path) -> str:
+    return "tokenizer.model" if path.suffix == ".model" else path.name
 
 
 def _sentencepiece(path: Path) -> Any:

@@ -49,7 +49,7 @@ def without_extra_state(sharded_state_dict: Mapping[str, Any]) -> dict[str, Any]
 
 def write_weights(
     output: Path | str,
-    weights: Iterable[tuple[str, Tensor]],
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     description: Description,
     *,
     dtype: torch.dtype | None = None,
@@ -64,8 +64,8 @@ def write_weights(
 
     Args:
         output: directory to make; must not exist.
-        weights: every weight of the model with its Hugging Face name, in any order; taken one at
-            a time.
+        weights: every weight of the model by its Hugging Face name, or pairs of both (what `cut`
+            gives) in any order; taken one at a time.
         description: what goes into megashear.json; the tokenizer's fingerprint and the token ids
             it lacks are added.
         dtype: number format to store; None keeps each weight's own.
@@ -85,7 +85,8 @@ def write_weights(
     with written_aside(output) as aside, process_group():
         directory = aside / iteration_name(description.iteration)
         directory.mkdir()
-        entries, num_bytes = _entries(weights, shape, dtype)
+        pairs = weights.items() if isinstance(weights, Mapping) else weights
+        entries, num_bytes = _entries(pairs, shape, dtype)
         dist_checkpointing.save(entries, str(directory))
         (directory / TOKENIZER).mkdir()
         tokenizer_files.copy(files, directory / TOKENIZER)

@@ -34,7 +34,7 @@ def checkpoints(
         description = Description(
             shape=shape, iteration=120, stage="pretrain", token_ids={"bos_token_id": 7}
         )
-        write_weights(folder / name, weights.items(), description)
+        write_weights(folder / name, weights, description)
         made[name] = (folder / name, shape, weights)
     return made
 
