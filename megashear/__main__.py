@@ -1,0 +1,72 @@
+"""`megashear <command>`, also as `python -m megashear` and `torchrun -m megashear`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from megashear import __version__
+from megashear.commands.report import USAGE, is_first_rank
+from megashear.commands.settings import nearest
+
+COMMANDS = {
+    "quickstart": "the whole path on this machine, from text to a sheared Hugging Face model",
+    "preprocess": "jsonl per domain -> tokenised .bin/.idx and held-out sets",
+    "convert": "Hugging Face directory -> checkpoint, or back",
+    "prune": "learn masks and weights together",
+    "cut": "fold the masks into the weights and drop what they closed",
+    "pretrain": "train on, from a checkpoint or from fresh weights",
+    "evaluate": "held-out loss of a checkpoint, per domain",
+}
+"""What each command does; the module of the same name in megashear.commands has its ``main``."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first argument names.
+
+    Args:
+        argv: arguments after the program's name; the process's own unless given.
+
+    Returns:
+        Exit status: 0, or 2 where the call can be mended.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command in ("-h", "--help"):
+        print(usage(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else USAGE
+    if command == "--version":
+        print(f"megashear {__version__}")
+        return 0
+    if command not in COMMANDS:
+        if is_first_rank():
+            print(
+                f"megashear: error: unknown command {command}; nearest: "
+                f"{nearest(command, COMMANDS)}; `megashear --help` lists all",
+                file=sys.stderr,
+            )
+        return USAGE
+    # One module, not all: what a command imports is its own affair.
+    status: int = importlib.import_module(f"megashear.commands.{command}").main(rest)
+    return status
+
+
+def usage() -> str:
+    """The commands with a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {line}" for name, line in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: megashear <command> [--config run.yaml] [--key value ...] [--dry-run]",
+            "       torchrun --nproc-per-node N -m megashear <command> ...",
+            "",
+            *lines,
+            "",
+            "`megashear <command> --help` lists the keys of a command.",
+        ]
+    )
+
+
+if __name__ == "__main__":  # worker processes re-import this module
+    raise SystemExit(main())

@@ -1,0 +1,23 @@
+"""Fold the learned masks into the weights and drop what they closed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megashear.commands.parse import parse
+from megashear.commands.report import refuse_torchrun, report, user_errors
+from megashear.config import CutConfig
+
+PROG = "megashear cut"
+
+
+@user_errors(PROG)
+def main(argv: Sequence[str]) -> int:
+    """Run the command on the arguments after its name; the exit status."""
+    config = parse(CutConfig, argv, prog=PROG, description=__doc__ or "")
+    refuse_torchrun(PROG)
+    # Here, not above: torch and megatron-core take seconds that --help should not.
+    from megashear.checkpoint.shear import cut_checkpoint
+
+    report(cut_checkpoint(config.load, config.output, exact_target=config.exact_target))
+    return 0

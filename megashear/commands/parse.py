@@ -1,0 +1,213 @@
+"""YAML and flags to a typed configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+import yaml
+
+from megashear.commands.report import UsageError, is_first_rank
+from megashear.commands.settings import (
+    Setting,
+    build,
+    flatten,
+    groups_of,
+    nearest,
+    settings_of,
+    type_name,
+)
+
+Config = TypeVar("Config")
+
+CONFIG = Setting(
+    key="config",
+    group="",
+    wanted=str | None,
+    help="YAML file of the keys below, with dashes or underscores; flags override it.",
+    default=None,
+)
+DRY_RUN = Setting(
+    key="dry_run",
+    group="",
+    wanted=bool,
+    help="Print the resolved run as YAML for --config and exit; nothing is started.",
+    default=False,
+)
+
+
+def parse(config_type: type[Config], argv: Sequence[str], *, prog: str, description: str) -> Config:
+    """Read a run from flags and from the YAML file that ``--config`` names.
+
+    Flags are flat, dashes and underscores are the same, the last one given wins. ``--help`` and
+    ``--dry-run`` print on rank 0 and end the process.
+
+    Args:
+        config_type: dataclass of the run, see ``megashear.config``.
+        argv: arguments after the command's name.
+        prog: the command as the user typed it, for help and errors.
+        description: first lines of the help.
+
+    Raises:
+        UsageError: an unknown key or flag (names the nearest), a value of another type in the
+            file, or values that the configuration refuses.
+        SystemExit: 0 after --help and --dry-run; 2 where tyro refused a flag's value or misses
+            one, and has said so on stderr.
+    """
+    settings = settings_of(config_type)
+    assert not {"config", "dry_run"} & settings.keys()
+    asks_help = not {"-h", "--help"}.isdisjoint(argv)
+    if not asks_help:
+        _check_flags(argv, settings)
+        argv = [*_read_config(argv, settings), *argv]
+    given = _parse_flags(config_type, ["--help"] if asks_help else argv, prog, description)
+    values = flatten(given)
+    dry_run = values.pop(DRY_RUN.key)
+    del values[CONFIG.key]
+    try:
+        config = build(config_type, values)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if dry_run:
+        if is_first_rank():
+            print(to_yaml(config, prog=prog), end="")
+        raise SystemExit(0)
+    return config
+
+
+def to_yaml(config: object, *, prog: str) -> str:
+    """A configuration as the flat YAML that ``--config`` reads.
+
+    Args:
+        config: dataclass of a run.
+        prog: the command, named in the first line.
+    """
+    values = flatten(config)
+    lines, group = [f"# {prog} --config <this file>\n"], ""
+    # Groups first: a key after the last group's heading would seem to belong to it.
+    for setting in settings_of(type(config)).values():
+        if setting.group != group:
+            group = setting.group
+            lines.append(f"# {group}\n")
+        value = values[setting.key]
+        plain = {setting.key: list(value) if isinstance(value, tuple) else value}
+        lines.append(yaml.safe_dump(plain, allow_unicode=True, width=2**16))
+    return "".join(lines)
+
+
+def _parse_flags(config_type: type, argv: Sequence[str], prog: str, description: str) -> object:
+    """Let tyro read the flags; ranks other than 0 stay silent."""
+    with contextlib.ExitStack() as stack:
+        if not is_first_rank():
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        return tyro.cli(
+            _unchecked(config_type, [CONFIG, DRY_RUN]),
+            args=[_with_dashes(word) for word in argv],
+            prog=prog,
+            description=description,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+
+
+def _unchecked(config_type: type, extra: Sequence[Setting] = ()) -> type:
+    """A twin of a configuration for tyro, with the same fields and groups but no checks.
+
+    Without it tyro would frame the messages of ``__post_init__`` like its own, and would need a
+    valid configuration of the file alone where only file and flags together make one.
+    """
+    fields: list[Any] = []
+    for setting in [*extra, *settings_of(config_type).values()]:
+        if setting.group:
+            continue
+        note = tyro.conf.arg(help=setting.help)
+        kind: Any = Annotated[setting.wanted, note]
+        default = () if setting.default is dataclasses.MISSING else (setting.default,)
+        fields.append((setting.key, kind, *default))
+    fields += [(name, _unchecked(owner)) for name, owner in groups_of(config_type).items()]
+    twin = dataclasses.make_dataclass(config_type.__name__, fields, frozen=True, kw_only=True)
+    twin.__doc__ = config_type.__doc__
+    return twin
+
+
+def _check_flags(argv: Sequence[str], settings: Mapping[str, Setting]) -> None:
+    known = {setting.flag for setting in [*settings.values(), CONFIG, DRY_RUN]}
+    known |= {"--no-" + s.flag[2:] for s in [*settings.values(), DRY_RUN] if s.wanted is bool}
+    for word in argv:
+        flag = _with_dashes(word).partition("=")[0]
+        if flag.startswith("--") and flag not in known:
+            raise UsageError(
+                f"unknown flag {flag}; nearest known: {nearest(flag, known)}; --help lists all"
+            )
+
+
+def _with_dashes(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _read_config(argv: Sequence[str], settings: Mapping[str, Setting]) -> list[str]:
+    """Flags that say what the file of ``--config`` says; none where no file is named."""
+    file = None
+    for word, following in zip(argv, [*argv[1:], ""]):
+        if word == CONFIG.flag:
+            file = following
+        elif word.startswith(CONFIG.flag + "="):
+            file = word.partition("=")[2]
+    if not file:
+        return []
+    words = []
+    for key, value in _read_yaml(Path(file), settings).items():
+        if isinstance(value, bool):
+            words.append(settings[key].flag if value else "--no-" + settings[key].flag[2:])
+        elif isinstance(value, list):
+            words += [settings[key].flag, *map(str, value)]
+        else:  # one word, so that a value may begin with a dash
+            words.append(f"{settings[key].flag}={value}")
+    return words
+
+
+def _read_yaml(file: Path, settings: Mapping[str, Setting]) -> dict[str, Any]:
+    """Values of a flat YAML mapping by key, each of the type its key wants."""
+    try:
+        # Nodes, not the mapping: they know their lines, and keys that are there twice.
+        loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            raise UsageError(f"--config {file} does not hold a mapping of `key: value` lines")
+        pairs = [
+            (
+                key.start_mark.line + 1,
+                *(loader.construct_object(n, deep=True) for n in (key, value)),
+            )
+            for key, value in root.value
+        ]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {file} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from None
+    values: dict[str, Any] = {}
+    for line, name, value in pairs:
+        place, key = f"{file} line {line}", str(name).replace("-", "_")
+        if key not in settings:
+            known = nearest(key, settings)
+            raise UsageError(
+                f"{place}: unknown key {name}; nearest known: {known}; --help lists all"
+            )
+        if key in values:
+            raise UsageError(f"{place}: {key} is there twice; keep one")
+        if not settings[key].accepts(value):
+            wanted = type_name(settings[key].wanted)
+            raise UsageError(f"{place}: {key} is {value!r}; wanted {wanted}")
+        values[key] = value
+    return values

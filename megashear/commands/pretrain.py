@@ -1,0 +1,22 @@
+"""Train on language modelling, from a checkpoint or from fresh weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megashear.commands.parse import parse
+from megashear.commands.report import report, user_errors
+from megashear.config import PretrainRun
+
+PROG = "megashear pretrain"
+
+
+@user_errors(PROG)
+def main(argv: Sequence[str]) -> int:
+    """Run the command on the arguments after its name; the exit status."""
+    config = parse(PretrainRun, argv, prog=PROG, description=__doc__ or "")
+    # Here, not above: torch and megatron-core take seconds that --help should not.
+    from megashear.train import run
+
+    report(run.pretrain(config))
+    return 0

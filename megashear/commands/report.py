@@ -1,0 +1,79 @@
+"""What a command tells its user: errors on one line, and what it did."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from megashear.monitor.console import configure_logging
+
+Main = Callable[[Sequence[str]], int]
+"""A command: arguments after its name in, exit status out."""
+
+USAGE = 2
+"""Exit status where the user can mend the call."""
+
+
+class UsageError(ValueError):
+    """The command line or its YAML file cannot be understood; equal on all ranks."""
+
+
+def user_errors(prog: str) -> Callable[[Main], Main]:
+    """Wrap a command so that what a user can mend is one line on stderr, exit status 2.
+
+    That is ValueError, FileExistsError and FileNotFoundError; every other exception keeps its
+    traceback. All ranks of a run find the same usage errors, so rank 0 alone prints those; of the
+    others each rank prints its own, for it may be the only one that met it.
+
+    Logging is configured on the way, so that whatever a command calls can speak.
+
+    Args:
+        prog: the command as the user typed it, ``megashear prune``.
+    """
+
+    def wrap(main: Main) -> Main:
+        @functools.wraps(main)
+        def wrapped(argv: Sequence[str]) -> int:
+            configure_logging(int(os.environ.get("RANK", "0")))
+            try:
+                return main(argv)
+            except UsageError as error:
+                if is_first_rank():
+                    print(f"{prog}: error: {error}", file=sys.stderr)
+            except (ValueError, FileExistsError, FileNotFoundError) as error:
+                where = "" if is_first_rank() else f" on rank {os.environ['RANK']}"
+                print(f"{prog}: error{where}: {error}", file=sys.stderr)
+            return USAGE
+
+        return wrapped
+
+    return wrap
+
+
+def refuse_torchrun(prog: str) -> None:
+    """Refuse to run in more than one process, where each would write the same output.
+
+    Raises:
+        UsageError: torchrun started several.
+    """
+    if (world_size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UsageError(
+            f"{prog} runs in one process and torchrun started {world_size}; start it without"
+        )
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or no torchrun started it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def report(summary: object) -> None:
+    """Print what a command did, on rank 0: a mapping as JSON, None not at all."""
+    if summary is None or not is_first_rank():
+        return
+    if isinstance(summary, Mapping):
+        summary = json.dumps(summary, indent=2, default=str)
+    print(summary, flush=True)

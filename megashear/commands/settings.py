@@ -1,0 +1,158 @@
+"""The flat list of keys of a configuration, and which values each one takes."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import textwrap
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One key of a run: a field of a configuration, wherever in the tree it sits."""
+
+    key: str
+    """Name of the field, with underscores; also the key in YAML."""
+    group: str
+    """Field of the run that holds it (``train``), or "" where the run does itself."""
+    wanted: Any
+    """Its type."""
+    help: str
+    """The string under the field, on one line."""
+    default: Any
+    """Value where none is given; ``dataclasses.MISSING`` where one must be."""
+
+    @property
+    def flag(self) -> str:
+        """The name as typed: ``--tensor-model-parallel-size``."""
+        return "--" + self.key.replace("_", "-")
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value as YAML reads it fits the type."""
+        return _fits(self.wanted, value)
+
+
+def settings_of(config_type: type) -> dict[str, Setting]:
+    """Every setting of a run by its key, in the order in which the configuration lists them.
+
+    Args:
+        config_type: a dataclass whose fields are plain values or dataclasses of plain values.
+    """
+    found: dict[str, Setting] = {}
+    for group, owner in [("", config_type), *groups_of(config_type).items()]:
+        hints, notes = get_type_hints(owner), _field_notes(owner)
+        for field in dataclasses.fields(owner):
+            if dataclasses.is_dataclass(hints[field.name]):
+                continue
+            # Flags carry no group in their name, so a second owner of one would hide the first.
+            assert field.name not in found, f"two groups of {config_type.__name__}: {field.name}"
+            found[field.name] = Setting(
+                key=field.name,
+                group=group,
+                wanted=hints[field.name],
+                help=notes.get(field.name, ""),
+                default=field.default,
+            )
+    return found
+
+
+def groups_of(config_type: type) -> dict[str, type]:
+    """The dataclasses a run is made of, by field name; none for a flat configuration."""
+    hints = get_type_hints(config_type)
+    return {
+        field.name: hints[field.name]
+        for field in dataclasses.fields(config_type)
+        if dataclasses.is_dataclass(hints[field.name])
+    }
+
+
+def build(config_type: type[Config], values: Mapping[str, Any]) -> Config:
+    """Make the tree from flat values; keys that are absent take their defaults.
+
+    Raises:
+        ValueError: a configuration refuses its values.
+    """
+    nested: dict[str, Any] = {
+        name: build(owner, values) for name, owner in groups_of(config_type).items()
+    }
+    fields = dataclasses.fields(config_type)  # type: ignore[arg-type]  # a dataclass, by contract
+    own = {field.name: values[field.name] for field in fields if field.name in values}
+    return config_type(**nested, **own)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Flat values of a configuration, the inverse of ``build``."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flat |= flatten(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return flat
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Up to three known names that look like ``name``, best first; always at least one."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
+    return " or ".join(close or difflib.get_close_matches(name, known, n=1, cutoff=0.0))
+
+
+def type_name(wanted: Any) -> str:
+    """A type as a person says it, for messages: "a whole number or null"."""
+    if get_origin(wanted) in (Union, types.UnionType):
+        return " or ".join(type_name(choice) for choice in get_args(wanted))
+    if get_origin(wanted) is Literal:
+        return "one of " + ", ".join(get_args(wanted))
+    if get_origin(wanted) is tuple:
+        return f"a list, each item {type_name(get_args(wanted)[0])}"
+    return {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        types.NoneType: "null",
+    }[wanted]
+
+
+def _fits(wanted: Any, value: object) -> bool:
+    if get_origin(wanted) in (Union, types.UnionType):
+        return any(_fits(choice, value) for choice in get_args(wanted))
+    if get_origin(wanted) is Literal:
+        return value in get_args(wanted)
+    if get_origin(wanted) is tuple:
+        return isinstance(value, list) and all(_fits(get_args(wanted)[0], v) for v in value)
+    if wanted is float and isinstance(value, str):
+        return _is_number(value)
+    if wanted in (int, float) and isinstance(value, bool):  # a bool is an int to Python
+        return False
+    return isinstance(value, (int, float) if wanted is float else wanted)
+
+
+def _is_number(text: str) -> bool:
+    """YAML 1.1 reads 1e-4, without a point, as text."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@functools.cache  # reads the source, which takes longer than all the rest
+def _field_notes(owner: type) -> dict[str, str]:
+    """The string under each field; Python keeps it in the source only."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+    assert isinstance(definition, ast.ClassDef)
+    notes = {}
+    for field, note in zip(definition.body, definition.body[1:]):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            match note:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    notes[field.target.id] = " ".join(text.split())
+    return notes

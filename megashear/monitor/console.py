@@ -1,0 +1,151 @@
+"""What a run says on the console: log lines and a progress bar."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class _AboveTheBar(logging.Handler):
+    """Writes records to stderr without tearing a progress bar that stands there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:  # logging must not end a run; handleError is its way to say so
+            self.handleError(record)
+
+
+def configure_logging(rank: int) -> None:
+    """Let megashear log to stderr on rank 0 from INFO, on other ranks from ERROR only.
+
+    Other libraries keep their own logging. May be called again, with the rank that turns out.
+
+    Args:
+        rank: of this process in the whole run.
+    """
+    logger = logging.getLogger("megashear")
+    for handler in [h for h in logger.handlers if isinstance(h, _AboveTheBar)]:
+        logger.removeHandler(handler)
+    handler = _AboveTheBar()
+    where = "" if rank == 0 else f" [rank {rank}]"
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s{where} %(levelname)s %(message)s", "%H:%M:%S")
+    )
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+
+
+def progress(
+    total: int, *, rank: int = 0, initial: int = 0, desc: str = "", stream: TextIO | None = None
+) -> tqdm[Any]:
+    """A bar over the steps of a run, shown on rank 0 where stderr is a terminal.
+
+    Args:
+        total: steps of the whole run.
+        rank: of this process; others than 0 get a bar that shows nothing.
+        initial: steps done before, of a run that continues.
+        desc: what goes on, left of the bar.
+        stream: where to draw; stderr unless given.
+
+    Returns:
+        A tqdm bar: ``update()`` after each step, ``close()`` or ``with`` at the end.
+    """
+    stream = sys.stderr if stream is None else stream
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=desc,
+        unit="step",
+        file=stream,
+        disable=rank != 0 or not stream.isatty(),
+        dynamic_ncols=True,
+    )
+
+
+def format_step(
+    step: int,
+    total_steps: int,
+    *,
+    loss: float,
+    learning_rate: float,
+    grad_norm: float,
+    tokens_per_second: float,
+    eta_seconds: float | None,
+    penalty: float | None = None,
+    sparsity: Mapping[str, tuple[float, float]] | None = None,
+) -> str:
+    """One line on a step.
+
+    Args:
+        step: steps done.
+        total_steps: steps of the run.
+        loss: mean language-modelling loss of the log window, nats per token.
+        learning_rate: of the weights.
+        grad_norm: of the weights, before clipping.
+        tokens_per_second: over all devices.
+        eta_seconds: time left; None where not known yet.
+        penalty: what the masks' constraint adds to the loss; None outside pruning.
+        sparsity: expected and target sparsity of each mask kind; None outside pruning.
+    """
+    parts = [f"step {step}/{total_steps}", f"loss {loss:.3f}"]
+    if penalty is not None:
+        parts.append(f"penalty {penalty:.3f}")
+    parts += [
+        f"lr {learning_rate:.1e}",
+        f"grad norm {grad_norm:.2f}",
+        f"{format_count(tokens_per_second)} tokens/s",
+    ]
+    if sparsity:
+        kinds = " ".join(f"{kind} {now:.3f}/{goal:.3f}" for kind, (now, goal) in sparsity.items())
+        parts.append(f"sparsity (expected/target) {kinds}")
+    parts.append(f"ETA {format_duration(eta_seconds)}")
+    return " | ".join(parts)
+
+
+def format_evaluation(
+    step: int,
+    losses: Mapping[str, float],
+    *,
+    weights: Mapping[str, float] | None = None,
+    seconds: float | None = None,
+) -> str:
+    """One line on an evaluation.
+
+    Args:
+        step: steps done.
+        losses: held-out loss of each domain, nats per token.
+        weights: weight of each domain in the mixture from here on; None if it stays.
+        seconds: time the evaluation took.
+    """
+    mean = sum(losses.values()) / len(losses) if losses else float("nan")
+    parts = [f"step {step}: held-out loss {mean:.3f}"]
+    parts.append(" ".join(f"{domain} {loss:.3f}" for domain, loss in losses.items()))
+    if weights is not None:
+        kept = " ".join(f"{domain} {weight:.3f}" for domain, weight in weights.items())
+        parts.append(f"weights {kept}")
+    if seconds is not None:
+        parts.append(f"took {format_duration(seconds)}")
+    return " | ".join(parts)
+
+
+def format_count(value: float) -> str:
+    """A count with three or more digits and a unit prefix: ``41.2 k``, ``950``."""
+    for scale, prefix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= scale:
+            return f"{value / scale:.1f}{prefix}"
+    return f"{value:.0f}"
+
+
+def format_duration(seconds: float | None) -> str:
+    """Hours, minutes and seconds: ``1:02:33``, with days from one on; ``?`` for None."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days} d " if days else "") + f"{hours}:{minutes:02}:{rest:02}"

@@ -1,0 +1,191 @@
+"""The command line as a whole: commands, errors, exit status."""
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import megashear
+from megashear.__main__ import COMMANDS, main
+from megashear.commands import report
+from megashear.commands.preprocess import format_manifest
+from megashear.data.manifest import DataManifest, DomainCounts
+
+ROOT = Path(__file__).parents[3]
+NEEDED = {
+    "preprocess": ["--input", "in", "--output", "out", "--tokenizer-model", "t"],
+    "convert": ["--input", "in", "--output", "out"],
+    "prune": ["--data-path", "data"],
+    "cut": ["--load", "in", "--output", "out"],
+    "pretrain": ["--data-path", "data"],
+    "evaluate": ["--load", "in", "--data-path", "data"],
+}
+
+
+def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr()
+    assert all(line in printed.out for line in COMMANDS.values())
+    assert main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert all(line in printed.err for line in COMMANDS.values())
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"megashear {megashear.__version__}\n"
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrian"]) == 2
+    message = "megashear: error: unknown command pretrian; nearest: pretrain; "
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize("command", NEEDED)
+def test_a_dry_run_of_each_command_starts_nothing(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, *NEEDED[command], "--dry-run"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"# megashear {command} --config <this file>\n")
+
+
+def test_help_needs_no_torch() -> None:
+    check = "import sys; assert not {'torch', 'megatron', 'numpy'} & sys.modules.keys()"
+    modules = ", ".join(f"megashear.commands.{name}" for name in NEEDED)
+    subprocess.run(
+        [sys.executable, "-c", f"import megashear.__main__, {modules}; {check}"], check=True
+    )
+
+
+@pytest.mark.parametrize("tool", sorted(ROOT.glob("tools/*.py")), ids=lambda tool: tool.name)
+def test_tools_run_their_command(tool: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, tool, "--lrr"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "error: unknown flag --lrr" in result.stderr
+
+
+@pytest.mark.parametrize("kind", [ValueError, FileExistsError, FileNotFoundError])
+def test_what_a_user_can_mend_is_one_line(
+    kind: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _failing(kind("no such data"))([]) == 2
+    assert capsys.readouterr().err == "megashear prune: error: no such data\n"
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        _failing(ZeroDivisionError())([])
+
+
+def test_usage_errors_are_printed_once_and_others_with_their_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert _failing(report.UsageError("unknown flag"))([]) == 2
+    assert capsys.readouterr().err == ""
+    assert _failing(ValueError("no such data"))([]) == 2
+    assert capsys.readouterr().err == "megashear prune: error on rank 3: no such data\n"
+
+
+def _failing(error: Exception) -> report.Main:
+    @report.user_errors("megashear prune")
+    def fail(argv: Sequence[str]) -> int:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("command", ["preprocess", "convert", "cut"])
+def test_writers_refuse_several_processes(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main([command, *NEEDED[command]]) == 2
+    message = f"megashear {command} runs in one process and torchrun started 4; start it without\n"
+    assert capsys.readouterr().err.endswith(message)
+
+
+def test_convert_refuses_a_missing_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", "--input", f"{tmp_path}/none", "--output", f"{tmp_path}/out"]) == 2
+    assert "--input" in (error := capsys.readouterr().err)
+    assert error.endswith("none is not a directory\n")
+
+
+@pytest.mark.parametrize(
+    ("config_file", "function"), [(True, "hf_to_megatron"), (False, "megatron_to_hf")]
+)
+def test_convert_finds_out_the_direction(
+    config_file: bool,
+    function: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if config_file:
+        (tmp_path / "config.json").write_text("{}")
+    convert = importlib.import_module("megashear.checkpoint.convert")
+    monkeypatch.setattr(convert, function, lambda source, output, **options: 2**30)
+    assert main(["convert", "--input", str(tmp_path), "--output", "out"]) == 0
+    assert capsys.readouterr().out.startswith("wrote out: ")
+
+
+def test_evaluate_writes_what_it_prints_and_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {"mean": 2.5, "python": 2.5}
+    run = types.ModuleType("megashear.train.run")
+    monkeypatch.setattr(run, "evaluate", lambda config: losses, raising=False)
+    monkeypatch.setitem(sys.modules, "megashear.train.run", run)
+    monkeypatch.setattr(importlib.import_module("megashear.train"), "run", run, raising=False)
+    argv = ["evaluate", *NEEDED["evaluate"], "--output", f"{tmp_path}/new/losses.json"]
+    assert main(argv) == 0
+    assert json.loads((tmp_path / "new/losses.json").read_text()) == losses
+    assert '"python": 2.5' in capsys.readouterr().out
+    assert main(argv) == 2
+    assert "losses.json exists; delete it or name another file" in capsys.readouterr().err
+
+
+def test_preprocess_reports_documents_and_tokens() -> None:
+    counts = DomainCounts(
+        name="c",
+        documents=1200,
+        tokens=34567,
+        held_out_documents=24,
+        held_out_tokens=700,
+        skipped_documents=2,
+        source_bytes=1,
+    )
+    other = dataclasses.replace(counts, name="prose", skipped_documents=0)
+    manifest = DataManifest(
+        directory=Path("data"),
+        domains=(counts, other),
+        vocab_size=64,
+        bos_id=1,
+        eos_id=2,
+        prepend_bos=True,
+        append_eod=True,
+        held_out_fraction=0.02,
+        json_key="text",
+        dtype="uint16",
+        tokenizer_fingerprint="",
+    )
+    assert format_manifest(manifest).splitlines() == [
+        "c     | train 1,200 documents, 34,567 tokens | held out 24 documents, 700 tokens"
+        " | 2 without text skipped",
+        "prose | train 1,200 documents, 34,567 tokens | held out 24 documents, 700 tokens",
+        "wrote data: 2 domains, 69,134 training tokens",
+    ]

@@ -1,0 +1,208 @@
+"""Flags and YAML make the same run; what neither understands is refused by name."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megashear.commands.parse import parse, to_yaml
+from megashear.commands.report import UsageError
+from megashear.commands.settings import Setting, build, flatten, groups_of, settings_of
+from megashear.config import PruneRun
+from tests.unit.commands.test_settings import RUNS
+
+NEEDED = ["--data-path", "text"]
+
+
+def prune(*argv: str) -> PruneRun:
+    return parse(PruneRun, argv, prog="megashear prune", description="Learn masks.")
+
+
+def written(folder: Path, text: str) -> str:
+    file = folder / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+def _another(setting: Setting) -> tuple[Any, list[str]]:
+    """A value other than the default, and the words that give it."""
+    flag, default = setting.flag, setting.default
+    value: object
+    if setting.wanted is bool:
+        return not default, ["--no-" + flag[2:] if default else flag]
+    if setting.wanted == tuple[float, ...]:
+        return (0.67, 0.045), [flag, ".67", ".045"]
+    if isinstance(default, (int, float)):
+        value = default * 2 + 1
+    else:
+        value = next(v for v in (7, 0.5, "text", *_choices(setting)) if _fits(setting, v))
+    return value, [flag, str(value)]
+
+
+def _choices(setting: Setting) -> list[str]:
+    return re.findall(r"'(\w+)'", str(setting.wanted))
+
+
+def _fits(setting: Setting, value: object) -> bool:
+    return value != setting.default and setting.accepts(value)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_setting_is_a_flag(run: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner in (run, *groups_of(run).values()):
+        if hasattr(owner, "__post_init__"):  # values are judged elsewhere
+            monkeypatch.setattr(owner, "__post_init__", lambda self: None)
+    others = {setting.key: _another(setting) for setting in settings_of(run).values()}
+    with_dashes = [word for _, words in others.values() for word in words]
+    with_underscores = ["--" + w[2:].replace("-", "_") if w[:2] == "--" else w for w in with_dashes]
+    for argv in (with_dashes, with_underscores):
+        config: object = parse(run, argv, prog="megashear x", description="x")
+        assert flatten(config) == {key: value for key, (value, _) in others.items()}
+
+
+def test_help_gives_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        prune("--data-path", "text", "--help")
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "Learn masks." in text
+    assert "--seq-length INT Tokens per sequence. (default: 128)" in text
+    assert "--sequence-parallel, --no-sequence-parallel" in text
+    assert "--data-path STR Directory that `megashear preprocess` wrote. (required)" in text
+    assert "--dry-run" in text
+    assert "--config" in text
+
+
+def test_the_file_is_read_and_flags_override_it(tmp_path: Path) -> None:
+    file = written(
+        tmp_path,
+        "data-path: --text\nlr: 1e-3\nseq_length: 64\nsequence-parallel: yes\n"
+        "domain_weights: [.67, 0.045]\nmin_lr: null\nbf16: true\n",
+    )
+    # Either alone is no valid run: sequence parallelism needs tensor parallelism.
+    run = prune("--config", file, "--tensor-model-parallel-size", "2", "--seq-length=32")
+    assert run.data.data_path == "--text"
+    assert run.data.domain_weights == (0.67, 0.045)
+    assert run.optimizer.lr == 1e-3
+    assert run.optimizer.min_lr is None
+    assert run.train.seq_length == 32
+    assert run.parallel.sequence_parallel
+    assert run.model.bf16
+    again = prune(
+        f"--config={file}", "--no-sequence-parallel", "--no-bf16", "--domain_weights", "1"
+    )
+    assert not again.parallel.sequence_parallel
+    assert not again.model.bf16
+    assert again.data.domain_weights == (1.0,)
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert prune(*NEEDED, "--config", written(tmp_path, "# nothing\n")) == prune(*NEEDED)
+
+
+def test_dry_run_prints_what_gives_the_same_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*NEEDED, "--domain-weights", ".5", ".25", "--adam-eps", "1e-9", "--mask-lr", "3"]
+    with pytest.raises(SystemExit) as end:
+        prune(*argv, "--dry-run")
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert prune("--config", written(tmp_path, printed)) == prune(*argv)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    values=st.fixed_dictionaries(
+        {
+            "data_path": st.text("-ab \u00e9'\"#:/{[", min_size=1),
+            "lr": st.floats(1e-12, 1e3),
+            "train_iters": st.integers(1, 2**40),
+            "bf16": st.booleans(),
+            "domain_weights": st.lists(st.floats(0, 1), max_size=3).map(tuple),
+            "reweight": st.sampled_from(["signed", "clipped", "bandit", "constant"]),
+            "save": st.none() | st.sampled_from(["runs/a b", "~", "1", "yes", ""]),
+        }
+    )
+)
+def test_yaml_of_any_run_gives_it_back(
+    values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = build(PruneRun, values)
+    text = to_yaml(run, prog="megashear prune")
+    assert prune("--config", written(tmp_path_factory.mktemp("yaml"), text)) == run
+
+
+def test_other_ranks_print_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    for argv, status in ((["--help"], 0), ([*NEEDED, "--dry-run"], 0), ([], 2)):
+        with pytest.raises(SystemExit) as end:
+            prune(*argv)
+        assert end.value.code == status
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--seq-lenght", "3"], r"unknown flag --seq-lenght; nearest known: --seq-length;"),
+        (["--seq_lenght=3"], r"unknown flag --seq-lenght; nearest known: --seq-length;"),
+        (["--no-lr"], r"unknown flag --no-lr; nearest known: "),
+        (["--config", "none.yaml"], r"--config none.yaml cannot be read: .*No such file"),
+        (["--micro-batch-size", "0"], r"^--micro-batch-size is 0; it must be at least 1$"),
+        (["--sequence-parallel"], r"^--sequence-parallel splits .* or drop the flag$"),
+    ],
+)
+def test_wrong_flags_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        prune(*NEEDED, *argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data_path: x\nseq_lenght: 3", r"run.yaml line 2: unknown key seq_lenght; .* seq_length"),
+        ("train:\n  lr: 3", r"run.yaml line 1: unknown key train; nearest known: "),
+        ("lr: fast", r"run.yaml line 1: lr is 'fast'; wanted a number$"),
+        ("train_iters: 1.5", r"line 1: train_iters is 1.5; wanted a whole number$"),
+        ("bf16: 1", r"line 1: bf16 is 1; wanted true or false$"),
+        ("save: [a]", r"line 1: save is \['a'\]; wanted text or null$"),
+        ("reweight: off", r"reweight is False; wanted one of signed, clipped, bandit, constant$"),
+        ("lr: 1\nlr: 2", r"run.yaml line 2: lr is there twice"),
+        ("seq-length: 1\nseq_length: 2", r"run.yaml line 2: seq_length is there twice"),
+        ("- lr", r"run.yaml does not hold a mapping"),
+        ("lr: [", r"run.yaml is not YAML: .*line 1"),
+        ("lr: !!python/name:os.system x", r"run.yaml is not YAML: "),
+    ],
+)
+def test_wrong_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        prune(*NEEDED, "--config", written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["--data-path"]),
+        ([*NEEDED, "--lr", "fast"], ["--lr", "'fast'", "float"]),
+        ([*NEEDED, "--train-iters", "1.5"], ["--train-iters", "'1.5'", "INT"]),
+        ([*NEEDED, "--reweight", "often"], ["--reweight", "'often'", "'signed'"]),
+        ([*NEEDED, "--domain-weights", "a"], ["--domain-weights", "'a'", "FLOAT"]),
+        ([*NEEDED, "--bf16", "yes"], ["yes"]),
+    ],
+)
+def test_flags_of_another_type_are_refused(
+    argv: list[str], words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        prune(*argv)
+    assert end.value.code == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert all(word in printed.err for word in words), printed.err
+    assert "Traceback" not in printed.err

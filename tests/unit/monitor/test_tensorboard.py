@@ -1,0 +1,68 @@
+"""What is written is read back, at its step, under its tag."""
+
+import math
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megashear.monitor import tensorboard
+from megashear.monitor.tensorboard import TensorBoardSink
+
+
+def points(folder: Path, tag: str) -> list[tuple[int, float]]:
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    return [(event.step, event.value) for event in reader.Scalars(tag)]
+
+
+def test_scalars_are_read_back_by_step(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    for step in (10, 20):
+        sink.scalars(step, {tensorboard.LM_LOSS: 2.0 + step, tensorboard.eval_loss("c"): math.nan})
+    sink.close()
+    assert points(tmp_path, "train/lm-loss") == [(10, 12.0), (20, 22.0)]
+    with pytest.raises(KeyError):  # a NaN is no point
+        points(tmp_path, "eval/loss/c")
+
+
+@pytest.mark.parametrize(("purge_step", "values"), [(11, [1.0, 3.0]), (None, [1.0, 2.0, 3.0])])
+def test_a_resumed_run_does_not_overlap_itself(
+    purge_step: int | None, values: list[float], tmp_path: Path
+) -> None:
+    first = TensorBoardSink(tmp_path)
+    first.scalars(10, {tensorboard.LM_LOSS: 1.0})
+    first.scalars(20, {tensorboard.LM_LOSS: 2.0})  # after the last checkpoint, then killed
+    first.close()
+    second = TensorBoardSink(tmp_path, purge_step=purge_step)
+    second.scalars(20, {tensorboard.LM_LOSS: 3.0})
+    second.close()
+    assert [value for _, value in points(tmp_path, "train/lm-loss")] == values
+
+
+def test_without_a_directory_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sink = TensorBoardSink(None)
+    sink.scalars(1, {tensorboard.LM_LOSS: 1.0})
+    sink.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_tag_is_in_a_section() -> None:
+    constants = [v for k, v in vars(tensorboard).items() if k.isupper() and isinstance(v, str)]
+    names = (
+        tensorboard.expected_sparsity,
+        tensorboard.target_sparsity,
+        tensorboard.linear_multiplier,
+        tensorboard.quadratic_multiplier,
+        tensorboard.mixture_weight,
+        tensorboard.mixture_share,
+        tensorboard.mixture_epoch,
+        tensorboard.eval_loss,
+        tensorboard.eval_excess,
+    )
+    tags = constants + [name("x") for name in names]
+    assert len(set(tags)) == len(tags)
+    assert {tag.partition("/")[0] for tag in tags} == {"train", "prune", "mix", "eval", "system"}
