@@ -22,6 +22,7 @@ setup(
         "safetensors>=0.4",
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
+        "protobuf>=4",
         "tensorboard>=2.16",
         "tyro>=1.0,<2",
         "pyyaml>=6.0",

@@ -73,8 +73,8 @@ def megatron_to_hf(
 ) -> int:
     """Write a Hugging Face directory of the weights in a Megatron checkpoint.
 
-    Needs no GPU, and memory for one file of weights. Masks and optimizer states beside the weights
-    are left behind: to fold masks in, cut the checkpoint.
+    Needs no GPU, and memory for one file of weights. Optimizer states beside the weights are left
+    behind.
 
     Args:
         checkpoint: a checkpoint's directory, or one iteration's.
@@ -89,10 +89,16 @@ def megatron_to_hf(
         Bytes of weights written.
 
     Raises:
-        ValueError: see `weights.CheckpointWeights` and `hf.write_directory`.
+        ValueError: the checkpoint has masks, which must be folded in first; see
+            `weights.CheckpointWeights` and `hf.write_directory`.
     """
     hf.dtype_of(dtype)
     weights = CheckpointWeights(checkpoint, iteration=iteration)
+    if weights.description.stage == "prune":
+        raise ValueError(
+            f"checkpoint {weights.directory} is of a pruning run: its weights compute nothing "
+            f"useful without its masks; fold these in with `megashear cut` and convert the result"
+        )
     files = tokenizer_files.find(weights.tokenizer if tokenizer is None else tokenizer)
     token_ids = weights.description.token_ids if tokenizer is None else None
     return hf.write_directory(

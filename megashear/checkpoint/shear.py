@@ -39,10 +39,9 @@ def cut_checkpoint(
     targets = target_units(source, target)
     changes = rounding_changes(log_alpha, targets)
     gates = exact_gates(log_alpha, targets) if exact_target else expected_gates(log_alpha)
-    smaller = dict(cut(weights, gates, source, target))
     written = write_weights(
         output,
-        smaller,
+        cut(weights, gates, source, target),
         Description(
             shape=target,
             iteration=0,

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import MaskPart, MaskSet
 from megashear.masks.optimizer import MaskOptimizer, clip_factor
 from megashear.models.llama import unwrap
@@ -201,14 +200,6 @@ class MaskBinding:
             reduced = flat_all_reduce([whole[kind] for kind in named], group)
             whole.update(zip(named, reduced))
         return whole
-
-    def penalty(self, constraint: SparsityConstraint, step: int) -> Tensor:
-        """The Lagrangian at ``step``, equal on every rank, differentiable in own log_alpha.
-
-        Collective over the replica's model group and the pipeline group.
-        """
-        own = self.masks.closed_sums()
-        return constraint.penalty(own, self.whole_closed_sums(own), step)
 
     def clip(self, optimizer: MaskOptimizer, max_norm: float) -> tuple[float, float]:
         """Norm of the gradients of all masks and multipliers, each gate counted once.
