@@ -1,0 +1,154 @@
+"""Who may import whom, and what may stand in a file of this repository."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+MAY_IMPORT = {
+    "config": set(),
+    "shape": set(),
+    "parallel": {"config"},
+    "masks": {"shape", "config"},
+    "models": {"masks", "parallel", "shape", "config"},
+    "checkpoint": {"models", "masks", "parallel", "shape", "config"},
+    "data": {"parallel", "config"},
+    "monitor": {"parallel", "config"},
+    "train": {"checkpoint", "models", "masks", "data", "monitor", "parallel", "shape", "config"},
+}
+"""Parts of megashear that each part may import besides itself; commands may import all."""
+
+ONLY_IN = {
+    "megatron.core.parallel_state": ("parallel/groups.py",),
+    "torch.cuda": ("parallel/device.py",),
+    "torch.distributed": (
+        "parallel/",
+        "models/binding.py",
+        "checkpoint/pickles.py",  # names of the file format only
+        "checkpoint/store.py",
+        "checkpoint/weights.py",
+        "train/",
+    ),
+}
+"""Modules that few files may name, relative to megashear/."""
+
+
+def names_used(source: str) -> set[str]:
+    """Dotted names of everything imported, and of every attribute of a name."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where a name comes from"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+    return names
+
+
+def violations(file: str, source: str) -> Iterator[str]:
+    """Rules that ``source`` would break as ``file``, a path relative to megashear/."""
+    names = names_used(source)
+    part = file.partition("/")[0].removesuffix(".py")
+    allowed = MAY_IMPORT.get(part, {*MAY_IMPORT, "commands"}) | {part, "__version__"}
+    for name in names:
+        root, _, rest = name.partition(".")
+        if root == "megashear" and (other := rest.partition(".")[0]) not in allowed:
+            yield f"{file} may not import megashear.{other}"
+        if part == "masks" and root == "megatron":
+            yield f"{file} may not import megatron"
+    for module, places in ONLY_IN.items():
+        if any(_is_in(name, module) for name in names) and not file.startswith(places):
+            yield f"{file} may not name {module}; only {', '.join(places)} may"
+
+
+def _is_in(name: str, module: str) -> bool:
+    return f"{name}.".startswith(f"{module}.")
+
+
+@pytest.mark.parametrize(
+    "file", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("megashear/**/*.py"))
+)
+def test_imports_keep_the_rules(file: str) -> None:
+    source = (ROOT / file).read_text(encoding="utf-8")
+    assert list(violations(file.removeprefix("megashear/"), source)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("masks/gates.py", "import torch.distributed as dist"),
+        ("masks/gates.py", "from megatron.core import tensor_parallel"),
+        ("masks/gates.py", "from megashear.parallel.groups import ParallelGroups"),
+        ("data/loader.py", "from megashear import models"),
+        ("data/loader.py", "def f():\n    import megashear.masks.gates"),
+        ("train/loop.py", "from megashear.commands import prune"),
+        ("train/loop.py", "from megatron.core import parallel_state"),
+        ("parallel/device.py", "import megatron.core.parallel_state as mpu"),
+        (
+            "models/core.py",
+            "from megatron.core.parallel_state import get_tensor_model_parallel_rank",
+        ),
+        ("train/loop.py", "x.to(torch.cuda.current_device())"),
+        ("models/llama.py", "from torch import cuda"),
+        ("monitor/console.py", "def f():\n    return torch.distributed.get_rank()"),
+        ("checkpoint/hf.py", "from torch.distributed import all_reduce"),
+        ("shape.py", "from megashear.config import ModelConfig"),
+    ],
+)
+def test_a_broken_rule_is_noticed(file: str, source: str) -> None:
+    assert len(list(violations(file, source))) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("commands/prune.py", "from megashear.train import run"),
+        ("parallel/agree.py", "torch.distributed.all_reduce(x)"),
+        ("checkpoint/hf.py", "from megashear.models import layout"),
+        ("monitor/console.py", "import torchdistributed, torch.cudagraphs"),
+        ("masks/gates.py", "from megashear.masks.state import MaskState"),
+    ],
+)
+def test_what_the_rules_allow_passes(file: str, source: str) -> None:
+    assert list(violations(file, source)) == []
+
+
+TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".sh", ".cfg", ""}
+"""Suffixes of the files people write; "" is Makefile, LICENSE and the like."""
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|work|mnt|scratch|gpfs|lustre)/\w")
+
+
+def complaints(text: str) -> list[str]:
+    """Characters that are not ASCII, and paths that only one machine has."""
+    found = sorted({f"not ASCII: {char!r}" for char in text if not char.isascii()})
+    return found + [f"machine path: {match}" for match in MACHINE_PATH.findall(text)]
+
+
+def test_committed_files_are_ascii_and_name_no_machine() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: which files are committed is not known")
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    files = [ROOT / name for name in listed if not name.startswith("tests/data/")]
+    bad = {
+        file.name: found
+        for file in files
+        if file.suffix in TEXT
+        and file.is_file()
+        and (found := complaints(file.read_text(encoding="utf-8")))
+    }
+    assert bad == {}
+
+
+@pytest.mark.parametrize("text", ["caf\u00e9", "see " + "/".join(["", "home", "me", "x"])])
+def test_a_bad_file_is_noticed(text: str) -> None:
+    assert len(complaints(text)) == 1
+    assert complaints("see https://example.org/home and ../data/home/x") == []
