@@ -16,9 +16,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
     config = parse(EvaluateRun, argv, prog=PROG, description=__doc__ or "")
     # Here, not above: torch and megatron-core take seconds that --help should not.
-    from megashear.train import run
+    from megashear.train.run import evaluate
 
-    report(run.evaluate(config))
+    report(evaluate(config))
     if config.output is not None:
         report(f"wrote {config.output}")
     return 0

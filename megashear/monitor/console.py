@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -23,7 +24,8 @@ class _AboveTheBar(logging.Handler):
 def configure_logging(rank: int) -> None:
     """Let megashear log to stderr on rank 0 from INFO, on other ranks from ERROR only.
 
-    Other libraries keep their own logging. May be called again, with the rank that turns out.
+    Other libraries keep their own logging; megatron-core's warnings that optional libraries are
+    absent are dropped. May be called again, with the rank that turns out.
 
     Args:
         rank: of this process in the whole run.
@@ -38,6 +40,10 @@ def configure_logging(rank: int) -> None:
     )
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    # Seven warnings at import, from every rank, about what megashear does not need.
+    warnings.filterwarnings(
+        "ignore", message=r"(Transformer Engine|Apex).* not installed", category=UserWarning
+    )
 
 
 def progress(
