@@ -371,4 +371,4 @@ class QuickstartConfig:
     seed: int = 1234
     """Seed of data order, mask noise and fresh weights."""
     short: bool = False
-    """Far fewer steps: shows that everything runs, and its numbers show nothing."""
+    """Run few steps, only to see that everything works; its losses compare nothing."""

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from megatron.core.datasets.indexed_dataset import DType
 from tqdm import tqdm
@@ -224,7 +225,7 @@ def _encode_in_order(
 class _Meter:
     """Progress in bytes, with documents per second behind it."""
 
-    def __init__(self, progress_bar: tqdm[None]) -> None:
+    def __init__(self, progress_bar: tqdm[Any]) -> None:
         self.domain = ""
         self._bar = progress_bar
         self._documents = 0

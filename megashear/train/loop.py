@@ -112,7 +112,7 @@ class Trainer:
         if step == last:
             found = self.evaluate(step, sink, whole=True)
             if train.save is not None and first_step < last:
-                saved = self.save(step)
+                saved = self.save(step, {mode: losses.losses for mode, losses in found.items()})
         sink.close()
         return {
             "step": step,
@@ -164,14 +164,22 @@ class Trainer:
             logger.info("%s%s", format_evaluation(step, losses.losses), what)
         return found
 
-    def save(self, step: int) -> Path:
-        """Write a checkpoint of ``step`` steps done."""
+    def save(self, step: int, held_out_loss: dict[str, dict[str, float]] | None = None) -> Path:
+        """Write a checkpoint of ``step`` steps done.
+
+        Args:
+            step: steps done.
+            held_out_loss: by mode and domain, what the last evaluation found over all held-out
+                text, to be read back without evaluating again.
+        """
         assert self.train.save is not None
         details = self.details | {
             "scheduler": self.schedule.state_dict(),
             "loader": self.data.loader.state_dict(),
             "consumed_samples": self.data.loader.consumed_samples,
         }
+        if held_out_loss is not None:
+            details["held_out_loss"] = held_out_loss
         masks = mask_state(self.objective)
         if masks is not None:
             details["mask_optimizer_steps"] = masks.optimizer.num_steps

@@ -79,11 +79,12 @@ def prune(config: PruneRun) -> dict[str, Any]:
         ValueError: anything a user can mend, found before processes meet where it can be.
     """
     train = config.train
-    start = _find_start(train, stage=StructuredPruning.stage)
-    if start.checkpoint is None:
-        raise ValueError(
-            "--load is not given; pruning starts from a checkpoint that `megashear convert` wrote"
-        )
+    start = _find_start(
+        train,
+        stage=StructuredPruning.stage,
+        without="--load is not given; pruning starts from a checkpoint that `megashear convert` "
+        "wrote",
+    )
     target = target_shape(config.masks, start.shape)
     manifest, references = _check(config, start)
     targets = target_units(start.shape, target)
@@ -135,7 +136,12 @@ def pretrain(config: PretrainRun) -> dict[str, Any]:
         ValueError: anything a user can mend, found before processes meet where it can be.
     """
     fresh = None if config.init_shape is None else read_shape(config.init_shape)
-    start = _find_start(config.train, stage=LanguageModelling.stage, fresh=fresh)
+    start = _find_start(
+        config.train,
+        stage=LanguageModelling.stage,
+        without="--load is not given; name a checkpoint, or --init-shape for fresh weights",
+        fresh=fresh,
+    )
     manifest, references = _check(config, start)
     with distributed(config.parallel, config.model) as groups:
         chunks = build_llama(
@@ -196,6 +202,7 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
             "tokens": found.tokens,
         }
         if config.output is not None and groups.rank == 0:
+            Path(config.output).parent.mkdir(parents=True, exist_ok=True)
             Path(config.output).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
@@ -264,7 +271,10 @@ def read_shape(name: str) -> ModelShape:
         ) from None
 
 
-def _find_start(train: TrainConfig, *, stage: str, fresh: ModelShape | None = None) -> Start:
+def _find_start(
+    train: TrainConfig, *, stage: str, without: str, fresh: ModelShape | None = None
+) -> Start:
+    """Where the run begins; ``without`` is what to say where nothing names a beginning."""
     check_save_directory(train.save, train.load, resume=train.resume)
     source = train.load
     resumed = (
@@ -277,9 +287,7 @@ def _find_start(train: TrainConfig, *, stage: str, fresh: ModelShape | None = No
         source = train.save
     if source is None:
         if fresh is None:
-            raise ValueError(
-                "--load is not given; name a checkpoint, or --init-shape for fresh weights"
-            )
+            raise ValueError(without)
         return Start(shape=fresh, checkpoint=None, description=None, continues=False)
     if fresh is not None and not resumed:
         raise ValueError(

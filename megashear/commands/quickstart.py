@@ -1,0 +1,29 @@
+"""The whole path on this machine: text, a source LLaMA, pruning, cut, recovery, Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megashear.commands.parse import parse
+from megashear.commands.report import refuse_torchrun, user_errors
+from megashear.config import QuickstartConfig
+
+PROG = "megashear quickstart"
+
+
+@user_errors(PROG)
+def main(argv: Sequence[str]) -> int:
+    """Run the command on the arguments after its name; the exit status."""
+    config = parse(QuickstartConfig, argv, prog=PROG, description=__doc__ or "")
+    refuse_torchrun(PROG)
+    # Here, not above: they take time that --help should not.
+    from megashear.quickstart.pipeline import Quickstart
+    from megashear.quickstart.recipe import FULL, SHORT
+
+    data = None if config.data is None else Path(config.data)
+    if data is not None and not data.is_dir():
+        raise ValueError(f"--data {data} is not a directory of jsonl files, one a domain")
+    recipe = SHORT if config.short else FULL
+    Quickstart(output=Path(config.output), recipe=recipe, seed=config.seed, data=data).run()
+    return 0

@@ -1,0 +1,74 @@
+"""The numbers of the quickstart: shapes, steps and rates, tuned on two CPU cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megashear.shape import ModelShape
+
+VOCABULARY = 2048
+"""SentencePiece pieces, byte fallback included."""
+
+SOURCE = ModelShape(
+    num_layers=6,
+    hidden_size=192,
+    num_attention_heads=6,
+    num_query_groups=6,
+    head_dim=32,
+    ffn_hidden_size=512,
+    vocab_size=VOCABULARY,
+    max_position_embeddings=128,
+)
+"""3.4 M parameters."""
+TARGET = replace(
+    SOURCE,
+    num_layers=4,
+    hidden_size=128,
+    num_attention_heads=4,
+    num_query_groups=4,
+    ffn_hidden_size=320,
+)
+"""1.3 M parameters: smaller in all four dimensions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Steps and rates; every step reads ``global_batch_size * seq_length`` tokens."""
+
+    source_iters: int = 1000
+    """Steps of the source model, from fresh weights."""
+    prune_iters: int = 200
+    """Steps of pruning."""
+    recover_iters: int = 200
+    """Steps of continued pretraining after the cut."""
+    seq_length: int = 128
+    """Tokens per sequence."""
+    global_batch_size: int = 8
+    """Sequences per step."""
+    source_lr: float = 2e-3
+    prune_lr: float = 2e-3
+    recover_lr: float = 2e-3
+    init_method_std: float = 0.05
+    """Of fresh weights; 0.02 learns far slower at this width."""
+    sparsity_warmup_iters: int = 40
+    """Steps over which the target sparsity rises: a fifth of pruning, as in the recipes."""
+    noise_streams: int = 4
+    """Mask draws per step."""
+    eval_interval: int = 50
+    """Steps between the evaluations that move the mixture."""
+    eval_sequences: int = 16
+    """Held-out sequences per domain in those."""
+    held_out_fraction: float = 0.01
+
+
+FULL = Recipe()
+SHORT = replace(
+    FULL,
+    source_iters=120,
+    prune_iters=60,
+    recover_iters=40,
+    sparsity_warmup_iters=12,
+    eval_interval=20,
+    eval_sequences=4,
+)
+"""For checking that everything runs, in a third of the time; too few steps to compare models."""
