@@ -1,0 +1,184 @@
+"""Law 2 on Megatron: a run saved at one layout, cut, computes the masked model at another."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from megashear.checkpoint.convert import megatron_to_hf
+from megashear.checkpoint.cut import cut
+from megashear.checkpoint.description import Description
+from megashear.checkpoint.shear import cut_checkpoint
+from megashear.checkpoint.store import load_weights, save_run
+from megashear.checkpoint.weights import CheckpointWeights
+from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megashear.masks.mask_set import exact_gates, target_units, whole_parts
+from megashear.models.llama import build_llama
+from megashear.parallel.groups import ParallelGroups
+from megashear.shape import ModelShape
+from megashear.train.loop import mask_state
+from megashear.train.objectives import StructuredPruning
+from megashear.train.optim import build_optimizer
+from tests import reference_llama
+from tests.distributed.masked_model import by_megatron_name, own_logits, whole_logits
+from tests.ranks import run_ranks
+from tests.tiny import BATCH, SOURCE, TARGET, layout, microbatches, relative_error, set_weights
+
+OTHER_ORDER = 1e-5
+"""Relative (law 2); folding rounds every weight once, in float32."""
+BROKEN = 0.01
+"""Relative; a weight folded wrongly is off by more."""
+
+MULTI_HEAD = replace(SOURCE, num_query_groups=SOURCE.num_attention_heads)
+MULTI_HEAD_TARGET = replace(TARGET, num_query_groups=TARGET.num_attention_heads)
+SHAPES = {"grouped": (SOURCE, TARGET), "multi-head": (MULTI_HEAD, MULTI_HEAD_TARGET)}
+PRUNED_AT = layout(tp=2, pp=2)
+ITERATION = 40
+
+
+class Pruned(NamedTuple):
+    """A run in the middle of pruning, saved, and what was cut from it."""
+
+    source: ModelShape
+    target: ModelShape
+    saved: Path
+    cut: Path
+    logits: Tensor
+    """Of the masked model under exactly the target's gates."""
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+    source, target = SHAPES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    saved, output = folder / "pruned", folder / "cut"
+    ranks = run_ranks(
+        PRUNED_AT.model_parallel_size, lambda rank: prune_half_way(saved, source, target)
+    )
+    run_ranks(1, lambda rank: cut_checkpoint(saved, output, exact_target=True))
+    return Pruned(source, target, saved, output, whole_logits(ranks))
+
+
+@pytest.mark.parametrize(
+    "parallel", [layout(), layout(tp=2), layout(pp=3)], ids=["whole", "tp2", "pp3"]
+)
+def test_cut_equals_masked_model_at_another_layout(
+    pruned: Pruned, parallel: ParallelConfig
+) -> None:
+    logits = logits_at(parallel, pruned.cut, pruned.target)
+    assert relative_error(logits, pruned.logits) < OTHER_ORDER
+
+
+def test_export_of_the_cut_in_transformers_equals_masked_model(
+    pruned: Pruned, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    assert pruned.target.head_dim * pruned.target.num_attention_heads != pruned.target.hidden_size
+    megatron_to_hf(pruned.cut, tmp_path / "hf", progress=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(tokens()).logits
+    assert relative_error(logits, pruned.logits) < OTHER_ORDER
+
+
+def test_a_folded_output_layer_is_noticed(pruned: Pruned) -> None:
+    weights = dict(CheckpointWeights(pruned.cut))
+    assert relative_error(plain_logits(weights, pruned.target), pruned.logits) < OTHER_ORDER
+    hidden = exact(pruned.source, pruned.target)["hidden"][0]
+    weights["lm_head.weight"] = weights["lm_head.weight"] * hidden[hidden != 0]
+    assert relative_error(plain_logits(weights, pruned.target), pruned.logits) > BROKEN
+
+
+@pytest.mark.parametrize("kind", ["hidden", "heads", "intermediate", "layer"])
+def test_one_gate_moved_is_noticed(pruned: Pruned, kind: str) -> None:
+    gates = exact(pruned.source, pruned.target)
+    row = gates[kind if kind != "heads" else "group" if "group" in gates else "head"][0]
+    opened, closed = int(row.nonzero()[0]), int((row == 0).nonzero()[0])
+    row[[opened, closed]] = row[[closed, opened]]
+    weights = dict(cut(CheckpointWeights(pruned.saved), gates, pruned.source, pruned.target))
+    # one neuron of 56 moves the logits less than a head does, and far more than rounding
+    assert relative_error(plain_logits(weights, pruned.target), pruned.logits) > 100 * OTHER_ORDER
+
+
+def test_masks_that_keep_another_count_are_refused(pruned: Pruned, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"target wants .* cut with --exact-target"):
+        cut_checkpoint(pruned.saved, tmp_path / "cut")
+    assert not list(tmp_path.iterdir())
+
+
+def half_open(source: ModelShape, target: ModelShape) -> dict[str, Tensor]:
+    """Whole log_alpha in the middle of pruning, away from the clamps."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        kind: torch.randn(part.num_rows, part.num_units, generator=generator) + 1
+        for kind, part in whole_parts(source, target).items()
+    }
+
+
+def exact(source: ModelShape, target: ModelShape) -> dict[str, Tensor]:
+    return exact_gates(half_open(source, target), target_units(source, target))
+
+
+def prune_half_way(saved: Path, source: ModelShape, target: ModelShape) -> dict[str, Any]:
+    """Save a run on this rank's part, and give the logits of its exact evaluation mode."""
+    groups = ParallelGroups.create(PRUNED_AT)
+    chunks = build_llama(source, groups, PRUNED_AT, ModelConfig(), variant="masked")
+    whole = by_megatron_name(reference_llama.random_weights(source), source)
+    set_weights(chunks, whole, groups.tensor_rank, groups.tensor_size)
+    objective = StructuredPruning(
+        chunks,
+        groups,
+        source=source,
+        target=target,
+        config=MaskConfig(),
+        seed=7,
+        global_batch_size=BATCH,
+        sequence_parallel=False,
+    )
+    objective.masks.load_state_dict(objective.binding.slice_gates(half_open(source, target)))
+    masks = mask_state(objective)
+    assert masks is not None
+    extents = {kind: [part.num_rows, part.num_units] for kind, part in masks.masks.parts.items()}
+    details = {
+        "target_shape": target.to_dict(),
+        "mask_extents": extents,
+        "mask_optimizer_steps": masks.optimizer.num_steps,
+    }
+    save_run(
+        saved,
+        Description(shape=source, iteration=ITERATION, stage=objective.stage, details=details),
+        chunks,
+        build_optimizer(chunks, OptimizerConfig(), bf16=False),
+        groups,
+        masks=masks,
+    )
+    objective.begin_evaluation("exact")
+    logits = own_logits(chunks, microbatches(0), select=objective.binding.select)
+    return {"tensor_rank": groups.tensor_rank, "logits": logits}
+
+
+def logits_at(parallel: ParallelConfig, checkpoint: Path, shape: ModelShape) -> Tensor:
+    """Logits of a checkpoint's plain model at a layout."""
+
+    def body(rank: int) -> dict[str, Any]:
+        groups = ParallelGroups.create(parallel)
+        chunks = build_llama(shape, groups, parallel, ModelConfig(), variant="local")
+        load_weights(checkpoint, chunks)
+        return {"tensor_rank": groups.tensor_rank, "logits": own_logits(chunks, microbatches(0))}
+
+    return whole_logits(run_ranks(parallel.model_parallel_size, body))
+
+
+def plain_logits(weights: dict[str, Tensor], shape: ModelShape) -> Tensor:
+    return reference_llama.forward(weights, shape, tokens())
+
+
+@functools.cache
+def tokens() -> Tensor:
+    return torch.cat([batch.tokens for batch in microbatches(0)])
