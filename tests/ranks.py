@@ -27,6 +27,12 @@ def _rank_main(rank: int, world_size: int, store: str, body: Callable, reports: 
     except BaseException:
         error = traceback.format_exc()
     reports.put((rank, error, result))
+    reports.close()
+    reports.join_thread()
+    # the parent ends all ranks together: one that left now would break the meeting of slower ones
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
 
 
 def run_ranks(world_size: int, body: Callable[[int], Any], timeout_s: float = 120.0) -> list:
