@@ -1,0 +1,186 @@
+"""The device seam: what it refuses, what it leaves alone, and that CUDA switches it off."""
+
+import json
+import subprocess
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+
+from megashear.config import ModelConfig, ParallelConfig
+from megashear.parallel import device
+
+WITHOUT_CUDA = pytest.mark.skipif(device.has_cuda(), reason="the seam is off where CUDA is")
+
+
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the seam believe that this machine has one CUDA device."""
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+def called_from(module: str, expression: str, **names: Any) -> Any:
+    """``expression`` evaluated as if ``module`` contained it."""
+    return eval(expression, {"__name__": module, **names})
+
+
+def test_another_megatron_core_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"megatron-core 0\.17\.0 is installed.*==0\.16\.1"):
+        device.require_version("0.17.0")
+    device.require_version("0.16.1")
+
+
+def test_a_missing_megatron_core_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("megatron", "megatron.core"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RuntimeError, match=r"cannot be imported.*pip install megatron-core=="):
+        device._check_megatron_core.__wrapped__()
+
+
+def test_distributed_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--use-distributed-optimizer is refused.*drop the flag"):
+        device.check_settings(ParallelConfig(use_distributed_optimizer=True), ModelConfig())
+
+
+@WITHOUT_CUDA
+def test_transformer_engine_without_cuda_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"needs a CUDA device.*--transformer-impl local"):
+        device.check_settings(ParallelConfig(), ModelConfig(transformer_impl="transformer_engine"))
+
+
+def test_a_missing_transformer_engine_is_refused(
+    with_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelConfig(transformer_impl="transformer_engine")
+    found = {"apex": False, "transformer_engine": False}
+    monkeypatch.setattr(device, "find_accelerators", lambda: found)
+    with pytest.raises(ValueError, match=r"not installed; install megashear\[gpu\]"):
+        device.check_settings(ParallelConfig(), model)
+    found["transformer_engine"] = True
+    device.check_settings(ParallelConfig(), model)
+
+
+def test_more_processes_than_gpus_are_refused(with_cuda: None) -> None:
+    with pytest.raises(ValueError, match="process 1 of this host has no GPU: 1 found"):
+        device.select(1)
+
+
+def test_the_registry_package_called_apex_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # another project of that name: a package without NVIDIA's optimizers
+    apex = types.ModuleType("apex")
+    apex.__path__ = []
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    assert device.find_accelerators()["apex"] is False
+
+
+@pytest.mark.parametrize(
+    ("stages", "virtual", "overlap"),
+    [(1, 1, False), (2, 1, False), (2, 2, False), (2, 2, True), (4, 2, True)],
+)
+def test_pipeline_settings_never_corrupt(stages: int, virtual: int, overlap: bool) -> None:
+    settings = device.pipeline_settings(
+        ParallelConfig(
+            pipeline_model_parallel_size=stages,
+            num_virtual_stages_per_pipeline_rank=virtual,
+            overlap_p2p_communication=overlap,
+        )
+    )
+    assert not settings["batch_p2p_comm"]
+    assert settings["overlap_p2p_comm"] == overlap
+    assert not (settings["overlap_p2p_comm"] and settings["deallocate_pipeline_outputs"])
+
+
+def test_torch_stays_real_for_everybody_else() -> None:
+    device.install()
+    assert torch.empty(2, device="meta").device.type == "meta"
+    assert torch.zeros_like(torch.empty(2, device="meta")).device.type == "meta"
+    assert isinstance(torch.empty, types.BuiltinFunctionType)
+    assert torch.cuda.__name__ == "torch.cuda"
+    assert torch.ones(1).type() == "torch.FloatTensor"
+    assert torch.ones(1).type(torch.float64).dtype == torch.float64
+
+
+@WITHOUT_CUDA
+def test_no_one_else_is_told_that_there_is_a_gpu() -> None:
+    device.install()
+    for call in ("torch.empty(1, device='cuda')", "torch.ones(1).cuda()"):
+        with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+            called_from("elsewhere", call, torch=torch)
+
+
+@WITHOUT_CUDA
+def test_megatron_core_sees_the_cpu_as_its_gpu() -> None:
+    device.install()
+    from megatron.core.pipeline_parallel import schedules
+
+    theirs = schedules.torch
+    assert theirs.zeros([], dtype=torch.int, device="cuda").device.type == "cpu"
+    assert theirs.empty(2, device=theirs.cuda.current_device()).device.type == "cpu"
+    assert theirs.empty(2, device=0).device.type == "cpu"
+    assert theirs.empty(2, device="meta").device.type == "meta"
+    assert theirs.float32 is torch.float32
+    assert theirs.cuda.is_available() is False
+    inside = "megatron.core.optimizer.optimizer"
+    x = torch.ones(1, dtype=torch.bfloat16)
+    assert called_from(inside, "x.type()", x=x) == "torch.cuda.BFloat16Tensor"
+    assert called_from(inside, "x.cuda() is x", x=x)
+    assert called_from("megatron.training", "x.type()", x=x) == "torch.BFloat16Tensor"
+
+
+@WITHOUT_CUDA
+def test_random_states_are_forked_and_given_back() -> None:
+    device.install()
+    from megatron.core.tensor_parallel import random
+
+    tracker = random.CudaRNGStatesTracker()
+    tracker.add("masked", 11)
+    torch.manual_seed(5)
+    outside = torch.get_rng_state()
+    with tracker.fork("masked"):
+        first = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), outside)
+    with tracker.fork("masked"):
+        assert not torch.equal(torch.rand(3), first)  # goes on where it stopped
+    assert torch.equal(torch.rand(3, generator=torch.Generator().manual_seed(11)), first)
+    with pytest.raises(KeyError, match="random state other was not added"), tracker.fork("other"):
+        pass
+
+
+PROBE = """
+import json, sys, torch
+from megashear.parallel import device
+reports = []
+for pretend in ([True, False] if not torch.cuda.is_available() else [True]):
+    device.has_cuda = lambda: pretend
+    before = torch.Tensor.type, torch.Tensor.cuda
+    device.install()
+    import megashear.models.llama, megashear.train.loop, megashear.checkpoint.store
+    loaded = {n: m for n, m in sys.modules.items() if n.startswith("megatron.core")}
+    own = {n: m.torch for n, m in loaded.items() if hasattr(m, "torch")}
+    reports.append({
+        "real": sorted(n for n, t in own.items() if t is torch),
+        "replaced": sorted(n for n, t in own.items() if isinstance(t, device._StandIn)),
+        "methods": before == (torch.Tensor.type, torch.Tensor.cuda),
+    })
+print(json.dumps(reports))
+"""
+
+
+def test_with_cuda_nothing_is_replaced() -> None:
+    # a process of its own: in this one the seam may be in place already
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120, check=True
+    )
+    with_cuda, *without = json.loads(done.stdout.splitlines()[-1])
+    assert with_cuda["replaced"] == []
+    assert len(with_cuda["real"]) > 50
+    assert with_cuda["methods"] is True
+    for twin in without:  # the same probe notices the seam where it is in place
+        assert twin["real"] == []
+        assert set(twin["replaced"]) >= set(with_cuda["real"])
+        assert twin["methods"] is False
