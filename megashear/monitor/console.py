@@ -24,8 +24,8 @@ class _AboveTheBar(logging.Handler):
 def configure_logging(rank: int) -> None:
     """Let megashear log to stderr on rank 0 from INFO, on other ranks from ERROR only.
 
-    Other libraries keep their own logging; megatron-core's warnings that optional libraries are
-    absent are dropped. May be called again, with the rank that turns out.
+    Other libraries keep their own logging; a few warnings of torch and megatron-core that no user
+    of megashear can mend are dropped. May be called again, with the rank that turns out.
 
     Args:
         rank: of this process in the whole run.
@@ -40,22 +40,38 @@ def configure_logging(rank: int) -> None:
     )
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    # Seven warnings at import, from every rank, about what megashear does not need.
-    warnings.filterwarnings(
-        "ignore", message=r"(Transformer Engine|Apex).* not installed", category=UserWarning
-    )
+    if not sys.warnoptions:  # -W or PYTHONWARNINGS: whoever asks for warnings gets them all
+        _drop_warnings_for_others()
+
+
+def _drop_warnings_for_others() -> None:
+    """Leave out what every rank would print a dozen times and no user of megashear can mend."""
+    for message in (
+        r"(Transformer Engine|Apex).* not installed",  # at import; neither is needed
+        "full scope is deprecated",  # TransformerConfig about its own default
+    ):
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+    # between torch and megatron-core, about names that will change
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron)\.")
 
 
 def progress(
-    total: int, *, rank: int = 0, initial: int = 0, desc: str = "", stream: TextIO | None = None
+    total: int,
+    *,
+    rank: int = 0,
+    initial: int = 0,
+    desc: str = "",
+    unit: str = "step",
+    stream: TextIO | None = None,
 ) -> tqdm[Any]:
-    """A bar over the steps of a run, shown on rank 0 where stderr is a terminal.
+    """A bar over long work, shown on rank 0 where stderr is a terminal.
 
     Args:
-        total: steps of the whole run.
+        total: steps of the whole work.
         rank: of this process; others than 0 get a bar that shows nothing.
         initial: steps done before, of a run that continues.
         desc: what goes on, left of the bar.
+        unit: what is counted.
         stream: where to draw; stderr unless given.
 
     Returns:
@@ -66,9 +82,10 @@ def progress(
         total=total,
         initial=initial,
         desc=desc,
-        unit="step",
+        unit=unit,
         file=stream,
         disable=rank != 0 or not stream.isatty(),
+        leave=unit == "step",  # a run's bar stays; an evaluation's makes room for its result
         dynamic_ncols=True,
     )
 

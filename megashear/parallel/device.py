@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -236,6 +237,8 @@ def _install_cpu() -> None:
             module_object.torch = stand_in  # type: ignore[attr-defined]
     _replace_random_state()
     _patch_tensor_methods()
+    # an advice for GPUs, from every layer
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
 
 
 class _StandIn(types.ModuleType):

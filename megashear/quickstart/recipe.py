@@ -58,7 +58,7 @@ class Recipe:
     """Steps between the evaluations that move the mixture."""
     eval_sequences: int = 16
     """Held-out sequences per domain in those."""
-    held_out_fraction: float = 0.01
+    held_out_fraction: float = 0.02
 
 
 FULL = Recipe()

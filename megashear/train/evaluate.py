@@ -10,12 +10,13 @@ import torch
 
 from megashear.data.batch import MicroBatch
 from megashear.data.held_out import HeldOutSet
+from megashear.monitor.console import progress
 from megashear.parallel import device
 from megashear.parallel.agree import flat_all_reduce
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.objectives import LanguageModelling
 
-_SLAB = 64
+_SLAB = 16
 """Microbatches handed to the schedule at a time, so that memory does not grow with the set."""
 
 
@@ -43,6 +44,7 @@ def evaluate_domains(
     groups: ParallelGroups,
     *,
     micro_batch_size: int,
+    step: int | None = None,
 ) -> DomainLosses:
     """Evaluate the chosen sequences of every domain. Collective over the world.
 
@@ -54,14 +56,20 @@ def evaluate_domains(
         chosen: indices of sequences of each set, equal on every rank.
         groups: where this rank stands.
         micro_batch_size: sequences per forward pass.
+        step: steps done, shown beside the progress bar.
     """
     sums = torch.zeros(2, len(names), dtype=torch.float64, device=device.device())
+    per_pass = micro_batch_size * groups.data_size
+    total = sum(-(-len(indices) // per_pass) for indices in chosen)  # microbatches
+    what = f"evaluation ({mode})" if step is None else f"evaluation at step {step} ({mode})"
     objective.begin_evaluation(mode)
-    for slab in _slabs(held_out, chosen, groups, micro_batch_size):
-        for found in objective.evaluate(mode, slab):
-            domains = found.domains.to(sums.device)
-            sums[0].index_add_(0, domains, found.sums.double())
-            sums[1].index_add_(0, domains, found.counts.double())
+    with progress(total, rank=groups.rank, desc=what, unit="batch") as bar:
+        for slab in _slabs(held_out, chosen, groups, micro_batch_size):
+            for found in objective.evaluate(mode, slab):
+                domains = found.domains.to(sums.device)
+                sums[0].index_add_(0, domains, found.sums.double())
+                sums[1].index_add_(0, domains, found.counts.double())
+            bar.update(min(len(slab), total - bar.n))
     objective.end_evaluation()
     # only last stages measured; tensor ranks of a stage measured the same
     (sums,) = flat_all_reduce([sums], groups.pipeline)

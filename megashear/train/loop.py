@@ -147,6 +147,7 @@ class Trainer:
                 chosen,
                 self.groups,
                 micro_batch_size=self.train.micro_batch_size,
+                step=step,
             )
             for mode in self.objective.evaluation_modes()
         }
