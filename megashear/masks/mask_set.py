@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -53,19 +53,24 @@ class MaskSet:
             for kind, part in self.parts.items()
         }
 
-    def sample(self, *, seed: int, step: int, stream: int) -> dict[str, Tensor]:
+    def sample(
+        self, *, seed: int, step: int, stream: int, kinds: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         """Gates of one noise stream at one step, differentiable.
 
         Args:
             seed: the run's seed.
             step: training step, from 0.
             stream: noise stream, from 0.
+            kinds: which kinds of mask; all unless given.
 
         Returns:
             z by kind, [own rows, own units]: the same gates that any other layout samples.
         """
         gates = {}
         for kind, part in self.parts.items():
+            if kinds is not None and kind not in kinds:
+                continue
             own = _index(part.units)
             noise = [
                 uniform_noise(

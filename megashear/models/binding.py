@@ -87,9 +87,6 @@ class MaskBinding:
         Args:
             sampled: for each noise stream that this replica's samples use, gates by kind,
                 [own rows, own units], on the host; differentiable if :meth:`backward` follows.
-
-        Raises:
-            ValueError: a stream has no open hidden dimension left.
         """
         self._sampled = {stream: dict(gates) for stream, gates in sampled.items()}
         self._leaves = {
@@ -267,11 +264,7 @@ def _stream_gates(leaves: Mapping[str, Tensor], sampled: Mapping[str, Tensor]) -
     num_open = None
     if "hidden" in sampled:
         num_open = int(torch.count_nonzero(sampled["hidden"]))
-        if num_open == 0:
-            raise ValueError(
-                "every hidden gate is closed, so no norm is defined; raise the target hidden size "
-                "or lower --mask-lr"
-            )
+        assert num_open, "every hidden gate is closed: the objective checks before it binds"
     return StreamGates(
         hidden=leaves["hidden"][0] if "hidden" in leaves else None,
         num_open_hidden=num_open,

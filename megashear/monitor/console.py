@@ -62,6 +62,7 @@ def progress(
     initial: int = 0,
     desc: str = "",
     unit: str = "step",
+    leave: bool = True,
     stream: TextIO | None = None,
 ) -> tqdm[Any]:
     """A bar over long work, shown on rank 0 where stderr is a terminal.
@@ -72,6 +73,7 @@ def progress(
         initial: steps done before, of a run that continues.
         desc: what goes on, left of the bar.
         unit: what is counted.
+        leave: whether the finished bar stays, or makes room for the line that tells the result.
         stream: where to draw; stderr unless given.
 
     Returns:
@@ -85,7 +87,7 @@ def progress(
         unit=unit,
         file=stream,
         disable=rank != 0 or not stream.isatty(),
-        leave=unit == "step",  # a run's bar stays; an evaluation's makes room for its result
+        leave=leave,
         dynamic_ncols=True,
     )
 

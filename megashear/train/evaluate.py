@@ -63,7 +63,7 @@ def evaluate_domains(
     total = sum(-(-len(indices) // per_pass) for indices in chosen)  # microbatches
     what = f"evaluation ({mode})" if step is None else f"evaluation at step {step} ({mode})"
     objective.begin_evaluation(mode)
-    with progress(total, rank=groups.rank, desc=what, unit="batch") as bar:
+    with progress(total, rank=groups.rank, desc=what, unit="batch", leave=False) as bar:
         for slab in _slabs(held_out, chosen, groups, micro_batch_size):
             for found in objective.evaluate(mode, slab):
                 domains = found.domains.to(sums.device)

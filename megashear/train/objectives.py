@@ -145,8 +145,13 @@ class StructuredPruning(LanguageModelling):
         self._closed: dict[str, Tensor] = {}
 
     def forward_backward(self, batches: Sequence[MicroBatch], step: int) -> list[SequenceLosses]:
-        """Add the gradients of weights, log_alpha and multipliers. Collective over the world."""
+        """Add the gradients of weights, log_alpha and multipliers. Collective over the world.
+
+        Raises:
+            ValueError: on every rank, if the masks leave no hidden dimension open.
+        """
         streams = [self.stream_of(batch) for batch in batches]
+        self._check_hidden(step)
         self.optimizer.zero_grad()
         self.binding.bind(
             {
@@ -169,6 +174,16 @@ class StructuredPruning(LanguageModelling):
         self._penalty = self.constraint.penalty(own, self._closed, step)
         self._penalty.backward()
         return losses
+
+    def _check_hidden(self, step: int) -> None:
+        # Of every stream, other replicas' too: a rank that raised for its own would be alone.
+        for stream in range(self.config.mask_noise_streams):
+            gates = self.masks.sample(seed=self.seed, step=step, stream=stream, kinds=("hidden",))
+            if "hidden" in gates and not gates["hidden"].any():
+                raise ValueError(
+                    f"step {step + 1}: every hidden gate of noise stream {stream} is closed, so "
+                    f"no norm is defined; raise --target-hidden-size or lower --mask-lr"
+                )
 
     def stream_of(self, batch: MicroBatch) -> int:
         """Noise stream of a microbatch: sample i of B belongs to stream i K // B."""
