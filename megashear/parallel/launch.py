@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -42,6 +45,17 @@ def distributed(
         device.use_deterministic_kernels()
     with process_group(timeout_s=timeout_s):
         groups = ParallelGroups.create(parallel)
+        found = [name for name, is_here in device.find_accelerators().items() if is_here]
+        logger.info(
+            "%d processes on %s: tensor %d, pipeline %d, data %d; found of apex and "
+            "transformer_engine: %s",
+            groups.world_size,
+            device.device().type,
+            groups.tensor_size,
+            groups.pipeline_size,
+            groups.data_size,
+            ", ".join(found) or "none, torch's own optimizers and kernels serve",
+        )
         try:
             yield groups
         finally:
