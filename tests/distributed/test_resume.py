@@ -1,0 +1,345 @@
+"""Law 4: n steps, a checkpoint and n more steps are 2n steps; bit-equal at the same layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megashear.checkpoint import store
+from megashear.checkpoint.description import read_description
+from megashear.config import (
+    DataConfig,
+    MaskConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PretrainRun,
+    PruneRun,
+    TrainConfig,
+)
+from megashear.masks.mask_set import expected_gates
+from megashear.train import run
+from tests import text_run
+from tests.ranks import run_ranks
+from tests.text_run import TextRun
+from tests.tiny import layout
+
+HALF = 3
+"""Steps before the checkpoint, and after it."""
+WHOLE = 2 * HALF
+REDUCTION_ORDER = 1e-5
+"""Relative; float32 sums over other shards in another order (law 1 b)."""
+FREE_RUNNING = 1e-3
+"""Absolute, on log_alpha: Adam at rate 1.0 turns rounding of nearly cancelled gradients into
+steps (law 1 b)."""
+
+ALONE, SPLIT, REPLICAS = (layout(), 1), (layout(tp=2, pp=2), 1), (layout(), 2)
+INTERLEAVED, SEQUENCE_PARALLEL = (layout(pp=2, vpp=2), 1), (layout(tp=2, sp=True), 2)
+"""Layouts: how a replica is divided, and how many replicas there are."""
+
+
+class Finished(NamedTuple):
+    """Everything a run left behind."""
+
+    tensors: dict[str, Tensor]
+    """All tensors of the last checkpoint: weights, moments, masks, multipliers."""
+    counts: dict[str, Any]
+    """Plain values of the last checkpoint: scheduler, mixture, steps, held-out losses."""
+    adam_steps: list[int]
+    """Steps that each optimizer of the weights has counted."""
+    points: dict[str, dict[int, float]]
+    """TensorBoard by tag and step, of the second half; measured speeds left out."""
+
+
+@pytest.mark.parametrize(
+    ("stage", "parallel", "replicas"),
+    [
+        pytest.param("prune", *ALONE, id="prune-whole"),
+        pytest.param("prune", *SPLIT, id="prune-tp2-pp2"),
+        pytest.param("prune", *REPLICAS, id="prune-dp2"),
+        pytest.param("pretrain", *SPLIT, id="pretrain-tp2-pp2"),
+        pytest.param("pretrain", *REPLICAS, id="pretrain-dp2"),
+    ],
+)
+def test_a_resumed_run_is_bit_equal(
+    runs: Runs,
+    tmp_path: Path,
+    stage: str,
+    parallel: ParallelConfig,
+    replicas: int,
+) -> None:
+    whole = runs.uninterrupted(stage, parallel, replicas)
+    resumed = go_on(runs.stopped(stage, parallel, replicas), tmp_path)
+    assert differences(resumed, whole) == set()
+    shares = whole.counts["loader"]["mixture"]["weights"]
+    start = whole.points["mix/weight/numbers"][HALF + 1]
+    assert abs(shares[-1] - start) > 0.01, "no evaluation moved the mixture in the second half"
+
+
+@pytest.mark.parametrize(
+    ("stage", "before", "after"),
+    [
+        pytest.param("prune", SPLIT, ALONE, id="prune-tp2-pp2-to-whole"),
+        pytest.param("prune", REPLICAS, INTERLEAVED, id="prune-dp2-to-pp2-vpp2"),
+        pytest.param("pretrain", SPLIT, SEQUENCE_PARALLEL, id="pretrain-tp2-pp2-to-tp2-sp-dp2"),
+    ],
+)
+def test_a_run_resumed_at_another_layout_stays_close(
+    runs: Runs,
+    tmp_path: Path,
+    stage: str,
+    before: tuple[ParallelConfig, int],
+    after: tuple[ParallelConfig, int],
+) -> None:
+    whole = runs.uninterrupted(stage, *before)
+    resumed = go_on(runs.stopped(stage, *before), tmp_path, at=after)
+    for tag in ("train/lm-loss", "eval/loss/mean", "eval/loss/paths", "mix/weight/numbers"):
+        assert resumed.points[tag] == pytest.approx(whole.points[tag], rel=REDUCTION_ORDER), tag
+    assert resumed.counts["scheduler"] == whole.counts["scheduler"]
+    assert (
+        resumed.counts["loader"]["mixture"]["drawn"] == whole.counts["loader"]["mixture"]["drawn"]
+    )
+    multipliers = [name for name in whole.tensors if name.startswith("masks.lambda")]
+    assert bool(multipliers) == (stage == "prune")
+    for name in multipliers:
+        assert resumed.tensors[name] == pytest.approx(
+            whole.tensors[name], rel=REDUCTION_ORDER, abs=REDUCTION_ORDER
+        ), name
+    for name, log_alpha in whole.tensors.items():
+        if name.endswith(".log_alpha"):
+            found = resumed.tensors[name]
+            assert (found - log_alpha).abs().max() < FREE_RUNNING, name
+            rows = {"here": found.reshape(-1, found.shape[-1])}
+            wanted = {"here": log_alpha.reshape(-1, log_alpha.shape[-1])}
+            opened = [expected_gates(masks)["here"] > 0 for masks in (rows, wanted)]
+            assert torch.equal(*opened), name
+
+
+def in_description(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Change the plain values of a checkpoint."""
+
+    def edit(saved: Path) -> None:
+        (path,) = saved.glob("iter_*/megashear.json")
+        values = json.loads(path.read_text())
+        change(values["details"])
+        path.write_text(json.dumps(values))
+
+    return edit
+
+
+FORGOTTEN_VALUES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "mask steps": lambda details: details.update(mask_optimizer_steps=0),
+    "owed": lambda details: details["loader"]["mixture"].update(owed=[0.0, 0.0, 0.0]),
+    "mixture weights": lambda details: details["loader"]["mixture"].update(weights=[0.2, 0.3, 0.5]),
+    "samples drawn": lambda details: details["loader"]["mixture"].update(drawn=[0, 0, 0]),
+    "scheduler": lambda details: details["scheduler"].update(num_steps=0),
+}
+
+
+def forget_weight_moments() -> None:
+    load = store.load_run
+
+    def forgetful(checkpoint: Any, chunks: Any, optimizer: Any, groups: Any, *, masks: Any) -> Any:
+        description = load(checkpoint, chunks, optimizer, groups, masks=masks)
+        for _, state in optimizer.state.items():  # ChainedOptimizer has no values()
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
+        return description
+
+    run.load_run = forgetful  # type: ignore[assignment]
+
+
+def forget_masks(pick: Callable[[store.MaskState], dict[str, Tensor]]) -> Callable[[], None]:
+    def forget() -> None:
+        fill = store._fill_masks
+
+        def forgetful(state: store.MaskState, loaded: dict[str, Tensor]) -> None:
+            fill(state, loaded)
+            for tensor in pick(state).values():
+                tensor.zero_()
+
+        store._fill_masks = forgetful
+
+    return forget
+
+
+FORGOTTEN_TENSORS = {
+    "moments of the weights": forget_weight_moments,
+    "moments of the masks": forget_masks(lambda state: state.optimizer.state_tensors()),
+    "multipliers": forget_masks(lambda state: state.constraint.state_dict()),
+    "log_alpha": forget_masks(lambda state: state.masks.state_dict()),
+}
+
+
+@pytest.mark.parametrize("forgotten", [*FORGOTTEN_VALUES, *FORGOTTEN_TENSORS])
+def test_a_run_that_forgets_one_thing_is_noticed(
+    runs: Runs, tmp_path: Path, forgotten: str
+) -> None:
+    whole = runs.uninterrupted("prune", *ALONE)
+    interrupted = runs.stopped("prune", *ALONE)
+    if forgotten in FORGOTTEN_VALUES:
+        edit = in_description(FORGOTTEN_VALUES[forgotten])
+        resumed = go_on(interrupted, tmp_path, edit=edit)
+    else:
+        resumed = go_on(interrupted, tmp_path, broken=FORGOTTEN_TENSORS[forgotten])
+    weights = {name for name in whole.tensors if name.startswith("decoder.")}
+    assert differences(resumed, whole) & weights
+
+
+class Interrupted(NamedTuple):
+    """A run that stopped half way."""
+
+    saved: Path
+    """Its --save directory."""
+    config: Callable[..., PruneRun | PretrainRun]
+    """Makes its configuration with another layout, --save and --tensorboard-dir."""
+    at: tuple[ParallelConfig, int]
+
+
+def configuration(
+    text: TextRun, stage: str, parallel: ParallelConfig, folder: Path, **train: Any
+) -> PruneRun | PretrainRun:
+    common: dict[str, Any] = {
+        "parallel": parallel,
+        "train": TrainConfig(
+            train_iters=WHOLE,
+            global_batch_size=8,
+            micro_batch_size=2,
+            seq_length=text_run.SEQUENCE,
+            log_interval=1,
+            eval_interval=2,
+            eval_sequences=4,
+            save=str(folder / "saved"),
+            load=str(text.checkpoint),
+            tensorboard_dir=str(folder / "events"),
+            **train,
+        ),
+        "optimizer": OptimizerConfig(lr=1e-3, lr_warmup_iters=2),
+        "data": DataConfig(data_path=str(text.data), reference_loss=str(text.reference)),
+    }
+    if stage == "pretrain":
+        return PretrainRun(**common)
+    masks = MaskConfig(sparsity_warmup_iters=4, mask_noise_streams=2, **text_run.TARGET)
+    return PruneRun(**common, masks=masks)
+
+
+def start(
+    config: PruneRun | PretrainRun, replicas: int, broken: Callable[[], None] | None = None
+) -> None:
+    """Run the command's function on forked ranks as torchrun would."""
+    world_size = config.parallel.model_parallel_size * replicas
+
+    def body(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        if broken is not None:
+            broken()
+        if isinstance(config, PruneRun):
+            run.prune(config)
+        else:
+            run.pretrain(config)
+
+    run_ranks(world_size, body)
+
+
+class Runs:
+    """Runs that several tests compare with, each made once."""
+
+    def __init__(self, text: TextRun, factory: pytest.TempPathFactory) -> None:
+        self.text, self.factory = text, factory
+        self._uninterrupted: dict[Any, Finished] = {}
+        self._stopped: dict[Any, Interrupted] = {}
+
+    def uninterrupted(self, stage: str, parallel: ParallelConfig, replicas: int) -> Finished:
+        key = (stage, parallel, replicas)
+        if key not in self._uninterrupted:
+            folder = self.factory.mktemp("uninterrupted")
+            start(configuration(self.text, stage, parallel, folder), replicas)
+            self._uninterrupted[key] = finished(folder)
+        return self._uninterrupted[key]
+
+    def stopped(self, stage: str, parallel: ParallelConfig, replicas: int) -> Interrupted:
+        key = (stage, parallel, replicas)
+        if key not in self._stopped:
+            folder = self.factory.mktemp("stopped")
+            start(configuration(self.text, stage, parallel, folder, exit_interval=HALF), replicas)
+            saved = folder / "saved"
+            assert [path.name for path in saved.glob("iter_*")] == [f"iter_{HALF:07d}"]
+            self._stopped[key] = Interrupted(
+                saved=saved,
+                config=lambda at, here: configuration(self.text, stage, at, here, resume=True),
+                at=(parallel, replicas),
+            )
+        return self._stopped[key]
+
+
+@pytest.fixture(scope="module")
+def runs(text: TextRun, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(text, tmp_path_factory)
+
+
+def go_on(
+    interrupted: Interrupted,
+    folder: Path,
+    *,
+    at: tuple[ParallelConfig, int] | None = None,
+    edit: Callable[[Path], None] | None = None,
+    broken: Callable[[], None] | None = None,
+) -> Finished:
+    """Resume a copy of a stopped run, at its own layout unless ``at`` gives another."""
+    shutil.copytree(interrupted.saved, folder / "saved")
+    if edit is not None:
+        edit(folder / "saved")
+    parallel, replicas = at or interrupted.at
+    start(interrupted.config(parallel, folder), replicas, broken)
+    return finished(folder)
+
+
+def finished(folder: Path) -> Finished:
+    directory = folder / "saved" / f"iter_{WHOLE:07d}"
+    metadata = FileSystemReader(directory).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    distributed_checkpoint.load(tensors, checkpoint_id=directory, no_dist=True)
+    details = dict(read_description(directory).details)
+    del details["run"]  # says where things lie
+    common = torch.load(directory / "common.pt", weights_only=False)
+    points = {
+        tag: {step: value for step, value in of_tag.items() if step > HALF}
+        for tag, of_tag in text_run.scalars(folder / "events").items()
+        if not tag.startswith("system/")
+    }
+    return Finished(tensors, details, adam_steps(common), points)
+
+
+def adam_steps(common: Any) -> list[int]:
+    """Every value under a key ``step``, in order."""
+    if isinstance(common, dict):
+        own = [int(common["step"])] if "step" in common else []
+        return own + [step for value in common.values() for step in adam_steps(value)]
+    if isinstance(common, list):
+        return [step for value in common for step in adam_steps(value)]
+    return []
+
+
+def differences(here: Finished, there: Finished) -> set[str]:
+    """Names of what is not bit-equal."""
+    assert here.tensors.keys() == there.tensors.keys()
+    found = {n for n, tensor in there.tensors.items() if not torch.equal(here.tensors[n], tensor)}
+    for field in ("counts", "points"):
+        ours, theirs = getattr(here, field), getattr(there, field)
+        assert ours.keys() == theirs.keys()
+        found |= {name for name in theirs if ours[name] != theirs[name]}
+    return found | ({"Adam steps"} if here.adam_steps != there.adam_steps else set())

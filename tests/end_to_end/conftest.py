@@ -1,0 +1,12 @@
+"""What short real runs need, made once for each test session."""
+
+import pytest
+
+from tests import text_run
+from tests.text_run import TextRun
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> TextRun:
+    """Three domains of real text and a checkpoint to start from; do not change them."""
+    return text_run.make(tmp_path_factory.getbasetemp() / "text_run")
