@@ -107,10 +107,12 @@ def write_checkpoint(output: Path, shape: ModelShape, tokenizer: Path) -> Path:
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """Points of every tag in a directory of TensorBoard event files, by step."""
+    """Points of every tag in a directory of TensorBoard event files, by step; none twice."""
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     reader.Reload()
-    return {
-        tag: {event.step: event.value for event in reader.Scalars(tag)}
-        for tag in reader.Tags()["scalars"]
-    }
+    points = {}
+    for tag in reader.Tags()["scalars"]:
+        events = reader.Scalars(tag)
+        points[tag] = {event.step: event.value for event in events}
+        assert len(points[tag]) == len(events), f"{tag} has a step twice"
+    return points
