@@ -1,0 +1,41 @@
+# Knobs of the scripts in this folder, sourced by each; set one in the environment to change it.
+
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+# What goes in: a Hugging Face directory, and one jsonl file or folder per domain
+# (arxiv, book, c4, cc, github, stackexchange, wiki).
+SOURCE_HF="${SOURCE_HF:-Llama-2-7b-hf}"
+TEXT="${TEXT:-text}"
+
+# What comes out.
+RUN="${RUN:-runs/llama2_7b_to_2.7b}"
+DATA="${DATA:-$RUN/data}"
+SOURCE="${SOURCE:-$RUN/source}"
+PRUNED="${PRUNED:-$RUN/pruned}"
+CUT="${CUT:-$RUN/cut}"
+SMALL="${SMALL:-$RUN/small}"
+SMALL_HF="${SMALL_HF:-$RUN/small-hf}"
+TENSORBOARD="${TENSORBOARD:-$RUN/tensorboard}"
+
+# Text: the recipe holds out 500 sequences a domain, about 2 M tokens; choose a share that gives at
+# least that for the smallest domain. The last evaluation of a run reads all that was held out.
+HELD_OUT_FRACTION="${HELD_OUT_FRACTION:-0.002}"
+WORKERS="${WORKERS:-8}"
+
+# Precision of the checkpoint that pruning starts from.
+DTYPE="${DTYPE:-bfloat16}"
+
+# Processes of the training scripts.
+PYTHON="${PYTHON:-python3}"
+NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
+NNODES="${NNODES:-1}"
+NODE_RANK="${NODE_RANK:-0}"
+MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
+MASTER_PORT="${MASTER_PORT:-29500}"
+LAUNCH="${LAUNCH:-torchrun --nproc-per-node $NPROC_PER_NODE --nnodes $NNODES \
+  --node-rank $NODE_RANK --master-addr $MASTER_ADDR --master-port $MASTER_PORT}"
+# As Megatron-LM wants it under tensor parallelism.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+
+# Flags for the end of every megashear command: EXTRA=--dry-run starts nothing.
+EXTRA="${EXTRA:-}"

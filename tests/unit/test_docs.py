@@ -1,0 +1,159 @@
+"""What README and docs name exists: flags, files, tests, tags, sections."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megashear import config
+from megashear.__main__ import main
+from megashear.commands.parse import CONFIG, DRY_RUN
+from megashear.commands.settings import settings_of
+from megashear.monitor import tensorboard
+
+ROOT = Path(__file__).parents[2]
+TEXTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")],
+)
+RUNS = [
+    config.PruneRun,
+    config.PretrainRun,
+    config.EvaluateRun,
+    config.PreprocessConfig,
+    config.ConvertConfig,
+    config.CutConfig,
+    config.QuickstartConfig,
+]
+OTHERS_FLAGS = {
+    # torchrun, pip, tensorboard
+    *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),
+    *("--standalone", "--index-url", "--extra-index-url", "--logdir", "--help", "--version"),
+}
+"""Flags in the texts that are not megashear's."""
+
+
+def in_repository(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def known_flags() -> set[str]:
+    settings = [CONFIG, DRY_RUN, *(s for run in RUNS for s in settings_of(run).values())]
+    negated = {"--no-" + s.flag[2:] for s in settings if s.wanted is bool}
+    return {s.flag for s in settings} | negated | OTHERS_FLAGS
+
+
+def unknown_flags(text: str) -> set[str]:
+    # `--target-*` names all flags that begin so
+    found = re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]*?)(-\*)?(?![\w-])", text)
+    known = known_flags()
+    return {
+        flag
+        for flag, family in found
+        if not (any(k.startswith(flag + "-") for k in known) if family else flag in known)
+    }
+
+
+def broken_links(text: str, folder: Path) -> Iterator[str]:
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", link) and not (folder / link.partition("#")[0]).exists():
+            yield link
+
+
+def command_lines(text: str) -> list[list[str]]:
+    """Arguments of every megashear command in the text's code blocks."""
+    blocks = re.findall(r"^```\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [re.match(r"(?:torchrun .*? -m )?megashear (.+)", line) for line in lines]
+    return [shlex.split(line[1]) for line in found if line is not None]
+
+
+def missing_tests(text: str) -> list[str]:
+    return [name for name in re.findall(r"\btests/[\w/]+\.py", text) if not (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=in_repository)
+def test_every_flag_is_known(path: Path) -> None:
+    assert unknown_flags(path.read_text(encoding="utf-8")) == set()
+
+
+def test_an_unknown_flag_is_noticed() -> None:
+    text = "use `--mask-lr` and `--target-*`, not `--masks-lr`, --no-resum or `--goal-*`"
+    assert unknown_flags(text) == {"--masks-lr", "--no-resum", "--goal"}
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=in_repository)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    assert list(broken_links(path.read_text(encoding="utf-8"), path.parent)) == []
+
+
+def test_a_broken_link_is_noticed() -> None:
+    text = "[a](README.md) [b](docs/nothing.md#part) [c](https://example.org/nothing)"
+    assert list(broken_links(text, ROOT)) == ["docs/nothing.md#part"]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=in_repository)
+def test_every_test_file_that_is_named_exists(path: Path) -> None:
+    assert missing_tests(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_missing_test_file_is_noticed() -> None:
+    assert missing_tests("`tests/unit/test_docs.py`, `tests/nothing.py`") == ["tests/nothing.py"]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=in_repository)
+def test_every_command_is_accepted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "examples/llama2_7b_to_1.3b")  # prune.yaml and pretrain.yaml
+    for line in command_lines(path.read_text(encoding="utf-8")):
+        with pytest.raises(SystemExit) as end:
+            main([*line, "--dry-run"])
+        assert end.value.code == 0, line
+
+
+def test_the_commands_of_the_readme_are_found() -> None:
+    lines = command_lines((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert [line[0] for line in lines] == [
+        *("preprocess", "convert", "prune", "cut", "pretrain", "convert")
+    ]
+    assert "--tensorboard-dir" in lines[2]
+
+
+def test_a_wrong_command_is_noticed() -> None:
+    (line,) = command_lines(
+        "```\ntorchrun --nnodes 1 -m megashear cut --load a \\\n  --outptu b\n```\n"
+    )
+    assert line == ["cut", "--load", "a", "--outptu", "b"]
+    assert main([*line, "--dry-run"]) == 2
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=in_repository)
+def test_texts_are_ascii(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").isascii()
+
+
+def test_every_tag_of_tensorboard_is_explained() -> None:
+    text = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
+    plain = [value for name, value in vars(tensorboard).items() if name.isupper()]
+    assert "train/lm-loss" in plain
+    of_kind = ("expected_sparsity", "target_sparsity", "linear_multiplier", "quadratic_multiplier")
+    of_domain = ("mixture_weight", "mixture_share", "mixture_epoch", "eval_loss", "eval_excess")
+    tags = [
+        *(tag for tag in plain if isinstance(tag, str)),
+        *(getattr(tensorboard, name)("<kind>") for name in of_kind),
+        *(getattr(tensorboard, name)("<domain>") for name in of_domain),
+    ]
+    assert [tag for tag in tags if f"`{tag}`" not in text] == []
+
+
+def test_sections_that_the_code_names_exist() -> None:
+    named = {
+        (found[1], found[2])
+        for path in [*ROOT.glob("megashear/**/*.py"), *ROOT.glob("tests/**/*.py")]
+        for found in re.finditer(r"(docs/\w+\.md),? section (\d+)", path.read_text())
+    }
+    assert named
+    for file, section in named:
+        assert f"\n## {section}. " in (ROOT / file).read_text(encoding="utf-8"), (file, section)

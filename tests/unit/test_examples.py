@@ -1,0 +1,164 @@
+"""Every shipped script and YAML file is a run that the real commands accept."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megashear.__main__ import COMMANDS, main
+from megashear.commands.settings import build, settings_of
+from megashear.config import PretrainRun, PruneRun
+from megashear.data.reference_loss import PUBLISHED_DOMAINS, REFERENCE_LOSSES, read_reference
+from megashear.models.llama import check_layout
+from megashear.shape import PRESETS
+from megashear.train.objectives import check_streams
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+FOLDERS = sorted(EXAMPLES.glob("llama2_*"))
+SCRIPTS = sorted(EXAMPLES.glob("*/*.sh"))
+STEPS = [script for script in SCRIPTS if script.name != "settings.sh"]
+RUNS = {"prune": PruneRun, "pretrain": PretrainRun}
+YAMLS = [path for path in sorted(EXAMPLES.glob("*/*.yaml")) if path.stem in RUNS]
+GPUS = 8
+"""What the layouts of the YAML files are meant for."""
+
+# Starting weights as published, in the order of PUBLISHED_DOMAINS. Source: docs/algorithm.md
+# section 6.
+PUBLISHED_WEIGHTS = {
+    "prune": (0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15),
+    "pretrain": (0.2192, 0.0002, 0.0791, 0.0064, 0.0096, 0.001, 0.6845),
+}
+
+
+def in_folders(path: Path) -> str:
+    return str(path.relative_to(EXAMPLES))
+
+
+def run_of(path: Path, **changed: Any) -> Any:
+    """The run that a YAML file describes."""
+    values = {"data_path": "data", **yaml.safe_load(path.read_text()), **changed}
+    return build(RUNS[path.stem], values)
+
+
+def target_of(path: Path) -> str:
+    """Preset that an example's folder is about."""
+    return path.parent.name.replace("llama2_7b_to_", "llama2-")
+
+
+def test_there_are_examples() -> None:
+    assert len(FOLDERS) == 2
+    assert len(STEPS) == 12
+    assert len(YAMLS) == 4
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=in_folders)
+def test_a_yaml_file_is_a_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([path.stem, "--config", str(path), "--data-path", "data", "--dry-run"])
+    assert end.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(path.read_text())
+    assert {key: printed[key] for key in given} == given
+
+
+def test_a_misspelt_key_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "prune.yaml"
+    broken.write_text(YAMLS[-1].read_text() + "\nsparsity_warmup_iter: 640\n")
+    assert main(["prune", "--config", str(broken), "--data-path", "data", "--dry-run"]) == 2
+    assert "nearest known: sparsity_warmup_iters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=in_folders)
+def test_weights_are_the_published_ones_in_the_order_of_the_data(path: Path) -> None:
+    given = dict(zip(sorted(PUBLISHED_DOMAINS), run_of(path).data.domain_weights))
+    assert given == dict(zip(PUBLISHED_DOMAINS, PUBLISHED_WEIGHTS[path.stem]))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=in_folders)
+def test_references_are_the_published_ones(folder: Path) -> None:
+    size = folder.name.rpartition("_")[2].upper()
+    found = read_reference(folder / "reference_loss.yaml", PUBLISHED_DOMAINS)
+    assert tuple(found) == REFERENCE_LOSSES[size]
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=in_folders)
+def test_a_layout_divides_the_model_and_the_batch(path: Path) -> None:
+    run = run_of(path)
+    check_layout(PRESETS["llama2-7b" if path.stem == "prune" else target_of(path)], run.parallel)
+    replicas = run.parallel.data_parallel_size(GPUS)
+    assert run.train.num_microbatches(replicas) >= 1
+    if path.stem == "prune":
+        assert run.masks.target == target_of(path)
+        check_streams(
+            run.masks.mask_noise_streams,
+            global_batch_size=run.train.global_batch_size,
+            micro_batch_size=run.train.micro_batch_size,
+        )
+
+
+def test_a_layout_that_does_not_divide_is_noticed() -> None:
+    (path,) = (path for path in YAMLS if path.match("llama2_7b_to_2.7b/pretrain.yaml"))
+    with pytest.raises(ValueError, match="num_query_groups 20 is not a multiple"):
+        check_layout(PRESETS["llama2-2.7b"], run_of(path, tensor_model_parallel_size=8).parallel)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=in_folders)
+def test_scripts_parse_and_stop_at_the_first_error(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text()
+    if script in STEPS:
+        assert "\nset -euo pipefail\n" in text
+        assert os.access(script, os.X_OK)
+    else:
+        knobs = re.findall(r"^(?:export )?([A-Z_]+)=(.*)$", text, flags=re.MULTILINE)
+        assert [name for name, value in knobs if not value.startswith(f'"${{{name}:-')] == ["HERE"]
+
+
+@pytest.mark.parametrize("script", STEPS, ids=in_folders)
+def test_a_scripts_command_line_is_accepted(script: Path, tmp_path: Path) -> None:
+    done = dry_run(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    command = re.match(r"# megashear (\w+) --config <this file>\n", done.stdout)
+    assert command is not None, done.stdout
+    assert command[1] in COMMANDS
+    if command[1] in RUNS:
+        printed = yaml.safe_load(done.stdout)
+        assert printed.keys() == settings_of(RUNS[command[1]]).keys()
+        # what one script writes the next one reads
+        assert Path(printed["load"]).name == {"prune": "source", "pretrain": "cut"}[command[1]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_flag_in_a_script_is_noticed(tmp_path: Path) -> None:
+    done = dry_run(STEPS[0], tmp_path, extra="--dry-run --heldout-fraction 0.1")
+    assert done.returncode == 2
+    assert "unknown flag --heldout-fraction" in done.stderr
+
+
+def test_the_scripts_of_both_folders_are_the_same() -> None:
+    texts = [{step.name: step.read_text() for step in sorted(f.glob("0*.sh"))} for f in FOLDERS]
+    assert texts[0] == texts[1]
+
+
+def dry_run(
+    script: Path, folder: Path, *, extra: str = "--dry-run"
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as it is, with one process in torchrun's place."""
+    environment = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    knobs = {"PYTHON": sys.executable, "LAUNCH": sys.executable, "EXTRA": extra}
+    return subprocess.run(
+        [script],
+        cwd=folder,
+        env=environment | knobs | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
