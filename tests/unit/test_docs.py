@@ -14,6 +14,7 @@ from megashear.__main__ import main
 from megashear.commands.parse import CONFIG, DRY_RUN
 from megashear.commands.settings import settings_of
 from megashear.monitor import tensorboard
+from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)
 
 ROOT = Path(__file__).parents[2]
 TEXTS = sorted(

@@ -19,6 +19,7 @@ from megashear.data.reference_loss import PUBLISHED_DOMAINS, REFERENCE_LOSSES, r
 from megashear.models.llama import check_layout
 from megashear.shape import PRESETS
 from megashear.train.objectives import check_streams
+from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
