@@ -24,7 +24,7 @@ from tests.ranks import run_ranks
 from tests.tiny import layout, relative_error
 
 FLOAT32 = 2e-6
-"""Relative, against float64: some tens of roundings at 6e-8; measured 1e-7 to 4e-7."""
+"""Relative, against float64: some tens of roundings at 6e-8; measured up to 9e-8."""
 HIDDEN, UNITS, WIDTH = 40, 8, 3
 EPS = 0.05  # beside activations of about 1: a wrong eps must show
 
@@ -201,7 +201,11 @@ def test_gated_linear_is_the_formula_written_out(tp: int) -> None:
         assert every.units is not None
         built.gates = every._replace(units=every.units.chunk(tp)[rank])
         y, bias = built(whole.chunk(tp, dim=-1)[rank])
-        return y.detach(), bias.detach(), torch.cat([built.weight.detach(), built.bias[:, None]], 1)
+        return (
+            y.detach(),
+            bias.detach(),
+            torch.cat([built.weight.detach(), built.bias.detach()[:, None]], 1),
+        )
 
     ranks = run_ranks(tp, body)
     units, hidden, layer = (gate.double() for gate in layer_gates() if gate is not None)

@@ -1,0 +1,344 @@
+"""Facts of megatron-core 0.16.1 that megashear leans on; docs/megatron_core.md says for what.
+
+Pipelines and optimizers have their own files: tests/distributed/test_megatron_*.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megashear.config import ModelConfig
+from megashear.models.llama import build_llama, unwrap
+from megashear.models.masked_layers import MaskedTransformerLayer
+from megashear.parallel import device
+from megashear.parallel.groups import ParallelGroups
+from tests.ranks import run_ranks
+from tests.tiny import SOURCE, layout, megatron_weights, relative_error, set_weights
+
+FLOAT32 = 2e-6
+"""Relative; the same products and sums in another order; measured up to 4e-8."""
+ROOT = Path(__file__).parents[1]
+
+
+def gpt_model(variant: Any = "local", **model: Any) -> Any:
+    """A whole tiny model on the only rank."""
+    parallel_state.destroy_model_parallel()
+    groups = ParallelGroups.create(layout())
+    chunks = build_llama(SOURCE, groups, layout(), ModelConfig(**model), variant=variant)
+    set_weights(chunks, megatron_weights(), 0, 1)
+    return unwrap(chunks[0])
+
+
+# --- what the seam stands in for
+
+CUDA_LITERALS = [
+    ("pipeline_parallel.schedules", "forward_backward_no_pipelining", 'device="cuda"'),
+    ("pipeline_parallel.schedules", "forward_backward_pipelining_with_interleaving", '"cuda"'),
+    ("pipeline_parallel.schedules", "forward_backward_pipelining_without_interleaving", '"cuda"'),
+    (
+        "pipeline_parallel.p2p_communication",
+        "P2PCommunicator._communicate",
+        "device=torch.cuda.current_device()",
+    ),
+    (
+        "models.common.embeddings.rotary_pos_embedding",
+        "RotaryEmbedding.get_emb",
+        "to(device=torch.cuda.current_device())",
+    ),
+    ("tensor_parallel.mappings", "_gather_along_first_dim", "device=torch.cuda.current_device()"),
+    (
+        "tensor_parallel.mappings",
+        "_reduce_scatter_along_first_dim",
+        "device=torch.cuda.current_device()",
+    ),
+    (
+        "tensor_parallel.layers",
+        "LinearWithGradAccumulationAndAsyncCommunication",
+        "device=torch.cuda.current_device()",
+    ),
+    ("distributed.param_and_grad_buffer", "_ParamAndGradBuffer", "torch.cuda.current_device()"),
+    ("optimizer.optimizer", "MixedPrecisionOptimizer", "device='cuda'"),
+    ("optimizer.optimizer", "FP32Optimizer", "device='cuda'"),
+    ("optimizer.optimizer", "Float16OptimizerWithFloat16Params", "'torch.cuda.BFloat16Tensor'"),
+    ("optimizer.clip_grads", "clip_grad_by_total_norm_fp32", "'torch.cuda.FloatTensor'"),
+    ("tensor_parallel.random", "_get_all_rng_states", "_get_cuda_rng_state"),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "literal"), CUDA_LITERALS)
+def test_cuda_is_named_where_the_seam_stands_in(module: str, name: str, literal: str) -> None:
+    device.install()
+    owner: Any = importlib.import_module(f"megatron.core.{module}")
+    assert isinstance(owner.torch, device._StandIn) != device.has_cuda()
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    assert literal in inspect.getsource(inspect.unwrap(owner))
+
+
+@pytest.mark.skipif(device.has_cuda(), reason="the seam is off where CUDA is")
+def test_no_module_that_names_cuda_escapes_the_seam() -> None:
+    # a module imported after the seam was installed keeps the real torch
+    device.install()
+    escaped = [
+        name
+        for name, module in list(sys.modules.items())
+        if name.startswith("megatron.core")
+        and getattr(module, "torch", None) is torch
+        and re.search(r"""["']cuda|cuda\.current_device""", inspect.getsource(module))
+    ]
+    assert escaped == []
+
+
+def test_psutil_and_einops_are_used_and_not_declared() -> None:
+    requirements = importlib.metadata.requires("megatron-core") or []
+    declared = {
+        re.split(r"[^\w-]", line)[0].lower() for line in requirements if "extra ==" not in line
+    }
+    assert "torch" in declared
+    ours = (ROOT / "setup.py").read_text(encoding="utf-8")
+    core = Path(inspect.getfile(importlib.import_module("megatron.core"))).parent
+    for name, file in {
+        "psutil": "dist_checkpointing/strategies/filesystem_async.py",
+        "einops": "parallel_state.py",
+    }.items():
+        assert name not in declared
+        assert f"import {name}" in (core / file).read_text(encoding="utf-8")
+        assert f'"{name}>=' in ours
+
+
+# --- layers
+
+
+def test_the_tensor_group_is_passed_to_mlp_only_not_to_its_subclasses() -> None:
+    from megatron.core.transformer.mlp import MLP
+
+    from megashear.models import specs
+
+    real = MLP.__init__
+
+    def body(rank: int) -> list[bool]:
+        seen = []
+
+        def watched(self: Any, *args: Any, **kwargs: Any) -> None:
+            seen.append(kwargs.get("tp_group") is not None)
+            real(self, *args, **kwargs)
+
+        MLP.__init__ = watched
+        gpt_model()
+        specs.MLP = type("OwnMLP", (MLP,), {})
+        gpt_model()
+        return seen
+
+    layers = SOURCE.num_layers
+    assert run_ranks(1, body) == [[True] * layers + [False] * layers]
+
+
+@pytest.mark.parametrize(("method", "again"), [("uniform", 4), ("block", 3)])
+def test_full_recompute_carries_attention_mask_with_each_microbatch(
+    monkeypatch: pytest.MonkeyPatch, method: str, again: int
+) -> None:
+    seen: list[int] = []
+    real = MaskedTransformerLayer.forward
+
+    def watched(layer: Any, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        seen.append(int(attention_mask))
+        return real(layer, *args, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(MaskedTransformerLayer, "forward", watched)
+
+    def body(rank: int) -> list[int]:
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": method,
+            "recompute_num_layers": 1 if method == "uniform" else again,
+        }
+        model = gpt_model("masked", **recompute)
+        tokens = torch.arange(8)[None]
+        outputs = [model(tokens, tokens, torch.tensor([stream])) for stream in (5, 9)]
+        for output in outputs:  # the first microbatch's backward, long after the second's forward
+            output.sum().backward()
+        return seen
+
+    once = SOURCE.num_layers
+    wanted = [5] * once + [9] * once + [5] * again + [9] * again
+    assert run_ranks(1, body) == [wanted]
+
+
+def test_layers_are_numbered_from_1_over_all_stages() -> None:
+    def body(rank: int) -> list[list[int]]:
+        parallel = layout(pp=2, vpp=2)
+        groups = ParallelGroups.create(parallel)
+        chunks = build_llama(SOURCE, groups, parallel, ModelConfig(), variant="local")
+        return [[layer.layer_number for layer in unwrap(c).decoder.layers] for c in chunks]
+
+    assert run_ranks(2, body) == [[[1], [3]], [[2], [4]]]
+
+
+def test_the_mlp_takes_the_gate_first_and_the_up_projection_second() -> None:
+    def body(rank: int) -> tuple[Tensor, ...]:
+        mlp = gpt_model().decoder.layers[1].mlp
+        x = torch.randn(5, 2, SOURCE.hidden_size, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            return x, mlp.linear_fc1.weight.clone(), mlp.linear_fc2.weight.clone(), mlp(x)[0]
+
+    [(x, fc1, fc2, y)] = run_ranks(1, body)
+    first, second = fc1.chunk(2)
+    assert relative_error(y, F.silu(x @ first.T) * (x @ second.T) @ fc2.T) < FLOAT32
+    assert relative_error(y, F.silu(x @ second.T) * (x @ first.T) @ fc2.T) > 0.1
+
+
+def test_query_key_and_value_are_interleaved_by_group() -> None:
+    def body(rank: int) -> tuple[Any, ...]:
+        attention = gpt_model().decoder.layers[0].self_attention
+        x = torch.randn(5, 2, SOURCE.hidden_size, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            return x, attention.linear_qkv.weight.clone(), attention.get_query_key_value_tensors(x)
+
+    [(x, weight, (query, key, value))] = run_ranks(1, body)
+    groups, d = SOURCE.num_query_groups, SOURCE.head_dim
+    each = weight.unflatten(0, (groups, -1))  # [groups, (heads per group + 2) * d, h]
+    per_group = SOURCE.num_attention_heads // groups * d
+    q, k, v = (rows.flatten(0, 1) for rows in each.split([per_group, d, d], dim=1))
+    for found, rows in ((query, q), (key, k), (value, v)):
+        assert relative_error(found, (x @ rows.T).unflatten(-1, (-1, d))) < FLOAT32
+    stacked = weight.split([groups * per_group, groups * d, groups * d])  # the twin
+    assert relative_error(key, (x @ stacked[1].T).unflatten(-1, (-1, d))) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_cross_entropy_casts_to_float32_whatever_the_model_computes_in(dtype: torch.dtype) -> None:
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    def body(rank: int) -> Tensor:
+        ParallelGroups.create(layout())
+        logits = torch.randn(6, 2, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+        return vocab_parallel_cross_entropy(logits, torch.arange(12).view(6, 2))
+
+    [loss] = run_ranks(1, body)
+    logits = torch.randn(6, 2, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    wanted = F.cross_entropy(logits.double().flatten(0, 1), torch.arange(12), reduction="none")
+    assert loss.dtype == torch.float32
+    assert relative_error(loss.flatten(), wanted) < FLOAT32
+    assert relative_error(loss.flatten(), wanted) > 0  # nothing end to end runs in float64
+
+
+def test_megatron_norms_refuse_sequence_parallelism() -> None:
+    # why megashear has its own RMSNorm
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=40,
+        num_attention_heads=8,
+        normalization="RMSNorm",
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+    )
+    with pytest.raises(AssertionError, match="sequence parallel not supported"):
+        WrappedTorchNorm(config, 40)
+
+
+# --- checkpoints
+
+
+def test_saving_needs_a_process_group(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+
+    def body(rank: int) -> None:
+        entries = {"x": dist_checkpointing.ShardedTensor.from_rank_offsets("x", torch.ones(3))}
+        dist.destroy_process_group()
+        with pytest.raises(ValueError, match="process group"):
+            dist_checkpointing.save(entries, str(tmp_path))
+
+    run_ranks(1, body)
+
+
+def test_linears_add_empty_byte_entries_that_a_checkpoint_must_have_if_asked_for(
+    tmp_path: Path,
+) -> None:
+    from megatron.core import dist_checkpointing
+
+    from megashear.checkpoint.weights import without_extra_state
+
+    def body(rank: int) -> list[str]:
+        entries = gpt_model().sharded_state_dict()
+        extra = [name for name in entries if name.endswith("_extra_state")]
+        (tmp_path / "without").mkdir()
+        dist_checkpointing.save(without_extra_state(entries), str(tmp_path / "without"))
+        # not an Exception: `except Exception` lets it through
+        with pytest.raises(CheckpointException, match=r"Missing key.*_extra_state"):
+            dist_checkpointing.load(entries, str(tmp_path / "without"))
+        dist_checkpointing.load(without_extra_state(entries), str(tmp_path / "without"))
+        return extra
+
+    [extra] = run_ranks(1, body)
+    assert {name.split(".")[-2] for name in extra} >= {"linear_qkv", "linear_proj", "linear_fc1"}
+    assert not issubclass(CheckpointException, Exception)
+
+
+def test_forked_ranks_inherit_the_writers_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a process that saved before it forked must forget its queue, or ranks share one
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    monkeypatch.setattr(filesystem_async, "_results_queue", "the parent's")
+    assert (
+        run_ranks(2, lambda rank: filesystem_async._get_write_results_queue())
+        == ["the parent's"] * 2
+    )
+
+
+# --- data
+
+
+@pytest.mark.parametrize(("cache", "beside"), [("", False), (None, True)])
+def test_gpt_dataset_writes_beside_the_text_unless_the_cache_is_empty(
+    tmp_path: Path, cache: str | None, beside: bool
+) -> None:
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.utils import Split
+
+    from megashear.data.sequences import _NoTokenizer
+
+    prefix = str(tmp_path / "text")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for start in range(0, 60, 20):
+        builder.add_document(torch.arange(start, start + 20), [20])
+    builder.finalize(f"{prefix}.idx")
+    text = IndexedDataset(prefix)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = GPTDatasetConfig(
+            random_seed=1,
+            sequence_length=8,
+            blend=([prefix], None),
+            split="1,0,0",
+            path_to_cache=cache,
+            tokenizer=_NoTokenizer(),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        sequences = GPTDataset(
+            text, prefix, np.arange(3, dtype=np.int32), None, Split.train, config
+        )
+    assert len(sequences) == (60 - 1) // 8
+    assert Path(prefix, "cache").exists() == beside
