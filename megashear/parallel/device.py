@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 import types
 import warnings
@@ -118,6 +119,8 @@ def synchronize() -> None:
 
 def use_deterministic_kernels() -> None:
     """Choose deterministic kernels, for runs that must repeat bit for bit on a GPU."""
+    # cuBLAS is deterministic only with a workspace of fixed size, read when CUDA starts
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 

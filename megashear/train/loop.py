@@ -131,9 +131,10 @@ class Trainer:
             sink: where points go.
             whole: read all held-out sequences, not the run's subsample.
         """
+        points: dict[str, float] = {}
         if isinstance(self.objective, StructuredPruning):
-            copies = self.objective.replicated_tensors()
-            assert_replicated(copies, f"step {step}")
+            assert_replicated(self.objective.replicated_tensors(), f"step {step}")
+            points[tags.EXPECTED_PARAMETERS] = self.objective.expected_parameters()
         names = self.data.manifest.names
         most = max(map(len, self.data.held_out)) if whole else self.train.eval_sequences
         # one seed for the whole run, so that losses of different steps compare
@@ -152,7 +153,7 @@ class Trainer:
             for mode in self.objective.evaluation_modes()
         }
         first = next(iter(found.values()))
-        points = {tags.eval_loss(name): loss for name, loss in first.losses.items()}
+        points |= {tags.eval_loss(name): loss for name, loss in first.losses.items()}
         points[tags.EVAL_MEAN_LOSS] = first.mean
         if self.data.references is not None:
             for name, reference in zip(names, self.data.references):

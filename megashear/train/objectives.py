@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megashear.config import MaskConfig
 from megashear.data.batch import MicroBatch
-from megashear.masks.constraint import SparsityConstraint
+from megashear.masks.constraint import SparsityConstraint, expected_params
 from megashear.masks.mask_set import (
     MaskSet,
     exact_gates,
@@ -125,6 +125,7 @@ class StructuredPruning(LanguageModelling):
         eps: float = 1e-8,
     ) -> None:
         super().__init__(chunks)
+        self.source = source
         self.config = config
         self.seed = seed
         self.global_batch_size = global_batch_size
@@ -237,6 +238,13 @@ class StructuredPruning(LanguageModelling):
     def end_evaluation(self) -> None:
         """Release the gates."""
         self.binding.release()
+
+    def expected_parameters(self) -> float:
+        """Attention and MLP parameters that the masks expect to keep.
+
+        Collective over the replica's model group.
+        """
+        return expected_params(self.binding.gather_log_alpha(), self.source)
 
     def replicated_tensors(self) -> dict[str, Tensor]:
         """What every rank holds a copy of: multipliers, and log_alpha of hidden."""

@@ -172,6 +172,7 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
     description = read_description(directory)
     if config.output is not None and Path(config.output).exists():
         raise ValueError(f"--output {config.output} exists; choose another or remove it first")
+    _check_no_masks(directory, description)
     check_layout(description.shape, config.parallel)
     manifest = read_manifest(config.data_path)
     _check_vocabulary(manifest, description.shape, directory)
@@ -295,6 +296,8 @@ def _find_start(
         )
     directory = find_iteration(source)
     description = read_description(directory)
+    if stage != StructuredPruning.stage:
+        _check_no_masks(directory, description)
     continues = description.stage == stage and (resumed or not train.finetune)
     if continues and description.iteration > train.train_iters:
         raise ValueError(
@@ -304,6 +307,14 @@ def _find_start(
     return Start(
         shape=description.shape, checkpoint=directory, description=description, continues=continues
     )
+
+
+def _check_no_masks(directory: Path, description: Description) -> None:
+    if description.stage == StructuredPruning.stage:
+        raise ValueError(
+            f"--load {directory} is of a pruning run, whose weights are nothing without its masks; "
+            f"fold them in with `megashear cut` and load the result"
+        )
 
 
 def _check(
@@ -328,7 +339,7 @@ def _check(
             train.seq_length,
             start.shape.max_position_embeddings,
         )
-    return manifest, _references(data, manifest)
+    return manifest, _references(data, manifest, is_evaluated=train.eval_interval > 0)
 
 
 def _check_batches(parallel: ParallelConfig, train: TrainConfig, replicas: int) -> None:
@@ -382,8 +393,10 @@ def _starting_weights(data: DataConfig, manifest: DataManifest) -> list[float]:
     return [count / sum(tokens) for count in tokens]
 
 
-def _references(data: DataConfig, manifest: DataManifest) -> npt.NDArray[np.float64] | None:
-    if data.reweight == "constant":
+def _references(
+    data: DataConfig, manifest: DataManifest, *, is_evaluated: bool
+) -> npt.NDArray[np.float64] | None:
+    if data.reweight == "constant" or (data.reference_loss is None and not is_evaluated):
         return None
     if data.reference_loss is None:
         raise ValueError(
