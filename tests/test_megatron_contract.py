@@ -121,6 +121,31 @@ def test_psutil_and_einops_are_used_and_not_declared() -> None:
         assert f'"{name}>=' in ours
 
 
+def test_the_writer_fails_without_psutil(monkeypatch: pytest.MonkeyPatch) -> None:
+    # in a helper process, whose parent then waits for it for ever
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    assert filesystem_async._process_memory() > 0
+    monkeypatch.setattr(filesystem_async, "HAVE_PSUTIL", False)
+    with pytest.raises(RuntimeError, match="psutil is not installed"):
+        filesystem_async._process_memory()
+    writer = inspect.getsource(filesystem_async.FileSystemWriterAsync.write_preloaded_data)
+    assert writer.index("_process_memory()") < writer.index("try:")  # its error reaches no queue
+
+
+def test_every_test_that_the_documentation_names_exists() -> None:
+    text = (ROOT / "docs" / "megatron_core.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", text))
+    files = (ROOT / "tests").rglob("test_*.py")
+    defined = {
+        name
+        for file in files
+        for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(named) > 30
+    assert named - defined == set()
+
+
 # --- layers
 
 

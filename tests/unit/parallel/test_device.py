@@ -40,6 +40,22 @@ def test_a_missing_megatron_core_is_refused_with_a_way_out(monkeypatch: pytest.M
         device._check_megatron_core.__wrapped__()
 
 
+def test_a_broken_transformer_engine_is_told_with_a_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # what its empty package does to the import of megatron-core
+    class Broken:
+        @staticmethod
+        def find_spec(name: str, *rest: Any) -> None:
+            if name == "megatron.core":
+                raise RuntimeError("Found empty `transformer-engine` meta package installed")
+
+    monkeypatch.delitem(sys.modules, "megatron.core", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
+    with pytest.raises(RuntimeError, match=r"meta package.*pip uninstall transformer-engine"):
+        device._check_megatron_core.__wrapped__()
+
+
 def test_distributed_optimizer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--use-distributed-optimizer is refused.*drop the flag"):
         device.check_settings(ParallelConfig(use_distributed_optimizer=True), ModelConfig())
