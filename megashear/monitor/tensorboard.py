@@ -24,8 +24,10 @@ MASK_LEARNING_RATE = "prune/learning-rate"
 """Learning rate of log_alpha and multipliers."""
 EXPECTED_PARAMETERS = "prune/expected-parameters"
 """Attention and MLP parameters that the masks expect to keep, at evaluations."""
-EVAL_MEAN_LOSS = "eval/loss/mean"
+EVAL_MEAN_LOSS = "eval/mean-loss"
 """Held-out loss, nats per token, mean over domains, each counted once."""
+FULL_MEAN_LOSS = "eval/full-mean-loss"
+"""The same over all held-out text, at the end of a run."""
 DISCRETISATION_GAP = "eval/discretisation-gap"
 """Held-out mean loss under exactly the target's gates, less that under the deterministic ones."""
 TOKENS_PER_SECOND = "system/tokens-per-second"
@@ -72,8 +74,13 @@ def mixture_epoch(domain: str) -> str:
 
 
 def eval_loss(domain: str) -> str:
-    """Held-out loss of a domain, nats per token."""
+    """Held-out loss of a domain over the run's subsample, nats per token."""
     return f"eval/loss/{domain}"
+
+
+def full_loss(domain: str) -> str:
+    """Held-out loss of a domain over all its held-out text, at the end of a run."""
+    return f"eval/full-loss/{domain}"
 
 
 def eval_excess(domain: str) -> str:

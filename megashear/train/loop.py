@@ -98,9 +98,9 @@ class Trainer:
                 if step % train.log_interval == 0 or step == last:
                     self._log(step, window, rate, norm, masks, meter, sink)
                     window = []
-                if step < last and train.eval_interval and step % train.eval_interval == 0:
+                if train.eval_interval and step % train.eval_interval == 0:
                     with meter.pause():
-                        self._reweight(step, self.evaluate(step, sink, whole=False), sink)
+                        self._reweight(step, self.evaluate(step, sink, whole=False))
                 stop = bool(train.exit_interval) and step % train.exit_interval == 0
                 due = bool(train.save_interval) and step % train.save_interval == 0
                 if train.save is not None and step < last and (due or stop):
@@ -153,16 +153,21 @@ class Trainer:
             for mode in self.objective.evaluation_modes()
         }
         first = next(iter(found.values()))
-        points |= {tags.eval_loss(name): loss for name, loss in first.losses.items()}
-        points[tags.EVAL_MEAN_LOSS] = first.mean
-        if self.data.references is not None:
-            for name, reference in zip(names, self.data.references):
-                points[tags.eval_excess(name)] = first.losses[name] - float(reference)
-        if "exact" in found:
-            points[tags.DISCRETISATION_GAP] = found["exact"].mean - first.mean
+        if whole:
+            # tags of their own: other text than the curve's would put a step at its end
+            points |= {tags.full_loss(name): loss for name, loss in first.losses.items()}
+            points[tags.FULL_MEAN_LOSS] = first.mean
+        else:
+            points |= {tags.eval_loss(name): loss for name, loss in first.losses.items()}
+            points[tags.EVAL_MEAN_LOSS] = first.mean
+            for name, reference in zip(names, self._references_or_nothing()):
+                points[tags.eval_excess(name)] = first.losses[name] - reference
+            if "exact" in found:
+                points[tags.DISCRETISATION_GAP] = found["exact"].mean - first.mean
         sink.scalars(step, points)
         for mode, losses in found.items():
-            what = "" if mode == "loss" else f" [{mode} masks]"
+            what = " [all held-out text]" if whole else ""
+            what += "" if mode == "loss" else f" [{mode} masks]"
             logger.info("%s%s", format_evaluation(step, losses.losses), what)
         return found
 
@@ -288,9 +293,10 @@ class Trainer:
             (total,) = flat_all_reduce([total], group)
         return float(total[0] / total[1])
 
-    def _reweight(
-        self, step: int, found: dict[str, DomainLosses], sink: tags.TensorBoardSink
-    ) -> None:
+    def _references_or_nothing(self) -> list[float]:
+        return [] if self.data.references is None else self.data.references.tolist()
+
+    def _reweight(self, step: int, found: dict[str, DomainLosses]) -> None:
         if self.data.references is None:
             return
         names, mixture = self.data.manifest.names, self.data.loader.mixture

@@ -119,18 +119,6 @@ def test_each_stream_meets_its_own_gates() -> None:
     run_ranks(1, body)
 
 
-def test_a_model_with_every_hidden_gate_closed_is_refused() -> None:
-    def body(rank: int) -> None:
-        _, binding = masked_model()
-        with torch.no_grad():
-            sampled = dict(binding.masks.sample(seed=1, step=0, stream=0))
-        sampled["hidden"] = torch.zeros_like(sampled["hidden"])
-        with pytest.raises(ValueError, match=r"every hidden gate is closed.*lower --mask-lr"):
-            binding.bind({0: sampled})
-
-    run_ranks(1, body)
-
-
 @pytest.mark.parametrize(
     ("parallel", "change", "message"),
     [
