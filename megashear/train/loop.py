@@ -98,7 +98,7 @@ class Trainer:
                 if step % train.log_interval == 0 or step == last:
                     self._log(step, window, rate, norm, masks, meter, sink)
                     window = []
-                if train.eval_interval and step % train.eval_interval == 0:
+                if self._evaluates_after(step):
                     with meter.pause():
                         self._reweight(step, self.evaluate(step, sink, whole=False))
                 stop = bool(train.exit_interval) and step % train.exit_interval == 0
@@ -134,7 +134,8 @@ class Trainer:
         points: dict[str, float] = {}
         if isinstance(self.objective, StructuredPruning):
             assert_replicated(self.objective.replicated_tensors(), f"step {step}")
-            points[tags.EXPECTED_PARAMETERS] = self.objective.expected_parameters()
+            if not (whole and self._evaluates_after(step)):  # else it was written at this step
+                points[tags.EXPECTED_PARAMETERS] = self.objective.expected_parameters()
         names = self.data.manifest.names
         most = max(map(len, self.data.held_out)) if whole else self.train.eval_sequences
         # one seed for the whole run, so that losses of different steps compare
@@ -206,6 +207,9 @@ class Trainer:
         )
         logger.info("step %d: saved %s", step, path)
         return path
+
+    def _evaluates_after(self, step: int) -> bool:
+        return bool(self.train.eval_interval) and step % self.train.eval_interval == 0
 
     def _step(self, step: int) -> tuple[list[SequenceLosses], float, MaskMetrics | None]:
         for chunk in self.chunks:

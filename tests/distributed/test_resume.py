@@ -103,7 +103,7 @@ def test_a_run_resumed_at_another_layout_stays_close(
 ) -> None:
     whole = runs.uninterrupted(stage, *before)
     resumed = go_on(runs.stopped(stage, *before), tmp_path, at=after)
-    for tag in ("train/lm-loss", "eval/loss/mean", "eval/loss/paths", "mix/weight/numbers"):
+    for tag in ("train/lm-loss", "eval/mean-loss", "eval/loss/paths", "mix/weight/numbers"):
         assert resumed.points[tag] == pytest.approx(whole.points[tag], rel=REDUCTION_ORDER), tag
     assert resumed.counts["scheduler"] == whole.counts["scheduler"]
     assert (

@@ -31,7 +31,10 @@ EVERY_STEP = {
     *(f"mix/weight/{domain}" for domain in REFERENCE),
 }
 """What the README promises of a pruning run, under the tags of the monitor."""
-EVERY_EVALUATION = {f"eval/loss/{domain}" for domain in REFERENCE} | {"eval/loss/mean"}
+EVERY_EVALUATION = {f"eval/loss/{domain}" for domain in REFERENCE} | {
+    "eval/mean-loss",
+    "prune/expected-parameters",
+}
 
 
 @pytest.fixture(scope="module")
