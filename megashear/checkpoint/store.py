@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megashear.checkpoint import tokenizer_files
 from megashear.checkpoint.description import (
@@ -142,8 +144,7 @@ def load_weights(checkpoint: Path | str, chunks: Sequence[torch.nn.Module]) -> N
     directory = find_iteration(checkpoint)
     with raise_together():
         check_pickles(directory)
-    state = dist_checkpointing.load(_model_entries(chunks), str(directory))
-    _fill(chunks, state)
+    _fill(chunks, _read(_model_entries(chunks), directory))
 
 
 def load_run(
@@ -174,7 +175,7 @@ def load_run(
     state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=_METADATA)
     if masks is not None:
         state["masks"] = _mask_entries(masks, groups)
-    loaded = dist_checkpointing.load(state, str(directory))
+    loaded = _read(state, directory)
     _fill(chunks, loaded)
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
@@ -208,7 +209,7 @@ def read_log_alpha(checkpoint: Path | str) -> dict[str, Tensor]:
             )
             for kind, extents in masks.items()
         }
-        loaded = dist_checkpointing.load(dict(wanted), str(directory))
+        loaded = _read(dict(wanted), directory)
     return {kind: loaded[kind].reshape(extents) for kind, extents in masks.items()}
 
 
@@ -228,6 +229,18 @@ def check_save_directory(save: str | None, load: str | None, *, resume: bool) ->
             f"--save {save} holds a run at step {newest}; add --resume to go on with it, or choose "
             f"another directory"
         )
+
+
+def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """dist_checkpointing.load, whose complaints are no Exceptions and would miss every handler."""
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory))
+    except (CheckpointException, CheckpointingException) as error:
+        raise ValueError(
+            f"checkpoint {directory} does not fit this run: {error}; load it with the shape and "
+            f"stage it was saved with, or add --finetune to take only its weights"
+        ) from error
+    return loaded
 
 
 def _model_entries(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -132,10 +132,7 @@ def seed_model_parallel(seed: int) -> None:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     torch.manual_seed(seed)
-    # the inference tracker is the one variant that megatron-core builds without CUDA
-    model_parallel_cuda_manual_seed(
-        seed, inference_rng_tracker=not has_cuda(), force_reset_rng=True
-    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def find_accelerators() -> dict[str, bool]:
@@ -318,23 +315,8 @@ def _replace_random_state() -> None:
     def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(state)
 
-    @contextlib.contextmanager
-    def fork(
-        tracker: Any, name: str = mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME
-    ) -> Iterator[None]:
-        if name not in tracker.states_:
-            raise KeyError(f"random state {name} was not added to the tracker")
-        outside = torch.get_rng_state()
-        torch.set_rng_state(tracker.states_[name])
-        try:
-            yield
-        finally:
-            tracker.states_[name] = torch.get_rng_state()
-            torch.set_rng_state(outside)
-
     mcore_random._get_cuda_rng_state = get_state
     mcore_random._set_cuda_rng_state = set_state
-    mcore_random.CudaRNGStatesTracker.fork = fork
 
 
 def _patch_tensor_methods() -> None:
