@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megashear.masks.gates import LOG_ALPHA_MAX, LOG_ALPHA_MIN, probability_closed, scores
 from megashear.masks.state import load_tensors
-from megashear.masks.targets import EXTENTS, KINDS, MaskPart
+from megashear.masks.targets import EXTENTS, KINDS, MaskPart, target_flag
 from megashear.shape import ModelShape
 
 LEAST_LAMBDA2_MAX = 100.0
@@ -53,12 +53,14 @@ class SparsityConstraint:
         assert parts.keys() == targets.keys(), f"masks {[*parts]} for targets {[*targets]}"
         if warmup_steps < 0:
             raise ValueError(
-                f"warmup_steps is {warmup_steps}; it must be 0 (the whole target at once) or more"
+                f"--sparsity-warmup-iters is {warmup_steps}; it must be 0 (the whole target at "
+                f"once) or more"
             )
         if lambda2_max is not None and not lambda2_max >= LEAST_LAMBDA2_MAX and not force:
             raise ValueError(
                 f"lambda2_max is {lambda2_max:g}; below {LEAST_LAMBDA2_MAX:g} the masks were seen "
-                f"to lose their targets; raise it to {LEAST_LAMBDA2_MAX:g} or more, or force it"
+                f"to lose their targets; raise --lambda2-max to {LEAST_LAMBDA2_MAX:g} or more, or "
+                f"force it with --force-lambda2-max"
             )
         self.parts: dict[str, MaskPart] = {kind: parts[kind] for kind in KINDS if kind in parts}
         self.targets: dict[str, float] = {
@@ -185,7 +187,7 @@ def _target_sparsity(part: MaskPart, wanted: int) -> float:
             nearest = math.ceil(part.num_units * (1.0 - most))
         raise ValueError(
             f"target {EXTENTS[part.kind]} {wanted} of {part.num_units} is a sparsity of "
-            f"{sparsity:.4f}, and masks reach {least:.4f} to {most:.4f}; the nearest target is "
-            f"{nearest}"
+            f"{sparsity:.4f}, and masks reach {least:.4f} to {most:.4f}; the nearest "
+            f"{target_flag(EXTENTS[part.kind])} is {nearest}"
         )
     return sparsity

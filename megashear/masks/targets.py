@@ -115,6 +115,11 @@ def target_units(source: ModelShape, target: ModelShape) -> dict[str, int]:
     return units
 
 
+def target_flag(extent: str) -> str:
+    """The flag that sets an extent of the target, as typed."""
+    return "--target-" + extent.replace("_", "-")
+
+
 def _is_grouped(shape: ModelShape) -> bool:
     return shape.num_query_groups < shape.num_attention_heads
 
@@ -125,14 +130,15 @@ def _check_reachable(source: ModelShape, target: ModelShape) -> None:
         if found != wanted:
             raise ValueError(
                 f"target {name} is {found}, the source has {wanted}, and no mask changes it; set "
-                f"the target's {name} to {wanted}"
+                f"the target's {name} to {wanted} (a target given by --target-* extents alone "
+                f"keeps the source's)"
             )
     for name in EXTENTS.values():
         found, most = getattr(target, name), getattr(source, name)
         if found > most:
             raise ValueError(
                 f"target {name} is {found}, the source has {most}, and pruning only removes; set "
-                f"the target's {name} to at most {most}"
+                f"{target_flag(name)} to at most {most}"
             )
     _check_heads(source, target)
 
@@ -145,7 +151,7 @@ def _check_heads(source: ModelShape, target: ModelShape) -> None:
         raise ValueError(
             f"target has {heads} query heads in num_query_groups {groups}, but in the source "
             f"every query head has its own key/value head and masks do not merge them; set the "
-            f"target's num_query_groups to {heads}"
+            f"target's num_query_groups to {heads} ({target_flag('num_query_groups')})"
         )
     width = source.heads_per_group
     # Halves go up; ModelShape made sure that groups divide heads, so this is an exact extent.

@@ -169,18 +169,19 @@ def test_multipliers_start_at_nothing_in_float32() -> None:
 def test_reachable_range_is_computed_from_the_clamp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constraint_module, "LOG_ALPHA_MAX", 0.0)
     target = replace(MHA, hidden_size=36)
-    with pytest.raises(ValueError, match=r"masks reach 0.1682 to 0.9529; the nearest target is 33"):
+    message = r"masks reach 0.1682 to 0.9529; the nearest --target-hidden-size is 33"
+    with pytest.raises(ValueError, match=message):
         SparsityConstraint(whole_parts(MHA, target), target_units(MHA, target), warmup_steps=1)
 
 
 def test_a_negative_warmup_is_refused() -> None:
-    with pytest.raises(ValueError, match="warmup_steps is -1; it must be 0"):
+    with pytest.raises(ValueError, match="--sparsity-warmup-iters is -1; it must be 0"):
         build(warmup_steps=-1)
 
 
 @pytest.mark.parametrize("bound", [99.0, 0.0, -5.0, math.nan])
 def test_a_bound_that_loses_control_is_refused_unless_forced(bound: float) -> None:
-    with pytest.raises(ValueError, match=f"lambda2_max is {bound:g}; below 100 .*or force it"):
+    with pytest.raises(ValueError, match=f"lambda2_max is {bound:g}; below 100 .*or force it with"):
         build(lambda2_max=bound)
     assert build(lambda2_max=None).lambda2_max is None
     assert build(lambda2_max=100.0).lambda2_max == 100.0

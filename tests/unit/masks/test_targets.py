@@ -85,7 +85,11 @@ def test_an_extent_without_a_mask_is_refused(name: str, found: float, wanted: fl
 )
 def test_a_target_larger_than_its_source_is_refused(name: str, found: int, most: int) -> None:
     target = replace(MHA, **{name: found})
-    message = f"target {name} is {found}, the source has {most}, and pruning only removes.*{most}"
+    flag = "--target-" + name.replace("_", "-")
+    message = (
+        f"target {name} is {found}, the source has {most}, and pruning only removes; "
+        f"set {flag} to at most {most}"
+    )
     with pytest.raises(ValueError, match=message):
         target_units(MHA, target)
 
@@ -147,7 +151,8 @@ def test_a_target_beyond_the_clamp_is_refused_with_the_nearest_reachable(
         parts = whole_parts(before, after)
         return SparsityConstraint(parts, target_units(before, after), warmup_steps=10)
 
-    message = f"target {name} {wanted} of .*masks reach 0.0020 to 0.9529; the nearest target is "
+    flag = "--target-" + name.replace("_", "-")
+    message = f"target {name} {wanted} of .*masks reach 0.0020 to 0.9529; the nearest {flag} is "
     with pytest.raises(ValueError, match=message + f"{nearest}$"):
         constrain(wanted)
     constrain(nearest)  # reachable
