@@ -93,7 +93,7 @@ def make(folder: Path) -> TextRun:
     )
 
 
-def write_checkpoint(output: Path, shape: ModelShape, tokenizer: Path) -> Path:
+def write_checkpoint(output: Path, shape: ModelShape, tokenizer: Path | None = None) -> Path:
     """Random weights as a converted checkpoint."""
     description = Description(shape=shape, iteration=0, stage="converted")
     # small weights, or the loss starts far above that of a uniform guess

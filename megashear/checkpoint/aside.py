@@ -19,8 +19,7 @@ def written_aside(output: Path | str) -> Iterator[Path]:
         ValueError: ``output`` exists already: nothing is ever overwritten.
     """
     output = Path(output).absolute()
-    if output.exists() or output.is_symlink():
-        raise ValueError(f"{output} exists; choose another output or remove it first")
+    check_absent(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     # On the same file system as the output, or the rename would not be one step.
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
@@ -31,3 +30,14 @@ def written_aside(output: Path | str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def check_absent(output: Path | str) -> None:
+    """Refuse an output that is there already, before long work for it.
+
+    Raises:
+        ValueError: it exists.
+    """
+    output = Path(output).absolute()
+    if output.exists() or output.is_symlink():
+        raise ValueError(f"{output} exists; choose another output or remove it first")

@@ -64,7 +64,7 @@ def find_iteration(checkpoint: Path | str, iteration: int | None = None) -> Path
             way_out = (
                 "; it is a Hugging Face directory: convert it first"
                 if (checkpoint / "config.json").is_file()
-                else ""
+                else ", nor is it a Hugging Face directory, with a config.json"
             )
             raise ValueError(f"no checkpoint at {checkpoint}: it has no {TRACKER}{way_out}")
     directory = checkpoint / iteration_name(iteration)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megashear.checkpoint.aside import check_absent
 from megashear.checkpoint.cut import cut, rounding_changes
 from megashear.checkpoint.description import Description
 from megashear.checkpoint.store import read_log_alpha
@@ -32,6 +33,7 @@ def cut_checkpoint(
         ValueError: ``output`` exists; no masks there; without ``exact_target``, a row of the masks
             keeps another number of units than the target.
     """
+    check_absent(output)
     weights = CheckpointWeights(load)
     log_alpha = read_log_alpha(weights.directory)
     details = weights.description.details

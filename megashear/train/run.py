@@ -22,6 +22,7 @@ from megashear.checkpoint.description import (
     read_description,
 )
 from megashear.checkpoint.store import check_save_directory, load_run, load_weights
+from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import (
     DataConfig,
     EvaluateRun,
@@ -174,6 +175,7 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
         raise ValueError(f"--output {config.output} exists; choose another or remove it first")
     _check_no_masks(directory, description)
     check_layout(description.shape, config.parallel)
+    CheckpointWeights(directory)  # refuses tensors that are not this shape's; reads none
     manifest = read_manifest(config.data_path)
     _check_vocabulary(manifest, description.shape, directory)
     with distributed(config.parallel, config.model) as groups:
@@ -326,6 +328,9 @@ def _check(
     device.install()
     device.check_settings(parallel, config.model)
     check_layout(start.shape, parallel)
+    if start.checkpoint is not None:
+        # names and shapes, from the index: a rank that found out while loading would be late
+        CheckpointWeights(start.checkpoint)
     _check_batches(parallel, train, replicas)
     check_schedule(config.optimizer, train.train_iters)
     manifest = read_manifest(data.data_path)

@@ -1,0 +1,391 @@
+"""Bad input through the command line: refused before processes meet, with nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from megashear.__main__ import main
+from megashear.checkpoint import hf
+from megashear.commands.report import USAGE
+from tests import text_run
+from tests.end_to_end.torchrun import torchrun
+from tests.reference_llama import random_weights
+from tests.text_run import SHAPE, TextRun
+
+NOT_HANGING_S = 120.0
+"""Seconds for torchrun to start, refuse and end; a hang would last ten minutes."""
+
+
+class Refusal:
+    """Runs a command that must be refused, in a folder of its own."""
+
+    def __init__(
+        self,
+        folder: Path,
+        text: TextRun,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        self.folder, self.text = folder, text
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *words: object, processes: int = 1) -> str:
+        """The error that ``megashear words`` ends with, as one of ``processes``."""
+        before = contents(self.folder), contents(self.text.data.parent)
+        self._capsys.readouterr()
+        with self._monkeypatch.context() as patched:
+            patched.setenv("WORLD_SIZE", str(processes))
+            patched.setenv("RANK", "0")
+            patched.setattr(dist, "init_process_group", met)
+            status = main([str(word) for word in words])
+        printed = self._capsys.readouterr()
+        assert status == USAGE, printed
+        assert printed.out == ""
+        assert (contents(self.folder), contents(self.text.data.parent)) == before
+        *_, error = printed.err.strip().splitlines()
+        assert error.startswith(f"megashear {words[0]}: error: "), printed.err
+        return error
+
+    def prune(self, *words: object, processes: int = 1, **changes: object) -> str:
+        """The same of a pruning run that is right but for ``words`` and ``changes``."""
+        given = {
+            "load": self.text.checkpoint,
+            "data_path": self.text.data,
+            "reference_loss": self.text.reference,
+            "save": self.folder / "saved",
+            "tensorboard_dir": self.folder / "events",
+            "seq_length": text_run.SEQUENCE,
+            **text_run.TARGET,
+            **changes,
+        }
+        flags = [
+            word
+            for key, value in given.items()
+            if value is not None
+            for word in (f"--{key.replace('_', '-')}", value)
+        ]
+        return self("prune", *flags, *words, processes=processes)
+
+
+def met(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("processes met before the refusal")
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of the last change of everything in a folder."""
+    return {
+        path: (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture
+def refusal(
+    tmp_path: Path,
+    text: TextRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Refusal:
+    return Refusal(tmp_path, text, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "wanted"),
+    [
+        (
+            {"tensor_model_parallel_size": 3},
+            3,
+            "model num_query_groups 4 is not a multiple of --tensor-model-parallel-size 3; the "
+            "model divides by 1, 2",
+        ),
+        (
+            {"pipeline_model_parallel_size": 3},
+            3,
+            "model num_layers 4 is not a multiple of --pipeline-model-parallel-size",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 4},
+            2,
+            "--num-virtual-stages-per-pipeline-rank = 2 * 4; their product may be 1, 2, 4",
+        ),
+        (
+            {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+            6,
+            "world size 6 is not a multiple of --tensor-model-parallel-size * "
+            "--pipeline-model-parallel-size = 2 * 2; start a multiple of 4 processes",
+        ),
+        (
+            {"global_batch_size": 6, "micro_batch_size": 2},
+            2,
+            "--global-batch-size 6 is not a multiple of --micro-batch-size * data-parallel size "
+            "= 2 * 2; the nearest that are: 4 and 8",
+        ),
+        ({"mask_noise_streams": 3}, 1, "--mask-noise-streams 3 does not divide"),
+    ],
+)
+def test_a_layout_that_does_not_divide(
+    refusal: Refusal, changes: dict[str, object], processes: int, wanted: str
+) -> None:
+    assert wanted in refusal.prune(processes=processes, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        (
+            {"target_hidden_size": 48},
+            "target hidden_size is 48, the source has 40, and pruning only removes; set "
+            "--target-hidden-size to at most 40",
+        ),
+        (
+            {"target": "llama2-370m", **dict.fromkeys(text_run.TARGET)},
+            "target head_dim is 128, the source has 8, and no mask changes it",
+        ),
+        ({"target": "llama2-3b"}, "--target llama2-3b is not known; presets: llama2-7b"),
+        (
+            {"target_num_query_groups": 4},
+            "the nearest is num_attention_heads 4 with num_query_groups 2",
+        ),
+        (
+            {"target_num_attention_heads": 3},
+            "--target-num-attention-heads 3 is not a multiple of 2",
+        ),
+        (
+            {"target_ffn_hidden_size": 2},
+            "target ffn_hidden_size 2 of 96 is a sparsity of 0.9792, and masks reach 0.0020 to "
+            "0.9529; the nearest --target-ffn-hidden-size is 5",
+        ),
+        (dict.fromkeys(text_run.TARGET), "nothing to prune"),
+        ({"lambda2_max": 10}, "lambda2_max is 10; below 100"),
+    ],
+)
+def test_a_target_that_no_mask_reaches(
+    refusal: Refusal, changes: dict[str, object], wanted: str
+) -> None:
+    assert wanted in refusal.prune(**changes)
+
+
+def test_an_unknown_key_names_the_nearest(refusal: Refusal) -> None:
+    error = refusal.prune("--tensor-model-paralel-size", 2)
+    assert "unknown flag --tensor-model-paralel-size; nearest known: " in error
+    assert "--tensor-model-parallel-size" in error
+    config = refusal.folder / "run.yaml"
+    config.write_text("lr: 1e-4\ntrain-iter: 10\n")
+    error = refusal.prune("--config", config)
+    assert f"{config} line 2: unknown key train-iter; nearest known: train_iters" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refused where there is no CUDA device")
+def test_a_cuda_only_option_on_the_cpu(refusal: Refusal) -> None:
+    wanted = (
+        "--transformer-impl transformer_engine needs a CUDA device and none is found; use "
+        "--transformer-impl local"
+    )
+    assert wanted in refusal.prune(transformer_impl="transformer_engine")
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = folder / "model-00002-of-00003.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        r"has no latest_checkpointed_iteration.txt, nor is it a Hugging Face directory",
+    ),
+    "a part missing": (
+        lambda folder: (folder / "model-00002-of-00003.safetensors").unlink(),
+        "names model-00002-of-00003.safetensors, which is missing; download it again",
+    ),
+    "a part truncated": (
+        lambda folder: truncate(folder / "model-00002-of-00003.safetensors"),
+        "model-00002-of-00003.safetensors .* cannot be read as safetensors.*may be truncated",
+    ),
+    "no weights": (
+        lambda folder: [path.unlink() for path in folder.glob("model*")],
+        "has neither model.safetensors nor model.safetensors.index.json",
+    ),
+    "another family": (
+        lambda folder: edit_config(folder, model_type="mistral"),
+        "model_type is 'mistral', wanted 'llama'",
+    ),
+    "tied embeddings": (
+        lambda folder: edit_config(folder, tie_word_embeddings=True),
+        "tie_word_embeddings",
+    ),
+    "another shape": (
+        lambda folder: edit_config(folder, intermediate_size=128),
+        r"mlp.gate_proj.weight has shape \[96, 40\], its shape in this model is \[128, 40\]",
+    ),
+    "a weight too much": (
+        lambda folder: edit_weights(folder, lambda weights: weights.update(extra=torch.ones(2))),
+        "has 1 weights this model does not know: extra",
+    ),
+    "a weight missing": (
+        lambda folder: edit_weights(folder, lambda weights: weights.popitem()),
+        "lacks 1 weights of this model: model.layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_hugging_face_directory_that_is_no_whole_llama(refusal: Refusal, harm: str) -> None:
+    model, output = refusal.folder / "model", refusal.folder / "converted"
+    shape = replace(SHAPE, num_layers=2)
+    weights = random_weights(shape).items()
+    hf.write_directory(model, weights, shape, max_shard_bytes=100_000)
+    assert (model / "model-00003-of-00003.safetensors").is_file()
+    change, wanted = HARMS[harm]
+    change(model)
+    error = refusal("convert", "--input", model, "--output", output)
+    assert re.search(wanted, error), error
+
+
+def test_text_of_another_vocabulary_or_tokenizer(refusal: Refusal, tmp_path: Path) -> None:
+    small = replace(SHAPE, vocab_size=200)
+    error = refusal.prune(load=text_run.write_checkpoint(tmp_path / "small", small))
+    assert "was tokenised with 256 ids but the model has 200; preprocess again" in error
+    lines = (refusal.text.jsonl / "paths.jsonl").read_text().splitlines()
+    other = text_run.train_tokenizer([json.loads(line)["text"] for line in lines], tmp_path)
+    text_run.write_checkpoint(tmp_path / "other", SHAPE, other)
+    error = refusal.prune(load=tmp_path / "other")
+    assert "was tokenised with another tokenizer than the model's" in error
+    assert "preprocess again with --tokenizer-model" in error
+
+
+@pytest.mark.parametrize(
+    ("lines", "wanted"),
+    [
+        ("", "domain 'odd' is empty"),
+        ('{"text": "  "}\n\n', "domain 'odd' is empty"),
+        ('{"text": "good"}\n{"text": "cut sho', "odd.jsonl, line 2 is not valid JSON"),
+        ('{"text": "good"}\n\n["a list"]\n', "odd.jsonl, line 3 holds a list"),
+        ('{"content": "good"}\n', "odd.jsonl, line 1 has no key 'text', only ['content']"),
+        ('{"text": 1}\n', "odd.jsonl, line 1 has a int under 'text'"),
+    ],
+)
+def test_an_empty_domain_or_a_broken_line(refusal: Refusal, lines: str, wanted: str) -> None:
+    folder = refusal.folder / "jsonl"
+    shutil.copytree(refusal.text.jsonl, folder)
+    (folder / "odd.jsonl").write_text(lines)
+    error = preprocess(refusal, folder)
+    assert wanted in error
+
+
+def test_a_tokenizer_that_is_none(refusal: Refusal) -> None:
+    model = refusal.folder / "tokenizer.model"
+    model.write_text("no protobuf")
+    error = preprocess(refusal, refusal.text.jsonl, tokenizer=model)
+    assert "tokenizer.model is not a SentencePiece model" in error
+
+
+def preprocess(refusal: Refusal, folder: Path, *, tokenizer: Path | None = None) -> str:
+    return refusal(
+        "preprocess",
+        *("--input", folder, "--output", refusal.folder / "data"),
+        *("--tokenizer-model", tokenizer or refusal.text.tokenizer),
+    )
+
+
+def test_output_that_exists(refusal: Refusal) -> None:
+    text, taken = refusal.text, refusal.folder / "taken"
+    taken.mkdir()
+    (taken / "precious").write_text("do not lose me")
+    tokenizer = ("--tokenizer-model", text.tokenizer)
+    for words in (
+        ("preprocess", "--input", text.jsonl, "--output", taken, *tokenizer),
+        ("convert", "--input", text.checkpoint, "--output", taken),
+        ("evaluate", "--load", text.checkpoint, "--data-path", text.data, "--output", taken),
+    ):
+        assert f"{taken} exists" in refusal(*words), words
+    pruned = pruned_checkpoint(refusal.folder / "pruned")
+    assert f"{taken} exists" in refusal("cut", "--load", pruned, "--output", taken)
+    saved = text_run.write_checkpoint(refusal.folder / "saved", SHAPE)
+    assert f"--save {saved} holds a run at step 0; add --resume" in refusal.prune(save=saved)
+
+
+def pruned_checkpoint(output: Path) -> Path:
+    """A pruning run's checkpoint as far as a refusal reads it."""
+    text_run.write_checkpoint(output, SHAPE)
+    edit_description(output, stage="prune")
+    return output
+
+
+def edit_description(checkpoint: Path, **fields: object) -> None:
+    (path,) = checkpoint.glob("iter_*/megashear.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_checkpoint_of_another_stage(refusal: Refusal) -> None:
+    pruned, output = pruned_checkpoint(refusal.folder / "pruned"), refusal.folder / "output"
+    error = refusal("convert", "--input", pruned, "--output", output)
+    assert "is of a pruning run" in error
+    assert "`megashear cut`" in error
+    error = refusal("cut", "--load", refusal.text.checkpoint, "--output", output)
+    assert "is of stage 'converted' and has no masks; give one that megashear prune wrote" in error
+    assert f"no checkpoint at {output}" in refusal.prune(load=output)
+    assert "--load is not given; pruning starts from a checkpoint" in refusal.prune(load=None)
+
+
+def test_a_checkpoint_of_another_shape(refusal: Refusal) -> None:
+    other = text_run.write_checkpoint(refusal.folder / "other", SHAPE)
+    edit_description(other, shape=replace(SHAPE, ffn_hidden_size=128).to_dict())
+    wanted = r"checkpoint .*other.* has shape \[\d+, \d+, \d+\], its shape in this model is"
+    error = refusal("convert", "--input", other, "--output", refusal.folder / "output")
+    assert re.search(wanted, error), error
+    assert re.search(wanted, error := refusal.prune(load=other)), error
+    error = refusal("evaluate", "--load", other, "--data-path", refusal.text.data)
+    assert re.search(wanted, error), error
+
+
+def test_every_process_of_torchrun_ends_at_once(text: TextRun, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    result = torchrun(
+        3,
+        *("prune", "--load", text.checkpoint, "--data-path", text.data),
+        *("--reference-loss", text.reference, "--save", tmp_path / "saved"),
+        *("--tensor-model-parallel-size", 2, "--target-hidden-size", 24),
+        timeout_s=NOT_HANGING_S,
+    )
+    assert result.returncode != 0
+    assert "world size 3 is not a multiple of" in result.stderr
+    assert not list(tmp_path.iterdir())
+    assert time.monotonic() - begin < NOT_HANGING_S
+
+
+def test_a_checkpoint_cut_short_ends_every_process(text: TextRun, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(text.checkpoint, tmp_path / "damaged"))
+    largest = max(damaged.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    result = torchrun(
+        2,
+        *("evaluate", "--load", damaged, "--data-path", text.data, "--output", tmp_path / "out"),
+        *("--tensor-model-parallel-size", 2, "--seq-length", text_run.SEQUENCE),
+        timeout_s=NOT_HANGING_S,
+    )
+    assert result.returncode != 0
+    assert "damaged" in result.stderr
+    assert not (tmp_path / "out").exists()
