@@ -135,7 +135,7 @@ def refusal(
     ],
 )
 def test_a_layout_that_does_not_divide(
-    refusal: Refusal, changes: dict[str, object], processes: int, wanted: str
+    refusal: Refusal, changes: dict[str, Any], processes: int, wanted: str
 ) -> None:
     assert wanted in refusal.prune(processes=processes, **changes)
 
@@ -159,7 +159,8 @@ def test_a_layout_that_does_not_divide(
         ),
         (
             {"target_num_attention_heads": 3},
-            "--target-num-attention-heads 3 is not a multiple of 2",
+            "--target-num-attention-heads 3 is not a multiple of 2, the query heads of one "
+            "key/value head, which go together; the nearest is 2",
         ),
         (
             {"target_ffn_hidden_size": 2},
@@ -171,7 +172,7 @@ def test_a_layout_that_does_not_divide(
     ],
 )
 def test_a_target_that_no_mask_reaches(
-    refusal: Refusal, changes: dict[str, object], wanted: str
+    refusal: Refusal, changes: dict[str, Any], wanted: str
 ) -> None:
     assert wanted in refusal.prune(**changes)
 
@@ -225,7 +226,7 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
         "model-00002-of-00003.safetensors .* cannot be read as safetensors.*may be truncated",
     ),
     "no weights": (
-        lambda folder: [path.unlink() for path in folder.glob("model*")],
+        lambda folder: list(map(Path.unlink, folder.glob("model*"))),
         "has neither model.safetensors nor model.safetensors.index.json",
     ),
     "another family": (
@@ -361,6 +362,16 @@ def test_a_checkpoint_of_another_shape(refusal: Refusal) -> None:
     assert re.search(wanted, error), error
 
 
+def test_a_run_of_another_target_is_not_gone_on_with(refusal: Refusal) -> None:
+    pruned = pruned_checkpoint(refusal.folder / "pruned")
+    edit_description(
+        pruned, details={"target_shape": replace(SHAPE, num_layers=3, hidden_size=32).to_dict()}
+    )
+    error = refusal.prune(load=pruned)
+    assert "was pruned towards hidden_size 32, and the target now has 24" in error
+    assert "add --finetune" in error
+
+
 def test_every_process_of_torchrun_ends_at_once(text: TextRun, tmp_path: Path) -> None:
     begin = time.monotonic()
     result = torchrun(
@@ -387,5 +398,6 @@ def test_a_checkpoint_cut_short_ends_every_process(text: TextRun, tmp_path: Path
         timeout_s=NOT_HANGING_S,
     )
     assert result.returncode != 0
-    assert "damaged" in result.stderr
+    assert "damaged/iter_0000000 is incomplete: " in result.stderr
+    assert "copy it again" in result.stderr
     assert not (tmp_path / "out").exists()
