@@ -1,0 +1,204 @@
+"""Where a run begins: a checkpoint or fresh weights, and the shape it works towards."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megashear.checkpoint.description import (
+    Description,
+    find_iteration,
+    latest_iteration,
+    read_description,
+)
+from megashear.checkpoint.store import check_save_directory
+from megashear.config import MaskConfig, TrainConfig
+from megashear.masks.constraint import SparsityConstraint
+from megashear.masks.mask_set import target_units, whole_parts
+from megashear.shape import PRESETS, ModelShape
+from megashear.train.objectives import StructuredPruning, check_streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run begins."""
+
+    shape: ModelShape
+    checkpoint: Path | None
+    """One iteration's directory; None starts from fresh weights."""
+    description: Description | None
+    continues: bool
+    """Whether optimizer, masks, data and step come from the checkpoint too."""
+
+    @property
+    def first_step(self) -> int:
+        """Steps done before."""
+        return self.description.iteration if self.continues and self.description else 0
+
+
+def find_start(
+    train: TrainConfig, *, stage: str, without: str, fresh: ModelShape | None = None
+) -> Start:
+    """Where the run begins, by --load, --save with --resume, and --finetune.
+
+    Args:
+        train: the flags.
+        stage: kind of run; a checkpoint of the same kind is gone on with.
+        without: what to say where nothing names a beginning.
+        fresh: shape of fresh weights, where they were asked for.
+
+    Raises:
+        ValueError: no beginning, two of them, or one that this run cannot go on from.
+    """
+    check_save_directory(train.save, train.load, resume=train.resume)
+    source = train.load
+    resumed = (
+        train.resume
+        and train.save is not None
+        and Path(train.save).is_dir()
+        and latest_iteration(Path(train.save)) is not None
+    )
+    if resumed:
+        source = train.save
+    if source is None:
+        if fresh is None:
+            raise ValueError(without)
+        return Start(shape=fresh, checkpoint=None, description=None, continues=False)
+    if fresh is not None and not resumed:
+        raise ValueError(
+            f"--load {source} and --init-shape exclude each other; a checkpoint has its own shape"
+        )
+    directory = find_iteration(source)
+    description = read_description(directory)
+    if resumed and description.stage != stage:
+        raise ValueError(
+            f"--resume: --save {train.save} holds a run of stage {description.stage!r}, not "
+            f"{stage!r}; choose another --save"
+        )
+    if stage != StructuredPruning.stage:
+        check_no_masks(directory, description)
+    continues = description.stage == stage and (resumed or not train.finetune)
+    if continues and description.iteration > train.train_iters:
+        raise ValueError(
+            f"{directory} is at step {description.iteration} and --train-iters is "
+            f"{train.train_iters}; raise it, or add --finetune to start again from its weights"
+        )
+    return Start(
+        shape=description.shape, checkpoint=directory, description=description, continues=continues
+    )
+
+
+def target_shape(masks: MaskConfig, source: ModelShape) -> ModelShape:
+    """The shape that the flags ask for; what they leave out stays as in the source.
+
+    Raises:
+        ValueError: an unknown preset, or extents that do not belong together.
+    """
+    if masks.target is not None:
+        if masks.target not in PRESETS:
+            raise ValueError(
+                f"--target {masks.target} is not known; presets: {', '.join(PRESETS)}; or give the "
+                f"--target-* extents"
+            )
+        preset = PRESETS[masks.target]
+        source = dataclasses.replace(
+            preset,
+            vocab_size=source.vocab_size,
+            norm_epsilon=source.norm_epsilon,
+            rotary_base=source.rotary_base,
+            max_position_embeddings=source.max_position_embeddings,
+        )
+    heads = masks.target_num_attention_heads
+    groups = masks.target_num_query_groups
+    if heads is not None and groups is None:
+        # whole groups go: the number of query heads in each stays
+        if heads % source.heads_per_group:
+            raise ValueError(
+                f"--target-num-attention-heads {heads} is not a multiple of "
+                f"{source.heads_per_group}, the query heads of one key/value head, which go "
+                f"together; the nearest is "
+                f"{max(1, heads // source.heads_per_group) * source.heads_per_group}"
+            )
+        groups = heads // source.heads_per_group
+    elif heads is None and groups is not None:
+        heads = groups * source.heads_per_group
+    wanted = {
+        "num_layers": masks.target_num_layers,
+        "hidden_size": masks.target_hidden_size,
+        "num_attention_heads": heads,
+        "num_query_groups": groups,
+        "ffn_hidden_size": masks.target_ffn_hidden_size,
+    }
+    return dataclasses.replace(source, **{k: v for k, v in wanted.items() if v is not None})
+
+
+def read_shape(name: str) -> ModelShape:
+    """A preset by name, or the extents in a JSON file.
+
+    Raises:
+        ValueError: neither, or the file holds something else.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(
+            f"--init-shape {name} is neither a preset ({', '.join(PRESETS)}) nor a JSON file"
+        )
+    try:
+        return ModelShape(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"--init-shape {name}: {error}; wanted a JSON object of the extents "
+            f"{', '.join(field.name for field in dataclasses.fields(ModelShape))}"
+        ) from None
+
+
+def check_masks(masks: MaskConfig, train: TrainConfig, start: Start, target: ModelShape) -> None:
+    """Refuse masks that cannot lead from the start to the target.
+
+    Raises:
+        ValueError: an unreachable target, a bound too low, noise streams that do not divide, or
+            masks of a resumed run that had another target.
+    """
+    SparsityConstraint(
+        whole_parts(start.shape, target),
+        target_units(start.shape, target),
+        warmup_steps=masks.sparsity_warmup_iters,
+        lambda2_max=masks.lambda2_max,
+        force=masks.force_lambda2_max,
+    )
+    check_streams(
+        masks.mask_noise_streams,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+    )
+    if start.continues:
+        _check_same_target(start, target)
+
+
+def check_no_masks(directory: Path, description: Description) -> None:
+    """Refuse a pruning run's checkpoint where its masks would not be applied.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if description.stage == StructuredPruning.stage:
+        raise ValueError(
+            f"--load {directory} is of a pruning run, whose weights are nothing without its masks; "
+            f"fold them in with `megashear cut` and load the result"
+        )
+
+
+def _check_same_target(start: Start, target: ModelShape) -> None:
+    assert start.description is not None
+    saved = start.description.details["target_shape"]
+    for extent, wanted in target.to_dict().items():
+        if saved[extent] != wanted:
+            raise ValueError(
+                f"{start.checkpoint} was pruned towards {extent} {saved[extent]}, and the target "
+                f"now has {wanted}; go on with the same target, or add --finetune to start new "
+                f"masks from its weights"
+            )
