@@ -107,6 +107,19 @@ def read_chunks(file: Path, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
         yield Chunk(file, first, lines)
 
 
+def read_texts(file: Path, json_key: str) -> Iterator[str]:
+    """Text of every document of a jsonl file, one held at a time.
+
+    Raises:
+        ValueError: a line is not a JSON object with text under ``json_key``; names the file and
+            the line.
+    """
+    for chunk in read_chunks(file):
+        for number, line in enumerate(chunk.lines, start=chunk.first_line):
+            if line.strip():
+                yield _text(line, json_key, f"{file}, line {number}")
+
+
 def encode_chunk(policy: EncodingPolicy, chunk: Chunk) -> EncodedChunk:
     """Tokenise the documents of a chunk.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shlex
 import subprocess
@@ -18,8 +17,6 @@ import yaml
 from megashear.quickstart.recipe import SOURCE, TARGET, VOCABULARY, Recipe
 from megashear.quickstart.text import write_domains
 from megashear.shape import ModelShape
-
-logger = logging.getLogger(__name__)
 
 RANKS = 2
 """Processes of every training stage: tensor, pipeline or data parallel."""
@@ -263,32 +260,42 @@ def train_tokenizer(text: Path, output: Path) -> None:
     """Train a SentencePiece BPE tokenizer on the jsonl files of ``text``.
 
     Whitespace and newlines are kept as they are, for code.
+
+    Raises:
+        ValueError: no domains there, a broken line, or too little text for the vocabulary.
     """
     import sentencepiece
 
-    def documents() -> list[str]:
-        return [
-            json.loads(line)["text"]
-            for path in sorted(text.rglob("*.jsonl"))
-            for line in path.open(encoding="utf-8")
-        ]
+    from megashear.data.documents import find_domains, read_texts
 
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for text in documents() for line in text.splitlines()),
-        model_prefix=str(output.with_suffix("")),
-        vocab_size=VOCABULARY,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        add_dummy_prefix=False,
-        user_defined_symbols=["\n"],
-        input_sentence_size=60_000,
-        shuffle_input_sentence=True,
-        minloglevel=2,
+    lines = (
+        line
+        for files in find_domains(text).values()
+        for file in files
+        for document in read_texts(file, "text")
+        for line in document.splitlines()
     )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_prefix=str(output.with_suffix("")),
+            vocab_size=VOCABULARY,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=False,
+            user_defined_symbols=["\n"],
+            input_sentence_size=60_000,
+            shuffle_input_sentence=True,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"{text} does not make a vocabulary of {VOCABULARY} pieces: {error}; give more text"
+        ) from None
     output.with_suffix(".vocab").unlink()
 
 
