@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megashear.checkpoint import fast_tokenizer
+
+logger = logging.getLogger(__name__)
 
 CARRIED = (
     "tokenizer.model",
@@ -67,7 +70,12 @@ def copy_for_transformers(files: Sequence[Path], directory: Path) -> None:
     copy(files, directory)
     names = {_carried_name(path) for path in files}
     if "tokenizer.model" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
-        fast_tokenizer.write_for_transformers(directory / "tokenizer.model", directory)
+        if not fast_tokenizer.write_for_transformers(directory / "tokenizer.model", directory):
+            logger.warning(
+                "%s: transformers rebuilds this kind of SentencePiece model by rules of its own and "
+                "may cut some text in another way; encode with SentencePiece where that matters",
+                directory / "tokenizer.model",
+            )
 
 
 def fingerprint(files: Sequence[Path]) -> str | None:

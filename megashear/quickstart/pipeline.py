@@ -259,7 +259,8 @@ class Quickstart:
 def train_tokenizer(text: Path, output: Path) -> None:
     """Train a SentencePiece BPE tokenizer on the jsonl files of ``text``.
 
-    Whitespace and newlines are kept as they are, for code.
+    Made as LLaMA's is, whitespace and newlines kept, so that the exported model's tokenizer cuts
+    text in stock runtimes exactly as here.
 
     Raises:
         ValueError: no domains there, a broken line, or too little text for the vocabulary.
@@ -286,8 +287,6 @@ def train_tokenizer(text: Path, output: Path) -> None:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            add_dummy_prefix=False,
-            user_defined_symbols=["\n"],
             input_sentence_size=60_000,
             shuffle_input_sentence=True,
             minloglevel=2,

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer
 
 from megashear.__main__ import main
+from megashear.checkpoint.fast_tokenizer import write_for_transformers
 from megashear.quickstart import pipeline
 from megashear.quickstart.pipeline import Quickstart, Result, table, train_tokenizer
 from megashear.quickstart.recipe import FULL, SHORT, SOURCE, TARGET
@@ -35,6 +37,10 @@ def test_the_tokenizer_keeps_code_as_it_is(
     tokenizer = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
     assert tokenizer.vocab_size() == 310
     assert tokenizer.decode(tokenizer.encode(CODE)) == CODE
+    # stock runtimes get a tokenizer.json that cuts alike, and begins with BOS as training did
+    assert write_for_transformers(tmp_path / "tokenizer.model", tmp_path)
+    stock = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert stock.encode(CODE).ids == [tokenizer.bos_id(), *tokenizer.encode(CODE)]
 
 
 def test_too_little_text_for_the_vocabulary_is_refused(jsonl: Path, tmp_path: Path) -> None:
