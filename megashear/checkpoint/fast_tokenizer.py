@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _BPE = 2  # trainer_spec.model_type. Source: sentencepiece_model.proto
 _CONTROL = 3  # type of a piece, from the same file
@@ -59,6 +62,12 @@ def write_for_transformers(model: Path, directory: Path) -> bool:
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     if exact:
         _build(proto, pieces, tokens).save(str(directory / "tokenizer.json"))
+    else:
+        logger.warning(
+            "%s: transformers builds this kind of SentencePiece model by rules of its own and may "
+            "cut some text in another way; encode with SentencePiece where that matters",
+            model,
+        )
     return exact
 
 

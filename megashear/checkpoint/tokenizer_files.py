@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megashear.checkpoint import fast_tokenizer
-
-logger = logging.getLogger(__name__)
 
 CARRIED = (
     "tokenizer.model",
@@ -70,12 +67,7 @@ def copy_for_transformers(files: Sequence[Path], directory: Path) -> None:
     copy(files, directory)
     names = {_carried_name(path) for path in files}
     if "tokenizer.model" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
-        if not fast_tokenizer.write_for_transformers(directory / "tokenizer.model", directory):
-            logger.warning(
-                "%s: transformers rebuilds this kind of SentencePiece model by rules of its own and "
-                "may cut some text in another way; encode with SentencePiece where that matters",
-                directory / "tokenizer.model",
-            )
+        fast_tokenizer.write_for_transformers(directory / "tokenizer.model", directory)
 
 
 def fingerprint(files: Sequence[Path]) -> str | None:
