@@ -215,6 +215,9 @@ class OptimizerConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; wanted 0 <= beta < 1")
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"--min-lr is {self.min_lr}; it must lie between 0 and --lr {self.lr}")
 
@@ -237,6 +240,14 @@ class DataConfig:
     """Step size of the exponential update of the weights."""
     reweight_smoothing: float = 1e-4
     """Share of the uniform distribution mixed into each update."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.reweight_eta) and self.reweight_eta >= 0):
+            raise ValueError(f"--reweight-eta is {self.reweight_eta}; wanted 0 or more")
+        if not 0 <= self.reweight_smoothing < 1:
+            raise ValueError(
+                f"--reweight-smoothing is {self.reweight_smoothing}; wanted a share, 0 <= c < 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,6 +276,12 @@ class MaskConfig:
     """Bound of the quadratic multiplier."""
     force_lambda2_max: bool = False
     """Allow --lambda2-max below 100, where the constraint loses control."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mask_lr) and self.mask_lr > 0):
+            raise ValueError(f"--mask-lr is {self.mask_lr}; it must be positive")
+        if self.mask_noise_streams < 1:
+            raise ValueError(f"--mask-noise-streams is {self.mask_noise_streams}; at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -304,8 +321,8 @@ class EvaluateRun:
     """Checkpoint directory."""
     data_path: str
     """Directory that `megashear preprocess` wrote."""
-    seq_length: int = 128
-    """Tokens per sequence."""
+    seq_length: int | None = None
+    """Tokens per sequence; that of the run that made the checkpoint unless given."""
     micro_batch_size: int = 1
     """Sequences per replica and forward pass."""
     output: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,9 @@ def write_description(directory: Path, description: Description) -> None:
     """Write ``directory/megashear.json``."""
     values = {"format": FORMAT, **dataclasses.asdict(description)}
     text = json.dumps(values, indent=2) + "\n"
-    (directory / DESCRIPTION).write_text(text, encoding="utf-8")
+    aside = directory / f".{DESCRIPTION}.partial"
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, directory / DESCRIPTION)  # one step: a reader sees the old or the new
 
 
 def read_description(directory: Path) -> Description:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from megashear.parallel import device
 from megashear.parallel.agree import raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import process_group
+
+logger = logging.getLogger(__name__)
 
 # Optimizer state as dist_checkpointing shapes it; the same for saving and loading.
 _METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
@@ -102,10 +105,7 @@ def save_run(
     aside = root / f".{final.name}.partial"
     with raise_together():
         if groups.rank == 0:
-            if final.exists():
-                raise ValueError(
-                    f"{final} exists; choose another --save, or remove it if it is not needed"
-                )
+            _make_way(root, final, description.iteration)
             # what a killed save left behind is nobody's checkpoint
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -131,6 +131,21 @@ def save_run(
             aside.rename(final)
             _name_latest(root, description.iteration)
     return final
+
+
+def amend_description(directory: Path, details: Mapping[str, Any], groups: ParallelGroups) -> None:
+    """Add plain values to a saved iteration, in one step. Collective over the world.
+
+    Args:
+        directory: one iteration's.
+        details: what to add to its details.
+        groups: where this rank stands.
+    """
+    with raise_together():
+        if groups.rank == 0:
+            description = read_description(directory)
+            merged = description.details | dict(details)
+            write_description(directory, dataclasses.replace(description, details=merged))
 
 
 def load_weights(checkpoint: Path | str, chunks: Sequence[torch.nn.Module]) -> None:
@@ -308,6 +323,20 @@ def _fill_masks(state: MaskState, loaded: dict[str, Tensor]) -> None:
                     tensor.copy_(torch.cat(pieces)[None])
                 else:
                     tensor.copy_(torch.stack([loaded[f"{key}.{row}"] for row in part.rows]))
+
+
+def _make_way(root: Path, final: Path, iteration: int) -> None:
+    if not final.exists():
+        return
+    newest = latest_iteration(root)
+    if newest is None or newest >= iteration:
+        raise ValueError(f"{final} exists; choose another --save, or remove it if it is not needed")
+    # A save that was killed before it was named: the run went on from an older one and is here
+    # again. It stays beside, for nothing is overwritten.
+    beside = root / f".{final.name}.unnamed"
+    shutil.rmtree(beside, ignore_errors=True)
+    final.rename(beside)
+    logger.warning("%s was never named the latest; it is %s now", final, beside.name)
 
 
 def _name_latest(root: Path, iteration: int) -> None:

@@ -12,7 +12,7 @@ from megashear.masks.optimizer import MaskOptimizer, clip_factor
 from megashear.models.llama import unwrap
 from megashear.models.masked_layers import MaskedTransformerLayer, StreamGates, norm_gates
 from megashear.parallel import device
-from megashear.parallel.agree import flat_all_reduce, gather_objects
+from megashear.parallel.agree import flat_all_reduce, gather_objects, ordered_sum
 from megashear.parallel.groups import ParallelGroups
 
 SPLIT_OVER_TENSOR = frozenset({"head", "group", "intermediate"})
@@ -166,12 +166,18 @@ class MaskBinding:
         gradients = self.whole_gradients()
         for stream, gates in self._sampled.items():
             torch.autograd.backward(list(gates.values()), [gradients[stream][k] for k in gates])
-        log_alphas = list(self.masks.parameters())
-        grads = [log_alpha.grad for log_alpha in log_alphas]
-        assert all(grad is not None for grad in grads)
-        sums = flat_all_reduce([g for g in grads if g is not None], self.groups.data)
-        for log_alpha, total in zip(log_alphas, sums):
-            log_alpha.grad = total / self.groups.data_size
+        grads: dict[str, Tensor] = {}
+        for kind, log_alpha in self.masks.log_alpha.items():
+            assert log_alpha.grad is not None
+            grads[kind] = log_alpha.grad
+        # What ranks of one replica hold copies of is added in one order everywhere; the slices,
+        # most of the numbers, are held by the ranks of one data group alone.
+        copied = [kind for kind in grads if kind not in SPLIT_OVER_TENSOR]
+        sliced = [kind for kind in grads if kind in SPLIT_OVER_TENSOR]
+        sums = dict(zip(copied, ordered_sum([grads[k] for k in copied], self.groups.data)))
+        sums |= zip(sliced, flat_all_reduce([grads[k] for k in sliced], self.groups.data))
+        for kind, total in sums.items():
+            self.masks.log_alpha[kind].grad = total / self.groups.data_size
 
     def whole_closed_sums(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Expected closed units of every whole row, from what each rank holds.
@@ -194,7 +200,7 @@ class MaskBinding:
         # whole model group, layer would count tp times and hidden tp * pp times.
         for kinds, group in self._owners():
             named = [kind for kind in whole if kind in kinds]
-            reduced = flat_all_reduce([whole[kind] for kind in named], group)
+            reduced = ordered_sum([whole[kind] for kind in named], group)
             whole.update(zip(named, reduced))
         return whole
 
@@ -209,7 +215,7 @@ class MaskBinding:
         squares = {kind: s.double().reshape(1) for kind, s in optimizer.grad_square_sums().items()}
         for kinds, group in self._owners():
             named = [kind for kind in squares if kind in kinds]
-            reduced = flat_all_reduce([squares[kind] for kind in named], group)
+            reduced = ordered_sum([squares[kind] for kind in named], group)
             squares.update(zip(named, reduced))
         norm = float(sum(square.item() for square in squares.values())) ** 0.5
         return norm, clip_factor(norm, max_norm)
@@ -255,7 +261,7 @@ class MaskBinding:
         which: Sequence[tuple[int, str]],
         group: torch.distributed.ProcessGroup,
     ) -> None:
-        reduced = flat_all_reduce([gradients[stream][kind] for stream, kind in which], group)
+        reduced = ordered_sum([gradients[stream][kind] for stream, kind in which], group)
         for (stream, kind), total in zip(which, reduced):
             gradients[stream][kind] = total
 

@@ -18,6 +18,9 @@ from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 
+_STAGE_SEED = 100
+"""Distance between the seeds of neighbouring stages. Source: Megatron-LM's initialisation."""
+
 
 def check_layout(shape: ModelShape, parallel: ParallelConfig, *, role: str = "model") -> None:
     """Refuse a shape that the layout cannot divide.
@@ -130,6 +133,8 @@ def build_llama(
 ) -> list[DistributedDataParallel]:
     """Build this rank's chunks, wrapped for data parallelism. Collective over the world.
 
+    The wrapper allocates the gradients; to evaluate only, :func:`build_chunks` does without.
+
     Args:
         shape: the whole model.
         groups: where this rank stands.
@@ -145,13 +150,16 @@ def build_llama(
     Raises:
         ValueError: the shape does not divide.
     """
-    check_layout(shape, parallel)
-    device.seed_model_parallel(seed)
-    config = transformer_config(shape, parallel, model, init_method_std=init_method_std)
-    chunks = [
-        _build_chunk(shape, groups, config, variant, number if groups.virtual_size > 1 else None)
-        for number in range(groups.virtual_size)
-    ]
+    chunks = build_chunks(
+        shape,
+        groups,
+        parallel,
+        model,
+        variant=variant,
+        init_method_std=init_method_std,
+        seed=seed,
+    )
+    config = unwrap(chunks[0]).config
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=model.bf16)
     wrapped = [
         DistributedDataParallel(config=config, ddp_config=ddp, module=chunk) for chunk in chunks
@@ -164,6 +172,27 @@ def build_llama(
         [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     )
     return wrapped
+
+
+def build_chunks(
+    shape: ModelShape,
+    groups: ParallelGroups,
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    *,
+    variant: Variant,
+    init_method_std: float = 0.02,
+    seed: int = 1234,
+) -> list[torch.nn.Module]:
+    """This rank's chunks without gradients' memory; arguments and errors of :func:`build_llama`."""
+    check_layout(shape, parallel)
+    # each stage draws its own layers; tensor ranks of a stage draw the same and keep their slice
+    device.seed_model_parallel(seed + _STAGE_SEED * groups.pipeline_rank)
+    config = transformer_config(shape, parallel, model, init_method_std=init_method_std)
+    return [
+        _build_chunk(shape, groups, config, variant, number if groups.virtual_size > 1 else None)
+        for number in range(groups.virtual_size)
+    ]
 
 
 def unwrap(chunk: torch.nn.Module) -> GPTModel:

@@ -40,6 +40,52 @@ def flat_all_reduce(
     return [piece.view_as(tensor).to(tensor.device) for piece, tensor in zip(pieces, tensors)]
 
 
+def ordered_sum(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """Sum small tensors in rank order, bit-equal whatever group computes it. Collective over
+    ``group``.
+
+    An all-reduce is equal on the ranks of its own group; two groups that reduce the same numbers
+    may add them in another order, and copies that follow from them would drift apart.
+
+    Args:
+        tensors: as for :func:`flat_all_reduce`; every rank's copy crosses the network.
+        group: the ranks whose values are added.
+
+    Returns:
+        The sums, where ``tensors`` were.
+    """
+    if not tensors or dist.get_world_size(group) == 1:
+        return [tensor.detach().clone() for tensor in tensors]
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(_on(group, tensors[0]))
+    gathered = [torch.empty_like(flat) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, flat, group=group)
+    total = gathered[0]
+    for one in gathered[1:]:
+        total = total + one
+    pieces = total.split([tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor).to(tensor.device) for piece, tensor in zip(pieces, tensors)]
+
+
+def check_same(values: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> None:
+    """Refuse to go on where ranks start from different things. Collective over ``group``.
+
+    Args:
+        values: what must be equal on all ranks, by the name to print.
+        group: the world unless given.
+
+    Raises:
+        ValueError: on every rank alike, naming the first difference.
+    """
+    everyone = gather_objects(dict(values), group)
+    for name in values:
+        for rank, theirs in enumerate(everyone):
+            if theirs[name] != everyone[0][name]:
+                raise ValueError(
+                    f"rank {rank} has {name} {theirs[name]}, rank 0 has {everyone[0][name]}; "
+                    f"start all with the same flags, and let all hosts see the same files"
+                )
+
+
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """The value of every rank, in rank order. Collective over ``group``, the world if None."""
     gathered: list[Any] = [None] * dist.get_world_size(group)

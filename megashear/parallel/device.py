@@ -121,6 +121,9 @@ def use_deterministic_kernels() -> None:
     """Choose deterministic kernels, for runs that must repeat bit for bit on a GPU."""
     # cuBLAS is deterministic only with a workspace of fixed size, read when CUDA starts
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Transformer Engine checks its own, and NCCL may choose another order of sums at each start
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(True)
 
 

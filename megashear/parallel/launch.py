@@ -36,6 +36,12 @@ def distributed(
         ValueError: layout, device or settings do not fit; the same on every rank.
         RuntimeError: megatron-core is missing or of another version.
     """
+    # set by srun for each of its steps, not in a batch script around it
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise ValueError(
+            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks that do not know of each "
+            f"other; start one per node, each with torchrun -m megashear"
+        )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     parallel.data_parallel_size(world_size)
     device.install()
@@ -75,13 +81,17 @@ def process_group(*, timeout_s: float = 600.0) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="megashear-") as folder:
         if "RANK" in os.environ:
             dist.init_process_group(device.backend(), timeout=timeout)
+            yield
+            # not after an error: tearing nccl down waits for peers that wait for this rank, and
+            # torchrun ends them only once this process is gone
+            dist.destroy_process_group()
         else:
             # alone: meet oneself through a file, so that no port can be taken
             store = dist.FileStore(f"{folder}/store", 1)
             dist.init_process_group(
                 device.backend(), store=store, rank=0, world_size=1, timeout=timeout
             )
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+            try:
+                yield
+            finally:
+                dist.destroy_process_group()

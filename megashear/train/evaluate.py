@@ -12,7 +12,7 @@ from megashear.data.batch import MicroBatch
 from megashear.data.held_out import HeldOutSet
 from megashear.monitor.console import progress
 from megashear.parallel import device
-from megashear.parallel.agree import flat_all_reduce
+from megashear.parallel.agree import ordered_sum
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.objectives import LanguageModelling
 
@@ -72,8 +72,8 @@ def evaluate_domains(
             bar.update(min(len(slab), total - bar.n))
     objective.end_evaluation()
     # only last stages measured; tensor ranks of a stage measured the same
-    (sums,) = flat_all_reduce([sums], groups.pipeline)
-    (sums,) = flat_all_reduce([sums], groups.data)
+    (sums,) = ordered_sum([sums], groups.pipeline)
+    (sums,) = ordered_sum([sums], groups.data)
     losses = (sums[0] / sums[1]).tolist()
     return DomainLosses(
         losses=dict(zip(names, losses)),

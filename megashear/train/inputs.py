@@ -12,10 +12,17 @@ import numpy.typing as npt
 
 from megashear.checkpoint.description import TOKENIZER
 from megashear.checkpoint.weights import CheckpointWeights
-from megashear.config import DataConfig, ParallelConfig, PretrainRun, PruneRun, TrainConfig
+from megashear.config import (
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    PretrainRun,
+    PruneRun,
+    TrainConfig,
+)
 from megashear.data.held_out import HeldOutSet
 from megashear.data.manifest import DataManifest, read_manifest
-from megashear.data.mixture import DomainMixture
+from megashear.data.mixture import normalise_weights
 from megashear.data.reference_loss import read_reference
 from megashear.data.sequences import DomainSequences
 from megashear.models.llama import check_layout
@@ -45,10 +52,23 @@ def check_inputs(
         # names and shapes, from the index: a rank that found out while loading would be late
         CheckpointWeights(start.checkpoint)
     _check_batches(parallel, train, replicas)
+    check_sequence(parallel, train.seq_length)
+    _check_recompute(parallel, config.model, start.shape)
+    if train.save is None:
+        logger.warning("--save is not given: nothing of this run will be kept")
     check_schedule(config.optimizer, train.train_iters)
+    if start.continues:
+        assert start.description is not None
+        saved = start.description.details["run"]["model"]["bf16"]
+        if saved != config.model.bf16:
+            raise ValueError(
+                f"{start.checkpoint} was trained {'with' if saved else 'without'} --bf16, and its "
+                f"optimizer state has that form; go on the same way, or add --finetune to start "
+                f"again from its weights"
+            )
     manifest = read_manifest(data.data_path)
     check_vocabulary(manifest, start.shape, start.checkpoint)
-    DomainMixture(starting_weights(data, manifest))
+    normalise_weights(starting_weights(data, manifest), len(manifest.names))
     training_sequences(manifest, train)
     held_out_sets(manifest, train.seq_length)
     if train.seq_length > start.shape.max_position_embeddings:
@@ -118,10 +138,18 @@ def _check_batches(parallel: ParallelConfig, train: TrainConfig, replicas: int) 
             f"microbatches per replica, found {microbatches}; change --global-batch-size or "
             f"--micro-batch-size"
         )
+
+
+def check_sequence(parallel: ParallelConfig, seq_length: int) -> None:
+    """Refuse a sequence that sequence parallelism cannot split.
+
+    Raises:
+        ValueError: with both numbers.
+    """
     tensor = parallel.tensor_model_parallel_size
-    if parallel.sequence_parallel and train.seq_length % tensor:
+    if parallel.sequence_parallel and seq_length % tensor:
         raise ValueError(
-            f"--seq-length {train.seq_length} is not a multiple of --tensor-model-parallel-size "
+            f"--seq-length {seq_length} is not a multiple of --tensor-model-parallel-size "
             f"{tensor}, over which --sequence-parallel splits it"
         )
 
@@ -137,3 +165,16 @@ def _references(
             f"given; write a YAML of `domain: loss`, or use --reweight constant"
         )
     return read_reference(data.reference_loss, manifest.names)
+
+
+def _check_recompute(parallel: ParallelConfig, model: ModelConfig, shape: ModelShape) -> None:
+    stages = parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank
+    layers = shape.num_layers // stages
+    uniform = model.recompute_granularity is not None and model.recompute_method == "uniform"
+    if uniform and layers % model.recompute_num_layers:
+        fitting = [n for n in range(1, layers + 1) if layers % n == 0]
+        raise ValueError(
+            f"--recompute-num-layers {model.recompute_num_layers} does not divide the {layers} "
+            f"layers of a stage, as --recompute-method uniform wants; possible: "
+            f"{', '.join(map(str, fitting))}"
+        )

@@ -17,7 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megashear.checkpoint.description import Description
-from megashear.checkpoint.store import MaskState, save_run
+from megashear.checkpoint.store import MaskState, amend_description, save_run
 from megashear.config import DataConfig, OptimizerConfig, TrainConfig
 from megashear.data.held_out import HeldOutSet
 from megashear.data.loader import MixtureLoader
@@ -27,7 +27,7 @@ from megashear.monitor import tensorboard as tags
 from megashear.monitor.console import format_evaluation, format_step, progress
 from megashear.monitor.throughput import Throughput
 from megashear.parallel import device
-from megashear.parallel.agree import assert_replicated, flat_all_reduce
+from megashear.parallel.agree import assert_replicated, flat_all_reduce, raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train.evaluate import DomainLosses, evaluate_domains
@@ -66,6 +66,10 @@ class Trainer:
     data_config: DataConfig
     details: dict[str, Any]
     """Plain values that every checkpoint carries: the run, the target shape."""
+    token_ids: dict[str, Any]
+    """Special tokens as the source's config.json has them."""
+    tokenizer: Path
+    """Directory of the tokenizer's files, which every checkpoint carries."""
 
     def run(self, first_step: int) -> dict[str, Any]:
         """Train from ``first_step`` (steps done) to the end.
@@ -79,7 +83,10 @@ class Trainer:
         train, last = self.train, self.train.train_iters
         # steps done are the x axis: this process writes from the next one on
         directory = train.tensorboard_dir if self.groups.rank == 0 else None
-        sink = tags.TensorBoardSink(directory, purge_step=first_step + 1 if first_step else None)
+        with raise_together():
+            sink = tags.TensorBoardSink(
+                directory, purge_step=first_step + 1 if first_step else None
+            )
         meter = Throughput(num_devices=self.groups.world_size)
         window: list[SequenceLosses] = []
         saved: Path | None = None
@@ -110,9 +117,13 @@ class Trainer:
                     logger.info("step %d: stopping as --exit-interval asks", step)
                     break
         if step == last:
-            found = self.evaluate(step, sink, whole=True)
+            # before the long evaluation, which a time limit may cut off
             if train.save is not None and first_step < last:
-                saved = self.save(step, {mode: losses.losses for mode, losses in found.items()})
+                saved = self.save(step)
+            found = self.evaluate(step, sink, whole=True)
+            if saved is not None:
+                by_mode = {mode: domains.losses for mode, domains in found.items()}
+                amend_description(saved, {"held_out_loss": by_mode}, self.groups)
         sink.close()
         return {
             "step": step,
@@ -132,6 +143,11 @@ class Trainer:
             whole: read all held-out sequences, not the run's subsample.
         """
         points: dict[str, float] = {}
+        mixture = self.data.loader.mixture
+        copies = {"domain weights": mixture.weights, "samples owed": mixture.owed}
+        assert_replicated(
+            {name: torch.from_numpy(values) for name, values in copies.items()}, f"step {step}"
+        )
         if isinstance(self.objective, StructuredPruning):
             assert_replicated(self.objective.replicated_tensors(), f"step {step}")
             if not (whole and self._evaluates_after(step)):  # else it was written at this step
@@ -172,22 +188,14 @@ class Trainer:
             logger.info("%s%s", format_evaluation(step, losses.losses), what)
         return found
 
-    def save(self, step: int, held_out_loss: dict[str, dict[str, float]] | None = None) -> Path:
-        """Write a checkpoint of ``step`` steps done.
-
-        Args:
-            step: steps done.
-            held_out_loss: by mode and domain, what the last evaluation found over all held-out
-                text, to be read back without evaluating again.
-        """
+    def save(self, step: int) -> Path:
+        """Write a checkpoint of ``step`` steps done."""
         assert self.train.save is not None
         details = self.details | {
             "scheduler": self.schedule.state_dict(),
             "loader": self.data.loader.state_dict(),
             "consumed_samples": self.data.loader.consumed_samples,
         }
-        if held_out_loss is not None:
-            details["held_out_loss"] = held_out_loss
         masks = mask_state(self.objective)
         if masks is not None:
             details["mask_optimizer_steps"] = masks.optimizer.num_steps
@@ -197,13 +205,17 @@ class Trainer:
         path = save_run(
             self.train.save,
             Description(
-                shape=self.shape, iteration=step, stage=self.objective.stage, details=details
+                shape=self.shape,
+                iteration=step,
+                stage=self.objective.stage,
+                token_ids=self.token_ids,
+                details=details,
             ),
             self.chunks,
             self.optimizer,
             self.groups,
             masks=masks,
-            tokenizer=self.data.manifest.tokenizer_directory,
+            tokenizer=self.tokenizer,
         )
         logger.info("step %d: saved %s", step, path)
         return path

@@ -65,6 +65,18 @@ def build_schedule(
     )
 
 
+def apply_flags(optimizer: MegatronOptimizer, config: OptimizerConfig) -> None:
+    """Let the flags of this run count after a checkpoint's parameter groups were loaded.
+
+    The groups carry the peak and floor of the run that saved them, and the schedule prefers these
+    to its own: without this a changed --lr would be logged and not used.
+    """
+    for group in optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = config.lr, _floor(config)
+        group["betas"] = (config.adam_beta1, config.adam_beta2)
+        group["eps"] = config.adam_eps
+
+
 def check_schedule(config: OptimizerConfig, train_iters: int) -> None:
     """Refuse a warm-up that leaves no step for the decay.
 

@@ -11,19 +11,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megashear.checkpoint.description import find_iteration, read_description
+from megashear.checkpoint import tokenizer_files
+from megashear.checkpoint.description import (
+    TOKENIZER,
+    Description,
+    find_iteration,
+    read_description,
+)
 from megashear.checkpoint.store import load_run, load_weights
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import EvaluateRun, PretrainRun, PruneRun
 from megashear.data.loader import MixtureLoader
 from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.mixture import DomainMixture
-from megashear.models.llama import build_llama, check_layout
+from megashear.models.llama import build_chunks, build_llama, check_layout
+from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.train.evaluate import evaluate_domains
 from megashear.train.inputs import (
     check_inputs,
+    check_sequence,
     check_vocabulary,
     held_out_sets,
     starting_weights,
@@ -31,7 +39,7 @@ from megashear.train.inputs import (
 )
 from megashear.train.loop import RunData, Trainer, mask_state
 from megashear.train.objectives import LanguageModelling, StructuredPruning
-from megashear.train.optim import build_optimizer, build_schedule
+from megashear.train.optim import apply_flags, build_optimizer, build_schedule
 from megashear.train.start import (
     Start,
     check_masks,
@@ -137,8 +145,11 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
     CheckpointWeights(directory)  # refuses tensors that are not this shape's; reads none
     manifest = read_manifest(config.data_path)
     check_vocabulary(manifest, description.shape, directory)
+    seq_length = _sequence_length(config, description, directory)
+    check_sequence(config.parallel, seq_length)
+    held_out = held_out_sets(manifest, seq_length)
     with distributed(config.parallel, config.model) as groups:
-        chunks = build_llama(
+        chunks = build_chunks(
             description.shape,
             groups,
             config.parallel,
@@ -146,7 +157,6 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
             variant=config.model.transformer_impl,
         )
         load_weights(directory, chunks)
-        held_out = held_out_sets(manifest, config.seq_length)
         found = evaluate_domains(
             LanguageModelling(chunks),
             "loss",
@@ -159,6 +169,7 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
         summary = {
             "checkpoint": str(directory),
             "parameters": description.shape.num_params(),
+            "sequence length": seq_length,
             "held-out loss": found.losses,
             "mean": found.mean,
             "tokens": found.tokens,
@@ -167,6 +178,22 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
             Path(config.output).parent.mkdir(parents=True, exist_ok=True)
             Path(config.output).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def _sequence_length(config: EvaluateRun, description: Description, directory: Path) -> int:
+    """As asked for, or that of the run that made the checkpoint: other lengths give other losses.
+
+    Raises:
+        ValueError: neither is known.
+    """
+    if config.seq_length is not None:
+        return config.seq_length
+    if "run" not in description.details:
+        raise ValueError(
+            f"--seq-length is not given and {directory}, of stage {description.stage!r}, was not "
+            f"trained by megashear; give the length of the losses to compare with, tokens"
+        )
+    return int(description.details["run"]["train"]["seq_length"])
 
 
 def _trainer(
@@ -178,7 +205,19 @@ def _trainer(
     groups: ParallelGroups,
     details: dict[str, Any],
 ) -> Trainer:
-    """Build what is left, and fill it from the checkpoint. Collective over the world."""
+    """Build what is left, and fill it from the checkpoint. Collective over the world.
+
+    Raises:
+        ValueError: on every rank, where ranks see other files or flags than each other.
+    """
+    check_same(
+        {
+            "first step": start.first_step,
+            "stage of the checkpoint": start.description and start.description.stage,
+            "tokens of the data": [domain.tokens for domain in manifest.domains],
+            "run": dataclasses.asdict(config),
+        }
+    )
     train, chunks = config.train, objective.chunks
     optimizer = build_optimizer(chunks, config.optimizer, bf16=config.model.bf16)
     schedule = build_schedule(optimizer, config.optimizer, train.train_iters)
@@ -195,8 +234,11 @@ def _trainer(
         description = load_run(
             start.checkpoint, chunks, optimizer, groups, masks=mask_state(objective)
         )
+        apply_flags(optimizer, config.optimizer)
         schedule.load_state_dict(description.details["scheduler"])
         loader.load_state_dict(description.details["loader"])
+        if config.data.domain_weights:
+            logger.info("--domain-weights are the saved run's from here on, not the flag's")
         logger.info("continuing %s at step %d", start.checkpoint, description.iteration)
     elif start.checkpoint is not None:
         load_weights(start.checkpoint, chunks)
@@ -222,4 +264,14 @@ def _trainer(
         optimizer_config=config.optimizer,
         data_config=config.data,
         details=details | {"run": dataclasses.asdict(config)},
+        token_ids=start.description.token_ids if start.description else {},
+        tokenizer=_tokenizer(start, manifest),
     )
+
+
+def _tokenizer(start: Start, manifest: DataManifest) -> Path:
+    """The model's own tokenizer files, all of them, where it carries any; else the data's."""
+    carried = None if start.checkpoint is None else start.checkpoint / TOKENIZER
+    if carried is not None and carried.is_dir() and tokenizer_files.find(carried):
+        return carried
+    return manifest.tokenizer_directory

@@ -68,16 +68,18 @@ def run_schedule(
 
     pairs = list(zip(batches, streams if streams is not None else [0] * len(batches)))
     size, length = batches[0].tokens.shape
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        # every chunk of an interleaved schedule goes through the microbatches on its own
-        data_iterator=[iter(pairs) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(batches),
-        seq_length=length,
-        micro_batch_size=size,
-        forward_only=forward_only,
-    )
+    # megatron-core's forward_only leaves autograd on, and with it every activation in memory
+    with torch.set_grad_enabled(not forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            # every chunk of an interleaved schedule goes through the microbatches on its own
+            data_iterator=[iter(pairs) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=size,
+            forward_only=forward_only,
+        )
 
 
 def _loss(batch: MicroBatch, per_token: Tensor) -> tuple[Tensor, SequenceLosses]:

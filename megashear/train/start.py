@@ -163,6 +163,12 @@ def check_masks(masks: MaskConfig, train: TrainConfig, start: Start, target: Mod
         ValueError: an unreachable target, a bound too low, noise streams that do not divide, or
             masks of a resumed run that had another target.
     """
+    if masks.sparsity_warmup_iters > train.train_iters:
+        raise ValueError(
+            f"--sparsity-warmup-iters {masks.sparsity_warmup_iters} is above --train-iters "
+            f"{train.train_iters}, so the target would never be asked for; the recipes take a "
+            f"fifth of the steps, here {train.train_iters // 5}"
+        )
     SparsityConstraint(
         whole_parts(start.shape, target),
         target_units(start.shape, target),
