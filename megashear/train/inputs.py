@@ -57,15 +57,7 @@ def check_inputs(
     if train.save is None:
         logger.warning("--save is not given: nothing of this run will be kept")
     check_schedule(config.optimizer, train.train_iters)
-    if start.continues:
-        assert start.description is not None
-        saved = start.description.details["run"]["model"]["bf16"]
-        if saved != config.model.bf16:
-            raise ValueError(
-                f"{start.checkpoint} was trained {'with' if saved else 'without'} --bf16, and its "
-                f"optimizer state has that form; go on the same way, or add --finetune to start "
-                f"again from its weights"
-            )
+    _check_precision(start, config.model)
     manifest = read_manifest(data.data_path)
     check_vocabulary(manifest, start.shape, start.checkpoint)
     normalise_weights(starting_weights(data, manifest), len(manifest.names))
@@ -177,4 +169,16 @@ def _check_recompute(parallel: ParallelConfig, model: ModelConfig, shape: ModelS
             f"--recompute-num-layers {model.recompute_num_layers} does not divide the {layers} "
             f"layers of a stage, as --recompute-method uniform wants; possible: "
             f"{', '.join(map(str, fitting))}"
+        )
+
+
+def _check_precision(start: Start, model: ModelConfig) -> None:
+    if not start.continues or start.description is None:
+        return
+    saved = start.description.details.get("run", {}).get("model", {}).get("bf16", model.bf16)
+    if saved != model.bf16:
+        raise ValueError(
+            f"{start.checkpoint} was trained {'with' if saved else 'without'} --bf16, and its "
+            f"optimizer state has that form; go on the same way, or add --finetune to start again "
+            f"from its weights"
         )

@@ -12,8 +12,10 @@ from torch import Tensor
 from megashear.parallel.agree import (
     assert_replicated,
     broadcast_object,
+    check_same,
     flat_all_reduce,
     gather_objects,
+    ordered_sum,
     raise_together,
 )
 from tests.ranks import run_ranks
@@ -151,3 +153,28 @@ def test_an_error_that_is_not_shared_leaves_the_others_waiting() -> None:
     waited, failed = run_ranks(2, body)
     assert failed == "failed"
     assert "Timed out" in waited
+
+
+def test_ordered_sums_are_the_same_in_every_group() -> None:
+    # three addends whose sum depends on their order in float32
+    values = [1e8, 1.0, -1e8]
+
+    def body(rank: int) -> tuple[float, int]:
+        (total,) = ordered_sum([torch.tensor([values[rank]])], dist.group.WORLD)
+        kept = ordered_sum([torch.ones(2, 3), torch.zeros(1)], dist.group.WORLD)
+        assert [tuple(tensor.shape) for tensor in kept] == [(2, 3), (1,)]
+        assert torch.equal(kept[0], torch.full((2, 3), 3.0))
+        return float(total), rank
+
+    first_to_last = float(sum(torch.tensor(value) for value in values))
+    assert run_ranks(3, body) == [(first_to_last, rank) for rank in range(3)]
+    assert first_to_last != 1.0
+
+
+def test_ranks_that_start_from_different_things_all_say_so() -> None:
+    def body(rank: int) -> None:
+        check_same({"seed": 3, "first step": 0})
+        with pytest.raises(ValueError, match=r"rank 1 has first step 50, rank 0 has 0; start all"):
+            check_same({"seed": 3, "first step": 50 * rank})
+
+    run_ranks(2, body)

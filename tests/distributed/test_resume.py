@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from megashear.checkpoint.description import read_description
 from megashear.config import (
     DataConfig,
     MaskConfig,
+    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     PretrainRun,
@@ -123,6 +125,42 @@ def test_a_run_resumed_at_another_layout_stays_close(
             wanted = {"here": log_alpha.reshape(-1, log_alpha.shape[-1])}
             opened = [expected_gates(masks)["here"] > 0 for masks in (rows, wanted)]
             assert torch.equal(*opened), name
+
+
+def test_flags_of_a_resumed_run_count(runs: Runs, tmp_path: Path) -> None:
+    interrupted = runs.stopped("pretrain", *SPLIT)
+    slower = interrupted._replace(
+        config=lambda at, here: replace(
+            interrupted.config(at, here), optimizer=OptimizerConfig(lr=1e-4, lr_warmup_iters=2)
+        ),
+    )
+    here, whole = go_on(slower, tmp_path), runs.uninterrupted("pretrain", *SPLIT)
+    logged = here.points["train/learning-rate"]
+    wanted = whole.points["train/learning-rate"]
+    assert logged == {step: pytest.approx(rate / 10) for step, rate in wanted.items()}
+    # and used: weights that move a tenth as fast stay nearer to where they were
+    start = finished_tensors(interrupted.saved, HALF)
+    name = "output_layer.weight"
+    moved = [(run.tensors[name] - start[name]).norm() for run in (here, whole)]
+    assert moved[0] < moved[1] / 5
+
+
+def test_another_precision_is_not_gone_on_with(runs: Runs, tmp_path: Path) -> None:
+    interrupted = runs.stopped("pretrain", *SPLIT)
+    config = interrupted.config(SPLIT[0], tmp_path)
+    shutil.copytree(interrupted.saved, tmp_path / "saved")
+    with pytest.raises(AssertionError, match=r"was trained without --bf16, and its optimizer"):
+        start(replace(config, model=ModelConfig(bf16=True)), SPLIT[1])
+
+
+def test_a_save_that_was_never_named_does_not_stop_the_next(runs: Runs, tmp_path: Path) -> None:
+    def killed_before_naming(saved: Path) -> None:
+        shutil.copytree(saved / f"iter_{HALF:07d}", saved / f"iter_{WHOLE:07d}")
+
+    whole = runs.uninterrupted("pretrain", *SPLIT)
+    resumed = go_on(runs.stopped("pretrain", *SPLIT), tmp_path, edit=killed_before_naming)
+    assert differences(resumed, whole) == set()
+    assert (tmp_path / "saved" / f".iter_{WHOLE:07d}.unnamed").is_dir()
 
 
 def in_description(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -304,8 +342,8 @@ def go_on(
     return finished(folder)
 
 
-def finished(folder: Path) -> Finished:
-    directory = folder / "saved" / f"iter_{WHOLE:07d}"
+def finished_tensors(saved: Path, step: int) -> dict[str, Tensor]:
+    directory = saved / f"iter_{step:07d}"
     metadata = FileSystemReader(directory).read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -313,6 +351,12 @@ def finished(folder: Path) -> Finished:
         if isinstance(entry, TensorStorageMetadata)
     }
     distributed_checkpoint.load(tensors, checkpoint_id=directory, no_dist=True)
+    return tensors
+
+
+def finished(folder: Path) -> Finished:
+    directory = folder / "saved" / f"iter_{WHOLE:07d}"
+    tensors = finished_tensors(folder / "saved", WHOLE)
     details = dict(read_description(directory).details)
     del details["run"]  # says where things lie
     common = torch.load(directory / "common.pt", weights_only=False)

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from megashear.__main__ import main
 from megashear.checkpoint import hf
 from megashear.commands.report import USAGE
+from megashear.config import ModelConfig, ParallelConfig
+from megashear.parallel import launch
 from tests import text_run
 from tests.end_to_end.torchrun import torchrun
 from tests.reference_llama import random_weights
@@ -67,6 +69,7 @@ class Refusal:
             "save": self.folder / "saved",
             "tensorboard_dir": self.folder / "events",
             "seq_length": text_run.SEQUENCE,
+            "sparsity_warmup_iters": 20,
             **text_run.TARGET,
             **changes,
         }
@@ -175,6 +178,49 @@ def test_a_target_that_no_mask_reaches(
     refusal: Refusal, changes: dict[str, Any], wanted: str
 ) -> None:
     assert wanted in refusal.prune(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        (
+            {"sparsity_warmup_iters": 640},
+            "--sparsity-warmup-iters 640 is above --train-iters 100, so the target would never be "
+            "asked for; the recipes take a fifth of the steps, here 20",
+        ),
+        (
+            {"recompute_granularity": "full", "recompute_num_layers": 3},
+            "--recompute-num-layers 3 does not divide the 4 layers of a stage, as "
+            "--recompute-method uniform wants; possible: 1, 2, 4",
+        ),
+        ({"domain_weights": 1.0}, "--domain-weights has 1 numbers, wanted one for each of the 3"),
+        ({"reweight_eta": -1}, "--reweight-eta is -1.0; wanted 0 or more"),
+        ({"reweight_smoothing": 1}, "--reweight-smoothing is 1.0; wanted a share, 0 <= c < 1"),
+        ({"mask_lr": 0}, "--mask-lr is 0.0; it must be positive"),
+        ({"adam_beta2": 1}, "--adam-beta2 is 1.0; wanted 0 <= beta < 1"),
+        ({"reference_loss": None}, "--reweight signed compares losses with --reference-loss"),
+        ({"load": None}, "--load is not given; pruning starts from a checkpoint that"),
+    ],
+)
+def test_a_setting_that_would_fail_later(
+    refusal: Refusal, changes: dict[str, Any], wanted: str
+) -> None:
+    assert wanted in refusal.prune(**changes)
+
+
+def test_an_evaluation_of_unknown_length(refusal: Refusal) -> None:
+    wanted = "--seq-length is not given and .* of stage 'converted', was not trained by megashear"
+    words = ["--load", refusal.text.checkpoint, "--data-path", refusal.text.data]
+    assert re.search(wanted, refusal("evaluate", *words))
+
+
+def test_tasks_of_srun_that_do_not_know_each_other(
+    refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match=r"srun started 8 tasks .* each with torchrun"):
+        launch.distributed(ParallelConfig(), ModelConfig()).__enter__()
 
 
 def test_an_unknown_key_names_the_nearest(refusal: Refusal) -> None:
