@@ -234,8 +234,8 @@ class DataConfig:
     """How evaluations move the weights: by excess loss (signed, or clipped at 0 as in the paper),
     bandit, or not at all."""
     reference_loss: str | None = None
-    """YAML of `domain: loss`, what each domain's loss should be; needed unless --reweight is
-    constant."""
+    """YAML of `domain: loss`, what each domain's loss should be, or what `megashear evaluate
+    --output` wrote; needed unless --reweight is constant."""
     reweight_eta: float = 1.0
     """Step size of the exponential update of the weights."""
     reweight_smoothing: float = 1e-4

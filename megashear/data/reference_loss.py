@@ -48,6 +48,9 @@ EXPONENT_RANGE = (1e-3, 4.0)
 HALVINGS = 60
 """Halvings of the bracket around b, which leave less than float64 resolves."""
 
+MEASURED = "held-out loss"
+"""Key under which ``megashear evaluate`` writes the losses it measured, by domain."""
+
 
 def fit_scaling_law(sizes: Sequence[int], losses: Sequence[float]) -> tuple[float, float, float]:
     """Fit L(N) = a N^-b + c through the losses of one domain at three model sizes.
@@ -109,7 +112,8 @@ def read_reference(
     """Reference losses in the order of ``domains``.
 
     Args:
-        source: loss by domain, nats per token, or a YAML or JSON file that holds just that.
+        source: loss by domain, nats per token, or a YAML or JSON file that holds just that, or
+            what ``megashear evaluate --output`` wrote.
         domains: names of the domains of the data.
 
     Raises:
@@ -156,4 +160,5 @@ def _read_mapping(path: Path) -> Mapping[str, float]:
         raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping; wanted `domain: loss`, a line for each domain")
-    return values
+    measured = values.get(MEASURED)
+    return measured if isinstance(measured, dict) else values

@@ -24,6 +24,7 @@ from megashear.config import EvaluateRun, PretrainRun, PruneRun
 from megashear.data.loader import MixtureLoader
 from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.mixture import DomainMixture
+from megashear.data.reference_loss import MEASURED
 from megashear.models.llama import build_chunks, build_llama, check_layout
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
@@ -170,7 +171,7 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
             "checkpoint": str(directory),
             "parameters": description.shape.num_params(),
             "sequence length": seq_length,
-            "held-out loss": found.losses,
+            MEASURED: found.losses,
             "mean": found.mean,
             "tokens": found.tokens,
         }

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from megashear.data.reference_loss import (
+    MEASURED,
     PUBLISHED_DOMAINS,
     REFERENCE_LOSSES,
     SOURCE_LOSSES,
@@ -79,3 +80,10 @@ def test_files_that_say_something_else_are_refused(tmp_path: Path, text: str, me
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"reference losses .*gone\.yaml do not exist"):
         read_reference(tmp_path / "gone.yaml", ["cc"])
+
+
+def test_what_evaluate_measured_serves_as_reference(tmp_path: Path) -> None:
+    path = tmp_path / "losses.json"
+    summary = {"parameters": 3, MEASURED: {"a": 2.0, "b": 3.0}, "mean": 2.5, "tokens": {"a": 1}}
+    path.write_text(json.dumps(summary))
+    assert read_reference(path, ["b", "a"]).tolist() == [3.0, 2.0]
