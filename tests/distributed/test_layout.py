@@ -39,6 +39,7 @@ LAYOUTS = [
     pytest.param(layout(pp=2), 1, RECOMPUTE, id="pp2-recompute"),
     pytest.param(layout(tp=2, pp=2, sp=True), 1, None, id="tp2-pp2-sp"),
     pytest.param(layout(tp=2, sp=True), 2, RECOMPUTE, id="tp2-sp-dp2-recompute"),
+    pytest.param(layout(tp=2, pp=2, vpp=2, sp=True), 1, RECOMPUTE, id="tp2-pp2-vpp2-sp-recompute"),
 ]
 
 

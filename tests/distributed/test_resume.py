@@ -145,6 +145,24 @@ def test_flags_of_a_resumed_run_count(runs: Runs, tmp_path: Path) -> None:
     assert moved[0] < moved[1] / 5
 
 
+@pytest.mark.parametrize("stage", ["prune", "pretrain"])
+def test_a_bfloat16_run_is_resumed_with_its_masters(
+    text: TextRun, tmp_path: Path, stage: str
+) -> None:
+    def bf16(folder: Path, **train: Any) -> PruneRun | PretrainRun:
+        config = configuration(text, stage, layout(tp=2), folder, **train)
+        return replace(config, model=ModelConfig(bf16=True))
+
+    start(bf16(tmp_path / "whole"), 1)
+    start(bf16(tmp_path / "halves", exit_interval=HALF), 1)
+    start(bf16(tmp_path / "halves", resume=True), 1)
+    whole, halves = finished(tmp_path / "whole"), finished(tmp_path / "halves")
+    assert differences(halves, whole) == set()
+    masters = [tensor for name, tensor in whole.tensors.items() if ".fp32_param." in name]
+    assert masters
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in masters)
+
+
 def test_another_precision_is_not_gone_on_with(runs: Runs, tmp_path: Path) -> None:
     interrupted = runs.stopped("pretrain", *SPLIT)
     config = interrupted.config(SPLIT[0], tmp_path)
