@@ -1,0 +1,72 @@
+"""What a run leaves behind: its last step, whatever follows, and the model's own tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megashear.checkpoint.description import TOKENIZER, find_iteration, read_description
+from megashear.config import ModelConfig
+from megashear.models.llama import build_llama
+from megashear.parallel.groups import ParallelGroups
+from megashear.train import loop
+from megashear.train.schedule import run_schedule
+from tests.distributed.test_resume import WHOLE, configuration, start
+from tests.ranks import run_ranks
+from tests.text_run import TextRun
+from tests.tiny import SOURCE, layout, microbatches
+
+
+def test_the_last_step_is_saved_before_the_long_evaluation(text: TextRun, tmp_path: Path) -> None:
+    def cut_off() -> None:
+        evaluate = loop.Trainer.evaluate
+
+        def until_the_limit(trainer: loop.Trainer, *args: object, whole: bool) -> object:
+            if whole:
+                raise TimeoutError("time limit")
+            return evaluate(trainer, *args, whole=whole)  # type: ignore[arg-type]
+
+        loop.Trainer.evaluate = until_the_limit  # type: ignore[assignment,method-assign]
+
+    with pytest.raises(AssertionError, match="TimeoutError: time limit"):
+        start(configuration(text, "prune", layout(), tmp_path), 1, cut_off)
+    description = read_description(find_iteration(tmp_path / "saved"))
+    assert description.iteration == WHOLE
+    assert "held_out_loss" not in description.details
+
+
+def test_a_run_carries_the_models_own_tokenizer_and_token_ids(
+    text: TextRun, tmp_path: Path
+) -> None:
+    start(configuration(text, "pretrain", layout(), tmp_path), 1)
+    before, after = find_iteration(text.checkpoint), find_iteration(tmp_path / "saved")
+    source, trained = read_description(before), read_description(after)
+    assert source.token_ids
+    assert trained.token_ids == source.token_ids
+    assert trained.tokenizer_sha256 == source.tokenizer_sha256
+    files = [
+        {path.name: path.read_bytes() for path in (directory / TOKENIZER).iterdir()}
+        for directory in (before, after)
+    ]
+    assert files[0]
+    assert files[1] == files[0]
+    assert trained.details["held_out_loss"]["loss"].keys() == {"words", "paths", "numbers"}
+
+
+@pytest.mark.parametrize("forward_only", [True, False])
+def test_only_training_keeps_activations(forward_only: bool) -> None:
+    def body(rank: int) -> set[bool]:
+        groups = ParallelGroups.create(layout())
+        chunks = build_llama(SOURCE, groups, layout(), ModelConfig(), variant="local")
+        recorded: set[bool] = set()
+
+        def watch(chunk: torch.nn.Module, stream: int) -> torch.Tensor:
+            recorded.add(torch.is_grad_enabled())
+            return torch.tensor([stream])
+
+        run_schedule(chunks, microbatches(0), forward_only=forward_only, select=watch)
+        return recorded
+
+    assert run_ranks(1, body) == [{not forward_only}]
