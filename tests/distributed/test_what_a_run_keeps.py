@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from megashear.checkpoint.description import TOKENIZER, find_iteration, read_description
+from megashear.checkpoint.description import (
+    TOKENIZER,
+    find_iteration,
+    read_description,
+    write_description,
+)
 from megashear.config import ModelConfig
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
@@ -40,11 +47,16 @@ def test_the_last_step_is_saved_before_the_long_evaluation(text: TextRun, tmp_pa
 def test_a_run_carries_the_models_own_tokenizer_and_token_ids(
     text: TextRun, tmp_path: Path
 ) -> None:
-    start(configuration(text, "pretrain", layout(), tmp_path), 1)
-    before, after = find_iteration(text.checkpoint), find_iteration(tmp_path / "saved")
+    model = text._replace(checkpoint=tmp_path / "model")
+    shutil.copytree(text.checkpoint, model.checkpoint)
+    before = find_iteration(model.checkpoint)
+    # as a chat model's config.json has it, and no tokenizer file could tell
+    ids = read_description(before).token_ids | {"eos_token_id": [2, 7]}
+    write_description(before, replace(read_description(before), token_ids=ids))
+    start(configuration(model, "pretrain", layout(), tmp_path), 1)
+    after = find_iteration(tmp_path / "saved")
     source, trained = read_description(before), read_description(after)
-    assert source.token_ids
-    assert trained.token_ids == source.token_ids
+    assert trained.token_ids == ids
     assert trained.tokenizer_sha256 == source.tokenizer_sha256
     files = [
         {path.name: path.read_bytes() for path in (directory / TOKENIZER).iterdir()}
