@@ -21,6 +21,9 @@ from megashear.shape import ModelShape
 RANKS = 2
 """Processes of every training stage: tensor, pipeline or data parallel."""
 
+_TOKENIZER_LINES = 60_000
+"""Lines the tokenizer learns from, about; more take longer and change little."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -269,16 +272,18 @@ def train_tokenizer(text: Path, output: Path) -> None:
 
     from megashear.data.documents import find_domains, read_texts
 
-    lines = (
+    lines = [
         line
         for files in find_domains(text).values()
         for file in files
         for document in read_texts(file, "text")
         for line in document.splitlines()
-    )
+    ]
+    # SentencePiece's own sample differs from run to run, and --seed shall repeat one
+    sample = lines[:: max(1, len(lines) // _TOKENIZER_LINES)]
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=iter(sample),
             model_prefix=str(output.with_suffix("")),
             vocab_size=VOCABULARY,
             model_type="bpe",
@@ -287,8 +292,6 @@ def train_tokenizer(text: Path, output: Path) -> None:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            input_sentence_size=60_000,
-            shuffle_input_sentence=True,
             minloglevel=2,
         )
     except RuntimeError as error:

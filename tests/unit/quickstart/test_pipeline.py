@@ -43,6 +43,22 @@ def test_the_tokenizer_keeps_code_as_it_is(
     assert stock.encode(CODE).ids == [tokenizer.bos_id(), *tokenizer.encode(CODE)]
 
 
+def test_the_same_text_gives_the_same_tokenizer(
+    jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "VOCABULARY", 270)
+    monkeypatch.setattr(pipeline, "_TOKENIZER_LINES", 100)  # of 800: most are left out
+    models = [tmp_path / f"{number}.model" for number in range(3)]
+    for model in models:
+        train_tokenizer(jsonl, model)
+    assert len({pieces(model) for model in models}) == 1
+
+
+def pieces(model: Path) -> tuple[str, ...]:
+    tokenizer = sentencepiece.SentencePieceProcessor(str(model))
+    return tuple(tokenizer.id_to_piece(number) for number in range(tokenizer.vocab_size()))
+
+
 def test_too_little_text_for_the_vocabulary_is_refused(jsonl: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not make a vocabulary of 2048 .* give more text"):
         train_tokenizer(jsonl, tmp_path / "tokenizer.model")
