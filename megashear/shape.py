@@ -3,15 +3,55 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+"""Families by the name that transformers gives them (``model_type``)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """How the rotary table of a longer context is made from that of a shorter one.
+
+    Source: transformers `modeling_rope_utils`, types "linear" and "llama3".
+
+    Raises:
+        ValueError: an unknown kind, a value that is not positive, or bounds out of order.
+    """
+
+    kind: Literal["linear", "llama3"]
+    """linear: every frequency divided by ``factor``. llama3: frequencies of long waves divided by
+    it, of short ones kept, blended between."""
+    factor: float
+    """How many times longer the context becomes."""
+    low_freq_factor: float = 1.0
+    """llama3: waves longer than the original context over this are scaled in full."""
+    high_freq_factor: float = 4.0
+    """llama3: waves shorter than the original context over this are kept."""
+    original_max_position_embeddings: int = 8192
+    """llama3: context before scaling, tokens."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"rope_scaling.kind is {self.kind!r}; it must be linear or llama3")
+        for name, value in asdict(self).items():
+            if name != "kind" and not value > 0:
+                raise ValueError(f"rope_scaling.{name} is {value}; it must be positive")
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope_scaling.low_freq_factor {self.low_freq_factor:g} is not below "
+                f"rope_scaling.high_freq_factor {self.high_freq_factor:g}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """Everything that fixes the function a LLaMA computes, but its weights.
+    """Everything that fixes the function a model of the LLaMA family computes, but its weights.
 
     Raises:
-        ValueError: an extent is not positive, or query groups do not divide the heads.
+        ValueError: an extent is not positive, query groups do not divide the heads, or the family
+            is unknown.
     """
 
     num_layers: int
@@ -34,11 +74,28 @@ class ModelShape:
     """Base (theta) of the rotary position embedding."""
     max_position_embeddings: int = 4096
     """Longest sequence the model was made for, tokens."""
+    family: Family = "llama"
+    """Whose config.json and class in transformers describe it."""
+    qkv_bias: bool = False
+    """Whether the query, key and value projections add a bias (Qwen2)."""
+    qk_norm: bool = False
+    """Whether queries and keys pass an RMSNorm over head_dim, shared by all heads (Qwen3)."""
+    tied_embeddings: bool = False
+    """Whether the output layer is the embedding matrix."""
+    rope_scaling: RopeScaling | None = None
+    """How the rotary table was stretched; a mapping of its fields is taken too."""
+    sliding_window: int | None = None
+    """How many tokens back attention reaches (Mistral); None for all of them. Sequences that are
+    not longer compute the same either way, and longer ones are refused."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, dict):  # as JSON has it
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name, value in asdict(self).items():
-            if value <= 0:
+            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
+        if self.family not in FAMILIES:
+            raise ValueError(f"family is {self.family!r}; it must be one of {', '.join(FAMILIES)}")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -52,12 +109,20 @@ class ModelShape:
         return self.num_attention_heads // self.num_query_groups
 
     def num_params(self) -> int:
-        """Parameters of the whole model, with untied embeddings."""
-        h = self.hidden_size
-        return 2 * self.vocab_size * h + self.num_layers * (self.layer_params() + 2 * h) + h
+        """Parameters of the whole model; a tied embedding counts once."""
+        h, d = self.hidden_size, self.head_dim
+        matrices = 1 if self.tied_embeddings else 2
+        vectors = 2 * h  # the layer's two norms
+        if self.qkv_bias:
+            vectors += (self.num_attention_heads + 2 * self.num_query_groups) * d
+        if self.qk_norm:
+            vectors += 2 * d
+        return (
+            matrices * self.vocab_size * h + self.num_layers * (self.layer_params() + vectors) + h
+        )
 
     def layer_params(self) -> int:
-        """Prunable parameters of one layer: attention and MLP matrices, no norms."""
+        """Prunable parameters of one layer: attention and MLP matrices, no norms, no biases."""
         per_head = 2 * self.hidden_size * self.head_dim  # rows of q, columns of o
         per_group = 2 * self.hidden_size * self.head_dim  # rows of k and of v
         per_neuron = 3 * self.hidden_size  # gate, up, down
@@ -68,7 +133,7 @@ class ModelShape:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field name, for JSON."""
+        """Plain values by field name, for JSON; ``ModelShape(**values)`` is the way back."""
         return asdict(self)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megashear.masks.mask_set import exact_gates, expected_gates
-from megashear.masks.targets import EXTENTS, KINDS
+from megashear.masks.targets import EXTENTS, KINDS, UNMASKED
 from megashear.models import layout
 from megashear.shape import ModelShape
 
@@ -25,7 +25,7 @@ def cut(
     """The smaller model that computes what the masked one does.
 
     logits(masked with ``gates``) = logits(cut), to float32's rounding: what masks fold where is in
-    the table (`layout.TABLE`). Everything is checked before the first weight is read; weights are
+    the table (`layout.table`). Everything is checked before the first weight is read; weights are
     then read, folded in float32 and rounded once, one at a time.
 
     Args:
@@ -98,7 +98,7 @@ class _Gates:
 
     def kept(self, axis: str, layer: int | None) -> Tensor | None:
         """Indices to keep along an axis of the table; None keeps all."""
-        if axis == "vocab":
+        if axis in ("vocab", "head_dim"):
             return None
         if axis == "hidden":
             return _open(self.of["hidden"][0])
@@ -137,7 +137,7 @@ class _Gates:
 
 
 def _check_unmasked(source: ModelShape, target: ModelShape) -> None:
-    for name in ("head_dim", "vocab_size", "norm_epsilon", "rotary_base"):
+    for name in UNMASKED:
         found, wanted = getattr(target, name), getattr(source, name)
         if found != wanted:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 from megashear.shape import ModelShape
@@ -19,7 +19,13 @@ EXTENTS = {
 }
 """The extent of :class:`ModelShape` that each kind of mask lowers."""
 
-_UNMASKED = ("head_dim", "vocab_size", "norm_epsilon", "rotary_base")
+UNMASKED = tuple(
+    field.name
+    for field in fields(ModelShape)
+    # how long its sequences may be is no part of what a model computes
+    if field.name not in (*EXTENTS.values(), "max_position_embeddings")
+)
+"""What a cut model has in common with its source, because no mask changes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +131,7 @@ def _is_grouped(shape: ModelShape) -> bool:
 
 
 def _check_reachable(source: ModelShape, target: ModelShape) -> None:
-    for name in _UNMASKED:
+    for name in UNMASKED:
         found, wanted = getattr(target, name), getattr(source, name)
         if found != wanted:
             raise ValueError(

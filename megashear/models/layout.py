@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ AXES: dict[str, Callable[[ModelShape], int]] = {
     "hidden": lambda shape: shape.hidden_size,
     "query": lambda shape: shape.num_attention_heads * shape.head_dim,
     "key_value": lambda shape: shape.num_query_groups * shape.head_dim,
+    "head_dim": lambda shape: shape.head_dim,
     "intermediate": lambda shape: shape.ffn_hidden_size,
 }
 """Length of each named axis of a weight, in a model of a given shape."""
@@ -51,7 +53,7 @@ class MegatronTensor:
     """Key in a checkpoint. Layers are stacked along an axis put before the others, and norms
     carry the names Transformer Engine gives them, so that either spec loads either."""
     parts: tuple[Weight, ...]
-    """One weight; or q, k, v, interleaved group by group; or gate, up, one after the other."""
+    """One weight; or those of q, k, v, interleaved group by group; or of gate, up, stacked."""
 
     @property
     def per_layer(self) -> bool:
@@ -77,31 +79,59 @@ def _input(name: str, axis: str) -> Weight:
     return Weight(f"model.layers.{{layer}}.{name}.weight", (axis, "hidden"), ((), ()))
 
 
-TABLE: tuple[MegatronTensor, ...] = (
+def _bias(name: str, axis: str) -> Weight:
+    # Goes with the rows of its weight.
+    return Weight(f"model.layers.{{layer}}.{name}.bias", (axis,), ((),))
+
+
+def _norm(hf_name: str, name: str, key: str, *kinds: str) -> MegatronTensor:
+    return _plain(hf_name + ".weight", name + ".weight", key, "hidden", kinds)
+
+
+_EMBEDDING = _plain(
+    "model.embed_tokens.weight",
+    "embedding.word_embeddings.weight",
+    "embedding.word_embeddings.weight",
+    "vocab hidden",
+    (),
+    ("hidden",),
+)
+_INPUT_NORM = _norm(
+    "model.layers.{layer}.input_layernorm",
+    "decoder.layers.{layer}.input_layernorm",
+    "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+    "hidden",
+)
+_QKV = MegatronTensor(
+    "decoder.layers.{layer}.self_attention.linear_qkv.weight",
+    "decoder.layers.self_attention.linear_qkv.weight",
+    (
+        _input("self_attn.q_proj", "query"),
+        _input("self_attn.k_proj", "key_value"),
+        _input("self_attn.v_proj", "key_value"),  # shared by its group's heads: no fold
+    ),
+)
+_QKV_BIAS = MegatronTensor(
+    "decoder.layers.{layer}.self_attention.linear_qkv.bias",
+    "decoder.layers.self_attention.linear_qkv.bias",
+    (
+        _bias("self_attn.q_proj", "query"),
+        _bias("self_attn.k_proj", "key_value"),
+        _bias("self_attn.v_proj", "key_value"),
+    ),
+)
+# Shared by all heads and as wide as one, which masks do not change: neither folded nor cut.
+_QK_NORMS = tuple(
     _plain(
-        "model.embed_tokens.weight",
-        "embedding.word_embeddings.weight",
-        "embedding.word_embeddings.weight",
-        "vocab hidden",
+        f"model.layers.{{layer}}.self_attn.{of}_norm.weight",
+        f"decoder.layers.{{layer}}.self_attention.{of}_layernorm.weight",
+        f"decoder.layers.self_attention.{of}_layernorm.weight",
+        "head_dim",
         (),
-        ("hidden",),
-    ),
-    _plain(
-        "model.layers.{layer}.input_layernorm.weight",
-        "decoder.layers.{layer}.input_layernorm.weight",
-        "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
-        "hidden",
-        ("hidden",),
-    ),
-    MegatronTensor(
-        "decoder.layers.{layer}.self_attention.linear_qkv.weight",
-        "decoder.layers.self_attention.linear_qkv.weight",
-        (
-            _input("self_attn.q_proj", "query"),
-            _input("self_attn.k_proj", "key_value"),
-            _input("self_attn.v_proj", "key_value"),  # shared by its group's heads: no fold
-        ),
-    ),
+    )
+    for of in "qk"
+)
+_REST_OF_LAYER = (
     _plain(
         "model.layers.{layer}.self_attn.o_proj.weight",
         "decoder.layers.{layer}.self_attention.linear_proj.weight",
@@ -110,12 +140,11 @@ TABLE: tuple[MegatronTensor, ...] = (
         ("layer", "hidden"),
         ("head",),
     ),
-    _plain(
-        "model.layers.{layer}.post_attention_layernorm.weight",
-        "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+    _norm(
+        "model.layers.{layer}.post_attention_layernorm",
+        "decoder.layers.{layer}.pre_mlp_layernorm",
         "decoder.layers.mlp.linear_fc1.layer_norm_weight",
         "hidden",
-        ("hidden",),
     ),
     MegatronTensor(
         "decoder.layers.{layer}.mlp.linear_fc1.weight",
@@ -130,24 +159,43 @@ TABLE: tuple[MegatronTensor, ...] = (
         ("layer", "hidden"),
         ("intermediate",),
     ),
-    _plain(
-        "model.norm.weight",
-        "decoder.final_layernorm.weight",
-        "decoder.final_layernorm.weight",
-        "hidden",
-        ("hidden",),
-    ),
-    # Not folded: the final norm carries z_hidden, and z squared is not the model that was trained.
-    _plain("lm_head.weight", "output_layer.weight", "output_layer.weight", "vocab hidden", (), ()),
 )
-"""The LLaMA family with untied embeddings and no biases, in the order of a Hugging Face file.
+_FINAL_NORM = ("model.norm", "decoder.final_layernorm", "decoder.final_layernorm.weight")
+# Not folded: the final norm carries z_hidden, and z squared is not the model that was trained.
+_OUTPUT = _plain(
+    "lm_head.weight", "output_layer.weight", "output_layer.weight", "vocab hidden", (), ()
+)
 
-Source: transformers `LlamaForCausalLM`; megatron-core 0.16 `GPTModel`; docs/algorithm.md section 3.
-"""
+
+def table(shape: ModelShape) -> tuple[MegatronTensor, ...]:
+    """The parameters of a model of ``shape``, in the order of a Hugging Face file.
+
+    Which rows there are depends on what the shape says of biases, norms and tied embeddings, not
+    on its extents. A tied output layer has no row of its own: its matrix is the embedding's, which
+    carries z_hidden already, and so the final norm in front of it must not.
+
+    Source: transformers `LlamaForCausalLM` and its kin; megatron-core 0.16 `GPTModel`;
+    docs/algorithm.md section 3.
+    """
+    return _table(shape.qkv_bias, shape.qk_norm, shape.tied_embeddings)
+
+
+@functools.cache
+def _table(qkv_bias: bool, qk_norm: bool, tied: bool) -> tuple[MegatronTensor, ...]:
+    return (
+        _EMBEDDING,
+        _INPUT_NORM,
+        _QKV,
+        *([_QKV_BIAS] if qkv_bias else []),
+        *(_QK_NORMS if qk_norm else []),
+        *_REST_OF_LAYER,
+        *([_norm(*_FINAL_NORM)] if tied else [_norm(*_FINAL_NORM, "hidden"), _OUTPUT]),
+    )
+
 
 NOT_WEIGHTS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 """Names tolerated in a Hugging Face file and ignored: rotary tables that old releases of
-transformers stored, a function of ``rotary_base`` alone."""
+transformers stored, which config.json gives as well."""
 
 
 def tensors(shape: ModelShape) -> Iterator[tuple[MegatronTensor, int | None]]:
@@ -155,11 +203,12 @@ def tensors(shape: ModelShape) -> Iterator[tuple[MegatronTensor, int | None]]:
 
     In the order of a Hugging Face file: embedding, layer by layer, final norm, output layer.
     """
-    by_layer = [row for row in TABLE if row.per_layer]
-    first = TABLE.index(by_layer[0])
-    yield from ((row, None) for row in TABLE[:first])
+    rows = table(shape)
+    by_layer = [row for row in rows if row.per_layer]
+    first = rows.index(by_layer[0])
+    yield from ((row, None) for row in rows[:first])
     yield from ((row, layer) for layer in range(shape.num_layers) for row in by_layer)
-    yield from ((row, None) for row in TABLE[first:] if not row.per_layer)
+    yield from ((row, None) for row in rows[first:] if not row.per_layer)
 
 
 def weights(shape: ModelShape) -> Iterator[tuple[str, Weight, int | None]]:
@@ -190,7 +239,7 @@ def megatron_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 def checkpoint_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor of a Megatron checkpoint by its key."""
-    return {row.key: row.stored_extents(shape) for row in TABLE}
+    return {row.key: row.stored_extents(shape) for row in table(shape)}
 
 
 def fuse(row: MegatronTensor, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megashear.checkpoint.description import (
     Description,
@@ -17,6 +18,7 @@ from megashear.checkpoint.store import check_save_directory
 from megashear.config import MaskConfig, TrainConfig
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import target_units, whole_parts
+from megashear.masks.targets import EXTENTS
 from megashear.shape import PRESETS, ModelShape
 from megashear.train.objectives import StructuredPruning, check_streams
 
@@ -103,13 +105,9 @@ def target_shape(masks: MaskConfig, source: ModelShape) -> ModelShape:
                 f"--target-* extents"
             )
         preset = PRESETS[masks.target]
-        source = dataclasses.replace(
-            preset,
-            vocab_size=source.vocab_size,
-            norm_epsilon=source.norm_epsilon,
-            rotary_base=source.rotary_base,
-            max_position_embeddings=source.max_position_embeddings,
-        )
+        # a preset stands for its extents: the rest is what the source is
+        extents = (*EXTENTS.values(), "head_dim")
+        source = dataclasses.replace(source, **{name: getattr(preset, name) for name in extents})
     heads = masks.target_num_attention_heads
     groups = masks.target_num_query_groups
     if heads is not None and groups is None:
@@ -124,7 +122,7 @@ def target_shape(masks: MaskConfig, source: ModelShape) -> ModelShape:
         groups = heads // source.heads_per_group
     elif heads is None and groups is not None:
         heads = groups * source.heads_per_group
-    wanted = {
+    wanted: dict[str, Any] = {
         "num_layers": masks.target_num_layers,
         "hidden_size": masks.target_hidden_size,
         "num_attention_heads": heads,
@@ -200,7 +198,7 @@ def check_no_masks(directory: Path, description: Description) -> None:
 
 def _check_same_target(start: Start, target: ModelShape) -> None:
     assert start.description is not None
-    saved = start.description.details["target_shape"]
+    saved = ModelShape(**start.description.details["target_shape"]).to_dict()
     for extent, wanted in target.to_dict().items():
         if saved[extent] != wanted:
             raise ValueError(

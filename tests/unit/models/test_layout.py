@@ -1,5 +1,7 @@
 """The table against independently spelled names, shapes, counts and fusions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ TINY = ModelShape(
     vocab_size=64,
 )
 MULTI_HEAD = ModelShape(**{**TINY.to_dict(), "num_query_groups": 8})
+EVERYTHING = replace(TINY, qkv_bias=True, qk_norm=True, tied_embeddings=True)
 SHAPES = pytest.mark.parametrize("shape", [TINY, MULTI_HEAD], ids=["grouped", "multi-head"])
 
 
@@ -25,7 +28,7 @@ def test_hf_names_and_shapes_equal_those_spelled_out(shape: ModelShape) -> None:
     assert list(layout.hf_shapes(shape).items()) == list(reference_llama.hf_shapes(shape).items())
 
 
-@pytest.mark.parametrize("shape", [TINY, MULTI_HEAD, *PRESETS.values()])
+@pytest.mark.parametrize("shape", [TINY, MULTI_HEAD, EVERYTHING, *PRESETS.values()])
 def test_sizes_add_up_to_the_parameter_count(shape: ModelShape) -> None:
     for shapes in (
         layout.hf_shapes(shape),
@@ -55,7 +58,7 @@ def test_split_undoes_fuse_bit_by_bit(shape: ModelShape) -> None:
 def test_query_key_value_are_interleaved_by_group(shape: ModelShape) -> None:
     weights = reference_llama.random_weights(shape)
     q, k, v = (weights[f"model.layers.2.self_attn.{p}_proj.weight"] for p in "qkv")
-    row = next(row for row in layout.TABLE if "linear_qkv.weight" in row.name)
+    row = next(row for row in layout.table(shape) if "linear_qkv.weight" in row.name)
     whole = layout.fuse(row, [q, k, v], shape)
     d, n = shape.head_dim, shape.heads_per_group
     rows = []
@@ -66,17 +69,53 @@ def test_query_key_value_are_interleaved_by_group(shape: ModelShape) -> None:
     assert not torch.equal(whole, torch.cat([q, k, v]))  # the twin: stacked is another matrix
 
 
+def test_biases_are_interleaved_as_the_rows_they_belong_to() -> None:
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(rows, 1, generator=generator) for rows in (64, 32, 32))
+    matrix, bias = (
+        next(row for row in layout.table(EVERYTHING) if row.name.endswith(name))
+        for name in ("linear_qkv.weight", "linear_qkv.bias")
+    )
+    as_rows = layout.fuse(matrix, [x.expand(-1, 40) for x in (q, k, v)], EVERYTHING)
+    whole = layout.fuse(bias, [x[:, 0] for x in (q, k, v)], EVERYTHING)
+    assert torch.equal(whole, as_rows[:, 0])
+    for part, wanted in zip(layout.split(bias, whole, EVERYTHING), (q, k, v)):
+        assert torch.equal(part, wanted[:, 0])
+
+
+def test_rows_follow_what_the_shape_says() -> None:
+    def names(**fields: bool) -> set[str]:
+        return set(layout.hf_shapes(replace(TINY, num_layers=1, **fields)))
+
+    at = "model.layers.0.self_attn."
+    plain = names()
+    assert names(qkv_bias=True) - plain == {f"{at}{x}_proj.bias" for x in "qkv"}
+    assert names(qk_norm=True) - plain == {f"{at}{x}_norm.weight" for x in "qk"}
+    assert plain - names(tied_embeddings=True) == {"lm_head.weight"}
+
+
+def test_a_tied_matrix_carries_the_hidden_gates_once() -> None:
+    def folds(shape: ModelShape) -> dict[str, tuple[tuple[str, ...], ...]]:
+        return {name: weight.folds for name, weight, _ in layout.weights(shape)}
+
+    free, tied = folds(TINY), folds(EVERYTHING)
+    assert free["model.norm.weight"] == (("hidden",),)
+    assert tied["model.norm.weight"] == ((),)
+    for of in (free, tied):
+        assert of["model.embed_tokens.weight"] == ((), ("hidden",))
+
+
 def test_gate_comes_before_up() -> None:
     weights = reference_llama.random_weights(TINY)
     gate, up = (weights[f"model.layers.1.mlp.{p}_proj.weight"] for p in ("gate", "up"))
-    row = next(row for row in layout.TABLE if "linear_fc1.weight" in row.name)
+    row = next(row for row in layout.table(TINY) if "linear_fc1.weight" in row.name)
     whole = layout.fuse(row, [gate, up], TINY)
     assert torch.equal(whole[:96], gate)
     assert torch.equal(whole[96:], up)
 
 
 def test_norms_are_stored_under_the_names_of_transformer_engine() -> None:
-    keys = {row.name: row.key for row in layout.TABLE}
+    keys = {row.name: row.key for row in layout.table(TINY)}
     at = "decoder.layers.{layer}."
     assert keys[at + "input_layernorm.weight"].endswith(
         "self_attention.linear_qkv.layer_norm_weight"
