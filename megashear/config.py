@@ -12,6 +12,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
+def check_one_source(load: str | None, load_hf: str | None) -> None:
+    """Refuse two places to take weights from.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if load is not None and load_hf is not None:
+        raise ValueError(
+            f"--load {load} and --load-hf {load_hf} exclude each other; a run starts from one model"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
     """How processes are divided; data parallelism takes what tensor and pipeline leave over."""
@@ -141,6 +153,8 @@ class TrainConfig:
     load: str | None = None
     """Checkpoint directory to start from; a run of the same kind continues, else only its weights
     are taken."""
+    load_hf: str | None = None
+    """Hugging Face directory to start from instead of --load; each rank reads its own slices."""
     resume: bool = False
     """Go on from the newest checkpoint in --save if there is one, else start from --load."""
     finetune: bool = False
@@ -163,6 +177,7 @@ class TrainConfig:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if self.resume and self.save is None:
             raise ValueError("--resume goes on from --save, and --save is not given")
+        check_one_source(self.load, self.load_hf)
         for name in ("eval_interval", "save_interval", "exit_interval"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; 0 turns it off")
@@ -317,8 +332,10 @@ class EvaluateRun:
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    load: str
+    load: str | None = None
     """Checkpoint directory."""
+    load_hf: str | None = None
+    """Hugging Face directory to evaluate instead of --load; each rank reads its own slices."""
     data_path: str
     """Directory that `megashear preprocess` wrote."""
     seq_length: int | None = None
@@ -327,6 +344,13 @@ class EvaluateRun:
     """Sequences per replica and forward pass."""
     output: str | None = None
     """JSON file to write the losses to."""
+
+    def __post_init__(self) -> None:
+        check_one_source(self.load, self.load_hf)
+        if self.load is None and self.load_hf is None:
+            raise ValueError(
+                "--load is not given; name a checkpoint, or a Hugging Face directory with --load-hf"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

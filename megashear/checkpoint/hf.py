@@ -77,6 +77,10 @@ class HfWeights(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._file_of[name].get_tensor(name)
 
+    def read_slice(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        """Part of a weight; the rest of it is not read."""
+        return self._file_of[name].get_slice(name)[slices]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megashear.checkpoint.description import TOKENIZER
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import (
     DataConfig,
@@ -59,7 +58,7 @@ def check_inputs(
     check_schedule(config.optimizer, train.train_iters)
     _check_precision(start, config.model)
     manifest = read_manifest(data.data_path)
-    check_vocabulary(manifest, start.shape, start.checkpoint)
+    check_vocabulary(manifest, start.shape, start.tokenizer)
     normalise_weights(starting_weights(data, manifest), len(manifest.names))
     training_sequences(manifest, train)
     held_out_sets(manifest, train.seq_length)
@@ -78,7 +77,7 @@ def check_vocabulary(manifest: DataManifest, shape: ModelShape, directory: Path 
     Args:
         manifest: of the data.
         shape: of the model.
-        directory: one iteration of the checkpoint it comes from, if any.
+        directory: of the model's own tokenizer files, if it carries any.
 
     Raises:
         ValueError: ids without an embedding, or another tokenizer than the checkpoint carries.
@@ -87,13 +86,12 @@ def check_vocabulary(manifest: DataManifest, shape: ModelShape, directory: Path 
     if directory is None:
         return
     # the checkpoint may carry the tokenizer in two formats; the data were made with one of them
-    carried = [directory / TOKENIZER / name for name in ("tokenizer.model", "tokenizer.json")]
+    carried = [directory / name for name in ("tokenizer.model", "tokenizer.json")]
     known = [hashlib.sha256(path.read_bytes()).hexdigest() for path in carried if path.is_file()]
     if known and manifest.tokenizer_fingerprint not in known:
         raise ValueError(
             f"{manifest.directory} was tokenised with another tokenizer than the model's in "
-            f"{directory / TOKENIZER}; preprocess again with --tokenizer-model "
-            f"{directory / TOKENIZER}"
+            f"{directory}; preprocess again with --tokenizer-model {directory}"
         )
 
 

@@ -18,6 +18,7 @@ from megashear.checkpoint.description import (
     find_iteration,
     read_description,
 )
+from megashear.checkpoint.sharded_hf import describe, load_hf
 from megashear.checkpoint.store import load_run, load_weights
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import EvaluateRun, PretrainRun, PruneRun
@@ -67,7 +68,7 @@ def prune(config: PruneRun) -> dict[str, Any]:
         train,
         stage=StructuredPruning.stage,
         without="--load is not given; pruning starts from a checkpoint that `megashear convert` "
-        "wrote",
+        "wrote, or from a Hugging Face directory with --load-hf",
     )
     target = target_shape(config.masks, start.shape)
     manifest, references = check_inputs(config, start)
@@ -108,7 +109,8 @@ def pretrain(config: PretrainRun) -> dict[str, Any]:
     start = find_start(
         config.train,
         stage=LanguageModelling.stage,
-        without="--load is not given; name a checkpoint, or --init-shape for fresh weights",
+        without="--load is not given; name a checkpoint, a Hugging Face directory with --load-hf, "
+        "or --init-shape for fresh weights",
         fresh=fresh,
     )
     manifest, references = check_inputs(config, start)
@@ -137,15 +139,21 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
     Raises:
         ValueError: anything a user can mend.
     """
-    directory = find_iteration(config.load)
-    description = read_description(directory)
     if config.output is not None and Path(config.output).exists():
         raise ValueError(f"--output {config.output} exists; choose another or remove it first")
-    check_no_masks(directory, description)
+    if config.load_hf is not None:
+        directory = tokenizer = Path(config.load_hf)
+        description = describe(directory)
+    else:
+        assert config.load is not None
+        directory = find_iteration(config.load)
+        tokenizer = directory / TOKENIZER
+        description = read_description(directory)
+        check_no_masks(directory, description)
+        CheckpointWeights(directory)  # refuses tensors that are not this shape's; reads none
     check_layout(description.shape, config.parallel)
-    CheckpointWeights(directory)  # refuses tensors that are not this shape's; reads none
     manifest = read_manifest(config.data_path)
-    check_vocabulary(manifest, description.shape, directory)
+    check_vocabulary(manifest, description.shape, tokenizer)
     seq_length = _sequence_length(config, description, directory)
     check_sequence(config.parallel, seq_length)
     held_out = held_out_sets(manifest, seq_length)
@@ -157,7 +165,10 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
             config.model,
             variant=config.model.transformer_impl,
         )
-        load_weights(directory, chunks)
+        if config.load_hf is not None:
+            load_hf(directory, chunks, groups)
+        else:
+            load_weights(directory, chunks)
         found = evaluate_domains(
             LanguageModelling(chunks),
             "loss",
@@ -215,6 +226,8 @@ def _trainer(
         {
             "first step": start.first_step,
             "stage of the checkpoint": start.description and start.description.stage,
+            "files of --load-hf": start.hf
+            and sorted((path.name, path.stat().st_size) for path in start.hf.glob("*.safetensors")),
             "tokens of the data": [domain.tokens for domain in manifest.domains],
             "run": dataclasses.asdict(config),
         }
@@ -241,11 +254,14 @@ def _trainer(
         if config.data.domain_weights:
             logger.info("--domain-weights are the saved run's from here on, not the flag's")
         logger.info("continuing %s at step %d", start.checkpoint, description.iteration)
-    elif start.checkpoint is not None:
-        load_weights(start.checkpoint, chunks)
+    elif start.checkpoint is not None or start.hf is not None:
+        if start.hf is not None:
+            load_hf(start.hf, chunks, groups)
+        elif start.checkpoint is not None:
+            load_weights(start.checkpoint, chunks)
         # float32 masters were made from the fresh weights
         optimizer.reload_model_params()
-        logger.info("starting from the weights of %s", start.checkpoint)
+        logger.info("starting from the weights of %s", start.hf or start.checkpoint)
     else:
         logger.info("starting from fresh weights, seed %d", train.seed)
     return Trainer(
@@ -272,7 +288,7 @@ def _trainer(
 
 def _tokenizer(start: Start, manifest: DataManifest) -> Path:
     """The model's own tokenizer files, all of them, where it carries any; else the data's."""
-    carried = None if start.checkpoint is None else start.checkpoint / TOKENIZER
+    carried = start.tokenizer
     if carried is not None and carried.is_dir() and tokenizer_files.find(carried):
         return carried
     return manifest.tokenizer_directory

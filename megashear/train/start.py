@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megashear.checkpoint import sharded_hf
 from megashear.checkpoint.description import (
+    TOKENIZER,
     Description,
     find_iteration,
     latest_iteration,
@@ -29,21 +31,30 @@ class Start:
 
     shape: ModelShape
     checkpoint: Path | None
-    """One iteration's directory; None starts from fresh weights."""
+    """One iteration's directory; None starts from ``hf`` or fresh weights."""
     description: Description | None
     continues: bool
     """Whether optimizer, masks, data and step come from the checkpoint too."""
+    hf: Path | None = None
+    """Hugging Face directory to take the weights from."""
 
     @property
     def first_step(self) -> int:
         """Steps done before."""
         return self.description.iteration if self.continues and self.description else 0
 
+    @property
+    def tokenizer(self) -> Path | None:
+        """Directory of the model's own tokenizer files, if it carries any."""
+        if self.checkpoint is not None:
+            return self.checkpoint / TOKENIZER
+        return self.hf
+
 
 def find_start(
     train: TrainConfig, *, stage: str, without: str, fresh: ModelShape | None = None
 ) -> Start:
-    """Where the run begins, by --load, --save with --resume, and --finetune.
+    """Where the run begins, by --load or --load-hf, --save with --resume, and --finetune.
 
     Args:
         train: the flags.
@@ -64,14 +75,26 @@ def find_start(
     )
     if resumed:
         source = train.save
+    named = train.load is not None or train.load_hf is not None
+    if fresh is not None and named and not resumed:
+        flag = "--load" if train.load_hf is None else "--load-hf"
+        raise ValueError(
+            f"{flag} {train.load or train.load_hf} and --init-shape exclude each other; a model "
+            f"that is there has its own shape"
+        )
+    if source is None and train.load_hf is not None:
+        description = sharded_hf.describe(train.load_hf)
+        return Start(
+            shape=description.shape,
+            checkpoint=None,
+            description=description,
+            continues=False,
+            hf=Path(train.load_hf),
+        )
     if source is None:
         if fresh is None:
             raise ValueError(without)
         return Start(shape=fresh, checkpoint=None, description=None, continues=False)
-    if fresh is not None and not resumed:
-        raise ValueError(
-            f"--load {source} and --init-shape exclude each other; a checkpoint has its own shape"
-        )
     directory = find_iteration(source)
     description = read_description(directory)
     if resumed and description.stage != stage:

@@ -397,6 +397,32 @@ def test_a_checkpoint_of_another_stage(refusal: Refusal) -> None:
     assert "--load is not given; pruning starts from a checkpoint" in refusal.prune(load=None)
 
 
+def test_a_hugging_face_directory_to_start_from(refusal: Refusal) -> None:
+    directory, text = refusal.folder / "hf", refusal.text
+    weights = random_weights(SHAPE, scale=0.1)
+    hf.write_directory(directory, weights.items(), SHAPE, max_shard_bytes=40_000)
+    error = refusal.prune(load_hf=directory)
+    assert f"--load {text.checkpoint} and --load-hf {directory} exclude each other" in error
+    error = refusal.prune(load=None, load_hf=text.checkpoint)
+    assert f"HF checkpoint {text.checkpoint} has no config.json" in error
+    error = refusal.prune(load=None, load_hf=directory, tensor_model_parallel_size=3, processes=3)
+    assert "model num_query_groups 4 is not a multiple of --tensor-model-parallel-size 3" in error
+    data = ("--data-path", text.data, "--reweight", "constant")
+    error = refusal("pretrain", "--load-hf", directory, "--init-shape", "llama2-370m", *data)
+    assert f"--load-hf {directory} and --init-shape exclude each other" in error
+    error = refusal("evaluate", "--data-path", text.data)
+    assert "--load is not given; name a checkpoint, or a Hugging Face directory with" in error
+    error = refusal("evaluate", "--load-hf", directory, "--data-path", text.data)
+    assert f"--seq-length is not given and {directory}, of stage 'converted', was not" in error
+
+    shard = next(directory.glob("model-00002-of-*"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert f"{shard} (" in (error := refusal.prune(load=None, load_hf=directory))
+    assert "it may be truncated" in error
+    shard.unlink()
+    assert "which is missing; download it again" in refusal.prune(load=None, load_hf=directory)
+
+
 def test_a_checkpoint_of_another_shape(refusal: Refusal) -> None:
     other = text_run.write_checkpoint(refusal.folder / "other", SHAPE)
     edit_description(other, shape=replace(SHAPE, ffn_hidden_size=128).to_dict())

@@ -1,0 +1,164 @@
+"""Fill a model from a Hugging Face directory, each rank reading its own slices and no others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import apply_factories
+from torch import Tensor
+from tqdm import tqdm
+
+from megashear.checkpoint import tokenizer_files
+from megashear.checkpoint.convert import TOKEN_IDS
+from megashear.checkpoint.description import Description
+from megashear.checkpoint.hf import HfWeights
+from megashear.checkpoint.hf_config import read_config
+from megashear.checkpoint.weights import without_extra_state
+from megashear.models import layout
+from megashear.models.llama import unwrap
+from megashear.parallel.agree import raise_together
+from megashear.parallel.groups import ParallelGroups
+from megashear.shape import ModelShape
+
+
+def describe(directory: Path | str) -> Description:
+    """What a checkpoint converted from a Hugging Face directory would say of itself.
+
+    Names, shapes and number formats of its weights are checked; no weight is read.
+
+    Raises:
+        ValueError: see `hf.HfWeights`.
+    """
+    weights, config = HfWeights(directory), read_config(directory)
+    files = tokenizer_files.find(directory)
+    named = {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
+    return Description(
+        shape=weights.shape,
+        iteration=0,
+        stage="converted",
+        tokenizer_sha256=tokenizer_files.fingerprint(files),
+        token_ids=tokenizer_files.token_ids(files) | named,
+    )
+
+
+def load_hf(
+    directory: Path | str,
+    chunks: Sequence[torch.nn.Module],
+    groups: ParallelGroups,
+    *,
+    progress: bool | None = None,
+) -> None:
+    """Fill the model from a Hugging Face directory of its shape, at any layout.
+
+    A rank reads the rows and columns that it holds, nothing else, and is filled as from a
+    checkpoint that `megashear convert` made of the directory, bit by bit. Collective over the
+    world.
+
+    Args:
+        directory: safetensors with their config.json.
+        chunks: this rank's model chunks.
+        groups: where this rank stands.
+        progress: show a bar on rank 0; None shows it when stderr is a terminal.
+
+    Raises:
+        ValueError: on every rank, if the directory cannot be read, or is another model's.
+    """
+    with raise_together():
+        weights = HfWeights(directory)
+        shards = [shard for chunk in chunks for shard in _shards(chunk)]
+        disable = groups.rank != 0 or (None if progress is None else not progress)
+        with torch.no_grad():
+            for shard in tqdm(shards, desc="reading", unit="tensor", disable=disable):
+                row, layer, start = _place(shard, weights.shape)
+                _fill(shard.data, weights, row, layer, start)
+
+
+def _shards(chunk: torch.nn.Module) -> list[ShardedTensor]:
+    """Every parameter of a chunk, live, with its place in the whole model."""
+    entries: dict[str, Any] = without_extra_state(unwrap(chunk).sharded_state_dict())
+    # gate and up are one parameter in memory, and two stretches of rows of the whole
+    apply_factories(entries)
+    found = [
+        shard
+        for entry in entries.values()
+        for shard in (entry if isinstance(entry, list) else [entry])
+    ]
+    assert all(isinstance(shard, ShardedTensor) for shard in found), "an entry is no tensor"
+    return found
+
+
+def _place(
+    shard: ShardedTensor, shape: ModelShape
+) -> tuple[layout.MegatronTensor, int | None, tuple[int, ...]]:
+    """Row of the table, layer, and where in the whole parameter a shard begins."""
+    row = next(row for row, _ in layout.tensors(shape) if row.key == shard.key)
+    if row.per_layer:
+        return row, shard.global_offset[0], tuple(shard.global_offset[1:])
+    return row, None, tuple(shard.global_offset)
+
+
+def _fill(
+    target: Tensor,
+    weights: HfWeights,
+    row: layout.MegatronTensor,
+    layer: int | None,
+    start: tuple[int, ...],
+) -> None:
+    """Copy the part of a parameter that begins at ``start`` and is as large as ``target``."""
+    shape = weights.shape
+    columns = tuple(slice(begin, begin + size) for begin, size in zip(start[1:], target.shape[1:]))
+    if len(row.parts) == 3:
+        _fill_interleaved(target, weights, row, layer, start[0], columns)
+        return
+    filled = 0
+    for part, own, into in _stretches(row, start[0], len(target), shape):
+        name = part.hf_name.format(layer=layer)
+        target[into].copy_(weights.read_slice(name, (own, *columns)))
+        filled += into.stop - into.start
+    # a vocabulary padded to divide has rows that no token reads
+    target[filled:].zero_()
+
+
+def _stretches(
+    row: layout.MegatronTensor, first: int, length: int, shape: ModelShape
+) -> Iterator[tuple[layout.Weight, slice, slice]]:
+    """Where rows [first, first + length) of parts put one after the other lie in each part, and
+    where they come to lie."""
+    at = 0
+    for part in row.parts:
+        rows = part.extents(shape)[0]
+        begin, end = max(first - at, 0), min(first + length - at, rows)
+        if begin < end:
+            yield part, slice(begin, end), slice(begin + at - first, end + at - first)
+        at += rows
+
+
+def _fill_interleaved(
+    target: Tensor,
+    weights: HfWeights,
+    row: layout.MegatronTensor,
+    layer: int | None,
+    first: int,
+    columns: tuple[slice, ...],
+) -> None:
+    """Copy q, k and v of the query groups from row ``first`` of the whole parameter on."""
+    shape = weights.shape
+    per_group = row.extents(shape)[0] // shape.num_query_groups  # (H/G + 2) * d
+    assert first % per_group == 0, "a shard that begins inside of a query group"
+    assert len(target) % per_group == 0, "a shard that ends inside of a query group"
+    group, count = first // per_group, len(target) // per_group
+    parts = []
+    for part in row.parts:
+        rows = part.extents(shape)[0] // shape.num_query_groups
+        own = slice(group * rows, (group + count) * rows)
+        name = part.hf_name.format(layer=layer)
+        parts.append(weights.read_slice(name, (own, *columns)))
+    held = dataclasses.replace(
+        shape, num_query_groups=count, num_attention_heads=count * shape.heads_per_group
+    )
+    target.copy_(layout.fuse(row, parts, held))
