@@ -309,6 +309,9 @@ class PruneRun:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig
     masks: MaskConfig = field(default_factory=MaskConfig)
+    then_pretrain: str | None = None
+    """YAML file of a `megashear pretrain` to go on with in the same job: the model is cut where it
+    lies, with float32 masters and Adam's moments, at the same layout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,8 @@ def cut(
     gates: Mapping[str, Tensor],
     source: ModelShape,
     target: ModelShape,
+    *,
+    power: int = 1,
 ) -> Iterator[tuple[str, Tensor]]:
     """The smaller model that computes what the masked one does.
 
@@ -35,6 +37,7 @@ def cut(
             grouped queries a query head is open where its own gate and its group's are.
         source: extents of ``weights``.
         target: extents of the model to make.
+        power: of the gates that is multiplied into what stays; 1 for weights.
 
     Returns:
         Name and weight, in the order of a Hugging Face file, layers renumbered from 0; each in
@@ -49,11 +52,15 @@ def cut(
     _check_unmasked(source, target)
     opened = _Gates(gates, source)
     opened.check(target)
-    return _cut(weights, opened, source, target)
+    return _cut(weights, opened, source, target, power)
 
 
 def _cut(
-    weights: Mapping[str, Tensor], opened: _Gates, source: ModelShape, target: ModelShape
+    weights: Mapping[str, Tensor],
+    opened: _Gates,
+    source: ModelShape,
+    target: ModelShape,
+    power: int,
 ) -> Iterator[tuple[str, Tensor]]:
     kept_layers = opened.kept_layers()
     for name, row, new_layer in layout.weights(target):
@@ -69,6 +76,7 @@ def _cut(
                 factor = opened.factor(kind, layer)
                 if len(factor) > 1 and keep is not None:
                     factor = factor[keep]
+                factor = factor if power == 1 else factor**power
                 folded = folded * factor.view(-1, *[1] * (whole.dim() - axis - 1))
         assert tuple(folded.shape) == row.extents(target), f"{name} is not of the target's shape"
         yield name, folded.to(whole.dtype)

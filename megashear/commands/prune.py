@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megashear.commands.parse import parse
 from megashear.commands.report import report, user_errors
-from megashear.config import PruneRun
+from megashear.config import PretrainRun, PruneRun
 
 PROG = "megashear prune"
 
@@ -15,8 +15,16 @@ PROG = "megashear prune"
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
     config = parse(PruneRun, argv, prog=PROG, description=__doc__ or "")
+    then = None
+    if config.then_pretrain is not None:
+        then = parse(
+            PretrainRun,
+            ["--config", config.then_pretrain],
+            prog=f"{PROG} --then-pretrain",
+            description="",
+        )
     # Here, not above: torch and megatron-core take seconds that --help should not.
     from megashear.train.run import prune
 
-    report(prune(config))
+    report(prune(config, then))
     return 0

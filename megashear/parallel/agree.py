@@ -100,6 +100,40 @@ def broadcast_object(value: Any, source: int, group: dist.ProcessGroup | None = 
     return box[0]
 
 
+def gather_tensors(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The tensors of all ranks, of one shape, in rank order. Collective over ``group``."""
+    if dist.get_world_size(group) == 1:
+        return [tensor.detach()]
+    own = tensor.detach().to(_on(group, tensor)).contiguous()
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own, group=group)
+    return gathered
+
+
+def broadcast_tensor(
+    tensor: Tensor | None, extents: Sequence[int], source: int, group: dist.ProcessGroup
+) -> Tensor:
+    """The float32 tensor of one rank on all of them. Collective over ``group``.
+
+    Args:
+        tensor: the source's; others' are not looked at.
+        extents: its shape, which every rank knows.
+        source: rank within ``group``.
+        group: the ranks that need it.
+    """
+    if dist.get_world_size(group) == 1:
+        assert tensor is not None
+        return tensor.detach()
+    if dist.get_rank(group) == source:
+        assert tensor is not None, "the source has it"
+        assert tensor.dtype == torch.float32, "sent as float32"
+        buffer = tensor.detach().to(device.device()).contiguous()
+    else:
+        buffer = torch.empty(tuple(extents), dtype=torch.float32, device=device.device())
+    dist.broadcast(buffer, src=dist.get_global_rank(group, source), group=group)
+    return buffer
+
+
 def assert_replicated(
     named: Mapping[str, Tensor], where: str, group: dist.ProcessGroup | None = None
 ) -> None:

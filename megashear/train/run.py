@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megashear.checkpoint import tokenizer_files
+from megashear.checkpoint.cut import rounding_changes
 from megashear.checkpoint.description import (
     TOKENIZER,
     Description,
@@ -26,11 +29,14 @@ from megashear.data.loader import MixtureLoader
 from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.mixture import DomainMixture
 from megashear.data.reference_loss import MEASURED
+from megashear.masks.mask_set import exact_gates
 from megashear.models.llama import build_chunks, build_llama, check_layout
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
+from megashear.shape import ModelShape
 from megashear.train.evaluate import evaluate_domains
+from megashear.train.in_flight import cut_in_flight
 from megashear.train.inputs import (
     check_inputs,
     check_sequence,
@@ -42,6 +48,7 @@ from megashear.train.inputs import (
 from megashear.train.loop import RunData, Trainer, mask_state
 from megashear.train.objectives import LanguageModelling, StructuredPruning
 from megashear.train.optim import apply_flags, build_optimizer, build_schedule
+from megashear.train.seam import check_seam, check_then, holds_checkpoint, resuming
 from megashear.train.start import (
     Start,
     check_masks,
@@ -54,8 +61,13 @@ from megashear.train.start import (
 logger = logging.getLogger(__name__)
 
 
-def prune(config: PruneRun) -> dict[str, Any]:
+def prune(config: PruneRun, then: PretrainRun | None = None) -> dict[str, Any]:
     """Learn masks and weights together. Collective over the processes torchrun started.
+
+    Args:
+        config: the run.
+        then: continued pretraining of the cut model, in the same job, with the moments that
+            pruning's optimizer holds; see `in_flight`.
 
     Returns:
         What was reached and where it lies.
@@ -64,6 +76,11 @@ def prune(config: PruneRun) -> dict[str, Any]:
         ValueError: anything a user can mend, found before processes meet where it can be.
     """
     train = config.train
+    if then is not None:
+        check_then(config, then)
+        if train.resume and holds_checkpoint(then.train.save):
+            logger.info("pruning is done: going on with continued pretraining")
+            return pretrain(dataclasses.replace(then, train=resuming(then.train)))
     start = find_start(
         train,
         stage=StructuredPruning.stage,
@@ -73,26 +90,109 @@ def prune(config: PruneRun) -> dict[str, Any]:
     target = target_shape(config.masks, start.shape)
     manifest, references = check_inputs(config, start)
     check_masks(config.masks, train, start, target)
+    behind = None if then is None else _Behind.check(then, start, target)
     with distributed(config.parallel, config.model) as groups:
+        trainer = _pruning_trainer(config, start, target, manifest, references, groups)
+        reached = trainer.run(start.first_step)
+        if behind is None or reached["step"] < train.train_iters:
+            return reached
+        following = behind.take_over(trainer, start, target, groups)
+        del trainer  # the larger model is not needed any more
+        gc.collect()
+        return {"pruning": reached, "continued pretraining": following.run(0)}
+
+
+def _pruning_trainer(
+    config: PruneRun,
+    start: Start,
+    target: ModelShape,
+    manifest: DataManifest,
+    references: npt.NDArray[np.float64] | None,
+    groups: ParallelGroups,
+) -> Trainer:
+    train = config.train
+    chunks = build_llama(
+        start.shape, groups, config.parallel, config.model, variant="masked", seed=train.seed
+    )
+    objective = StructuredPruning(
+        chunks,
+        groups,
+        source=start.shape,
+        target=target,
+        config=config.masks,
+        seed=train.seed,
+        global_batch_size=train.global_batch_size,
+        sequence_parallel=config.parallel.sequence_parallel,
+        clip_grad=config.optimizer.clip_grad,
+        betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
+        eps=config.optimizer.adam_eps,
+    )
+    details = {"target_shape": target.to_dict()}
+    return _trainer(config, start, objective, manifest, references, groups, details)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Behind:
+    """Continued pretraining behind the pruning of the same job, checked before it starts."""
+
+    config: PretrainRun
+    manifest: DataManifest
+    references: npt.NDArray[np.float64] | None
+
+    @classmethod
+    def check(cls, config: PretrainRun, start: Start, target: ModelShape) -> _Behind:
+        """Refuse what would only be found when pruning is over.
+
+        Raises:
+            ValueError: as `pretrain`.
+        """
+        fresh = Start(shape=target, checkpoint=None, description=None, continues=False)
+        manifest, references = check_inputs(config, fresh)
+        check_vocabulary(manifest, target, start.checkpoint)
+        return cls(config=config, manifest=manifest, references=references)
+
+    def take_over(
+        self, pruned: Trainer, start: Start, target: ModelShape, groups: ParallelGroups
+    ) -> Trainer:
+        """Cut the model where it lies and hand it on. Collective over the world."""
+        assert isinstance(pruned.objective, StructuredPruning)
+        objective = pruned.objective
+        whole = objective.binding.gather_log_alpha()
+        changes = rounding_changes(whole, objective.targets)
         chunks = build_llama(
-            start.shape, groups, config.parallel, config.model, variant="masked", seed=train.seed
-        )
-        objective = StructuredPruning(
-            chunks,
+            target,
             groups,
-            source=start.shape,
-            target=target,
-            config=config.masks,
-            seed=train.seed,
-            global_batch_size=train.global_batch_size,
-            sequence_parallel=config.parallel.sequence_parallel,
-            clip_grad=config.optimizer.clip_grad,
-            betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
-            eps=config.optimizer.adam_eps,
+            self.config.parallel,
+            self.config.model,
+            variant=self.config.model.transformer_impl,
+            seed=self.config.train.seed,
         )
-        details = {"target_shape": target.to_dict()}
-        trainer = _trainer(config, start, objective, manifest, references, groups, details)
-        return trainer.run(start.first_step)
+        trainer = _trainer(
+            self.config,
+            dataclasses.replace(start, shape=target, continues=False),
+            LanguageModelling(chunks),
+            self.manifest,
+            self.references,
+            groups,
+            {
+                "source_shape": start.shape.to_dict(),
+                "pruned_for": pruned.train.train_iters,
+                "rounding": {kind: change.num_changed for kind, change in changes.items()},
+            },
+            fill=False,
+        )
+        cut_in_flight(
+            pruned.chunks,
+            pruned.optimizer,
+            exact_gates(whole, objective.targets),
+            start.shape,
+            trainer.chunks,
+            trainer.optimizer,
+            target,
+            groups,
+        )
+        check_seam(objective, trainer, bf16=self.config.model.bf16)
+        return trainer
 
 
 def pretrain(config: PretrainRun) -> dict[str, Any]:
@@ -216,8 +316,13 @@ def _trainer(
     references: npt.NDArray[np.float64] | None,
     groups: ParallelGroups,
     details: dict[str, Any],
+    *,
+    fill: bool = True,
 ) -> Trainer:
     """Build what is left, and fill it from the checkpoint. Collective over the world.
+
+    Args:
+        fill: whether weights come from ``start``; else the caller brings them.
 
     Raises:
         ValueError: on every rank, where ranks see other files or flags than each other.
@@ -254,7 +359,7 @@ def _trainer(
         if config.data.domain_weights:
             logger.info("--domain-weights are the saved run's from here on, not the flag's")
         logger.info("continuing %s at step %d", start.checkpoint, description.iteration)
-    elif start.checkpoint is not None or start.hf is not None:
+    elif fill and (start.checkpoint is not None or start.hf is not None):
         if start.hf is not None:
             load_hf(start.hf, chunks, groups)
         elif start.checkpoint is not None:
@@ -262,7 +367,7 @@ def _trainer(
         # float32 masters were made from the fresh weights
         optimizer.reload_model_params()
         logger.info("starting from the weights of %s", start.hf or start.checkpoint)
-    else:
+    elif fill:
         logger.info("starting from fresh weights, seed %d", train.seed)
     return Trainer(
         shape=start.shape,

@@ -1,0 +1,236 @@
+"""Cut the model while the job runs: weights, float32 masters and Adam's moments, at any layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from megashear.checkpoint.cut import cut
+from megashear.models import layout
+from megashear.models.llama import unwrap
+from megashear.parallel.agree import broadcast_tensor, gather_objects, gather_tensors
+from megashear.parallel.groups import ParallelGroups
+from megashear.shape import ModelShape
+
+WEIGHT = "weight"
+POWERS = {WEIGHT: 1, "exp_avg": -1, "exp_avg_sq": -2}
+"""What is cut, and the power of the folded gates that goes into it.
+
+The masked model computes with W * g, the cut one with one tensor V = W * g. By the chain rule
+dL/dW = g dL/dV, so the mean of V's gradients is W's over g, and that of their squares W's over
+g squared. Adam's step, the one over the root of the other, is then the same for V as for W.
+"""
+
+_SPLIT_OVER_TENSOR = frozenset({"vocab", "query", "key_value", "intermediate"})
+"""Axes of the table that tensor parallelism divides."""
+
+
+def cut_in_flight(
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    gates: Mapping[str, Tensor],
+    source: ModelShape,
+    new_chunks: Sequence[torch.nn.Module],
+    new_optimizer: MegatronOptimizer,
+    target: ModelShape,
+    groups: ParallelGroups,
+) -> None:
+    """Fill a model of the target's shape, and its optimizer, with what the gates leave open.
+
+    Tensor by tensor each is made whole in every replica, cut as `checkpoint.cut.cut` cuts, and
+    sliced for the new model's layers and shards, so that stages are balanced anew and memory
+    beside the two models is that of one tensor. Collective over every replica's model group.
+
+    Args:
+        chunks: this rank's pruned model.
+        optimizer: of its weights, after at least one step.
+        gates: whole deterministic gates by kind, equal on every rank; see `cut`.
+        source: shape of ``chunks``.
+        new_chunks: this rank's model of the target's shape, built for the same layout.
+        new_optimizer: of its weights, without state.
+        target: shape of ``new_chunks``.
+        groups: where this rank stands.
+
+    Raises:
+        ValueError: on every rank alike, if a row of gates keeps another number of units than the
+            target has.
+    """
+    old = _optimized(chunks, optimizer)
+    new = _optimized(new_chunks, new_optimizer)
+    _start_state(new, old)
+    for quantity, power in POWERS.items():
+        whole = _Replica(_tensors(old, quantity), source, groups)
+        _fill(
+            _tensors(new, quantity),
+            cut(whole, gates, source, target, power=power),
+            target,
+            groups,
+        )
+    with torch.no_grad():
+        for parameter, main, _ in new.values():
+            if main is not parameter:
+                parameter.copy_(main)  # rounds to bfloat16
+
+
+_Optimized = dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""By Megatron name with global layer numbers: parameter, what the optimizer steps (its float32
+master, or itself), and the optimizer's state of it."""
+
+
+def _optimized(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> _Optimized:
+    masters: dict[int, Tensor] = {}
+    states: dict[int, dict[str, Tensor]] = {}
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        groups = zip(
+            getattr(part, "float16_groups", []), getattr(part, "fp32_from_float16_groups", [])
+        )
+        for halves, mains in groups:
+            masters |= {id(half): main for half, main in zip(halves, mains)}
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                states[id(parameter)] = part.optimizer.state[parameter]
+    found: _Optimized = {}
+    for chunk in chunks:
+        for name, parameter in _named(unwrap(chunk)):
+            main = masters.get(id(parameter), parameter)
+            found[name] = (parameter, main, states[id(main)])
+    return found
+
+
+def _named(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by their name in a model without pipeline parallelism."""
+    numbers = {
+        str(own): layer.layer_number - 1  # megatron counts from 1
+        for own, layer in enumerate(model.decoder.layers)  # type: ignore[union-attr,arg-type]
+    }
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(numbers[parts[2]])
+        yield ".".join(parts), parameter
+
+
+def _start_state(new: _Optimized, old: _Optimized) -> None:
+    """Give every new parameter an optimizer state of the old ones' keys and step."""
+    assert old, "a rank without parameters"
+    _, _, like = next(iter(old.values()))
+    assert like, "the optimizer has not stepped yet"
+    for _, main, state in new.values():
+        assert not state, "the new optimizer has stepped already"
+        for key, value in like.items():
+            # moments are shaped like the parameter; what else there is counts steps
+            state[key] = torch.zeros_like(main) if key in POWERS else value.clone()
+
+
+def _tensors(optimized: _Optimized, quantity: str) -> dict[str, Tensor]:
+    return {
+        name: main.detach() if quantity == WEIGHT else state[quantity]
+        for name, (_, main, state) in optimized.items()
+    }
+
+
+class _Replica(Mapping[str, Tensor]):
+    """Tensors that a replica's ranks hold shards of, whole, by Hugging Face name, on the host.
+
+    Every rank of the model group must ask for the same names in the same order. What Megatron
+    fuses is made whole together: ask for q, k, v one after the other.
+    """
+
+    def __init__(
+        self, own: Mapping[str, Tensor], shape: ModelShape, groups: ParallelGroups
+    ) -> None:
+        self._own, self._shape, self._groups = own, shape, groups
+        self._owners = layout.owners(shape)
+        self._stages: dict[str, int] = {}
+        for stage, names in enumerate(gather_objects(sorted(own), groups.pipeline)):
+            for name in names:
+                self._stages.setdefault(name, stage)
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        row, layer = self._owners[name]
+        fused = row.name.format(layer=layer)
+        if self._last[0] != fused:
+            parts = self._whole_parts(row, fused)
+            names = [part.hf_name.format(layer=layer) for part in row.parts]
+            self._last = (fused, dict(zip(names, parts)))
+        return self._last[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owners)
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def _whole_parts(self, row: layout.MegatronTensor, fused: str) -> list[Tensor]:
+        groups, stage = self._groups, self._stages[fused]
+        parts: list[Tensor | None] = [None] * len(row.parts)
+        if groups.pipeline_rank == stage:
+            shards = gather_tensors(self._own[fused], groups.tensor)
+            local = _shape_of_shard(self._shape, groups.tensor_size)
+            by_rank = [layout.split(row, shard, local) for shard in shards]
+            parts = [
+                _join(part, [of_rank[number] for of_rank in by_rank], self._shape)
+                for number, part in enumerate(row.parts)
+            ]
+        return [
+            broadcast_tensor(whole, part.extents(self._shape), stage, groups.pipeline).cpu()
+            for part, whole in zip(row.parts, parts)
+        ]
+
+
+def _fill(
+    own: Mapping[str, Tensor],
+    wholes: Iterable[tuple[str, Tensor]],
+    shape: ModelShape,
+    groups: ParallelGroups,
+) -> None:
+    """Copy this rank's slices of whole tensors, by Hugging Face name, into its shards."""
+    owners = layout.owners(shape)
+    local = _shape_of_shard(shape, groups.tensor_size)
+    pending: dict[str, list[Tensor]] = {}
+    filled = set()
+    for name, whole in wholes:  # every rank goes through all of them: they are made together
+        row, layer = owners[name]
+        fused = row.name.format(layer=layer)
+        part = row.parts[len(pending.setdefault(fused, []))]
+        assert part.hf_name.format(layer=layer) == name, "parts come in the table's order"
+        pending[fused].append(_slice(part, whole, groups))
+        if len(pending[fused]) < len(row.parts):
+            continue
+        shards = pending.pop(fused)
+        if fused in own:
+            own[fused].copy_(layout.fuse(row, shards, local))
+            filled.add(fused)
+    assert filled == set(own), sorted(set(own) - filled)
+
+
+def _shape_of_shard(shape: ModelShape, tensor_size: int) -> ModelShape:
+    """Extents of what one tensor rank holds; a shard of a fused weight is the fused shards."""
+    return dataclasses.replace(
+        shape,
+        num_attention_heads=shape.num_attention_heads // tensor_size,
+        num_query_groups=shape.num_query_groups // tensor_size,
+        ffn_hidden_size=shape.ffn_hidden_size // tensor_size,
+    )
+
+
+def _split_axis(part: layout.Weight) -> int | None:
+    for axis, name in enumerate(part.axes):
+        if name in _SPLIT_OVER_TENSOR:
+            return axis
+    return None
+
+
+def _join(part: layout.Weight, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    axis = _split_axis(part)
+    return shards[0] if axis is None else torch.cat(list(shards), dim=axis)
+
+
+def _slice(part: layout.Weight, whole: Tensor, groups: ParallelGroups) -> Tensor:
+    axis = _split_axis(part)
+    return whole if axis is None else whole.chunk(groups.tensor_size, dim=axis)[groups.tensor_rank]

@@ -1,0 +1,307 @@
+"""Cutting in flight: the offline path's weights bit for bit, moments that fit, and exact resume."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from megashear.checkpoint.cut import cut
+from megashear.checkpoint.description import Description, read_description
+from megashear.checkpoint.shear import cut_checkpoint
+from megashear.checkpoint.store import read_log_alpha, save_run
+from megashear.config import (
+    DataConfig,
+    MaskConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PretrainRun,
+    PruneRun,
+    TrainConfig,
+)
+from megashear.masks.mask_set import exact_gates, target_units
+from megashear.models import layout as table
+from megashear.shape import ModelShape
+from megashear.train import in_flight, run
+from tests import text_run
+from tests.distributed.test_resume import finished_tensors
+from tests.ranks import run_ranks
+from tests.text_run import TextRun, scalars
+from tests.tiny import layout, relative_error
+
+PRUNED, RECOVERED = 6, 4
+"""Steps of either part."""
+REDUCTION_ORDER = 1e-5
+"""Relative; float32 sums over other shards in another order (law 1 b)."""
+WHOLE, SPLIT, REPLICAS = (layout(), 1), (layout(tp=2, pp=2), 1), (layout(), 2)
+INTERLEAVED = (layout(pp=2, vpp=2), 1)
+
+
+def jobs(
+    text: TextRun, folder: Path, parallel: ParallelConfig, *, bf16: bool = False, **train: Any
+) -> tuple[PruneRun, PretrainRun]:
+    common: dict[str, Any] = {
+        "parallel": parallel,
+        "model": ModelConfig(bf16=bf16),
+        "optimizer": OptimizerConfig(lr=1e-3, lr_warmup_iters=2),
+        "data": DataConfig(data_path=str(text.data), reference_loss=str(text.reference)),
+    }
+    steps: dict[str, Any] = {
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "seq_length": text_run.SEQUENCE,
+        "log_interval": 1,
+        "eval_interval": 2,
+        "eval_sequences": 4,
+    }
+    # interleaved stages want a layer each
+    layers = 4 if parallel.num_virtual_stages_per_pipeline_rank > 1 else 2
+    target = text_run.TARGET | {"target_num_layers": layers}
+    prune = PruneRun(
+        **common,
+        masks=MaskConfig(sparsity_warmup_iters=4, mask_noise_streams=2, **target),
+        train=TrainConfig(
+            **steps,
+            train_iters=PRUNED,
+            load=str(text.checkpoint),
+            save=str(folder / "pruned"),
+            resume=bool(train.get("resume")),
+        ),
+        then_pretrain="then.yaml",
+    )
+    then = PretrainRun(
+        **common,
+        train=TrainConfig(
+            **steps,
+            train_iters=RECOVERED,
+            save=str(folder / "recovered"),
+            tensorboard_dir=str(folder / "events"),
+            exit_interval=train.get("exit_interval", 0),
+        ),
+    )
+    return prune, then
+
+
+class Sheared(NamedTuple):
+    """One job that pruned and recovered."""
+
+    folder: Path
+    seam: Path
+    """Checkpoint of the cut model before its first step."""
+    target: ModelShape
+
+
+def shear(
+    text: TextRun,
+    folder: Path,
+    at: tuple[ParallelConfig, int],
+    broken: Callable[[], None] | None = None,
+    **more: Any,
+) -> Sheared:
+    """Run both parts on forked ranks as torchrun would; keep what stood at the seam."""
+    parallel, replicas = at
+    prune, then = jobs(text, folder, parallel, **more)
+    world_size = parallel.model_parallel_size * replicas
+
+    def body(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        check_seam = run.check_seam
+
+        def keep(objective: Any, trainer: Any, **rest: Any) -> Any:
+            save_run(
+                folder / "seam",
+                Description(shape=trainer.shape, iteration=0, stage="pretrain"),
+                trainer.chunks,
+                trainer.optimizer,
+                trainer.groups,
+            )
+            return check_seam(objective, trainer, **rest)
+
+        run.check_seam = keep  # type: ignore[assignment]
+        if broken is not None:
+            broken()
+        run.prune(prune, then)
+
+    run_ranks(world_size, body)
+    details = read_description(folder / "pruned" / f"iter_{PRUNED:07d}").details
+    return Sheared(folder, folder / "seam", ModelShape(**details["target_shape"]))
+
+
+@pytest.fixture(scope="module")
+def sheared(text: TextRun, tmp_path_factory: pytest.TempPathFactory) -> Sheared:
+    return shear(text, tmp_path_factory.mktemp("sheared"), SPLIT)
+
+
+def weights_offline(pruned: Path, output: Path) -> dict[str, Tensor]:
+    run_ranks(1, lambda rank: cut_checkpoint(pruned, output, exact_target=True))
+    return finished_tensors(output, 0)
+
+
+def same_weights(sheared: Sheared, offline: dict[str, Tensor]) -> list[str]:
+    """Names of the weights that are not bit-equal."""
+    at_seam = finished_tensors(sheared.seam, 0)
+    assert set(offline) <= set(at_seam)
+    return [name for name, weight in offline.items() if not torch.equal(at_seam[name], weight)]
+
+
+@pytest.mark.parametrize("at", [WHOLE, REPLICAS, INTERLEAVED], ids=["whole", "dp2", "pp2-vpp2"])
+def test_weights_equal_the_offline_path_s(
+    text: TextRun, tmp_path: Path, at: tuple[ParallelConfig, int]
+) -> None:
+    job = shear(text, tmp_path, at)
+    assert same_weights(job, weights_offline(tmp_path / "pruned", tmp_path / "cut")) == []
+
+
+def test_weights_equal_the_offline_path_s_at_tp2_pp2(sheared: Sheared, tmp_path: Path) -> None:
+    offline = weights_offline(sheared.folder / "pruned", tmp_path / "cut")
+    assert same_weights(sheared, offline) == []
+
+
+def in_hf_names(tensors: dict[str, Tensor], prefix: str, shape: ModelShape) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, layers stacked, by Hugging Face name."""
+    found = {}
+    for row, layer in table.tensors(shape):
+        whole = tensors[prefix + row.key]
+        parts = table.split(row, whole if layer is None else whole[layer], shape)
+        for part, tensor in zip(row.parts, parts):
+            found[part.hf_name.format(layer=layer)] = tensor
+    return found
+
+
+def test_moments_are_those_of_the_cut_weights(sheared: Sheared) -> None:
+    pruned = finished_tensors(sheared.folder / "pruned", PRUNED)
+    at_seam = finished_tensors(sheared.seam, 0)
+    source = text_run.SHAPE
+    targets = target_units(source, sheared.target)
+    run_dir = sheared.folder / "pruned"
+    (log_alpha,) = run_ranks(1, lambda rank: read_log_alpha(run_dir))
+    gates = exact_gates(log_alpha, targets)
+    opened = {kind: (rows != 0).float() for kind, rows in gates.items()}
+    ones = {name: torch.ones(extents) for name, extents in table.hf_shapes(source).items()}
+    folded = dict(cut(ones, gates, source, sheared.target))  # what multiplies each kept weight
+    for moment, power in (("exp_avg", -1), ("exp_avg_sq", -2)):
+        prefix = f"optimizer.state.{moment}."
+        kept = dict(cut(in_hf_names(pruned, prefix, source), opened, source, sheared.target))
+        found = in_hf_names(at_seam, prefix, sheared.target)
+        assert kept.keys() == found.keys()
+        for name, before in kept.items():
+            assert relative_error(found[name], before * folded[name] ** power) < 1e-6, name
+            assert before.abs().sum() > 0, name
+        # the twin: moments cut like weights are not these
+        wrong = [relative_error(found[n], kept[n] * folded[n]) for n in kept]
+        assert max(wrong) > 0.1
+
+
+def test_a_wrong_order_of_shards_is_noticed(text: TextRun, tmp_path: Path) -> None:
+    def broken() -> None:
+        gather = in_flight.gather_tensors
+        in_flight.gather_tensors = lambda tensor, group: gather(tensor, group)[::-1]
+
+    with pytest.raises(AssertionError, match=r"the cut model is not the one that was trained"):
+        shear(text, tmp_path, SPLIT, broken)
+    offline = weights_offline(tmp_path / "pruned", tmp_path / "cut")
+    found = finished_tensors(tmp_path / "seam", 0)
+    assert any(not torch.equal(found[name], weight) for name, weight in offline.items())
+
+
+def test_layouts_recover_alike(sheared: Sheared, text: TextRun, tmp_path: Path) -> None:
+    shear(text, tmp_path, WHOLE)
+    here, there = scalars(tmp_path / "events"), scalars(sheared.folder / "events")
+    for tag in ("train/lm-loss", "eval/mean-loss"):
+        assert here[tag] == pytest.approx(there[tag], rel=REDUCTION_ORDER), tag
+
+
+def test_a_job_is_resumed_on_either_side_of_the_seam(
+    sheared: Sheared, text: TextRun, tmp_path: Path
+) -> None:
+    wanted = finished_tensors(sheared.folder / "recovered", RECOVERED)
+    # stopped between pruning's last checkpoint and the first of what follows
+    shutil.copytree(sheared.folder / "pruned", tmp_path / "seam" / "pruned")
+    shear(text, tmp_path / "seam", SPLIT, resume=True)
+    # stopped while it recovers
+    half = tmp_path / "half"
+    shutil.copytree(sheared.folder / "pruned", half / "pruned")
+    shear(text, half, SPLIT, resume=True, exit_interval=RECOVERED // 2)
+    prune, then = jobs(text, half, SPLIT[0], resume=True)
+    assert [path.name for path in (half / "recovered").glob("iter_*")] == ["iter_0000002"]
+
+    def go_on(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4"}
+        run.prune(prune, then)
+
+    run_ranks(4, go_on)
+    for folder in (tmp_path / "seam", half):
+        found = finished_tensors(folder / "recovered", RECOVERED)
+        assert found.keys() == wanted.keys()
+        different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
+        assert different == []
+
+
+def test_float32_masters_are_cut_under_bf16(text: TextRun, tmp_path: Path) -> None:
+    job = shear(text, tmp_path, (layout(tp=2), 1), bf16=True)
+    found = finished_tensors(job.seam, 0)
+    masters = {
+        name.removeprefix("optimizer.state.fp32_param."): tensor
+        for name, tensor in found.items()
+        if ".fp32_param." in name
+    }
+    assert masters
+    for name, master in masters.items():
+        assert torch.equal(found[name], master.bfloat16()), name
+    assert any(not torch.equal(master, master.bfloat16().float()) for master in masters.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda prune, then: (prune, replace(then, parallel=layout(tp=2))),
+            r"tensor_model_parallel_size is 2, pruning has 1.*one job keeps it",
+        ),
+        (
+            lambda prune, then: (prune, replace(then, model=ModelConfig(bf16=True))),
+            r"bf16 is True, pruning has False",
+        ),
+        (
+            lambda prune, then: (prune, replace(then, init_shape="llama2-1.3b")),
+            r"init_shape is llama2-1.3b, but it begins with the model that was pruned",
+        ),
+        (
+            lambda prune, then: (prune, replace(then, train=replace(then.train, load="x"))),
+            r"load is x, but it begins with the model that was pruned",
+        ),
+        (
+            lambda prune, then: (replace(prune, train=replace(prune.train, save=None)), then),
+            r"needs --save",
+        ),
+        (
+            lambda prune, then: (
+                prune,
+                replace(then, train=replace(then.train, save=prune.train.save)),
+            ),
+            r"the directory of pruning; choose another",
+        ),
+        (
+            lambda prune, then: (
+                prune,
+                replace(then, model=ModelConfig(transformer_impl="transformer_engine")),
+            ),
+            r"the model is cut into local layers",
+        ),
+    ],
+)
+def test_what_cannot_follow_is_refused_before_pruning(
+    text: TextRun, tmp_path: Path, change: Any, message: str
+) -> None:
+    prune, then = change(*jobs(text, tmp_path, layout()))
+    with pytest.raises(ValueError, match=message):
+        run.prune(prune, then)
+    assert list(tmp_path.iterdir()) == []
