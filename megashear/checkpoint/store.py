@@ -44,8 +44,13 @@ from megashear.parallel.launch import process_group
 
 logger = logging.getLogger(__name__)
 
-# Optimizer state as dist_checkpointing shapes it; the same for saving and loading.
-_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+
+def _metadata() -> dict[str, Any]:
+    """How dist_checkpointing shapes optimizer state; the same for saving and loading.
+
+    A new one each time: megatron-core puts the data-parallel group of the day into it.
+    """
+    return {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +116,7 @@ def save_run(
             aside.mkdir(parents=True)
     model = _model_entries(chunks)
     state: dict[str, Any] = dict(model)
-    state["optimizer"] = optimizer.sharded_state_dict(model, metadata=_METADATA)
+    state["optimizer"] = optimizer.sharded_state_dict(model, metadata=_metadata())
     if masks is not None:
         state["masks"] = _mask_entries(masks, groups)
     dist_checkpointing.save(state, str(aside))
@@ -187,7 +192,7 @@ def load_run(
         description = read_description(directory)
     model = _model_entries(chunks)
     state: dict[str, Any] = dict(model)
-    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=_METADATA)
+    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata())
     if masks is not None:
         state["masks"] = _mask_entries(masks, groups)
     loaded = _read(state, directory)
@@ -260,7 +265,9 @@ def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 def _model_entries(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     return {
-        f"model{number}": without_extra_state(unwrap(chunk).sharded_state_dict(metadata=_METADATA))
+        f"model{number}": without_extra_state(
+            unwrap(chunk).sharded_state_dict(metadata=_metadata())
+        )
         for number, chunk in enumerate(chunks)
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -29,72 +30,65 @@ _SPLIT_OVER_TENSOR = frozenset({"vocab", "query", "key_value", "intermediate"})
 """Axes of the table that tensor parallelism divides."""
 
 
-def cut_in_flight(
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    gates: Mapping[str, Tensor],
-    source: ModelShape,
-    new_chunks: Sequence[torch.nn.Module],
-    new_optimizer: MegatronOptimizer,
-    target: ModelShape,
-    groups: ParallelGroups,
-) -> None:
-    """Fill a model of the target's shape, and its optimizer, with what the gates leave open.
+class Optimized(NamedTuple):
+    """A model, its optimizer, and where this rank stands."""
+
+    chunks: Sequence[torch.nn.Module]
+    """This rank's."""
+    optimizer: MegatronOptimizer
+    """Of the weights of ``chunks``."""
+    shape: ModelShape
+    """Of the whole model."""
+    groups: ParallelGroups
+
+
+def cut_in_flight(old: Optimized, new: Optimized, gates: Mapping[str, Tensor]) -> None:
+    """Fill a smaller model, and its optimizer, with what the gates leave open of a larger one.
 
     Tensor by tensor each is made whole in every replica, cut as `checkpoint.cut.cut` cuts, and
-    sliced for the new model's layers and shards, so that stages are balanced anew and memory
-    beside the two models is that of one tensor. Collective over every replica's model group.
+    sliced for the new model's stages and shards, whatever its layout; memory beside the two models
+    is that of one layer's largest tensor. Collective over the world.
 
     Args:
-        chunks: this rank's pruned model.
-        optimizer: of its weights, after at least one step.
+        old: after at least one step.
+        new: of the target's shape; its optimizer has not stepped.
         gates: whole deterministic gates by kind, equal on every rank; see `cut`.
-        source: shape of ``chunks``.
-        new_chunks: this rank's model of the target's shape, built for the same layout.
-        new_optimizer: of its weights, without state.
-        target: shape of ``new_chunks``.
-        groups: where this rank stands.
 
     Raises:
         ValueError: on every rank alike, if a row of gates keeps another number of units than the
             target has.
     """
-    old = _optimized(chunks, optimizer)
-    new = _optimized(new_chunks, new_optimizer)
-    _start_state(new, old)
+    had, gets = _parameters(old), _parameters(new)
+    _start_state(gets, had)
     for quantity, power in POWERS.items():
-        whole = _Replica(_tensors(old, quantity), source, groups)
-        _fill(
-            _tensors(new, quantity),
-            cut(whole, gates, source, target, power=power),
-            target,
-            groups,
-        )
+        whole = _Replica(_tensors(had, quantity), old.shape, old.groups)
+        smaller = cut(whole, gates, old.shape, new.shape, power=power)
+        _fill(_tensors(gets, quantity), smaller, new.shape, new.groups)
     with torch.no_grad():
-        for parameter, main, _ in new.values():
+        for parameter, main, _ in gets.values():
             if main is not parameter:
                 parameter.copy_(main)  # rounds to bfloat16
 
 
-_Optimized = dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]]
+_Parameters = dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]]
 """By Megatron name with global layer numbers: parameter, what the optimizer steps (its float32
 master, or itself), and the optimizer's state of it."""
 
 
-def _optimized(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> _Optimized:
+def _parameters(model: Optimized) -> _Parameters:
     masters: dict[int, Tensor] = {}
     states: dict[int, dict[str, Tensor]] = {}
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        groups = zip(
+    for part in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
+        pairs = zip(
             getattr(part, "float16_groups", []), getattr(part, "fp32_from_float16_groups", [])
         )
-        for halves, mains in groups:
+        for halves, mains in pairs:
             masters |= {id(half): main for half, main in zip(halves, mains)}
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 states[id(parameter)] = part.optimizer.state[parameter]
-    found: _Optimized = {}
-    for chunk in chunks:
+    found: _Parameters = {}
+    for chunk in model.chunks:
         for name, parameter in _named(unwrap(chunk)):
             main = masters.get(id(parameter), parameter)
             found[name] = (parameter, main, states[id(main)])
@@ -114,9 +108,8 @@ def _named(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield ".".join(parts), parameter
 
 
-def _start_state(new: _Optimized, old: _Optimized) -> None:
+def _start_state(new: _Parameters, old: _Parameters) -> None:
     """Give every new parameter an optimizer state of the old ones' keys and step."""
-    assert old, "a rank without parameters"
     _, _, like = next(iter(old.values()))
     assert like, "the optimizer has not stepped yet"
     for _, main, state in new.values():
@@ -126,10 +119,10 @@ def _start_state(new: _Optimized, old: _Optimized) -> None:
             state[key] = torch.zeros_like(main) if key in POWERS else value.clone()
 
 
-def _tensors(optimized: _Optimized, quantity: str) -> dict[str, Tensor]:
+def _tensors(parameters: _Parameters, quantity: str) -> dict[str, Tensor]:
     return {
         name: main.detach() if quantity == WEIGHT else state[quantity]
-        for name, (_, main, state) in optimized.items()
+        for name, (_, main, state) in parameters.items()
     }
 
 

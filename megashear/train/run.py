@@ -36,7 +36,7 @@ from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.shape import ModelShape
 from megashear.train.evaluate import evaluate_domains
-from megashear.train.in_flight import cut_in_flight
+from megashear.train.in_flight import Optimized, cut_in_flight
 from megashear.train.inputs import (
     check_inputs,
     check_sequence,
@@ -48,7 +48,13 @@ from megashear.train.inputs import (
 from megashear.train.loop import RunData, Trainer, mask_state
 from megashear.train.objectives import LanguageModelling, StructuredPruning
 from megashear.train.optim import apply_flags, build_optimizer, build_schedule
-from megashear.train.seam import check_seam, check_then, holds_checkpoint, resuming
+from megashear.train.seam import (
+    check_seam,
+    check_then,
+    holds_checkpoint,
+    losses_at_seam,
+    resuming,
+)
 from megashear.train.start import (
     Start,
     check_masks,
@@ -155,25 +161,30 @@ class _Behind:
         self, pruned: Trainer, start: Start, target: ModelShape, groups: ParallelGroups
     ) -> Trainer:
         """Cut the model where it lies and hand it on. Collective over the world."""
-        assert isinstance(pruned.objective, StructuredPruning)
-        objective = pruned.objective
+        config, objective = self.config, pruned.objective
+        assert isinstance(objective, StructuredPruning)
+        held_out = held_out_sets(self.manifest, config.train.seq_length)
+        masked = losses_at_seam(objective, "exact", held_out, config.train, groups)
         whole = objective.binding.gather_log_alpha()
         changes = rounding_changes(whole, objective.targets)
+        # megatron-core knows one layout at a time; the old groups go on serving the old model
+        groups.destroy()
+        new_groups = ParallelGroups.create(config.parallel)
         chunks = build_llama(
             target,
-            groups,
-            self.config.parallel,
-            self.config.model,
-            variant=self.config.model.transformer_impl,
-            seed=self.config.train.seed,
+            new_groups,
+            config.parallel,
+            config.model,
+            variant=config.model.transformer_impl,
+            seed=config.train.seed,
         )
         trainer = _trainer(
-            self.config,
+            config,
             dataclasses.replace(start, shape=target, continues=False),
             LanguageModelling(chunks),
             self.manifest,
             self.references,
-            groups,
+            new_groups,
             {
                 "source_shape": start.shape.to_dict(),
                 "pruned_for": pruned.train.train_iters,
@@ -182,16 +193,12 @@ class _Behind:
             fill=False,
         )
         cut_in_flight(
-            pruned.chunks,
-            pruned.optimizer,
+            Optimized(pruned.chunks, pruned.optimizer, start.shape, groups),
+            Optimized(trainer.chunks, trainer.optimizer, target, new_groups),
             exact_gates(whole, objective.targets),
-            start.shape,
-            trainer.chunks,
-            trainer.optimizer,
-            target,
-            groups,
         )
-        check_seam(objective, trainer, bf16=self.config.model.bf16)
+        smaller = losses_at_seam(trainer.objective, "loss", held_out, config.train, new_groups)
+        check_seam(masked, smaller, bf16=config.model.bf16)
         return trainer
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from megashear.checkpoint.description import latest_iteration
 from megashear.config import PretrainRun, PruneRun, TrainConfig
+from megashear.data.held_out import HeldOutSet
+from megashear.parallel.groups import ParallelGroups
 from megashear.train.evaluate import evaluate_domains
-from megashear.train.loop import Trainer
-from megashear.train.objectives import LanguageModelling, StructuredPruning
+from megashear.train.inputs import check_sequence
+from megashear.train.objectives import LanguageModelling
 
 logger = logging.getLogger(__name__)
-
-_SAME_MODEL_SETTINGS = ("bf16",)
 
 _SEAM = 1e-4
 """Relative; law 2 holds logits to 1e-5 in float32, and a loss is a mean of many."""
@@ -26,19 +27,16 @@ def check_then(config: PruneRun, then: PretrainRun) -> None:
     """Refuse continued pretraining that this job cannot go over to.
 
     Raises:
-        ValueError: another layout or precision, a beginning of its own, or the same --save.
+        ValueError: another precision, a beginning of its own, or the same --save.
     """
     where = f"--then-pretrain {config.then_pretrain}"
-    for part, fields in (("parallel", None), ("model", _SAME_MODEL_SETTINGS)):
-        here, there = getattr(config, part), getattr(then, part)
-        for field in dataclasses.fields(here):
-            found, wanted = getattr(there, field.name), getattr(here, field.name)
-            if (fields is None or field.name in fields) and found != wanted:
-                raise ValueError(
-                    f"{where}: {field.name} is {found}, pruning has {wanted}, and one job keeps "
-                    f"it; set it to {wanted}, or end the job, `megashear cut` and pretrain in "
-                    f"another"
-                )
+    if then.model.bf16 != config.model.bf16:
+        raise ValueError(
+            f"{where}: bf16 is {then.model.bf16}, pruning has {config.model.bf16}, and what is "
+            f"carried along keeps its precision; set it to {config.model.bf16}, or end the job, "
+            f"`megashear cut` and pretrain in another"
+        )
+    check_sequence(config.parallel, then.train.seq_length)
     if then.model.transformer_impl != "local":
         raise ValueError(
             f"{where}: transformer_impl is {then.model.transformer_impl}; the model is cut into "
@@ -60,8 +58,6 @@ def check_then(config: PruneRun, then: PretrainRun) -> None:
             f"{where} needs --save: a job that is stopped while it pretrains must find pruning "
             f"finished"
         )
-    if config.train.exit_interval and then.train.save is None:
-        logger.warning("%s: save is not given, and nothing of it will be kept", where)
     if then.train.save is not None and _same(then.train.save, config.train.save):
         raise ValueError(
             f"{where}: save is {then.train.save}, the directory of pruning; choose another"
@@ -83,27 +79,49 @@ def resuming(train: TrainConfig) -> TrainConfig:
     return dataclasses.replace(train, resume=True)
 
 
-def check_seam(
-    objective: StructuredPruning, cut: Trainer, *, bf16: bool
-) -> dict[str, tuple[float, float]]:
-    """Evaluate the masked and the cut model on the same text. Collective over the world.
+def losses_at_seam(
+    objective: LanguageModelling,
+    mode: str,
+    held_out: Sequence[HeldOutSet],
+    train: TrainConfig,
+    groups: ParallelGroups,
+) -> dict[str, float]:
+    """Loss by domain, nats per token, on the text that the run behind the seam is evaluated on.
+
+    Collective over the world.
 
     Args:
-        objective: of pruning, its model still whole.
-        cut: what goes on.
-        bf16: whether both compute in bfloat16.
+        objective: whose model is evaluated.
+        mode: of its evaluation modes.
+        held_out: sets of the run behind the seam.
+        train: of the run behind the seam.
+        groups: where this rank stands.
+    """
+    return evaluate_domains(
+        objective,
+        mode,
+        [part.name for part in held_out],
+        held_out,
+        [part.subsample(train.eval_sequences, train.seed) for part in held_out],
+        groups,
+        micro_batch_size=train.micro_batch_size,
+    ).losses
 
-    Returns:
-        By domain the loss under exact masks and that of the cut model, nats per token.
+
+def check_seam(masked: dict[str, float], cut: dict[str, float], *, bf16: bool) -> None:
+    """Hold the cut model's losses to those of the masked one.
+
+    Args:
+        masked: by domain, under exact masks; equal on every rank.
+        cut: by domain, of the cut model; likewise.
+        bf16: whether both compute in bfloat16.
 
     Raises:
         RuntimeError: on every rank, if they differ by more than rounding.
     """
-    masked = _losses(objective, "exact", cut)
-    smaller = _losses(cut.objective, "loss", cut)
     tolerance = _SEAM_BF16 if bf16 else _SEAM
     for name, before in masked.items():
-        after = smaller[name]
+        after = cut[name]
         logger.info("cut in flight: %s loss %.6f masked, %.6f cut", name, before, after)
         if not abs(after - before) <= tolerance * abs(before):
             # losses are equal on all ranks, so that all of them stop here
@@ -112,21 +130,6 @@ def check_seam(
                 f"cut: the cut model is not the one that was trained. Pruning is saved: cut it "
                 f"with `megashear cut`, and report this"
             )
-    return {name: (before, smaller[name]) for name, before in masked.items()}
-
-
-def _losses(objective: LanguageModelling, mode: str, run: Trainer) -> dict[str, float]:
-    held_out, train = run.data.held_out, run.train
-    chosen = [part.subsample(train.eval_sequences, train.seed) for part in held_out]
-    return evaluate_domains(
-        objective,
-        mode,
-        run.data.manifest.names,
-        held_out,
-        chosen,
-        run.groups,
-        micro_batch_size=train.micro_batch_size,
-    ).losses
 
 
 def _same(one: str, other: str) -> bool:

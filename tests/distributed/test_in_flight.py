@@ -46,7 +46,13 @@ INTERLEAVED = (layout(pp=2, vpp=2), 1)
 
 
 def jobs(
-    text: TextRun, folder: Path, parallel: ParallelConfig, *, bf16: bool = False, **train: Any
+    text: TextRun,
+    folder: Path,
+    parallel: ParallelConfig,
+    *,
+    behind: ParallelConfig | None = None,
+    bf16: bool = False,
+    **train: Any,
 ) -> tuple[PruneRun, PretrainRun]:
     common: dict[str, Any] = {
         "parallel": parallel,
@@ -78,7 +84,7 @@ def jobs(
         then_pretrain="then.yaml",
     )
     then = PretrainRun(
-        **common,
+        **common | {"parallel": behind or parallel},
         train=TrainConfig(
             **steps,
             train_iters=RECOVERED,
@@ -113,19 +119,14 @@ def shear(
 
     def body(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        check_seam = run.check_seam
+        cut_in_flight = run.cut_in_flight
 
-        def keep(objective: Any, trainer: Any, **rest: Any) -> Any:
-            save_run(
-                folder / "seam",
-                Description(shape=trainer.shape, iteration=0, stage="pretrain"),
-                trainer.chunks,
-                trainer.optimizer,
-                trainer.groups,
-            )
-            return check_seam(objective, trainer, **rest)
+        def keep(old: Any, new: Any, gates: Any) -> None:
+            cut_in_flight(old, new, gates)
+            description = Description(shape=new.shape, iteration=0, stage="pretrain")
+            save_run(folder / "seam", description, new.chunks, new.optimizer, new.groups)
 
-        run.check_seam = keep  # type: ignore[assignment]
+        run.cut_in_flight = keep
         if broken is not None:
             broken()
         run.prune(prune, then)
@@ -212,8 +213,17 @@ def test_a_wrong_order_of_shards_is_noticed(text: TextRun, tmp_path: Path) -> No
     assert any(not torch.equal(found[name], weight) for name, weight in offline.items())
 
 
-def test_layouts_recover_alike(sheared: Sheared, text: TextRun, tmp_path: Path) -> None:
-    shear(text, tmp_path, WHOLE)
+@pytest.mark.parametrize(
+    ("at", "behind"), [(WHOLE, None), (SPLIT, layout(pp=2))], ids=["whole", "tp2-pp2-to-pp2-dp2"]
+)
+def test_layouts_recover_alike(
+    sheared: Sheared,
+    text: TextRun,
+    tmp_path: Path,
+    at: tuple[ParallelConfig, int],
+    behind: ParallelConfig | None,
+) -> None:
+    shear(text, tmp_path, at, behind=behind)
     here, there = scalars(tmp_path / "events"), scalars(sheared.folder / "events")
     for tag in ("train/lm-loss", "eval/mean-loss"):
         assert here[tag] == pytest.approx(there[tag], rel=REDUCTION_ORDER), tag
@@ -264,7 +274,7 @@ def test_float32_masters_are_cut_under_bf16(text: TextRun, tmp_path: Path) -> No
     [
         (
             lambda prune, then: (prune, replace(then, parallel=layout(tp=2))),
-            r"tensor_model_parallel_size is 2, pruning has 1.*one job keeps it",
+            r"world size 1 is not a multiple of --tensor-model-parallel-size",
         ),
         (
             lambda prune, then: (prune, replace(then, model=ModelConfig(bf16=True))),
