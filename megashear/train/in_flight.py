@@ -26,6 +26,7 @@ dL/dW = g dL/dV, so the mean of V's gradients is W's over g, and that of their s
 g squared. Adam's step, the one over the root of the other, is then the same for V as for W.
 """
 
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _SPLIT_OVER_TENSOR = frozenset({"vocab", "query", "key_value", "intermediate"})
 """Axes of the table that tensor parallelism divides."""
 
@@ -90,6 +91,8 @@ def _parameters(model: Optimized) -> _Parameters:
     found: _Parameters = {}
     for chunk in model.chunks:
         for name, parameter in _named(unwrap(chunk)):
+            if model.shape.tied_embeddings and name == _OUTPUT:
+                name = _EMBEDDING  # the last stage's copy of the first one's matrix
             main = masters.get(id(parameter), parameter)
             found[name] = (parameter, main, states[id(main)])
     return found
@@ -190,14 +193,14 @@ def _fill(
     for name, whole in wholes:  # every rank goes through all of them: they are made together
         row, layer = owners[name]
         fused = row.name.format(layer=layer)
-        part = row.parts[len(pending.setdefault(fused, []))]
-        assert part.hf_name.format(layer=layer) == name, "parts come in the table's order"
-        pending[fused].append(_slice(part, whole, groups))
-        if len(pending[fused]) < len(row.parts):
+        if fused not in own:
             continue
-        shards = pending.pop(fused)
-        if fused in own:
-            own[fused].copy_(layout.fuse(row, shards, local))
+        parts = pending.setdefault(fused, [])
+        part = row.parts[len(parts)]
+        assert part.hf_name.format(layer=layer) == name, "parts come in the table's order"
+        parts.append(_slice(part, whole, own[fused], groups))
+        if len(parts) == len(row.parts):
+            own[fused].copy_(layout.fuse(row, pending.pop(fused), local))
             filled.add(fused)
     assert filled == set(own), sorted(set(own) - filled)
 
@@ -221,9 +224,17 @@ def _split_axis(part: layout.Weight) -> int | None:
 
 def _join(part: layout.Weight, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
     axis = _split_axis(part)
-    return shards[0] if axis is None else torch.cat(list(shards), dim=axis)
+    if axis is None:
+        return shards[0]
+    # a vocabulary padded to divide ends in rows that no token reads
+    return torch.cat(list(shards), dim=axis).narrow(axis, 0, part.extents(shape)[axis])
 
 
-def _slice(part: layout.Weight, whole: Tensor, groups: ParallelGroups) -> Tensor:
+def _slice(part: layout.Weight, whole: Tensor, own: Tensor, groups: ParallelGroups) -> Tensor:
     axis = _split_axis(part)
-    return whole if axis is None else whole.chunk(groups.tensor_size, dim=axis)[groups.tensor_rank]
+    if axis is None:
+        return whole
+    if part.axes[axis] == "vocab":
+        padding = len(own) * groups.tensor_size - len(whole)
+        whole = torch.cat([whole, whole.new_zeros(padding, *whole.shape[1:])])
+    return whole.chunk(groups.tensor_size, dim=axis)[groups.tensor_rank]

@@ -154,7 +154,7 @@ class _Behind:
         """
         fresh = Start(shape=target, checkpoint=None, description=None, continues=False)
         manifest, references = check_inputs(config, fresh)
-        check_vocabulary(manifest, target, start.checkpoint)
+        check_vocabulary(manifest, target, start.tokenizer)
         return cls(config=config, manifest=manifest, references=references)
 
     def take_over(

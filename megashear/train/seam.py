@@ -44,6 +44,7 @@ def check_then(config: PruneRun, then: PretrainRun) -> None:
         )
     begins = {
         "load": then.train.load,
+        "load_hf": then.train.load_hf,
         "init_shape": then.init_shape,
         "finetune": then.train.finetune or None,
     }
