@@ -33,6 +33,7 @@ ONLY_IN = {
         "models/binding.py",
         "checkpoint/pickles.py",  # names of the file format only
         "checkpoint/store.py",
+        "checkpoint/torch_dist.py",  # names of the file format only
         "checkpoint/weights.py",
         "train/",
     ),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ from megashear.checkpoint.description import Description
 from megashear.checkpoint.weights import write_weights
 from megashear.data.domains import preprocess
 from megashear.shape import ModelShape
-from tests.ranks import run_ranks
 from tests.reference_llama import random_weights
 from tests.unit.data.conftest import DOMAIN_MODULES, docstrings, write_jsonl
 
@@ -98,11 +96,7 @@ def write_checkpoint(output: Path, shape: ModelShape, tokenizer: Path | None = N
     description = Description(shape=shape, iteration=0, stage="converted")
     # small weights, or the loss starts far above that of a uniform guess
     weights = random_weights(shape, scale=0.1)
-    # in a process of its own: megatron-core's writer must not be shared with ranks forked later
-    write: Callable[[int], Any] = lambda rank: write_weights(  # noqa: E731
-        output, weights, description, tokenizer=tokenizer
-    )
-    run_ranks(1, write)
+    write_weights(output, weights, description, tokenizer=tokenizer)
     return output
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megashear.checkpoint import tokenizer_files
 from megashear.checkpoint.aside import written_aside
+from megashear.checkpoint.formats import DTYPES, dtype_of
 from megashear.checkpoint.hf_config import CONFIG, config_of_shape, read_shape
 from megashear.models import layout
 from megashear.shape import ModelShape
@@ -25,12 +26,6 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 """Largest weights file, bytes, unless one tensor alone is larger. Source: transformers."""
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-"""Types that weights are stored in, by the name a user gives."""
 _STORED_DTYPES = {"F32", "BF16", "F16"}
 
 
@@ -134,17 +129,6 @@ def write_directory(
         _write_json(aside / CONFIG, config)
         tokenizer_files.copy_for_transformers(files, aside)
     return total_bytes
-
-
-def dtype_of(name: str | None) -> torch.dtype | None:
-    """The number format of a name a user gave; None, "as is", stays None.
-
-    Raises:
-        ValueError: ``name`` is no key of `DTYPES`.
-    """
-    if name is not None and name not in DTYPES:
-        raise ValueError(f"dtype is {name!r}, wanted one of {', '.join(DTYPES)}")
-    return None if name is None else DTYPES[name]
 
 
 class _Shards:

@@ -1,9 +1,11 @@
-"""The weights of a Megatron checkpoint, written whole and read tensor by tensor, on one process."""
+"""The weights of a Megatron checkpoint, written and read tensor by tensor, in one process."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megashear.checkpoint import tokenizer_files
-from megashear.checkpoint.aside import written_aside
+from megashear.checkpoint.aside import check_space, written_aside
 from megashear.checkpoint.description import (
     TOKENIZER,
     TRACKER,
@@ -25,14 +27,25 @@ from megashear.checkpoint.description import (
     read_description,
     write_description,
 )
+from megashear.checkpoint.formats import dtypes_of, stored_bytes
 from megashear.checkpoint.pickles import check_pickles
+from megashear.checkpoint.torch_dist import TorchDistFile, TorchDistWriter
+from megashear.checkpoint.workers import run_all
 from megashear.models import layout
-from megashear.parallel import device
-from megashear.parallel.launch import process_group
 from megashear.shape import ModelShape
 
 EXTRA_STATE = "_extra_state"
 """Last part of the names of megatron-core's byte entries, which hold nothing of ours."""
+FILE_BYTES = 2**31
+"""A file of a checkpoint ends with the parameter that makes it this long, bytes: some files of any
+large model, so that several are written and read at a time, and not one for every layer."""
+
+Row = tuple[layout.MegatronTensor, int | None]
+"""A Megatron parameter and its layer."""
+Witness = Callable[[str, Tensor, Tensor], None]
+"""Told of a weight: its Hugging Face name, as it was given, and as it is stored."""
+
+_WHERE = "the model to be written"
 
 
 def without_extra_state(sharded_state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,44 +67,53 @@ def write_weights(
     *,
     dtype: torch.dtype | None = None,
     tokenizer: Path | str | Iterable[Path | str] | None = None,
+    workers: int = 1,
+    witness: Witness | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> int:
     """Write a Megatron checkpoint of one iteration that loads at any layout.
 
     ``output`` becomes ``iter_NNNNNNN/`` (dist_checkpointing, format torch_dist, with
     megashear.json and tokenizer/) and ``latest_checkpointed_iteration.txt``; it is written aside
-    and renamed. The whole model is in memory once, in the format it is stored in. Collective over
-    the world where torch.distributed is open; else a private group of one is opened.
+    and renamed. Needs no process group; of several processes only one may call it. In memory are
+    the weights of one Megatron parameter for each worker, not the model.
 
     Args:
         output: directory to make; must not exist.
-        weights: every weight of the model by its Hugging Face name, or pairs of both (what `cut`
-            gives) in any order; taken one at a time.
+        weights: every weight of the model by its Hugging Face name, each read once; or pairs of
+            both (what `cut` gives) in any order, taken one at a time by one worker.
         description: what goes into megashear.json; the tokenizer's fingerprint and the token ids
             it lacks are added.
         dtype: number format to store; None keeps each weight's own.
         tokenizer: what `tokenizer_files.find` takes; its files are carried along.
+        workers: threads, each at its own file; the bytes written do not depend on their number.
+        witness: told of every weight when it is written; called by all workers.
+        finish: called with the checkpoint's directory when all is written, before it appears
+            under its name; if it raises, nothing appears.
 
     Returns:
         Bytes of weights written.
 
     Raises:
         ValueError: ``output`` exists; names or shapes are not the model's; weights that Megatron
-            fuses are of different formats.
+            keeps in one tensor are of different formats; the disk is full, or will be.
     """
-    from megatron.core import dist_checkpointing
-
-    device.install()
     shape, files = description.shape, tokenizer_files.find(tokenizer)
-    with written_aside(output) as aside, process_group():
+    with written_aside(output) as aside:
         directory = aside / iteration_name(description.iteration)
         directory.mkdir()
-        pairs = weights.items() if isinstance(weights, Mapping) else weights
-        entries, num_bytes = _entries(pairs, shape, dtype)
-        dist_checkpointing.save(entries, str(directory))
+        model = _Model(TorchDistWriter(directory), shape, dtype, witness)
+        if isinstance(weights, Mapping):
+            num_bytes = model.write_by_name(weights, workers)
+        else:
+            num_bytes = model.write_pairs(weights)
+        model.writer.finish()
         (directory / TOKENIZER).mkdir()
         tokenizer_files.copy(files, directory / TOKENIZER)
         write_description(directory, _with_tokenizer(description, files))
         (aside / TRACKER).write_text(str(description.iteration), encoding="utf-8")
+        if finish is not None:
+            finish(aside)
     return num_bytes
 
 
@@ -99,8 +121,8 @@ class CheckpointWeights(Mapping[str, Tensor]):
     """The weights of a Megatron checkpoint by Hugging Face name, each read when it is asked for.
 
     Pickles, names and shapes are checked at once; no weight is read before it is asked for. What
-    Megatron fuses is read together: ask for q, k, v one after the other. Optimizer states and
-    masks beside the weights are passed over.
+    Megatron fuses is read together: ask for q, k, v one after the other, in one thread. Several
+    threads may read. Optimizer states and masks beside the weights are passed over.
 
     Args:
         checkpoint: a checkpoint's directory, or one iteration's.
@@ -140,7 +162,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
         self._reader = FileSystemReader(self.directory)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._owners = layout.owners(self.shape)
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self._last = threading.local()  # of each thread's last parameter, what was not asked for
 
     @property
     def tokenizer(self) -> Path:
@@ -149,12 +171,18 @@ class CheckpointWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         row, layer = self._owners[name]
-        fused = row.name.format(layer=layer)
-        if self._last[0] != fused:
+        last = self._last.__dict__  # this thread's
+        if name not in last:
+            last.clear()  # or it would lie beside the next one
             parts = layout.split(row, self._read(row, layer), self.shape)
-            names = [part.hf_name.format(layer=layer) for part in row.parts]
-            self._last = (fused, dict(zip(names, parts)))
-        return self._last[1][name]
+            last.update(zip(_names(row, layer), parts))
+        found: Tensor = last.pop(name)  # asked for once, as a rule: not held beside its user
+        return found
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Number format of every weight."""
+        return {n: self._stored[row.key].properties.dtype for n, (row, _) in self._owners.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._owners)
@@ -198,54 +226,108 @@ class _IntoOneTensor(LoadPlanner):
     set_up_planner = create_local_plan = create_global_plan = finish_plan = load_bytes = _unused
 
 
-def _entries(
-    weights: Iterable[tuple[str, Tensor]], shape: ModelShape, dtype: torch.dtype | None
-) -> tuple[dict[str, Any], int]:
-    """The sharded state dict of the whole model, and the bytes in it."""
-    where = "the model to be written"
-    owners, shapes = layout.owners(shape), layout.hf_shapes(shape)
-    entries: dict[str, Any] = {}
-    pending: dict[str, dict[str, Tensor]] = {}  # by parameter, its weights seen so far
-    num_bytes, seen = 0, set()
-    for name, weight in weights:
-        seen.add(name)
-        if name not in owners:
-            continue  # refused with all others of its kind, below
-        layout.check_extents(name, weight.shape, shapes[name], where)
-        row, layer = owners[name]
-        fused = row.name.format(layer=layer)
-        parts = pending.setdefault(fused, {})
-        parts[name] = weight.detach().cpu().to(weight.dtype if dtype is None else dtype)
-        if len(parts) == len(row.parts):
-            whole = _fuse(row, layer, pending.pop(fused), shape)
-            entries[fused] = _sharded(row, layer, whole, shape)
-            num_bytes += whole.nbytes
-    layout.check_names(seen, shape, where)
-    return entries, num_bytes
+class _Model:
+    """A model on its way into a checkpoint, one Megatron parameter after the other."""
+
+    def __init__(
+        self,
+        writer: TorchDistWriter,
+        shape: ModelShape,
+        dtype: torch.dtype | None,
+        witness: Witness | None,
+    ) -> None:
+        self.writer, self.shape, self.dtype, self.witness = writer, shape, dtype, witness
+
+    def write_by_name(self, weights: Mapping[str, Tensor], workers: int) -> int:
+        """Write all files, several at a time; the bytes written."""
+        layout.check_names(weights.keys(), self.shape, _WHERE)
+        kept = {name: self.dtype or dtype for name, dtype in dtypes_of(weights).items()}
+        check_space(self.writer.directory.parent, stored_bytes(kept, self.shape))
+        files: list[list[Row]] = []
+        size = FILE_BYTES
+        for row, layer in layout.tensors(self.shape):
+            if size >= FILE_BYTES:
+                files.append([])
+                size = 0
+            files[-1].append((row, layer))
+            dtype = kept[_names(row, layer)[0]]
+            size += dtype.itemsize * torch.Size(row.extents(self.shape)).numel()
+
+        def fill(number: int, rows: list[Row]) -> Generator[int, None, None]:
+            with self.writer.file(number) as file:
+                for row, layer in rows:
+                    parts = {name: weights[name] for name in _names(row, layer)}
+                    yield self._add(file, row, layer, parts)
+
+        return run_all([fill(number, rows) for number, rows in enumerate(files)], workers)
+
+    def write_pairs(self, pairs: Iterable[tuple[str, Tensor]]) -> int:
+        """Write weights as they come; the bytes written."""
+        num_bytes = number = 0
+        with contextlib.ExitStack() as stack:
+            file: TorchDistFile | None = None
+            for row, layer, parts in self._complete(pairs):
+                if file is None or file.num_bytes >= FILE_BYTES:
+                    stack.close()
+                    file = stack.enter_context(self.writer.file(number))
+                    number += 1
+                num_bytes += self._add(file, row, layer, parts)
+        return num_bytes
+
+    def _complete(
+        self, pairs: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[tuple[layout.MegatronTensor, int | None, dict[str, Tensor]]]:
+        """Every Megatron parameter once all its weights have come."""
+        owners = layout.owners(self.shape)
+        pending: dict[str, dict[str, Tensor]] = {}  # by parameter, its weights seen so far
+        seen = set()
+        for name, weight in pairs:
+            seen.add(name)
+            if name not in owners:
+                continue  # refused with all others of its kind, below
+            row, layer = owners[name]
+            parts = pending.setdefault(row.name.format(layer=layer), {})
+            parts[name] = weight
+            del weight  # or the generator would hold it while the next is read
+            if len(parts) == len(row.parts):
+                del pending[row.name.format(layer=layer)]
+                yield row, layer, {part: parts[part] for part in _names(row, layer)}
+        layout.check_names(seen, self.shape, _WHERE)
+
+    def _add(
+        self,
+        file: TorchDistFile,
+        row: layout.MegatronTensor,
+        layer: int | None,
+        parts: Mapping[str, Tensor],
+    ) -> int:
+        stored = {}
+        for (name, weight), part in zip(parts.items(), row.parts):
+            layout.check_extents(name, weight.shape, part.extents(self.shape), _WHERE)
+            stored[name] = weight.detach().cpu().to(self.dtype or weight.dtype)
+        whole = _fuse(row, stored, self.shape)
+        # where GPTModel.sharded_state_dict() puts it: the layer axis before the parameter's own
+        box, first = (whole, []) if layer is None else (whole[None], [layer])
+        extents = row.stored_extents(self.shape)
+        file.add(row.key, box, extents, [*first, *[0] * whole.dim()])
+        if self.witness is not None:
+            # taken apart again: what a reader of the checkpoint will find
+            for name, found in zip(parts, layout.split(row, whole, self.shape)):
+                self.witness(name, parts[name], found)
+        return whole.nbytes
 
 
-def _fuse(
-    row: layout.MegatronTensor, layer: int | None, parts: dict[str, Tensor], shape: ModelShape
-) -> Tensor:
+def _fuse(row: layout.MegatronTensor, parts: Mapping[str, Tensor], shape: ModelShape) -> Tensor:
     if len({part.dtype for part in parts.values()}) > 1:
         raise ValueError(
             f"{', '.join(parts)} are of {', '.join(str(p.dtype) for p in parts.values())}, but "
             f"Megatron keeps them in one tensor; choose one dtype for the output"
         )
-    in_order = [parts[part.hf_name.format(layer=layer)] for part in row.parts]
-    return layout.fuse(row, in_order, shape)
+    return layout.fuse(row, list(parts.values()), shape)
 
 
-def _sharded(
-    row: layout.MegatronTensor, layer: int | None, whole: Tensor, shape: ModelShape
-) -> Any:
-    """Where a whole parameter lies in the checkpoint: as GPTModel.sharded_state_dict() says."""
-    from megatron.core.dist_checkpointing import ShardedTensor
-
-    if layer is None:
-        return ShardedTensor.from_rank_offsets(row.key, whole)
-    stacked = (0, layer, shape.num_layers)  # the layer axis, put before the parameter's own
-    return ShardedTensor.from_rank_offsets(row.key, whole, stacked, prepend_axis_num=1)
+def _names(row: layout.MegatronTensor, layer: int | None) -> list[str]:
+    return [part.hf_name.format(layer=layer) for part in row.parts]
 
 
 def _with_tokenizer(description: Description, files: list[Path]) -> Description:

@@ -34,7 +34,7 @@ def test_checkpoints_of_megatron_core_are_read(
     tmp_path: Path, tp: int, pp: int, byte_entries: bool
 ) -> None:
     weights: dict[str, Tensor] = random_weights(GROUPED)
-    run_ranks(1, lambda rank: write_weights(tmp_path / "ours", weights.items(), DESCRIPTION))
+    write_weights(tmp_path / "ours", weights.items(), DESCRIPTION)
     output = tmp_path / "iter_0000005"
     output.mkdir()
     source = tmp_path / "ours" / "iter_0000005"

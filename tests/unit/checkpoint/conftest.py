@@ -1,7 +1,7 @@
 """Checkpoints written in the test process itself."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,17 +15,8 @@ from tests.unit.checkpoint.shapes import GROUPED, MULTI_HEAD
 
 
 @pytest.fixture(scope="package")
-def own_writer() -> Iterator[None]:
-    """Give back megatron-core's writer queue, which ranks forked later would share."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    yield
-    filesystem_async._results_queue = None
-
-
-@pytest.fixture(scope="package")
 def checkpoints(
-    tmp_path_factory: pytest.TempPathFactory, own_writer: None
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, tuple[Path, ModelShape, dict[str, Tensor]]]:
     """Directory, shape and weights of a grouped and a multi-head checkpoint; do not change them."""
     folder, made = tmp_path_factory.mktemp("checkpoints"), {}

@@ -16,8 +16,6 @@ from megashear.shape import ModelShape
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.shapes import CUT_GROUPED, GROUPED, MULTI_HEAD
 
-pytestmark = pytest.mark.usefixtures("own_writer")
-
 
 def write_hf(directory: Path, shape: ModelShape, dtype: str | None = None) -> dict[str, Tensor]:
     hf.write_directory(

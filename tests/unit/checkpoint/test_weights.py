@@ -35,7 +35,7 @@ def test_weights_are_read_back_bit_by_bit(checkpoints: Checkpoints, name: str) -
 
 
 @NAMES
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)])
 def test_megatron_core_loads_every_weight_at_any_layout(
     checkpoints: Checkpoints, name: str, tp: int, pp: int
 ) -> None:
@@ -149,8 +149,8 @@ SHAPE = GROUPED.to_dict()
         ),
         (lambda d: (d / "__0_0.distcp").unlink(), "is incomplete: .* which is missing; copy it"),
         (
-            lambda d: (d / "__0_1.distcp").write_bytes(b"short"),
-            "ends at byte [0-9,]+ of __0_1.distcp, which is 5 bytes",
+            lambda d: (d / "__0_0.distcp").write_bytes(b"short"),
+            "ends at byte [0-9,]+ of __0_0.distcp, which is 5 bytes",
         ),
         (lambda d: (d.parent / "latest_checkpointed_iteration.txt").unlink(), "has no latest_"),
         (

@@ -1,0 +1,48 @@
+"""Number formats that weights are stored in, and what each weight of a model is in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megashear.models import layout
+from megashear.shape import ModelShape
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""Types that weights are stored in, by the name a user gives."""
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The number format of a name a user gave; None, "as is", stays None.
+
+    Raises:
+        ValueError: ``name`` is no key of `DTYPES`.
+    """
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}, wanted one of {', '.join(DTYPES)}")
+    return None if name is None else DTYPES[name]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name a user gives to a number format: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtypes_of(weights: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Number format of every weight by name; what is on disk (``weights.dtypes``) is not read."""
+    known: Mapping[str, torch.dtype] | None = getattr(weights, "dtypes", None)
+    return {name: weight.dtype for name, weight in weights.items()} if known is None else {**known}
+
+
+def stored_bytes(dtypes: Mapping[str, torch.dtype], shape: ModelShape) -> int:
+    """Bytes of a model's weights in the given formats, by Hugging Face name."""
+    return sum(
+        dtypes[name].itemsize * torch.Size(extents).numel()
+        for name, extents in layout.hf_shapes(shape).items()
+    )

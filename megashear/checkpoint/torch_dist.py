@@ -1,0 +1,166 @@
+"""Write megatron-core's torch_dist format tensor by tensor, without a process group."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megashear.checkpoint.pickles import COMMON, METADATA
+
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""metadata.json. Source: megatron-core 0.16.1, dist_checkpointing `CheckpointingConfig`."""
+
+
+class TorchDistWriter:
+    """One directory of ``*.distcp`` files and the index that makes a checkpoint of them.
+
+    Files may be filled by several threads, each its own. Nothing reads the directory as a
+    checkpoint before `finish`.
+
+    Args:
+        directory: exists, and holds no checkpoint.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._entries: dict[tuple[str, tuple[int, ...]], tuple[tuple[int, ...], _StorageInfo]] = {}
+        self._tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._lock = threading.Lock()
+
+    def file(self, number: int) -> TorchDistFile:
+        """The ``number``-th file, to be filled in a ``with`` block."""
+        return TorchDistFile(self, f"__0_{number}.distcp")
+
+    def finish(self) -> None:
+        """Write the index: from here on the directory is a checkpoint."""
+        metadata = Metadata({}, storage_data={}, storage_meta=StorageMeta())
+        for (key, offsets), (sizes, place) in sorted(self._entries.items()):
+            extents, dtype = self._tensors[key]
+            tensor = metadata.state_dict_metadata.setdefault(
+                key, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(extents), [])
+            )
+            assert isinstance(tensor, TensorStorageMetadata)
+            tensor.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+            metadata.storage_data[MetadataIndex(key, offsets)] = place
+        torch.save({}, self.directory / COMMON)
+        (self.directory / METADATA).write_bytes(pickle.dumps(metadata))
+        (self.directory / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+
+    def _check_dtype(self, key: str, extents: Sequence[int], dtype: torch.dtype) -> None:
+        with self._lock:
+            first = self._tensors.setdefault(key, (tuple(extents), dtype))
+        assert first[0] == tuple(extents), f"{key} has two shapes"
+        if first[1] != dtype:
+            raise ValueError(
+                f"{key} is of {first[1]} in one layer and of {dtype} in another, but Megatron "
+                f"keeps all layers in one tensor; choose one dtype for the output"
+            )
+
+    def _add(self, key: str, offsets: Sequence[int], sizes: Sequence[int], place: Any) -> None:
+        with self._lock:
+            assert (key, tuple(offsets)) not in self._entries, f"{key} at {offsets} written twice"
+            self._entries[key, tuple(offsets)] = (tuple(sizes), place)
+
+
+class TorchDistFile:
+    """One ``*.distcp`` file: entries of ``torch.save`` one after the other, as torch writes them.
+
+    Source: torch 2.13, torch.distributed.checkpoint.filesystem.
+    """
+
+    def __init__(self, writer: TorchDistWriter, name: str) -> None:
+        self.writer, self.name = writer, name
+        self.num_bytes = 0
+
+    def __enter__(self) -> TorchDistFile:
+        self._stream = _Stream((self.writer.directory / self.name).open("wb"))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stream.end(durable=error is None)
+
+    def add(self, key: str, tensor: Tensor, extents: Sequence[int], offsets: Sequence[int]) -> None:
+        """Append one box of a tensor.
+
+        Args:
+            key: of the tensor in the checkpoint.
+            tensor: what the box holds, on the CPU, in the format it is stored in.
+            extents: global shape of the whole tensor.
+            offsets: where in it the box begins.
+
+        Raises:
+            ValueError: another box of the tensor is of another format.
+            OSError: the file cannot be written to.
+        """
+        self.writer._check_dtype(key, extents, tensor.dtype)
+        assert len(tensor.shape) == len(extents) == len(offsets), f"{key} {list(tensor.shape)}"
+        tensor = tensor.contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # torch.save would write the whole storage
+        begin = self._stream.position
+        try:
+            torch.save(tensor, cast(IO[bytes], self._stream))
+        except RuntimeError:
+            if self._stream.error is not None:  # torch words it as its own
+                raise self._stream.error from None
+            raise
+        place = _StorageInfo(self.name, begin, self._stream.position - begin)
+        self.writer._add(key, offsets, tensor.shape, place)
+        self.num_bytes += tensor.nbytes
+
+
+class _Stream:
+    """Counts what torch.save writes, and keeps the error that it would hide."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.position = file, 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        size = memoryview(data).nbytes
+        self.position += size
+        return size
+
+    def flush(self) -> None:
+        pass  # once, at the end
+
+    def end(self, *, durable: bool) -> None:
+        try:
+            if durable:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
