@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megashear.checkpoint import integrity
+
 _WAY_OUT = {
     errno.ENOSPC: "the disk is full; free space, or choose an output on another disk",
     errno.EDQUOT: "the quota is used up; free space, or choose an output outside of it",
@@ -52,7 +54,7 @@ def written_aside(output: Path | str) -> Iterator[Path]:
             _sync(aside)
             check_absent(output)  # rename replaces an empty directory without asking
             aside.rename(output)
-            _sync_directory(output.parent)
+            integrity.sync_directory(output.parent)
         except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
             if isinstance(error, OSError):
@@ -148,13 +150,5 @@ def _sync(directory: Path) -> None:
             finally:
                 os.close(handle)
         else:
-            _sync_directory(path)
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            integrity.sync_directory(path)
+    integrity.sync_directory(directory)

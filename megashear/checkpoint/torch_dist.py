@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, cast
 
 import torch
@@ -23,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megashear.checkpoint.integrity import FileSum, HashingFile
 from megashear.checkpoint.pickles import COMMON, METADATA
 
 _FORMAT = {
@@ -49,6 +48,8 @@ class TorchDistWriter:
         self._entries: dict[tuple[str, tuple[int, ...]], tuple[tuple[int, ...], _StorageInfo]] = {}
         self._tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._lock = threading.Lock()
+        self.sums: dict[str, FileSum] = {}
+        """Size and checksum of every file that is written, by name."""
 
     def file(self, number: int) -> TorchDistFile:
         """The ``number``-th file, to be filled in a ``with`` block."""
@@ -96,16 +97,12 @@ class TorchDistFile:
         self.num_bytes = 0
 
     def __enter__(self) -> TorchDistFile:
-        self._stream = _Stream((self.writer.directory / self.name).open("wb"))
+        self._stream = _Stream(self.writer.directory / self.name)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stream.end(durable=error is None)
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._stream.__exit__(kind, *rest)
+        self.writer.sums[self.name] = self._stream.sum
 
     def add(self, key: str, tensor: Tensor, extents: Sequence[int], offsets: Sequence[int]) -> None:
         """Append one box of a tensor.
@@ -125,42 +122,27 @@ class TorchDistFile:
         tensor = tensor.contiguous()
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save would write the whole storage
-        begin = self._stream.position
+        begin = self._stream.tell()
         try:
             torch.save(tensor, cast(IO[bytes], self._stream))
         except RuntimeError:
             if self._stream.error is not None:  # torch words it as its own
                 raise self._stream.error from None
             raise
-        place = _StorageInfo(self.name, begin, self._stream.position - begin)
+        place = _StorageInfo(self.name, begin, self._stream.tell() - begin)
         self.writer._add(key, offsets, tensor.shape, place)
         self.num_bytes += tensor.nbytes
 
 
-class _Stream:
-    """Counts what torch.save writes, and keeps the error that it would hide."""
+class _Stream(HashingFile):
+    """Keeps the error of writing, which torch.save would hide behind one of its own."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.position = file, 0
-        self.error: OSError | None = None
+    error: OSError | None = None
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append ``data``; how many bytes it has."""
         try:
-            self._file.write(data)
+            return super().write(data)
         except OSError as error:
             self.error = error
             raise
-        size = memoryview(data).nbytes
-        self.position += size
-        return size
-
-    def flush(self) -> None:
-        pass  # once, at the end
-
-    def end(self, *, durable: bool) -> None:
-        try:
-            if durable:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        finally:
-            self._file.close()

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megashear.checkpoint import tokenizer_files
+from megashear.checkpoint import integrity, tokenizer_files
 from megashear.checkpoint.aside import check_space, written_aside
 from megashear.checkpoint.description import (
     TOKENIZER,
@@ -111,6 +111,7 @@ def write_weights(
         (directory / TOKENIZER).mkdir()
         tokenizer_files.copy(files, directory / TOKENIZER)
         write_description(directory, _with_tokenizer(description, files))
+        integrity.write(directory, model.writer.sums)
         (aside / TRACKER).write_text(str(description.iteration), encoding="utf-8")
         if finish is not None:
             finish(aside)
