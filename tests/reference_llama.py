@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -22,19 +23,32 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         shapes[at + "self_attn.q_proj.weight"] = (q, h)
         shapes[at + "self_attn.k_proj.weight"] = (kv, h)
         shapes[at + "self_attn.v_proj.weight"] = (kv, h)
+        if shape.qkv_bias:
+            for part, rows in (("q", q), ("k", kv), ("v", kv)):
+                shapes[f"{at}self_attn.{part}_proj.bias"] = (rows,)
+        if shape.qk_norm:
+            shapes[at + "self_attn.q_norm.weight"] = (d,)
+            shapes[at + "self_attn.k_norm.weight"] = (d,)
         shapes[at + "self_attn.o_proj.weight"] = (h, q)
         shapes[at + "post_attention_layernorm.weight"] = (h,)
         shapes[at + "mlp.gate_proj.weight"] = (i, h)
         shapes[at + "mlp.up_proj.weight"] = (i, h)
         shapes[at + "mlp.down_proj.weight"] = (h, i)
-    return shapes | {"model.norm.weight": (h,), "lm_head.weight": (shape.vocab_size, h)}
+    shapes["model.norm.weight"] = (h,)
+    if not shape.tied_embeddings:
+        shapes["lm_head.weight"] = (shape.vocab_size, h)
+    return shapes
 
 
 def random_weights(shape: ModelShape, seed: int = 0, scale: float = 0.2) -> dict[str, Tensor]:
-    """Weights by Hugging Face name, float32; norms near 1, so that no gate or norm is a no-op."""
+    """Weights by Hugging Face name, float32; norms near 1, so that no gate or norm is a no-op.
+
+    Biases are as large as what they are added to.
+    """
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.randn(extents, generator=generator) * scale + float(len(extents) == 1)
+        name: torch.randn(extents, generator=generator) * (1.0 if "bias" in name else scale)
+        + float("norm" in name)
         for name, extents in hf_shapes(shape).items()
     }
 
@@ -75,9 +89,11 @@ def forward(
         mean_square = x[..., is_open].square().mean(-1, keepdim=True)  # over open dims only
         return x * torch.rsqrt(mean_square + shape.norm_epsilon) * weight * z_hidden
 
+    def head_norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + shape.norm_epsilon) * weight
+
     b, s = tokens.shape
-    frequency = shape.rotary_base ** (-torch.arange(0, d, 2).float() / d)  # [d/2]
-    angle = torch.arange(s).float()[:, None] * frequency  # [s, d/2]
+    angle = torch.arange(s).float()[:, None] * frequencies(shape)  # [s, d/2]
     cos, sin = (f(torch.cat([angle, angle], dim=-1)) for f in (torch.cos, torch.sin))
 
     def rotate(x: Tensor) -> Tensor:
@@ -89,10 +105,16 @@ def forward(
     for layer in range(L):
         at = f"model.layers.{layer}."
         y = norm(x, w[at + "input_layernorm.weight"])
-        q, k, v = (
-            (y @ w[f"{at}self_attn.{part}_proj.weight"].T).view(b, s, -1, d).transpose(1, 2)
-            for part in "qkv"
-        )  # [b, H, s, d] and twice [b, G, s, d]
+        q, k, v = (y @ w[f"{at}self_attn.{part}_proj.weight"].T for part in "qkv")
+        if shape.qkv_bias:
+            q, k, v = (
+                x + w[f"{at}self_attn.{p}_proj.bias"] for x, p in ((q, "q"), (k, "k"), (v, "v"))
+            )
+        q, k, v = (t.view(b, s, -1, d).transpose(1, 2) for t in (q, k, v))
+        # [b, H, s, d] and twice [b, G, s, d]
+        if shape.qk_norm:
+            q = head_norm(q, w[at + "self_attn.q_norm.weight"])
+            k = head_norm(k, w[at + "self_attn.k_norm.weight"])
         q, k = rotate(q), rotate(k)
         k, v = (t.repeat_interleave(per_group, dim=1) for t in (k, v))  # [b, H, s, d]
         scores = (q @ k.transpose(2, 3)) / d**0.5
@@ -106,7 +128,31 @@ def forward(
             y = y * z_neuron[layer]
         y = y @ w[at + "mlp.down_proj.weight"].T
         x = x + y * z_layer[layer] * z_hidden
-    return norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
+    output = w["model.embed_tokens.weight" if shape.tied_embeddings else "lm_head.weight"]
+    return norm(x, w["model.norm.weight"]) @ output.T
+
+
+def frequencies(shape: ModelShape) -> Tensor:
+    """Angle per position of each pair of dimensions, [d/2], one pair at a time."""
+    scaling, found = shape.rope_scaling, []
+    for pair in range(shape.head_dim // 2):
+        frequency = shape.rotary_base ** (-2 * pair / shape.head_dim)
+        wavelength = 2 * math.pi / frequency  # positions per turn
+        if scaling is not None and scaling.kind == "linear":
+            frequency /= scaling.factor
+        elif scaling is not None:
+            longest = scaling.original_max_position_embeddings / scaling.low_freq_factor
+            shortest = scaling.original_max_position_embeddings / scaling.high_freq_factor
+            if wavelength > longest:
+                frequency /= scaling.factor
+            elif wavelength >= shortest:
+                smooth = scaling.original_max_position_embeddings / wavelength
+                smooth = (smooth - scaling.low_freq_factor) / (
+                    scaling.high_freq_factor - scaling.low_freq_factor
+                )
+                frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+        found.append(frequency)
+    return torch.tensor(found)
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -36,6 +36,8 @@ TARGET = ModelShape(
     vocab_size=64,
     max_position_embeddings=32,
 )
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Matrices whose rows are tokens."""
 SEQUENCE = 16
 BATCH = 8
 
@@ -65,7 +67,9 @@ def shard(name: str, whole: Tensor, rank: int, size: int) -> Tensor:
     """What tensor rank ``rank`` of ``size`` holds of a weight."""
     if name.endswith("linear_fc1.weight"):
         return torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
-    if name.endswith(("linear_qkv.weight", "word_embeddings.weight", "output_layer.weight")):
+    if name in VOCABULARY:  # padded until tensor ranks divide it
+        whole = torch.cat([whole, whole.new_zeros(-len(whole) % size, whole.size(1))])
+    if name in VOCABULARY or name.endswith(("linear_qkv.weight", "linear_qkv.bias")):
         return whole.chunk(size)[rank]
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return whole.chunk(size, dim=1)[rank]
@@ -77,7 +81,7 @@ def unshard(name: str, pieces: Sequence[Tensor]) -> Tensor:
     if name.endswith("linear_fc1.weight"):
         halves = [piece.chunk(2) for piece in pieces]
         return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
-    if name.endswith(("linear_qkv.weight", "word_embeddings.weight", "output_layer.weight")):
+    if name in VOCABULARY or name.endswith(("linear_qkv.weight", "linear_qkv.bias")):
         return torch.cat(list(pieces))
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return torch.cat(list(pieces), dim=1)
@@ -96,6 +100,8 @@ def named_parameters(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Pa
                 _, _, local, rest = name.split(".", 3)
                 number = gpt.decoder.layers[int(local)].layer_number - 1
                 name = f"decoder.layers.{number}.{rest}"
+            if name == "output_layer.weight" and gpt.share_embeddings_and_output_weights:
+                name = "embedding.word_embeddings.weight"  # the last stage's copy
             named[name] = parameter
     return named
 
@@ -119,7 +125,11 @@ def assemble(ranks: Sequence[Mapping[str, Tensor]], order: Sequence[int]) -> dic
     names = sorted({name for held in ranks for name in held})
     whole = {}
     for name in names:
-        pieces = {order[rank]: held[name] for rank, held in enumerate(ranks) if name in held}
+        pieces: dict[int, Tensor] = {}
+        for rank, held in zip(order, ranks):
+            if name in held:
+                known = pieces.setdefault(rank, held[name])
+                assert torch.equal(known, held[name]), f"copies of {name} differ between stages"
         whole[name] = unshard(name, [pieces[rank] for rank in sorted(pieces)])
     return whole
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import operator
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
@@ -35,6 +37,7 @@ from megashear.checkpoint.weights import without_extra_state
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import MaskPart, MaskSet
 from megashear.masks.optimizer import MaskOptimizer
+from megashear.models import layout
 from megashear.models.binding import SPLIT_OVER_TENSOR
 from megashear.models.llama import unwrap
 from megashear.parallel import device
@@ -119,6 +122,7 @@ def save_run(
     state["optimizer"] = optimizer.sharded_state_dict(model, metadata=_metadata())
     if masks is not None:
         state["masks"] = _mask_entries(masks, groups)
+    _without_padding(state, unwrap(chunks[0]).num_tokens)
     dist_checkpointing.save(state, str(aside))
     with raise_together():
         if groups.rank == 0:
@@ -164,7 +168,7 @@ def load_weights(checkpoint: Path | str, chunks: Sequence[torch.nn.Module]) -> N
     directory = find_iteration(checkpoint)
     with raise_together():
         check_pickles(directory)
-    _fill(chunks, _read(_model_entries(chunks), directory))
+    _fill(chunks, _read(_model_entries(chunks), directory, unwrap(chunks[0]).num_tokens))
 
 
 def load_run(
@@ -195,7 +199,7 @@ def load_run(
     state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata())
     if masks is not None:
         state["masks"] = _mask_entries(masks, groups)
-    loaded = _read(state, directory)
+    loaded = _read(state, directory, unwrap(chunks[0]).num_tokens)
     _fill(chunks, loaded)
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
@@ -229,7 +233,7 @@ def read_log_alpha(checkpoint: Path | str) -> dict[str, Tensor]:
             )
             for kind, extents in masks.items()
         }
-        loaded = _read(dict(wanted), directory)
+        loaded = _read(dict(wanted), directory, 0)
     return {kind: loaded[kind].reshape(extents) for kind, extents in masks.items()}
 
 
@@ -251,8 +255,9 @@ def check_save_directory(save: str | None, load: str | None, *, resume: bool) ->
         )
 
 
-def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+def _read(state: dict[str, Any], directory: Path, num_tokens: int) -> dict[str, Any]:
     """dist_checkpointing.load, whose complaints are no Exceptions and would miss every handler."""
+    padded = _without_padding(state, num_tokens)
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory))
     except (CheckpointException, CheckpointingException) as error:
@@ -260,7 +265,47 @@ def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
             f"checkpoint {directory} does not fit this run: {error}; load it with the shape and "
             f"stage it was saved with, or add --finetune to take only its weights"
         ) from error
+    for path, num_rows in padded:
+        *parents, last = path
+        holder = functools.reduce(operator.getitem, parents, loaded)
+        missing = num_rows - len(holder[last])
+        holder[last] = torch.nn.functional.pad(holder[last], (0, 0, 0, missing))
     return loaded
+
+
+def _without_padding(state: Any, num_tokens: int) -> list[tuple[tuple[Any, ...], int]]:
+    """Leave the padding of the vocabulary out of a sharded state dict, which is changed in place.
+
+    How much of it there is depends on the layout, and a checkpoint has none.
+
+    Returns:
+        Where tensors were shortened in this rank's ``state``, and their rows before.
+    """
+    shortened = []
+    items = enumerate(state) if isinstance(state, list) else list(state.items())
+    for name, entry in items:
+        if isinstance(entry, dict | list):
+            inside = _without_padding(entry, num_tokens)
+            shortened += [((name, *path), num_rows) for path, num_rows in inside]
+        elif isinstance(entry, ShardedTensor) and entry.key.endswith(layout.VOCABULARY):
+            # megatron-core would take a checkpoint of any vocabulary and fill up with zeros
+            entry.allow_shape_mismatch = False
+            num_rows, width = entry.local_shape
+            kept = min(max(num_tokens - entry.global_offset[0], 0), num_rows)
+            if entry.global_shape[0] == num_tokens:
+                continue
+            if not kept:  # nothing but padding here: not stored, and given back as it is
+                state[name] = LocalNonpersistentObject(torch.zeros_like(entry.data))
+                continue
+            state[name] = dataclasses.replace(
+                entry,
+                data=entry.data[:kept],
+                local_shape=(kept, width),
+                global_shape=(num_tokens, width),
+                axis_fragmentations=None,  # shards of unequal size
+            )
+            shortened.append(((name,), num_rows))
+    return shortened
 
 
 def _model_entries(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The parts of a LLaMA layer that run on any device: attention and RMSNorm."""
+"""The parts of a LLaMA that run on any device: attention, RMSNorm, rotary table, padding."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megashear.shape import ModelShape
 
 
 class CausalAttention(MegatronModule):
@@ -53,7 +56,7 @@ class CausalAttention(MegatronModule):
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the hidden dimension, aware of sequence parallelism."""
+    """Root-mean-square norm over the last dimension, aware of sequence parallelism."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
@@ -65,5 +68,46 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Norm ``x``, [s, b, h]; the mean square is taken in float32."""
+        """Norm ``x``, [..., hidden_size]; the mean square is taken in float32."""
         return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+
+
+def rotary_frequencies(shape: ModelShape) -> Tensor:
+    """Angle per position of every pair of head dimensions, radians, float32, [d/2].
+
+    Source: Su et al. 2021 (arXiv:2104.09864); for stretched tables transformers
+    `modeling_rope_utils`, types "linear" and "llama3".
+    """
+    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+    plain = 1.0 / shape.rotary_base**exponents  # [d/2]
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return plain
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    # waves that fit into the original context at least high_freq_factor times are kept, those
+    # that fit less than low_freq_factor times are stretched, and those between are blended
+    turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0.0, 1.0)
+    return (1.0 - kept) * plain / scaling.factor + kept * plain
+
+
+class VocabularyPadding:
+    """Forward hook of the output layer that keeps padding rows out of the softmax.
+
+    With them in it, the loss would depend on how many a layout needs. A logit of minus infinity
+    has probability 0 and gradient 0, so padding rows also stay as they are.
+
+    Args:
+        num_own: rows of this rank's slice that are tokens; those after them are padding.
+    """
+
+    def __init__(self, num_own: int) -> None:
+        self.num_own = num_own
+
+    def __call__(self, module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        """Close the padding's logits in ``output``, ([s, b, vocab/tp], bias), in place."""
+        logits, bias = output
+        logits[..., self.num_own :] = -math.inf
+        return logits, bias

@@ -193,6 +193,9 @@ def _table(qkv_bias: bool, qk_norm: bool, tied: bool) -> tuple[MegatronTensor, .
     )
 
 
+VOCABULARY = (_EMBEDDING.key, _OUTPUT.key)
+"""Keys of what has a row for every token, which runs pad until tensor ranks divide it."""
+
 NOT_WEIGHTS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 """Names tolerated in a Hugging Face file and ignored: rotary tables that old releases of
 transformers stored, which config.json gives as well."""

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from megashear.config import ModelConfig, ParallelConfig
+from megashear.models.core import VocabularyPadding, rotary_frequencies
 from megashear.models.masked_layers import EmbeddingGate
 from megashear.models.specs import Variant, block_spec
 from megashear.parallel import device
@@ -39,7 +40,6 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, *, role: str = "mo
         "num_query_groups",
         "num_attention_heads",
         "ffn_hidden_size",
-        "vocab_size",
     ):
         value = getattr(shape, extent)
         if value % tp:
@@ -52,7 +52,6 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, *, role: str = "mo
                         "num_query_groups",
                         "num_attention_heads",
                         "ffn_hidden_size",
-                        "vocab_size",
                     )
                 )
             ]
@@ -94,6 +93,10 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        # also makes megatron-core sum the gradients of these norms over tensor ranks, each of
+        # which sees its own heads alone
+        qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # fused kernels that need Apex or Transformer Engine are not assumed
@@ -195,6 +198,17 @@ def build_chunks(
     ]
 
 
+def padded_vocab_size(shape: ModelShape, tensor_size: int) -> int:
+    """Rows of the embedding in a run: the vocabulary, and padding until tensor ranks divide it."""
+    return -(-shape.vocab_size // tensor_size) * tensor_size
+
+
+def own_vocab_size(shape: ModelShape, tensor_size: int, tensor_rank: int) -> int:
+    """How many rows of a tensor rank's slice of the embedding are tokens; padding follows them."""
+    rows = padded_vocab_size(shape, tensor_size) // tensor_size
+    return min(max(shape.vocab_size - tensor_rank * rows, 0), rows)
+
+
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
     """The GPTModel inside data-parallel and mixed-precision wrappers."""
     while not isinstance(chunk, GPTModel):
@@ -214,18 +228,33 @@ def _build_chunk(
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=block_spec(config, variant, vp_stage=vp_stage),
-        vocab_size=shape.vocab_size,
+        vocab_size=padded_vocab_size(shape, groups.tensor_size),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=first,
         post_process=last,
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=shape.rotary_base,
         vp_stage=vp_stage,
     )
+    # megatron-core stretches tables of one kind only, and with constants of its own
+    gpt.rotary_pos_emb.inv_freq = rotary_frequencies(shape).to(device.device())
+    gpt.num_tokens = shape.vocab_size  # gpt.vocab_size counts the padding too
+    if gpt.vocab_size != gpt.num_tokens:
+        _close_padding(gpt, own_vocab_size(shape, groups.tensor_size, groups.tensor_rank))
     if variant == "masked":
         gpt.embedding_gate = EmbeddingGate()
         if first:
             gpt.embedding.register_forward_hook(gpt.embedding_gate)
     gpt.to(device.device())
     return Float16Module(config, gpt) if config.bf16 else gpt
+
+
+def _close_padding(gpt: GPTModel, num_own: int) -> None:
+    """Make the padding rows of this rank zeros that no loss depends on."""
+    with torch.no_grad():
+        for name, weight in gpt.named_parameters():
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                weight[num_own:] = 0.0
+    if gpt.post_process:
+        gpt.output_layer.register_forward_hook(VocabularyPadding(num_own))

@@ -50,24 +50,27 @@ def block_spec(
             get_gpt_layer_with_transformer_engine_spec,
         )
 
-        return get_gpt_layer_with_transformer_engine_spec()
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     masked = variant == "masked"
     norm = MaskedRMSNorm if masked else RMSNorm
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(masked)] * get_num_layers_to_build(config, vp_stage=vp_stage),
+        layer_specs=[_layer_spec(masked, config.qk_layernorm)]
+        * get_num_layers_to_build(config, vp_stage=vp_stage),
         layer_norm=norm,
     )
 
 
-def _layer_spec(masked: bool) -> ModuleSpec:
+def _layer_spec(masked: bool, qk_layernorm: bool) -> ModuleSpec:
     norm = MaskedRMSNorm if masked else RMSNorm
+    # over head_dim, which no mask closes any part of: the plain norm, masked or not
+    head_norm = RMSNorm if qk_layernorm else IdentityOp
     row_parallel = MaskedRowParallelLinear if masked else RowParallelLinear
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=CausalAttention,
         linear_proj=row_parallel,
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
     )
     # MLP itself, not a subclass: TransformerLayer passes the tensor group to that class only
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel)

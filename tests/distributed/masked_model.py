@@ -20,7 +20,7 @@ from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train.schedule import run_schedule
 from tests.ranks import run_ranks
-from tests.tiny import assemble, named_parameters, set_weights
+from tests.tiny import VOCABULARY, assemble, named_parameters, set_weights
 
 Sampler = Callable[[MaskSet], Mapping[int, Mapping[str, Tensor]]]
 """Gates of this rank by stream and kind, from its masks."""
@@ -122,7 +122,7 @@ def run_pass(
             "mask_grads": {kind: mask.grad for kind, mask in masks.log_alpha.items()},
         }
 
-    return _whole(run_ranks(parallel.model_parallel_size, body))
+    return _whole(run_ranks(parallel.model_parallel_size, body), source.vocab_size)
 
 
 def own_logits(
@@ -182,14 +182,19 @@ def whole_rows(kind: str, ranks: Sequence[Mapping[str, Any]], held: str, key: An
     return whole
 
 
-def _whole(ranks: Sequence[Mapping[str, Any]]) -> Pass:
+def _whole(ranks: Sequence[Mapping[str, Any]], vocab_size: int) -> Pass:
     losses = [loss for rank in ranks if rank["tensor_rank"] == 0 for loss in rank["losses"]]
+    weight_grads = assemble(
+        [rank["weight_grads"] for rank in ranks], [rank["tensor_rank"] for rank in ranks]
+    )
+    for name in VOCABULARY:
+        if name in weight_grads:
+            assert not weight_grads[name][vocab_size:].any(), f"the padding of {name} learns"
+            weight_grads[name] = weight_grads[name][:vocab_size]
     return Pass(
-        logits=whole_logits(ranks),
+        logits=whole_logits(ranks)[..., :vocab_size],
         loss=sum(losses) / len(losses),
-        weight_grads=assemble(
-            [rank["weight_grads"] for rank in ranks], [rank["tensor_rank"] for rank in ranks]
-        ),
+        weight_grads=weight_grads,
         gate_grads={
             (stream, kind): whole_rows(kind, ranks, "gate_grads", (stream, kind))
             for stream, kind in ranks[0]["gate_grads"]
