@@ -134,11 +134,6 @@ def test_each_stream_meets_its_own_gates() -> None:
             r"source ffn_hidden_size 98 is not a multiple of .* 4; the source divides by 1, 2$",
         ),
         (
-            layout(tp=4),
-            {"vocab_size": 65},
-            r"source vocab_size 65 is not a multiple of .* 4; the source divides by 1$",
-        ),
-        (
             layout(tp=2),
             {"num_query_groups": 1},
             r"source num_query_groups 1 is not a multiple of .* 2; the source divides by 1$",
@@ -160,6 +155,7 @@ def test_a_shape_that_does_not_divide_is_refused_with_what_does(
         check_layout(shape, parallel, role="source")
 
 
-def test_a_shape_that_divides_passes() -> None:
+def test_a_shape_that_divides_passes_and_a_vocabulary_need_not() -> None:
     for parallel in (layout(), layout(tp=4), layout(pp=4), layout(tp=2, pp=2, vpp=2)):
         check_layout(SOURCE, parallel)
+    check_layout(dataclasses.replace(SOURCE, vocab_size=65), layout(tp=4))  # padded to 68
