@@ -276,11 +276,16 @@ class MaskConfig:
     target_hidden_size: int | None = None
     """Hidden dimensions to keep; the source's unless given."""
     target_num_attention_heads: int | None = None
-    """Query heads to keep; the source's unless given."""
+    """Query heads to keep. In a grouped-query model the same number goes from every key/value head,
+    and given alone it keeps all key/value heads; the source's unless given."""
     target_num_query_groups: int | None = None
-    """Key/value heads to keep (grouped-query models); follows the heads unless given."""
+    """Key/value heads to keep, of a grouped-query model; given alone, each keeps all its query
+    heads. The source's unless given; without grouped queries it follows the heads."""
     target_ffn_hidden_size: int | None = None
     """MLP neurons to keep; the source's unless given."""
+    target_tensor_model_parallel_size: int | None = None
+    """Tensor-parallel ranks that the cut model shall divide over; those of the pruning run unless
+    given."""
     sparsity_warmup_iters: int = 640
     """Steps over which the target sparsity rises from 0."""
     mask_lr: float = 1.0
@@ -295,6 +300,8 @@ class MaskConfig:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mask_lr) and self.mask_lr > 0):
             raise ValueError(f"--mask-lr is {self.mask_lr}; it must be positive")
+        if (tp := self.target_tensor_model_parallel_size) is not None and tp < 1:
+            raise ValueError(f"--target-tensor-model-parallel-size is {tp}; at least 1")
         if self.mask_noise_streams < 1:
             raise ValueError(f"--mask-noise-streams is {self.mask_noise_streams}; at least 1")
 

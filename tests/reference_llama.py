@@ -65,8 +65,9 @@ def forward(
         weights: by Hugging Face name; promoted to float32.
         shape: extents of ``weights``.
         tokens: token ids, [b, s].
-        gates: whole rows by kind, any subset of hidden [h], layer [L], head [L, H], group [L, G]
-            and intermediate [L, I] (extra axes of length 1 are fine). An absent kind is open.
+        gates: whole rows by kind, any subset of hidden [h], layer [L], head [L, H] or with
+            grouped queries [L * G, H/G], group [L, G] and intermediate [L, I] (extra axes of
+            length 1 are fine). An absent kind is open.
 
     Returns:
         Logits, float32, [b, s, v].
@@ -77,7 +78,10 @@ def forward(
     z = dict(gates or {})
     z_hidden = z["hidden"].reshape(shape.hidden_size) if "hidden" in z else None
     z_layer = z["layer"].reshape(L) if "layer" in z else torch.ones(L)
-    z_head = z["head"].reshape(L, H) if "head" in z else torch.ones(L, H)
+    z_head = torch.ones(L, H)
+    if "head" in z:  # head j of group g is query head g * H/G + j
+        inside = z["head"].reshape(L, G, per_group)
+        z_head = torch.cat([inside[:, g] for g in range(G)], dim=1)
     if "group" in z:  # a group's gate acts on every query head of the group
         z_head = z_head * z["group"].reshape(L, G).repeat_interleave(per_group, dim=1)
     z_neuron = z["intermediate"].reshape(L, -1) if "intermediate" in z else None

@@ -33,6 +33,7 @@ TARGET: dict[str, Any] = {
     "target_num_layers": 3,
     "target_hidden_size": 24,
     "target_num_attention_heads": 4,
+    "target_num_query_groups": 2,
     "target_ffn_hidden_size": 56,
 }
 REFERENCE = {"words": 3.0, "paths": 3.5, "numbers": 2.0}

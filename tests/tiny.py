@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,23 @@ TARGET = ModelShape(
 )
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Matrices whose rows are tokens."""
+PAIRS = {
+    # the commands' usual case, both kinds of attention masks: 8 groups of 4 to 4 of 3
+    "8-groups-of-4": (
+        replace(SOURCE, num_attention_heads=32, num_query_groups=8, head_dim=4),
+        replace(TARGET, num_attention_heads=12, num_query_groups=4, head_dim=4),
+    ),
+    "groups-alone": (SOURCE, TARGET),
+    "multi-head": (
+        replace(SOURCE, num_query_groups=SOURCE.num_attention_heads),
+        replace(TARGET, num_query_groups=TARGET.num_attention_heads),
+    ),
+    "one-group": (
+        replace(SOURCE, num_query_groups=1),
+        replace(TARGET, num_query_groups=1),
+    ),
+}
+"""Source and target of every way in which attention is pruned."""
 SEQUENCE = 16
 BATCH = 8
 

@@ -34,7 +34,8 @@ def cut(
         weights: of the source by Hugging Face name; may read each weight when it is asked for.
         gates: whole deterministic gates by kind, 0 where closed: hidden [1, h], layer [1, L],
             head [L, H], group [L, G], intermediate [L, I]. An absent kind is fully open. With
-            grouped queries a query head is open where its own gate and its group's are.
+            grouped queries head may come as [L * G, H/G], a row for each key/value head, and a
+            query head is open where its own gate and its group's are.
         source: extents of ``weights``.
         target: extents of the model to make.
         power: of the gates that is multiplied into what stays; 1 for weights.

@@ -35,7 +35,7 @@ from megashear.checkpoint.description import (
 from megashear.checkpoint.pickles import check_pickles
 from megashear.checkpoint.weights import without_extra_state
 from megashear.masks.constraint import SparsityConstraint
-from megashear.masks.mask_set import MaskPart, MaskSet
+from megashear.masks.mask_set import MaskPart, MaskSet, by_layer
 from megashear.masks.optimizer import MaskOptimizer
 from megashear.models import layout
 from megashear.models.binding import SPLIT_OVER_TENSOR
@@ -234,7 +234,7 @@ def read_log_alpha(checkpoint: Path | str) -> dict[str, Tensor]:
             for kind, extents in masks.items()
         }
         loaded = _read(dict(wanted), directory, 0)
-    return {kind: loaded[kind].reshape(extents) for kind, extents in masks.items()}
+    return {kind: loaded[kind].reshape(-1, extents[-1]) for kind, extents in masks.items()}
 
 
 def check_save_directory(save: str | None, load: str | None, *, resume: bool) -> None:
@@ -350,15 +350,15 @@ def _shards(
             for own, layer in enumerate(part.units)
         }
     return {
-        f"{key}.{row}": ShardedTensor.from_rank_offsets(
+        f"{key}.{layer}": ShardedTensor.from_rank_offsets(
             key,
-            tensor[own],
-            (0, row, part.num_rows),
+            own,  # [own units], or [own groups, H/G]
+            (0, layer, part.extents[0]),
             (1, groups.tensor_rank, groups.tensor_size),
             prepend_axis_num=1,
             replica_id=(0, 0, groups.data_rank),
         )
-        for own, row in enumerate(part.rows)
+        for layer, own in zip(part.layers, by_layer(part, tensor))
     }
 
 
@@ -374,7 +374,8 @@ def _fill_masks(state: MaskState, loaded: dict[str, Tensor]) -> None:
                     pieces = [loaded[f"{key}.{layer}"] for layer in part.units]
                     tensor.copy_(torch.cat(pieces)[None])
                 else:
-                    tensor.copy_(torch.stack([loaded[f"{key}.{row}"] for row in part.rows]))
+                    pieces = [loaded[f"{key}.{layer}"] for layer in part.layers]
+                    tensor.copy_(torch.stack(pieces).view_as(tensor))
 
 
 def _make_way(root: Path, final: Path, iteration: int) -> None:

@@ -162,12 +162,21 @@ def expected_params(whole_log_alpha: Mapping[str, Tensor], source: ModelShape) -
             return open_units[kind].sum(dim=1)  # [L], or [1] for hidden
         return torch.tensor([float(getattr(source, EXTENTS[kind]))], dtype=torch.float64)
 
-    # Per hidden unit: a query head has a row of q and a column of o, a key/value head a row of k
-    # and of v, a neuron one of gate, up and down. Heads go with their group, or groups with
-    # their one head: whichever is masked scales both.
-    heads = "head" if source.heads_per_group == 1 else "group"
-    per_unit = 2 * source.head_dim * (source.heads_per_group + 1)
-    per_layer = row_sums(heads) * per_unit + row_sums("intermediate") * 3  # [L] or [1]
+    # Per hidden unit: a query head has d rows of q and d columns of o, a key/value head d rows of k
+    # and d of v, a neuron one of gate, up and down. A query head stays where its own gate and its
+    # group's are open; without grouped queries a key/value head goes with its one query head.
+    if source.heads_per_group == 1:
+        queries = keys = row_sums("head")  # [L] or [1]
+    else:
+        groups, heads = open_units.get("group"), open_units.get("head")
+        if groups is None:
+            groups = torch.ones(source.num_layers, source.num_query_groups, dtype=torch.float64)
+        in_group = torch.full_like(groups, source.heads_per_group)
+        if heads is not None:
+            in_group = heads.sum(dim=1).view_as(groups)  # [L, G]
+        queries, keys = (groups * in_group).sum(dim=1), groups.sum(dim=1)  # [L]
+    attention = 2 * source.head_dim * (queries + keys)
+    per_layer = attention + row_sums("intermediate") * 3  # [L] or [1]
     layers = open_units["layer"][0] if "layer" in open_units else None
     if layers is None:
         layers = torch.ones(source.num_layers, dtype=torch.float64)
@@ -185,9 +194,11 @@ def _target_sparsity(part: MaskPart, wanted: int) -> float:
             nearest = math.floor(part.num_units * (1.0 - least))
         else:
             nearest = math.ceil(part.num_units * (1.0 - most))
+        extent = EXTENTS[part.kind]
+        each = " for each key/value head" if part.rows_per_layer > 1 else ""
         raise ValueError(
-            f"target {EXTENTS[part.kind]} {wanted} of {part.num_units} is a sparsity of "
+            f"target {extent} {wanted} of {part.num_units}{each} is a sparsity of "
             f"{sparsity:.4f}, and masks reach {least:.4f} to {most:.4f}; the nearest "
-            f"{target_flag(EXTENTS[part.kind])} is {nearest}"
+            f"{target_flag(extent)} is {nearest}{each}"
         )
     return sparsity

@@ -32,8 +32,10 @@ UNMASKED = tuple(
 class MaskPart:
     """The rows and units of one kind's whole log_alpha [num_rows, num_units] held here.
 
-    ``hidden`` and ``layer`` have one row; the units of ``layer`` are the layers. With virtual
-    pipeline stages neither rows nor units need be contiguous.
+    ``hidden`` and ``layer`` have one row; the units of ``layer`` are the layers. Other kinds have a
+    row per layer, but ``head`` with grouped queries: its units are the query heads of one key/value
+    head, and its rows count these, layer by layer. With virtual pipeline stages neither rows nor
+    units need be contiguous.
     """
 
     kind: str
@@ -46,6 +48,8 @@ class MaskPart:
     """Rows held here, whole mask's numbers, rising."""
     units: tuple[int, ...] | range
     """Units held here, of each row held, whole row's numbers, rising."""
+    rows_per_layer: int = 1
+    """Rows of each layer: key/value heads G for ``head`` with grouped queries."""
 
     def __post_init__(self) -> None:
         assert self.kind in KINDS, f"unknown kind of mask {self.kind!r}"
@@ -59,6 +63,18 @@ class MaskPart:
             )
 
     @property
+    def extents(self) -> tuple[int, ...]:
+        """The whole log_alpha as a checkpoint has it: [num_rows, num_units], or [L, G, H/G]."""
+        if self.rows_per_layer == 1:
+            return self.num_rows, self.num_units
+        return self.num_rows // self.rows_per_layer, self.rows_per_layer, self.num_units
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers whose rows are held here, rising; of a kind that has rows for layers."""
+        return tuple(sorted({row // self.rows_per_layer for row in self.rows}))
+
+    @property
     def is_whole(self) -> bool:
         """Whether this process holds every row and every unit."""
         return len(self.rows) == self.num_rows and len(self.units) == self.num_units
@@ -68,8 +84,10 @@ def whole_parts(source: ModelShape, target: ModelShape) -> dict[str, MaskPart]:
     """The masks to learn on the way from ``source`` to ``target``, held by one process.
 
     A kind exists only where the target is smaller: its sparsity cannot fall to 0, so its
-    multipliers would grow without end. Attention has ``head`` masks without grouped queries,
-    ``group`` masks (a key/value head with its query heads) with them.
+    multipliers would grow without end. Attention has ``head`` masks over all heads of a layer
+    without grouped queries. With them it has two kinds: ``group`` (a key/value head with its query
+    heads) and ``head`` (the query heads of one key/value head, a row for each), so that every
+    key/value head of the target serves the same number of query heads.
 
     Args:
         source: the model to prune.
@@ -83,14 +101,17 @@ def whole_parts(source: ModelShape, target: ModelShape) -> dict[str, MaskPart]:
     """
     parts = {}
     for kind in target_units(source, target):
-        num_rows = 1 if kind in ("hidden", "layer") else source.num_layers
-        num_units: int = getattr(source, EXTENTS[kind])
+        grouped = kind == "head" and _is_grouped(source)
+        rows_per_layer = source.num_query_groups if grouped else 1
+        num_rows = 1 if kind in ("hidden", "layer") else source.num_layers * rows_per_layer
+        num_units = _row_length(source, kind, grouped=grouped)
         parts[kind] = MaskPart(
             kind=kind,
             num_rows=num_rows,
             num_units=num_units,
             rows=tuple(range(num_rows)),
             units=range(num_units),
+            rows_per_layer=rows_per_layer,
         )
     return parts
 
@@ -107,10 +128,10 @@ def target_units(source: ModelShape, target: ModelShape) -> dict[str, int]:
     grouped = _is_grouped(source)
     units: dict[str, int] = {}
     for kind in KINDS:
-        if kind == ("head" if grouped else "group"):
+        if kind == "group" and not grouped:
             continue
-        wanted: int = getattr(target, EXTENTS[kind])
-        if wanted < getattr(source, EXTENTS[kind]):
+        wanted = _row_length(target, kind, grouped=grouped)
+        if wanted < _row_length(source, kind, grouped=grouped):
             units[kind] = wanted
     if not units:
         extents = ", ".join(f"{name} {getattr(source, name)}" for name in EXTENTS.values())
@@ -124,6 +145,13 @@ def target_units(source: ModelShape, target: ModelShape) -> dict[str, int]:
 def target_flag(extent: str) -> str:
     """The flag that sets an extent of the target, as typed."""
     return "--target-" + extent.replace("_", "-")
+
+
+def _row_length(shape: ModelShape, kind: str, *, grouped: bool) -> int:
+    if kind == "head" and grouped:
+        return shape.heads_per_group
+    length: int = getattr(shape, EXTENTS[kind])
+    return length
 
 
 def _is_grouped(shape: ModelShape) -> bool:
@@ -151,7 +179,8 @@ def _check_reachable(source: ModelShape, target: ModelShape) -> None:
 
 def _check_heads(source: ModelShape, target: ModelShape) -> None:
     heads, groups = target.num_attention_heads, target.num_query_groups
-    if source.heads_per_group == target.heads_per_group:
+    most = source.heads_per_group
+    if target.heads_per_group <= most:
         return
     if not _is_grouped(source):
         raise ValueError(
@@ -159,12 +188,15 @@ def _check_heads(source: ModelShape, target: ModelShape) -> None:
             f"every query head has its own key/value head and masks do not merge them; set the "
             f"target's num_query_groups to {heads} ({target_flag('num_query_groups')})"
         )
-    width = source.heads_per_group
-    # Halves go up; ModelShape made sure that groups divide heads, so this is an exact extent.
-    nearest = min(max(1, (2 * heads + width) // (2 * width)), source.num_query_groups)
+    ways_out = [f"{target_flag('num_attention_heads')} to {groups * most}"]
+    enough = range(groups + 1, source.num_query_groups + 1)
+    ways_out += [
+        f"{target_flag('num_query_groups')} to {more}"
+        for more in enough
+        if heads % more == 0 and heads // more <= most
+    ][:1]
     raise ValueError(
-        f"target has {heads} query heads in num_query_groups {groups}, but query heads go with "
-        f"their key/value head, {width} at a time, so num_attention_heads must be a multiple of "
-        f"{width}; the nearest is num_attention_heads {nearest * width} with num_query_groups "
-        f"{nearest}"
+        f"target has {heads} query heads in num_query_groups {groups}, {heads // groups} for each "
+        f"key/value head; in the source each serves {most}, and masks only remove; set "
+        f"{' or '.join(ways_out)}"
     )

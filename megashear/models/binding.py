@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megashear.masks.mask_set import MaskPart, MaskSet
+from megashear.masks.mask_set import MaskPart, MaskSet, by_layer
 from megashear.masks.optimizer import MaskOptimizer, clip_factor
 from megashear.models.llama import unwrap
 from megashear.models.masked_layers import MaskedTransformerLayer, StreamGates, norm_gates
@@ -16,7 +16,8 @@ from megashear.parallel.agree import flat_all_reduce, gather_objects, ordered_su
 from megashear.parallel.groups import ParallelGroups
 
 SPLIT_OVER_TENSOR = frozenset({"head", "group", "intermediate"})
-"""Kinds whose units are divided over tensor ranks, with the weights they gate."""
+"""Kinds that are divided over tensor ranks, with the weights they gate: their units, or whole rows
+where a layer has several (query heads under grouped-query attention)."""
 SPLIT_OVER_PIPELINE = frozenset({"head", "group", "intermediate", "layer"})
 """Kinds whose layers are divided over pipeline stages."""
 
@@ -36,8 +37,9 @@ def own_parts(
             kind=kind,
             num_rows=part.num_rows,
             num_units=part.num_units,
-            rows=tuple(layers) if kind in SPLIT_OVER_TENSOR else (0,),
+            rows=_own_rows(part, layers, groups),
             units=_own_units(part, layers, groups),
+            rows_per_layer=part.rows_per_layer,
         )
         for kind, part in whole.items()
     }
@@ -97,7 +99,7 @@ class MaskBinding:
             for stream, gates in sampled.items()
         }
         self._streams = {
-            stream: _stream_gates(leaves, self._sampled[stream])
+            stream: _stream_gates(leaves, self._sampled[stream], self.masks.parts)
             for stream, leaves in self._leaves.items()
         }
         for layer in _layers(self._chunks):
@@ -266,7 +268,9 @@ class MaskBinding:
             gradients[stream][kind] = total
 
 
-def _stream_gates(leaves: Mapping[str, Tensor], sampled: Mapping[str, Tensor]) -> StreamGates:
+def _stream_gates(
+    leaves: Mapping[str, Tensor], sampled: Mapping[str, Tensor], parts: Mapping[str, MaskPart]
+) -> StreamGates:
     num_open = None
     if "hidden" in sampled:
         num_open = int(torch.count_nonzero(sampled["hidden"]))
@@ -274,10 +278,19 @@ def _stream_gates(leaves: Mapping[str, Tensor], sampled: Mapping[str, Tensor]) -
     return StreamGates(
         hidden=leaves["hidden"][0] if "hidden" in leaves else None,
         num_open_hidden=num_open,
-        heads=leaves.get("head", leaves.get("group")),
+        heads=by_layer(parts["head"], leaves["head"]) if "head" in leaves else None,
+        groups=leaves.get("group"),
         intermediate=leaves.get("intermediate"),
         layer=leaves["layer"][0] if "layer" in leaves else None,
     )
+
+
+def _own_rows(part: MaskPart, layers: Sequence[int], groups: ParallelGroups) -> tuple[int, ...]:
+    if part.kind not in SPLIT_OVER_TENSOR:
+        return (0,)
+    each = part.rows_per_layer
+    own = range(each) if each == 1 else _slice(each, groups)
+    return tuple(layer * each + row for layer in layers for row in own)
 
 
 def _own_units(
@@ -285,10 +298,14 @@ def _own_units(
 ) -> tuple[int, ...] | range:
     if part.kind == "layer":
         return tuple(layers)
-    if part.kind in SPLIT_OVER_TENSOR:
-        width = part.num_units // groups.tensor_size
-        return range(groups.tensor_rank * width, (groups.tensor_rank + 1) * width)
+    if part.kind in SPLIT_OVER_TENSOR and part.rows_per_layer == 1:
+        return _slice(part.num_units, groups)
     return part.units
+
+
+def _slice(whole: int, groups: ParallelGroups) -> range:
+    width = whole // groups.tensor_size
+    return range(groups.tensor_rank * width, (groups.tensor_rank + 1) * width)
 
 
 def _layers(chunks: Sequence[torch.nn.Module]) -> list[MaskedTransformerLayer]:

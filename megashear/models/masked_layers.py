@@ -25,7 +25,9 @@ class StreamGates(NamedTuple):
     num_open_hidden: int | None
     """How many hidden gates are not 0, counted on the host so that no device has to wait."""
     heads: Tensor | None
-    """[own L, heads/tp], or groups under grouped-query attention."""
+    """[own L, heads/tp]; under grouped-query attention [own L, groups/tp, H/G]."""
+    groups: Tensor | None
+    """[own L, groups/tp], under grouped-query attention only."""
     intermediate: Tensor | None
     """[own L, ffn/tp]."""
     layer: Tensor | None
@@ -36,7 +38,7 @@ class LayerGates(NamedTuple):
     """What gates one row-parallel linear."""
 
     units: Tensor | None
-    """[units/tp]: heads, groups or neurons on the input side."""
+    """[units/tp]: query heads, whole groups of them, or neurons on the input side."""
     hidden: Tensor | None
     """[h], on the output side."""
     layer: Tensor | None
@@ -135,12 +137,33 @@ class MaskedTransformerLayer(TransformerLayer):
         if gates is not None:
             norm = norm_gates(gates)
             layer = own(gates.layer)
-            attention = LayerGates(own(gates.heads), gates.hidden, layer)
+            attention = LayerGates(
+                head_gates(own(gates.heads), own(gates.groups)), gates.hidden, layer
+            )
             mlp = LayerGates(own(gates.intermediate), gates.hidden, layer)
         self.input_layernorm.gates = norm
         self.pre_mlp_layernorm.gates = norm
         self.self_attention.linear_proj.gates = attention
         self.mlp.linear_fc2.gates = mlp
+
+
+def head_gates(heads: Tensor | None, groups: Tensor | None) -> Tensor | None:
+    """What gates one layer's attention context, unit by unit.
+
+    Made in every microbatch's forward pass from the leaves: a product of both kinds belongs to the
+    graph of one backward pass.
+
+    Args:
+        heads: [heads/tp], or [groups/tp, H/G] where they lie in groups.
+        groups: [groups/tp]; given with ``heads``, these lie in groups.
+
+    Returns:
+        [units/tp]: query heads in Megatron's order, group by group; or groups, each as wide as its
+        query heads together. None where neither kind is pruned.
+    """
+    if heads is None:
+        return groups
+    return (heads if groups is None else heads * groups[:, None]).flatten()
 
 
 class EmbeddingGate:

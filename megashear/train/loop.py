@@ -200,7 +200,7 @@ class Trainer:
         if masks is not None:
             details["mask_optimizer_steps"] = masks.optimizer.num_steps
             details["mask_extents"] = {
-                kind: [part.num_rows, part.num_units] for kind, part in masks.masks.parts.items()
+                kind: list(part.extents) for kind, part in masks.masks.parts.items()
             }
         path = save_run(
             self.train.save,

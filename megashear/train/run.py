@@ -59,6 +59,7 @@ from megashear.train.start import (
     Start,
     check_masks,
     check_no_masks,
+    check_target_layout,
     find_start,
     read_shape,
     target_shape,
@@ -96,6 +97,7 @@ def prune(config: PruneRun, then: PretrainRun | None = None) -> dict[str, Any]:
     target = target_shape(config.masks, start.shape)
     manifest, references = check_inputs(config, start)
     check_masks(config.masks, train, start, target)
+    check_target_layout(target, start.shape, config, then)
     behind = None if then is None else _Behind.check(then, start, target)
     with distributed(config.parallel, config.model) as groups:
         trainer = _pruning_trainer(config, start, target, manifest, references, groups)

@@ -17,10 +17,10 @@ from megashear.checkpoint.description import (
     read_description,
 )
 from megashear.checkpoint.store import check_save_directory
-from megashear.config import MaskConfig, TrainConfig
+from megashear.config import MaskConfig, PruneRun, TrainConfig
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import target_units, whole_parts
-from megashear.masks.targets import EXTENTS
+from megashear.masks.targets import EXTENTS, target_flag
 from megashear.shape import PRESETS, ModelShape
 from megashear.train.objectives import StructuredPruning, check_streams
 
@@ -131,20 +131,7 @@ def target_shape(masks: MaskConfig, source: ModelShape) -> ModelShape:
         # a preset stands for its extents: the rest is what the source is
         extents = (*EXTENTS.values(), "head_dim")
         source = dataclasses.replace(source, **{name: getattr(preset, name) for name in extents})
-    heads = masks.target_num_attention_heads
-    groups = masks.target_num_query_groups
-    if heads is not None and groups is None:
-        # whole groups go: the number of query heads in each stays
-        if heads % source.heads_per_group:
-            raise ValueError(
-                f"--target-num-attention-heads {heads} is not a multiple of "
-                f"{source.heads_per_group}, the query heads of one key/value head, which go "
-                f"together; the nearest is "
-                f"{max(1, heads // source.heads_per_group) * source.heads_per_group}"
-            )
-        groups = heads // source.heads_per_group
-    elif heads is None and groups is not None:
-        heads = groups * source.heads_per_group
+    heads, groups = _target_heads(masks, source)
     wanted: dict[str, Any] = {
         "num_layers": masks.target_num_layers,
         "hidden_size": masks.target_hidden_size,
@@ -175,6 +162,39 @@ def read_shape(name: str) -> ModelShape:
             f"--init-shape {name}: {error}; wanted a JSON object of the extents "
             f"{', '.join(field.name for field in dataclasses.fields(ModelShape))}"
         ) from None
+
+
+def check_target_layout(target: ModelShape, source: ModelShape, run: PruneRun) -> None:
+    """Refuse a target whose heads or neurons do not divide over the tensor ranks it is meant for.
+
+    Args:
+        target: shape to end with.
+        source: shape to start from.
+        run: its layout, or the one that --target-tensor-model-parallel-size names.
+
+    Raises:
+        ValueError: names the extent, the nearest that divide, and the sizes that divide this one.
+    """
+    flag, ranks = "--tensor-model-parallel-size", run.parallel.tensor_model_parallel_size
+    if run.masks.target_tensor_model_parallel_size is not None:
+        flag = "--target-tensor-model-parallel-size"
+        ranks = run.masks.target_tensor_model_parallel_size
+    heads = "num_attention_heads" if source.heads_per_group == 1 else "num_query_groups"
+    for extent in (heads, "ffn_hidden_size"):
+        value: int = getattr(target, extent)
+        if value % ranks:
+            fitting = [
+                str(n)
+                for n in range(1, ranks)
+                if all(getattr(target, e) % n == 0 for e in (heads, "ffn_hidden_size"))
+            ]
+            raise ValueError(
+                f"target {extent} {value} is not a multiple of {flag} {ranks}, so the cut model "
+                f"could not run on as many ranks; the nearest {target_flag(extent)} is "
+                f"{_nearest_multiples(value, ranks, getattr(source, extent))}; to keep {value}, "
+                f"name the ranks it is for with --target-tensor-model-parallel-size: it divides "
+                f"by {', '.join(fitting)}"
+            )
 
 
 def check_masks(masks: MaskConfig, train: TrainConfig, start: Start, target: ModelShape) -> None:
@@ -229,3 +249,37 @@ def _check_same_target(start: Start, target: ModelShape) -> None:
                 f"now has {wanted}; go on with the same target, or add --finetune to start new "
                 f"masks from its weights"
             )
+
+
+def _target_heads(masks: MaskConfig, source: ModelShape) -> tuple[int | None, int | None]:
+    """Query heads and key/value heads that the flags ask for; None stays as in the source."""
+    heads, groups = masks.target_num_attention_heads, masks.target_num_query_groups
+    each = source.heads_per_group
+    if heads is None:
+        # a key/value head goes with all its query heads
+        return None if groups is None else groups * each, groups
+    if groups is None:
+        # the one query head of a key/value head goes with it; of several, some go and it stays
+        groups = heads if each == 1 else source.num_query_groups
+    if heads > 0 and groups > 0 and heads % groups:
+        others = [
+            str(n)
+            for n in range(1, source.num_query_groups + 1)
+            if heads % n == 0 and heads // n <= each
+        ]
+        stay = "" if masks.target_num_query_groups else " (all stay unless it is given)"
+        instead = f"; {heads} goes with {' or '.join(others)} of these" if others else ""
+        raise ValueError(
+            f"--target-num-attention-heads {heads} is not a multiple of --target-num-query-groups "
+            f"{groups}{stay}, and every key/value head serves the same number of query heads; the "
+            f"nearest --target-num-attention-heads is "
+            f"{_nearest_multiples(heads, groups, groups * each)}{instead}"
+        )
+    return heads, groups
+
+
+def _nearest_multiples(value: int, step: int, most: int) -> str:
+    """The multiples of ``step`` nearest to ``value`` on both sides, within 1 and ``most``."""
+    below = min(value, most) // step * step
+    found = [str(n) for n in (below, below + step) if 0 < n <= most]
+    return " or ".join(found) or f"none up to {most}"

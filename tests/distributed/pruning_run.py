@@ -18,8 +18,7 @@ from megashear.train.optim import build_optimizer, build_schedule, schedule_frac
 from tests.ranks import run_ranks
 from tests.tiny import (
     BATCH,
-    SOURCE,
-    TARGET,
+    PAIRS,
     assemble,
     megatron_weights,
     microbatches,
@@ -56,6 +55,7 @@ def run(
     follow: Sequence[Snapshot] | None = None,
     broken: Callable[[StructuredPruning], None] | None = None,
     train_iters: int = 40,
+    pair: str = "8-groups-of-4",
 ) -> list[Snapshot]:
     """Prune for ``steps`` steps and return a snapshot of each.
 
@@ -67,21 +67,24 @@ def run(
         follow: set every step to the state of these snapshots first; else run freely.
         broken: applied to the objective, to show that the comparison notices.
         train_iters: length of the schedule.
+        pair: source and target, of ``PAIRS``.
     """
     world = parallel.model_parallel_size * data_size
     per_rank = run_ranks(
         world,
-        lambda rank: _rank(parallel, model or ModelConfig(), steps, follow, broken, train_iters),
+        lambda rank: _rank(
+            parallel, model or ModelConfig(), steps, follow, broken, train_iters, pair
+        ),
     )
     return [_whole([result[step] for result in per_rank]) for step in range(steps)]
 
 
-def half_open_masks() -> dict[str, Tensor]:
+def half_open_masks(pair: str) -> dict[str, Tensor]:
     """Whole log_alpha in the middle of pruning: gates sampled closed, open and between."""
     generator = torch.Generator().manual_seed(3)
     return {
         kind: (torch.randn(part.num_rows, part.num_units, generator=generator) * 2 + 1).clamp(-4, 4)
-        for kind, part in whole_parts(SOURCE, TARGET).items()
+        for kind, part in whole_parts(*PAIRS[pair]).items()
     }
 
 
@@ -92,21 +95,23 @@ def _rank(
     follow: Sequence[Snapshot] | None,
     broken: Callable[[StructuredPruning], None] | None,
     train_iters: int,
+    pair: str,
 ) -> list[dict[str, Any]]:
     groups = ParallelGroups.create(parallel)
-    chunks = build_llama(SOURCE, groups, parallel, model, variant="masked")
-    set_weights(chunks, megatron_weights(), groups.tensor_rank, groups.tensor_size)
+    source, target = PAIRS[pair]
+    chunks = build_llama(source, groups, parallel, model, variant="masked")
+    set_weights(chunks, megatron_weights(source), groups.tensor_rank, groups.tensor_size)
     objective = StructuredPruning(
         chunks,
         groups,
-        source=SOURCE,
-        target=TARGET,
+        source=source,
+        target=target,
         config=MaskConfig(sparsity_warmup_iters=4, mask_noise_streams=STREAMS),
         seed=7,
         global_batch_size=BATCH,
         sequence_parallel=parallel.sequence_parallel,
     )
-    objective.masks.load_state_dict(objective.binding.slice_gates(half_open_masks()))
+    objective.masks.load_state_dict(objective.binding.slice_gates(half_open_masks(pair)))
     if broken is not None:
         broken(objective)
     optimizer = build_optimizer(chunks, OPTIMIZER, bf16=False)

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from megashear.config import ModelConfig, ParallelConfig
-from megashear.models import binding
+from megashear.masks import mask_set
+from megashear.masks.gates import uniform_noise
+from megashear.models import binding, masked_layers
 from megashear.models.masked_layers import MaskedRMSNorm
 from megashear.train.objectives import StructuredPruning
 from tests.distributed.pruning_run import Snapshot, run
@@ -43,22 +45,47 @@ LAYOUTS = [
 ]
 
 
+GROUPED = "8-groups-of-4"
+"""Query heads in groups and groups of them: both kinds of attention masks at once."""
+
+
 @functools.cache
-def whole_run() -> list[Snapshot]:
-    return run(layout(), steps=6)
+def whole_run(pair: str = GROUPED) -> list[Snapshot]:
+    return run(layout(), steps=6 if pair == GROUPED else 3, pair=pair)
+
+
+def check_steps(
+    parallel: ParallelConfig, data_size: int, model: ModelConfig | None, pair: str
+) -> None:
+    reference = whole_run(pair)[:3]
+    found = run(parallel, data_size=data_size, model=model, follow=reference, pair=pair)
+    for here, there in zip(found, reference):
+        assert errors(here, there) == pytest.approx(
+            dict.fromkeys(errors(here, there), 0.0), abs=REDUCTION_ORDER
+        )
 
 
 @pytest.mark.parametrize(("parallel", "data_size", "model"), LAYOUTS)
 def test_a_step_does_not_depend_on_layout(
     parallel: ParallelConfig, data_size: int, model: ModelConfig | None
 ) -> None:
-    reference = whole_run()[:3]
-    for here, there in zip(
-        run(parallel, data_size=data_size, model=model, follow=reference), reference
-    ):
-        assert errors(here, there) == pytest.approx(
-            dict.fromkeys(errors(here, there), 0.0), abs=REDUCTION_ORDER
-        )
+    check_steps(parallel, data_size, model, GROUPED)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "data_size", "model", "pair"),
+    [
+        pytest.param(layout(tp=4), 1, None, "multi-head", id="multi-head-tp4"),
+        pytest.param(layout(tp=2, sp=True), 2, RECOMPUTE, "multi-head", id="multi-head-all"),
+        pytest.param(layout(tp=4), 1, None, "groups-alone", id="groups-alone-tp4"),
+        # one key/value head cannot be divided: tensor-parallel size 1
+        pytest.param(layout(pp=2, vpp=2), 2, RECOMPUTE, "one-group", id="one-group"),
+    ],
+)
+def test_a_step_does_not_depend_on_layout_however_attention_is_pruned(
+    parallel: ParallelConfig, data_size: int, model: ModelConfig | None, pair: str
+) -> None:
+    check_steps(parallel, data_size, model, pair)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +124,31 @@ def test_layout_parity_notices_a_missing_sum_over_stages() -> None:
 
     with pytest.raises(AssertionError, match="copies of hidden gradients differ"):
         worst(layout(pp=2), broken=broken)
+
+
+def test_layout_parity_notices_noise_of_the_ranks_own_rows() -> None:
+    def broken(objective: StructuredPruning) -> None:
+        # rows of groups counted on each rank from 0, as if a row were a layer
+        part = objective.masks.parts["head"]
+        own = {row: place for place, row in enumerate(part.rows)}
+
+        def noise(num_units: int, *, kind: str, row: int, **key: int) -> torch.Tensor:
+            return uniform_noise(num_units, kind=kind, row=own.get(row, row), **key)
+
+        mask_set.uniform_noise = noise  # type: ignore[assignment]
+
+    assert worst(layout(tp=2), broken=broken)["leaf head"] > 0.1
+
+
+def test_layout_parity_notices_another_ranks_groups() -> None:
+    def broken(objective: StructuredPruning) -> None:
+        # query heads of a layer laid out as [H/G, groups/tp]
+        def transposed(heads: Any, groups: Any) -> torch.Tensor:
+            return (heads * groups[:, None]).T.flatten()
+
+        masked_layers.head_gates = transposed
+
+    assert worst(layout(tp=2), broken=broken)["leaf head"] > 0.1
 
 
 def test_layout_parity_notices_streams_mixed_up_by_recompute() -> None:

@@ -157,13 +157,22 @@ def test_a_layout_that_does_not_divide(
         ),
         ({"target": "llama2-3b"}, "--target llama2-3b is not known; presets: llama2-7b"),
         (
-            {"target_num_query_groups": 4},
-            "the nearest is num_attention_heads 4 with num_query_groups 2",
+            {"target_num_attention_heads": 6},
+            "target has 6 query heads in num_query_groups 2, 3 for each key/value head; in the "
+            "source each serves 2, and masks only remove; set --target-num-attention-heads to 4 or "
+            "--target-num-query-groups to 3",
         ),
         (
             {"target_num_attention_heads": 3},
-            "--target-num-attention-heads 3 is not a multiple of 2, the query heads of one "
-            "key/value head, which go together; the nearest is 2",
+            "--target-num-attention-heads 3 is not a multiple of --target-num-query-groups 2, and "
+            "every key/value head serves the same number of query heads; the nearest "
+            "--target-num-attention-heads is 2 or 4; 3 goes with 3 of these",
+        ),
+        (
+            {"target_num_attention_heads": 6, "target_num_query_groups": None},
+            "6 is not a multiple of --target-num-query-groups 4 (all stay unless it is given), and "
+            "every key/value head serves the same number of query heads; the nearest "
+            "--target-num-attention-heads is 4 or 8; 6 goes with 3 of these",
         ),
         (
             {"target_ffn_hidden_size": 2},

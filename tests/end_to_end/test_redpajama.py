@@ -37,6 +37,7 @@ TARGET = {
     "target_num_layers": 2,
     "target_hidden_size": 32,
     "target_num_attention_heads": 4,
+    "target_num_query_groups": 2,
     "target_ffn_hidden_size": 80,
 }
 ITERATIONS, WARMUP = 80, 30

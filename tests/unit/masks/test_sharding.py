@@ -14,7 +14,7 @@ from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import MaskPart, MaskSet, target_units, whole_parts
 from megashear.masks.optimizer import MULTIPLIERS, MaskOptimizer, clip_factor
 from megashear.shape import ModelShape
-from tests.unit.masks.test_targets import GQA, MHA
+from tests.unit.masks.test_targets import GQA, MHA, WIDE
 
 LAW_1C = 1e-9  # relative; float64, summed in another order, through Adam at lr 1.0
 STEPS = 6
@@ -27,7 +27,14 @@ TARGETS = {
             ffn_hidden_size=64,
         ),
     ),
-    "gqa": (
+    "both": (
+        WIDE,
+        replace(
+            WIDE, num_layers=2, hidden_size=32, num_attention_heads=12, num_query_groups=4,
+            ffn_hidden_size=48,
+        ),
+    ),
+    "groups": (
         GQA,
         replace(
             GQA, num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2,
@@ -53,11 +60,15 @@ def one_flat_sum(kind: str, grid: list[list[Tensor]]) -> Tensor:
 
 
 def shard(part: MaskPart, pp: int, pp_size: int, tp: int, tp_size: int) -> MaskPart:
-    """Layers dealt round robin, as virtual stages of one layer do; units in runs."""
+    """Layers dealt round robin, as virtual stages of one layer do; units, or groups, in runs."""
     if part.kind == "hidden":
         return part
     if part.kind == "layer":
         return replace(part, units=tuple(range(pp, part.num_units, pp_size)))
+    if part.kind == "head" and part.num_rows == 4 * 8:  # WIDE: a row for each group
+        own = range(tp * 8 // tp_size, (tp + 1) * 8 // tp_size)
+        layers = range(pp, 4, pp_size)
+        return replace(part, rows=tuple(8 * layer + group for layer in layers for group in own))
     width = part.num_units // tp_size
     return replace(
         part,
@@ -200,6 +211,18 @@ def test_shards_step_as_the_whole(shapes: tuple[ModelShape, ModelShape], pp: int
     assert all(float(moved[kind].std()) > 0.01 for kind in whole.whole)  # there was much to lose
 
 
+def over_stages_only(kind: str, grid: list[list[Tensor]]) -> Tensor:
+    """The sum that takes whole rows of one tensor rank for all rows there are."""
+    return add_up("layer" if kind == "head" else kind, grid)
+
+
+@pytest.mark.parametrize("broken", ["reduce_sums", "reduce_norm"])
+def test_shard_parity_notices_rows_of_groups_that_do_not_cross_tensor_ranks(broken: str) -> None:
+    shapes = TARGETS["both"]
+    shards = Shards(shapes, 1, 2, **{broken: over_stages_only})  # type: ignore[arg-type]
+    assert worst_error(shards, Shards(shapes)) > 1e4 * LAW_1C
+
+
 @pytest.mark.parametrize("broken", ["reduce_sums", "reduce_norm"])
 def test_shard_parity_notices_a_replicated_mask_counted_twice(broken: str) -> None:
     shapes = TARGETS["mha"]
@@ -207,10 +230,13 @@ def test_shard_parity_notices_a_replicated_mask_counted_twice(broken: str) -> No
     assert worst_error(shards, Shards(shapes)) > 1e4 * LAW_1C
 
 
-def test_shard_parity_notices_a_mean_over_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("target", "pp", "tp"), [("mha", 2, 1), ("both", 1, 2)])
+def test_shard_parity_notices_a_mean_over_own_rows(
+    target: str, pp: int, tp: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dividing by the rows held here instead of the global number."""
-    shapes = TARGETS["mha"]
-    wanted, found = Shards(shapes), Shards(shapes, 2, 1)
+    shapes = TARGETS[target]
+    wanted, found = Shards(shapes), Shards(shapes, pp, tp)
     whole_penalty = SparsityConstraint.penalty
 
     def penalty(

@@ -18,6 +18,8 @@ MHA = ModelShape(
     vocab_size=101,
 )
 GQA = replace(MHA, num_query_groups=4)
+WIDE = replace(MHA, num_attention_heads=32, num_query_groups=8, head_dim=4)  # 8 groups of 4
+MQA = replace(MHA, num_query_groups=1)
 
 
 def test_2_7b_has_no_layer_mask_and_1_3b_has_one() -> None:
@@ -49,13 +51,42 @@ def test_whole_parts_have_the_shapes_of_the_source() -> None:
         assert part.units == range(part.num_units)
 
 
-def test_grouped_queries_have_group_masks_instead_of_head_masks() -> None:
-    target = replace(GQA, num_attention_heads=4, num_query_groups=2)
-    parts = whole_parts(GQA, target)
-    assert {kind: (part.num_rows, part.num_units) for kind, part in parts.items()} == {
-        "group": (4, 4)
-    }
-    assert target_units(GQA, target) == {"group": 2}
+@pytest.mark.parametrize(
+    ("source", "heads", "groups", "rows", "units"),
+    [
+        pytest.param(WIDE, 16, 4, {"group": (4, 8)}, {"group": 4}, id="groups"),
+        pytest.param(WIDE, 24, 8, {"head": (32, 4)}, {"head": 3}, id="heads-of-every-group"),
+        pytest.param(
+            WIDE, 10, 5, {"head": (32, 4), "group": (4, 8)}, {"head": 2, "group": 5}, id="both"
+        ),
+        pytest.param(WIDE, 8, 8, {"head": (32, 4)}, {"head": 1}, id="one-head-each"),
+        pytest.param(MQA, 3, 1, {"head": (4, 8)}, {"head": 3}, id="one-group"),
+    ],
+)
+def test_grouped_queries_have_masks_of_groups_and_of_heads_in_them(
+    source: ModelShape,
+    heads: int,
+    groups: int,
+    rows: dict[str, tuple[int, int]],
+    units: dict[str, int],
+) -> None:
+    target = replace(source, num_attention_heads=heads, num_query_groups=groups)
+    parts = whole_parts(source, target)
+    assert {kind: (part.num_rows, part.num_units) for kind, part in parts.items()} == rows
+    assert target_units(source, target) == units
+    assert all(part.is_whole for part in parts.values())
+    # whatever is reached is a shape of its own: every key/value head serves as many query heads
+    assert units.get("group", source.num_query_groups) * units.get(
+        "head", source.heads_per_group
+    ) == (heads)
+
+
+def test_rows_of_heads_in_groups_are_counted_layer_by_layer() -> None:
+    part = whole_parts(WIDE, replace(WIDE, num_attention_heads=24))["head"]
+    assert (part.rows_per_layer, part.extents, part.layers) == (8, (4, 8, 4), (0, 1, 2, 3))
+    held = replace(part, rows=(10, 11, 26, 27))  # groups 2 and 3 of layers 1 and 3
+    assert held.layers == (1, 3)
+    assert whole_parts(MQA, replace(MQA, num_attention_heads=3))["head"].extents == (4, 8)
 
 
 def test_context_length_may_differ() -> None:
@@ -112,18 +143,35 @@ def test_turning_heads_into_groups_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "groups", "nearest"), [(4, 4, (4, 2)), (6, 2, (6, 3)), (1, 1, (2, 1)), (5, 1, (6, 3))]
+    ("heads", "groups", "ways_out"),
+    [
+        (15, 3, "set --target-num-attention-heads to 12 or --target-num-query-groups to 5"),
+        (12, 2, "set --target-num-attention-heads to 8 or --target-num-query-groups to 3"),
+        (30, 2, "set --target-num-attention-heads to 8$"),  # 30 in groups of at most 4: 10 groups
+    ],
 )
-def test_another_number_of_heads_per_group_is_refused_with_the_nearest(
-    heads: int, groups: int, nearest: tuple[int, int]
+def test_more_heads_for_each_group_than_the_source_are_refused_with_the_ways_out(
+    heads: int, groups: int, ways_out: str
 ) -> None:
-    target = replace(GQA, num_attention_heads=heads, num_query_groups=groups)
+    target = replace(WIDE, num_attention_heads=heads, num_query_groups=groups)
     message = (
-        f"target has {heads} query heads in num_query_groups {groups}.* a multiple of 2; the "
-        f"nearest is num_attention_heads {nearest[0]} with num_query_groups {nearest[1]}"
+        f"target has {heads} query heads in num_query_groups {groups}, {heads // groups} for each "
+        f"key/value head; in the source each serves 4, and masks only remove; {ways_out}"
     )
     with pytest.raises(ValueError, match=message):
-        whole_parts(GQA, target)
+        whole_parts(WIDE, target)
+
+
+def test_too_few_heads_for_each_group_are_refused_by_the_number_for_each() -> None:
+    before = replace(MHA, num_attention_heads=64, num_query_groups=2)  # 32 for each
+    after = replace(before, num_attention_heads=2)
+    message = (
+        r"target num_attention_heads 1 of 32 for each key/value head is a sparsity of 0.9688, and "
+        r"masks reach 0.0020 to 0.9529; the nearest --target-num-attention-heads is 2 for each "
+        r"key/value head$"
+    )
+    with pytest.raises(ValueError, match=message):
+        SparsityConstraint(whole_parts(before, after), target_units(before, after), warmup_steps=1)
 
 
 def test_nothing_to_prune_is_refused() -> None:

@@ -17,6 +17,7 @@ from megashear.models.masked_layers import (
     MaskedRowParallelLinear,
     NormGates,
     StreamGates,
+    head_gates,
     norm_gates,
 )
 from megashear.parallel.groups import ParallelGroups
@@ -134,10 +135,31 @@ def test_norm_without_gates_is_the_plain_norm() -> None:
 
 
 def test_norms_are_not_gated_where_hidden_is_not_pruned() -> None:
-    none = StreamGates(hidden=None, num_open_hidden=None, heads=None, intermediate=None, layer=None)
+    none = StreamGates(**dict.fromkeys(StreamGates._fields))  # type: ignore[arg-type]
     assert norm_gates(none) is None
     z = torch.ones(3)
     assert norm_gates(none._replace(hidden=z, num_open_hidden=2)) == NormGates(z, 2)
+
+
+# --- heads and groups
+
+
+def test_heads_in_groups_are_gated_in_megatrons_order() -> None:
+    heads, groups = gates(12, 5).view(3, 4), torch.tensor([0.5, 0.0, 2.0])
+    found = head_gates(heads, groups)
+    assert found is not None
+    assert found.tolist() == [
+        float(heads[group, head] * groups[group]) for group in range(3) for head in range(4)
+    ]
+    assert not torch.equal(found, (heads * groups[:, None]).T.flatten())  # the twin: transposed
+    in_groups = head_gates(heads, None)
+    assert in_groups is not None
+    assert torch.equal(in_groups, heads.flatten())
+    for alone in (groups, None):
+        assert head_gates(None, alone) is alone
+    flat = head_gates(heads[0], None)  # without grouped queries
+    assert flat is not None
+    assert torch.equal(flat, heads[0])
 
 
 # --- row-parallel linear
