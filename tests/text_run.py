@@ -32,7 +32,7 @@ SHAPE = ModelShape(
 TARGET: dict[str, Any] = {
     "target_num_layers": 3,
     "target_hidden_size": 24,
-    "target_num_attention_heads": 4,
+    "target_num_attention_heads": 2,  # of the two in each group one
     "target_num_query_groups": 2,
     "target_ffn_hidden_size": 56,
 }

@@ -186,7 +186,10 @@ def check_target_layout(target: ModelShape, source: ModelShape, run: PruneRun) -
             fitting = [
                 str(n)
                 for n in range(1, ranks)
-                if all(getattr(target, e) % n == 0 for e in (heads, "ffn_hidden_size"))
+                if all(
+                    getattr(target, other) % n == 0
+                    for other in (heads, "ffn_hidden_size", "vocab_size")
+                )
             ]
             raise ValueError(
                 f"target {extent} {value} is not a multiple of {flag} {ranks}, so the cut model "
@@ -268,7 +271,9 @@ def _target_heads(masks: MaskConfig, source: ModelShape) -> tuple[int | None, in
             if heads % n == 0 and heads // n <= each
         ]
         stay = "" if masks.target_num_query_groups else " (all stay unless it is given)"
-        instead = f"; {heads} goes with {' or '.join(others)} of these" if others else ""
+        instead = ""
+        if others:
+            instead = f"; {heads} goes with --target-num-query-groups {' or '.join(others)}"
         raise ValueError(
             f"--target-num-attention-heads {heads} is not a multiple of --target-num-query-groups "
             f"{groups}{stay}, and every key/value head serves the same number of query heads; the "

@@ -14,7 +14,7 @@ from tests import text_run
 from tests.ranks import run_ranks
 from tests.text_run import REFERENCE, TextRun
 
-KINDS = ("hidden", "group", "intermediate", "layer")
+KINDS = ("hidden", "head", "group", "intermediate", "layer")
 ITERATIONS, SAVED = 6, 4
 EVERY_STEP = {
     "train/lm-loss",

@@ -7,24 +7,33 @@ import torch
 from torch import Tensor
 
 from megashear.checkpoint.cut import RoundingChange, cut, rounding_changes
+from megashear.masks.mask_set import exact_gates
 from megashear.models import layout
 from megashear.shape import ModelShape
 from tests.reference_llama import forward, random_weights, relative_error
 from tests.unit.checkpoint.shapes import (
     CUT_GROUPED,
     CUT_MULTI_HEAD,
+    CUT_ONE_GROUP,
+    CUT_WIDE,
     GROUPED,
     MULTI_HEAD,
+    ONE_GROUP,
     TOKENS,
+    WIDE,
     random_gates,
 )
 
 FOLDING_ORDER = 1e-5  # relative, float32: the same products in another order (law 2)
-NARROW = replace(CUT_GROUPED, num_attention_heads=3)  # one query head left in each group
 PAIRS = pytest.mark.parametrize(
     ("source", "target"),
-    [(MULTI_HEAD, CUT_MULTI_HEAD), (GROUPED, CUT_GROUPED)],
-    ids=["multi-head", "grouped"],
+    [
+        (MULTI_HEAD, CUT_MULTI_HEAD),
+        (GROUPED, CUT_GROUPED),
+        (WIDE, CUT_WIDE),
+        (ONE_GROUP, CUT_ONE_GROUP),
+    ],
+    ids=["multi-head", "grouped", "8-groups-of-4", "one-group"],
 )
 
 
@@ -67,16 +76,31 @@ def test_a_missing_fold_is_noticed(
     assert error_of_cut(source, target, random_gates(source, target)) > 0.01
 
 
-def heads_in_groups(seed: int = 4) -> Tensor:
-    """One of the two query heads of every group open, [L, H]."""
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(2, (4, 4, 1), generator=generator)
-    return (torch.cat([first, 1 - first], dim=2) * 0.7).flatten(1)
+def test_gates_transposed_within_their_groups_are_noticed() -> None:
+    gates = random_gates(WIDE, CUT_WIDE)
+    weights = random_weights(WIDE)
+    masked = forward(weights, WIDE, TOKENS, gates)
+    small = dict(cut(weights, gates, WIDE, CUT_WIDE))
+    assert relative_error(forward(small, CUT_WIDE, TOKENS), masked) < FOLDING_ORDER
+    # the same gates of a layer, but head j of group g takes that of head g of "group" j
+    by_layer = gates["head"].view(4, 8, 4)
+    transposed = gates | {"head": by_layer.transpose(1, 2).reshape(32, 4)}
+    assert relative_error(forward(weights, WIDE, TOKENS, transposed), masked) > 0.01
+    with pytest.raises(ValueError, match=r"layer \d group \d: its head mask keeps . of 4"):
+        cut(weights, transposed, WIDE, CUT_WIDE)
 
 
-def test_query_heads_inside_groups_are_cut_with_their_groups() -> None:
-    gates = random_gates(GROUPED, CUT_GROUPED) | {"head": heads_in_groups()}
-    assert error_of_cut(GROUPED, NARROW, gates) < FOLDING_ORDER
+def test_heads_counted_by_layer_instead_of_by_group_are_refused() -> None:
+    gates = random_gates(WIDE, CUT_WIDE)
+    log_alpha = torch.randn(4 * 8, 4, generator=torch.Generator().manual_seed(5))
+    counted = exact_gates({"head": log_alpha}, {"head": 3})["head"]  # by group
+    cut(random_weights(WIDE), gates | {"head": counted}, WIDE, CUT_WIDE)
+    by_layer = exact_gates({"head": log_alpha.view(4, 32)}, {"head": 24})["head"]
+    assert bool(((by_layer != 0).sum(dim=1) == 24).all())  # as many heads, in uneven groups
+    with pytest.raises(
+        ValueError, match=r"layer \d group \d: its head mask keeps . of 4.* wants 3"
+    ):
+        cut(Unread(), gates | {"head": by_layer}, WIDE, CUT_WIDE)
 
 
 @pytest.mark.parametrize(

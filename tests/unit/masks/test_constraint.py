@@ -109,6 +109,41 @@ def test_penalty_equals_a_formula_written_out() -> None:
     assert found == pytest.approx(wanted, rel=1e-12)  # float64 throughout
 
 
+def heads_in_groups() -> tuple[MaskSet, SparsityConstraint]:
+    target = replace(WIDE, num_attention_heads=12, num_query_groups=4)
+    parts = whole_parts(WIDE, target)
+    masks = MaskSet(parts)
+    constraint = SparsityConstraint(parts, target_units(WIDE, target), warmup_steps=0)
+    torch.manual_seed(4)
+    for log_alpha in masks.parameters():
+        log_alpha.data.copy_(3 * torch.randn(log_alpha.shape))
+    for number, multiplier in enumerate(constraint.parameters()):
+        multiplier.data.fill_(0.3 + number)
+    return masks, constraint
+
+
+def test_penalty_of_heads_is_a_mean_over_the_groups_of_all_layers() -> None:
+    masks, constraint = heads_in_groups()
+    closed = {
+        kind: torch.sigmoid(2 / 3 * math.log(0.1 / 1.1) - log_alpha.detach().double())
+        for kind, log_alpha in masks.log_alpha.items()
+    }
+    in_groups = closed["head"].view(4, 8, 4)  # 4 layers, 8 groups, 4 heads: 3 of them shall stay
+
+    def penalty(kind: str, sparsity: Tensor, target: float) -> float:
+        gap = sparsity - target
+        first, second = constraint.lambda1[kind].item(), constraint.lambda2[kind].item()
+        return float((first * gap + second * gap**2).mean())
+
+    groups = penalty("group", closed["group"].mean(dim=1), 0.5)
+    wanted = groups + penalty("head", in_groups.mean(dim=2), 0.25)
+    sums = masks.closed_sums()
+    assert constraint.penalty(sums, sums, 0).item() == pytest.approx(wanted, rel=1e-12)
+    # the twin: a row for each layer, where groups that close all and none make up for each other
+    by_layer = groups + penalty("head", in_groups.mean(dim=(1, 2)), 0.25)
+    assert by_layer != pytest.approx(wanted, rel=0.01)
+
+
 def test_expected_params_equal_the_reference() -> None:
     found = expected_params(golden.log_alpha(), golden.shape("base"))
     assert found == pytest.approx(golden.facts()["expected_params"], rel=FLOAT32)

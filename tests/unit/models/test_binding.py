@@ -15,14 +15,17 @@ from megashear.models.binding import MaskBinding, own_layers, own_parts
 from megashear.models.llama import build_llama, check_layout, unwrap
 from megashear.parallel.groups import ParallelGroups
 from tests.ranks import run_ranks
-from tests.tiny import SOURCE, TARGET, layout
+from tests.tiny import PAIRS, SOURCE, layout
+
+# query heads in groups and groups: every kind of mask
+GROUPED, TARGET = PAIRS["8-groups-of-4"]
 
 
 def parts_of_rank(parallel: ParallelConfig) -> tuple[tuple[int, ...], dict[int, int], Any]:
     groups = ParallelGroups.create(parallel)
-    chunks = build_llama(SOURCE, groups, parallel, ModelConfig(), variant="masked")
+    chunks = build_llama(GROUPED, groups, parallel, ModelConfig(), variant="masked")
     layers = own_layers(chunks)
-    parts = own_parts(whole_parts(SOURCE, TARGET), layers, groups)
+    parts = own_parts(whole_parts(GROUPED, TARGET), layers, groups)
     MaskBinding(chunks, MaskSet(parts), groups, sequence_parallel=False)
     rows = {
         layer.layer_number - 1: layer.row
@@ -47,20 +50,27 @@ def test_every_gate_is_held_by_the_ranks_that_hold_its_weights(
 ) -> None:
     tp = parallel.tensor_model_parallel_size
     found = run_ranks(len(layers), lambda rank: parts_of_rank(parallel))
-    whole = whole_parts(SOURCE, TARGET)
+    whole = whole_parts(GROUPED, TARGET)
     assert [own for own, _, _ in found] == layers
     for rank, (own, rows, parts) in enumerate(found):
         # rows of log_alpha in the order of layers, wherever a layer's chunk comes
         assert rows == {layer: row for row, layer in enumerate(own)}
         assert parts["hidden"] == whole["hidden"]
         assert list(parts["layer"].units) == list(own)
-        for kind in whole.keys() - {"hidden", "layer"}:
+        # whole rows, of the key/value heads that this rank holds
+        own_groups = range(rank % tp * 8 // tp, (rank % tp + 1) * 8 // tp)
+        assert list(parts["head"].rows) == [
+            8 * layer + group for layer in own for group in own_groups
+        ]
+        assert list(parts["head"].units) == [0, 1, 2, 3]
+        assert parts["group"].units == own_groups
+        for kind in ("group", "intermediate"):
             width = whole[kind].num_units // tp
             start = (rank % tp) * width
             assert list(parts[kind].rows) == list(own)
             assert list(parts[kind].units) == list(range(start, start + width))
-    assert whole.keys() == {"hidden", "group", "intermediate", "layer"}
-    for kind, times in {"intermediate": 1, "group": 1, "layer": tp}.items():
+    assert whole.keys() == {"hidden", "head", "group", "intermediate", "layer"}
+    for kind, times in {"intermediate": 1, "head": 1, "group": 1, "layer": tp}.items():
         held = torch.zeros(whole[kind].num_rows, whole[kind].num_units)
         for _, _, parts in found:
             held[list(parts[kind].rows)] += count(parts[kind])
@@ -75,14 +85,14 @@ def count(part: MaskPart) -> Tensor:
 
 def masked_model() -> tuple[Any, MaskBinding]:
     groups = ParallelGroups.create(layout())
-    chunks = build_llama(SOURCE, groups, layout(), ModelConfig(), variant="masked")
-    parts = own_parts(whole_parts(SOURCE, TARGET), own_layers(chunks), groups)
+    chunks = build_llama(GROUPED, groups, layout(), ModelConfig(), variant="masked")
+    parts = own_parts(whole_parts(GROUPED, TARGET), own_layers(chunks), groups)
     binding = MaskBinding(chunks, MaskSet(parts), groups, sequence_parallel=False)
     return unwrap(chunks[0]), binding
 
 
 def logits(model: Any, stream: Tensor | None) -> Tensor:
-    tokens = torch.arange(12)[None] % SOURCE.vocab_size
+    tokens = torch.arange(12)[None] % GROUPED.vocab_size
     positions = torch.arange(12)[None]
     with torch.no_grad():
         return model(tokens, positions, stream)
