@@ -17,7 +17,7 @@ from megashear.checkpoint.description import (
     read_description,
 )
 from megashear.checkpoint.store import check_save_directory
-from megashear.config import MaskConfig, PruneRun, TrainConfig
+from megashear.config import MaskConfig, PretrainRun, PruneRun, TrainConfig
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import target_units, whole_parts
 from megashear.masks.targets import EXTENTS, target_flag
@@ -164,18 +164,24 @@ def read_shape(name: str) -> ModelShape:
         ) from None
 
 
-def check_target_layout(target: ModelShape, source: ModelShape, run: PruneRun) -> None:
+def check_target_layout(
+    target: ModelShape, source: ModelShape, run: PruneRun, then: PretrainRun | None = None
+) -> None:
     """Refuse a target whose heads or neurons do not divide over the tensor ranks it is meant for.
 
     Args:
         target: shape to end with.
         source: shape to start from.
-        run: its layout, or the one that --target-tensor-model-parallel-size names.
+        run: its tensor ranks, or those that --target-tensor-model-parallel-size names.
+        then: the run that goes on with the cut model, where the same job has one: its ranks.
 
     Raises:
         ValueError: names the extent, the nearest that divide, and the sizes that divide this one.
     """
     flag, ranks = "--tensor-model-parallel-size", run.parallel.tensor_model_parallel_size
+    if then is not None:
+        flag += " of --then-pretrain"
+        ranks = then.parallel.tensor_model_parallel_size
     if run.masks.target_tensor_model_parallel_size is not None:
         flag = "--target-tensor-model-parallel-size"
         ranks = run.masks.target_tensor_model_parallel_size

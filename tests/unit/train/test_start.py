@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megashear.config import DataConfig, MaskConfig, PruneRun
+from megashear.config import DataConfig, MaskConfig, PretrainRun, PruneRun
 from megashear.shape import PRESETS, ModelShape
 from megashear.train.start import check_target_layout, target_shape
 from tests.tiny import PAIRS, layout
@@ -77,13 +77,22 @@ def test_heads_that_do_not_divide_are_refused_with_the_nearest(
         target_shape(masks(**flags), WIDE)
 
 
-def check(source: ModelShape, *, tp: int = 1, for_ranks: int | None = None, **extents: int) -> None:
+def check(
+    source: ModelShape,
+    *,
+    tp: int = 1,
+    for_ranks: int | None = None,
+    then_tp: int | None = None,
+    **extents: int,
+) -> None:
+    data = DataConfig(data_path="data")
     run = PruneRun(
         parallel=layout(tp=tp),
-        data=DataConfig(data_path="data"),
+        data=data,
         masks=MaskConfig(target_tensor_model_parallel_size=for_ranks),
     )
-    check_target_layout(replace(source, **extents), source, run)
+    then = None if then_tp is None else PretrainRun(parallel=layout(tp=then_tp), data=data)
+    check_target_layout(replace(source, **extents), source, run, then)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +135,10 @@ def test_the_cut_models_own_ranks_may_be_more_than_the_runs() -> None:
         ValueError, match=r"not a multiple of --target-tensor-model-parallel-size 4, .* 4 or 8"
     ):
         check(WIDE, tp=2, for_ranks=4, **extents)
+    # a job that goes on with the cut model says itself on how many
+    check(WIDE, tp=4, then_tp=2, **extents)
+    with pytest.raises(ValueError, match=r"model-parallel-size of --then-pretrain 4, .* 4 or 8"):
+        check(WIDE, tp=2, then_tp=4, **extents)
     with pytest.raises(ValueError, match=r"--target-num-query-groups is none up to 8"):
         check(WIDE, for_ranks=16, **extents)
     with pytest.raises(ValueError, match=r"--target-tensor-model-parallel-size is 0; at least 1"):
