@@ -27,14 +27,17 @@ setup(
         "tyro>=1.0,<2",
         "pyyaml>=6.0",
         "tqdm>=4.66",
+        "zstandard>=0.22",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch,core_cu12]>=2.0"],
         "eval": ["lm-eval>=0.4"],
+        "parquet": ["pyarrow>=15"],
         "test": [
             "pytest>=8",
             "hypothesis>=6",
             "transformers>=4.51",
+            "pyarrow>=15",
             "ruff>=0.6",
             "mypy>=1.11",
             "types-PyYAML",

@@ -365,24 +365,27 @@ class EvaluateRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreprocessConfig:
-    """`megashear preprocess`: jsonl per domain to Megatron .bin/.idx and held-out sets."""
+    """`megashear preprocess`: text per domain to Megatron .bin/.idx and held-out sets."""
 
     input: str
-    """Directory with one jsonl file, or one folder of jsonl files, per domain."""
+    """Directory with one data file, or one folder of data files, per domain: jsonl, jsonl.gz,
+    jsonl.zst, parquet, MDS shards of tokens, Megatron's .bin with .idx."""
     output: str
-    """Directory to write; must not exist."""
+    """Directory to write; must not exist. What an interrupted run left in OUTPUT.tmp is used."""
     tokenizer_model: str
     """SentencePiece tokenizer.model, Hugging Face tokenizer.json, or a directory with one."""
-    json_key: str = "text"
-    """Key of the text in each line."""
+    json_key: str = field(default="text", metadata={"aliases": ("json_keys",)})
+    """Key of the text in each line, or column of a parquet file (also --json-keys)."""
     append_eod: bool = True
-    """End each document with the tokenizer's EOS."""
+    """End each document with the tokenizer's EOS; input that is tokens already stays as it is."""
     prepend_bos: bool = True
-    """Begin each document with the tokenizer's BOS."""
+    """Begin each document with the tokenizer's BOS; input that is tokens already stays as it is."""
     held_out_fraction: float = 0.02
     """Share of documents, by hash of their text, that go to the held-out set."""
+    tokens_dtype: Literal["uint16", "int32", "uint32", "int64"] = "uint16"
+    """Type of the token ids in MDS shards, which do not say; LLM-Shearing writes uint16."""
     workers: int = 1
-    """Processes that tokenize."""
+    """Processes that tokenize; the output does not depend on their number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -62,6 +62,7 @@ def parse(config_type: type[Config], argv: Sequence[str], *, prog: str, descript
     settings = settings_of(config_type)
     assert not {"config", "dry_run"} & settings.keys()
     asks_help = not {"-h", "--help"}.isdisjoint(argv)
+    argv = _without_aliases(argv, settings)
     if not asks_help:
         _check_flags(argv, settings)
         argv = [*_read_config(argv, settings), *argv]
@@ -147,6 +148,20 @@ def _check_flags(argv: Sequence[str], settings: Mapping[str, Setting]) -> None:
             )
 
 
+def _without_aliases(argv: Sequence[str], settings: Mapping[str, Setting]) -> list[str]:
+    """The same words, with each flag under its own name."""
+    names = {_flag(alias): s.flag for s in settings.values() for alias in s.aliases}
+    words = []
+    for word in argv:
+        flag, equals, value = _with_dashes(word).partition("=")
+        words.append(names[flag] + equals + value if flag in names else word)
+    return words
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
 def _with_dashes(word: str) -> str:
     if not word.startswith("--"):
         return word
@@ -197,8 +212,10 @@ def _read_yaml(file: Path, settings: Mapping[str, Setting]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UsageError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from None
     values: dict[str, Any] = {}
+    aliases = {alias: setting.key for setting in settings.values() for alias in setting.aliases}
     for line, name, value in pairs:
         place, key = f"{file} line {line}", str(name).replace("-", "_")
+        key = aliases.get(key, key)
         if key not in settings:
             known = nearest(key, settings)
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Tokenise jsonl text, one file or folder a domain, into training and held-out sets."""
+"""Tokenise text, one file or folder a domain, into training and held-out sets."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ def main(argv: Sequence[str]) -> int:
     config = parse(PreprocessConfig, argv, prog=PROG, description=__doc__ or "")
     refuse_torchrun(PROG)
     # Here, not above: numpy and megatron-core take seconds that --help should not.
-    from megashear.data.documents import find_domains
     from megashear.data.domains import preprocess
+    from megashear.data.inputs import find_domains
 
     manifest = preprocess(
-        find_domains(config.input),
+        find_domains(config.input, config.json_key),
         config.output,
         config.tokenizer_model,
         json_key=config.json_key,
         append_eod=config.append_eod,
         prepend_bos=config.prepend_bos,
         held_out_fraction=config.held_out_fraction,
+        tokens_dtype=config.tokens_dtype,
         workers=config.workers,
     )
     report(format_manifest(manifest))
@@ -39,14 +40,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def format_manifest(manifest: DataManifest) -> str:
-    """One line a domain: documents and tokens to train on and held out; then where they lie."""
+    """A line a domain: documents, tokens, bytes a token, what was skipped; then where they lie."""
     width = max(len(name) for name in manifest.names)
-    lines = [
-        f"{d.name:{width}} | train {d.documents:,} documents, {d.tokens:,} tokens | held out "
-        f"{d.held_out_documents:,} documents, {d.held_out_tokens:,} tokens"
-        + (f" | {d.skipped_documents:,} without text skipped" if d.skipped_documents else "")
-        for d in manifest.domains
-    ]
+    lines = []
+    for d in manifest.domains:
+        parts = [
+            f"{d.name:{width}}",
+            f"train {d.documents:,} documents, {d.tokens:,} tokens",
+            f"held out {d.held_out_documents:,} documents, {d.held_out_tokens:,} tokens",
+        ]
+        if d.bytes_per_token is not None:
+            parts.append(f"{d.bytes_per_token:.2f} bytes/token")
+        if d.skipped:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in d.skipped.items())
+            parts.append(f"skipped {reasons}")
+        lines.append(" | ".join(parts))
     total = sum(d.tokens for d in manifest.domains)
     return "\n".join(
         [*lines, f"wrote {manifest.directory}: {len(lines)} domains, {total:,} training tokens"]

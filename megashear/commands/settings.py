@@ -29,6 +29,8 @@ class Setting:
     """The string under the field, on one line."""
     default: Any
     """Value where none is given; ``dataclasses.MISSING`` where one must be."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the key that users know from elsewhere."""
 
     @property
     def flag(self) -> str:
@@ -60,6 +62,7 @@ def settings_of(config_type: type) -> dict[str, Setting]:
                 wanted=hints[field.name],
                 help=notes.get(field.name, ""),
                 default=field.default,
+                aliases=field.metadata.get("aliases", ()),
             )
     return found
 

@@ -1,9 +1,10 @@
-"""Documents of jsonl files, found, checked, tokenised and assigned to training or held-out text."""
+"""Documents: checked, tokenised and assigned to training or held-out text."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,131 +14,116 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megashear.data.inputs import read_chunks
+from megashear.data.text_files import Chunk, Record
 from megashear.data.tokenizer import load_tokenizer
 
-CHUNK_BYTES = 1 << 20
-"""Text handed to a worker at a time, bytes; a longer line is a chunk of its own."""
+EMPTY = "empty"
+"""Why a document is skipped: no text but blanks, or no token."""
+NOT_TEXT = "not a string"
+"""Why a document is skipped: null, a number, a list where text belongs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodingPolicy:
-    """What becomes of a line; hashable and picklable, for workers load their tokenizer from it."""
+    """What becomes of a record; hashable and picklable: workers load their tokenizer from it."""
 
     tokenizer_path: Path
     """Tokenizer file or directory."""
     json_key: str
     """Key under which a line holds its text."""
     prepend_bos: bool
-    """Begin every document with the tokenizer's BOS."""
+    """Begin every document of text with the tokenizer's BOS."""
     append_eod: bool
-    """End every document with the tokenizer's EOS."""
+    """End every document of text with the tokenizer's EOS."""
     held_out_fraction: float
     """Documents that go to the held-out set, expected share."""
     dtype: str
     """Name of the numpy type that tokens are stored in."""
 
 
-class Chunk(NamedTuple):
-    """Consecutive lines of one file."""
-
-    file: Path
-    first_line: int
-    """Number of the first line, 1-based, as editors count."""
-    lines: list[bytes]
-
-
-class Document(NamedTuple):
-    """One tokenised document."""
+class EncodedSide(NamedTuple):
+    """Documents of a chunk that go to one side, back to back."""
 
     tokens: npt.NDArray[np.integer]  # [tokens]
-    held_out: bool
+    lengths: npt.NDArray[np.int32]  # [documents]
 
 
 class EncodedChunk(NamedTuple):
     """What a chunk became."""
 
-    documents: list[Document]
-    num_skipped: int
-    """Documents without text."""
-    num_bytes: int
-    """Size of the chunk's lines, bytes."""
+    train: EncodedSide
+    held_out: EncodedSide
+    skipped: Counter[str]
+    """Records left out, by reason."""
+    text_bytes: int
+    """Size of the texts that were tokenised, bytes of UTF-8."""
+    num_pretokenised: int
+    """Documents that came as tokens."""
 
-
-def find_domains(directory: str | Path) -> dict[str, list[Path]]:
-    """Domains of a directory of text: one per ``*.jsonl``, one per subdirectory that holds some.
-
-    Returns:
-        Files of each domain, domains and files in the order of their names.
-
-    Raises:
-        ValueError: no such directory, no jsonl file, or one name given both ways.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory; give one that holds *.jsonl files")
-    domains = {file.stem: [file] for file in directory.glob("*.jsonl") if file.is_file()}
-    for folder in filter(Path.is_dir, directory.iterdir()):
-        files = sorted(file for file in folder.glob("*.jsonl") if file.is_file())
-        if files and folder.name in domains:
-            raise ValueError(
-                f"domain {folder.name!r} is there twice: {folder}.jsonl and {folder}/; "
-                f"rename one, or move the file into the directory"
-            )
-        if files:
-            domains[folder.name] = files
-    if not domains:
-        packed = sum(1 for _ in directory.rglob("*.jsonl.*"))
-        hint = f"; unpack its {packed} compressed *.jsonl.* files first" if packed else ""
-        raise ValueError(f"no *.jsonl file in {directory} or one level below{hint}")
-    return dict(sorted(domains.items()))
-
-
-def read_chunks(file: Path, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """Cut a file into runs of whole lines of about ``chunk_bytes``; holds one run at a time."""
-    lines: list[bytes] = []
-    first, size = 1, 0
-    with file.open("rb") as stream:
-        for line in stream:
-            lines.append(line)
-            size += len(line)
-            if size >= chunk_bytes:
-                yield Chunk(file, first, lines)
-                first, lines, size = first + len(lines), [], 0
-    if lines:
-        yield Chunk(file, first, lines)
+    @property
+    def num_documents(self) -> int:
+        """Documents on both sides."""
+        return len(self.train.lengths) + len(self.held_out.lengths)
 
 
 def read_texts(file: Path, json_key: str) -> Iterator[str]:
-    """Text of every document of a jsonl file, one held at a time.
+    """Text of every document of a file of text, one held at a time.
 
     Raises:
-        ValueError: a line is not a JSON object with text under ``json_key``; names the file and
+        ValueError: a record is not a JSON object with text under ``json_key``; names the file and
             the line.
     """
-    for chunk in read_chunks(file):
-        for number, line in enumerate(chunk.lines, start=chunk.first_line):
-            if line.strip():
-                yield _text(line, json_key, f"{file}, line {number}")
+    for chunk in read_chunks(file, json_key=json_key):
+        for number, record in enumerate(chunk.records, start=chunk.first):
+            place = f"{file}, {chunk.unit} {number}"
+            if not isinstance(record, (str, bytes)):
+                raise ValueError(f"{place} holds a {type(record).__name__}; text is wanted")
+            if isinstance(record, str) or record.strip():
+                text = _text(record, json_key, place)
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"{place} has a {type(text).__name__} under {json_key!r}; text is wanted"
+                    )
+                yield text
 
 
 def encode_chunk(policy: EncodingPolicy, chunk: Chunk) -> EncodedChunk:
     """Tokenise the documents of a chunk.
 
     Raises:
-        ValueError: a line is not a JSON object with text under ``policy.json_key``; names the
-            file and the line.
+        ValueError: a line is not a JSON object with ``policy.json_key``, or an id is beyond the
+            tokenizer's vocabulary; names the file and the line.
     """
     encoder = _encoder(policy)
-    documents, num_skipped = [], 0
-    for number, line in enumerate(chunk.lines, start=chunk.first_line):
-        if not line.strip():
-            continue
-        document = encoder.encode(_text(line, policy.json_key, f"{chunk.file}, line {number}"))
-        if document is None:
-            num_skipped += 1
+    sides: tuple[list[npt.NDArray[np.integer]], ...] = ([], [])
+    skipped: Counter[str] = Counter()
+    text_bytes = num_pretokenised = 0
+    for number, record in enumerate(chunk.records, start=chunk.first):
+        if isinstance(record, bytes) and not record.strip():
+            continue  # a blank line is no document
+        place = f"{chunk.file}, {chunk.unit} {number}"
+        if isinstance(record, np.ndarray):
+            if not len(record):
+                skipped[EMPTY] += 1
+                continue
+            tokens, content = encoder.check_tokens(record, place)
+            num_pretokenised += 1
         else:
-            documents.append(document)
-    return EncodedChunk(documents, num_skipped, sum(map(len, chunk.lines)))
+            text = _text(record, policy.json_key, place)
+            if not isinstance(text, str):
+                skipped[NOT_TEXT] += 1
+                continue
+            content = text.encode()
+            found = encoder.encode(text)
+            if found is None:
+                skipped[EMPTY] += 1
+                continue
+            tokens = found
+            text_bytes += len(content)
+        sides[encoder.is_held_out(content)].append(tokens)
+    train, held_out = (_side(side, policy.dtype) for side in sides)
+    return EncodedChunk(train, held_out, skipped, text_bytes, num_pretokenised)
 
 
 class _Encoder:
@@ -150,16 +136,33 @@ class _Encoder:
         self._after = [self._tokenizer.eos_id] if policy.append_eod else []
         self._held_out_below = int(policy.held_out_fraction * 2**64)
 
-    def encode(self, text: str) -> Document | None:
-        """The document that ``text`` makes; None where it is blank."""
+    def encode(self, text: str) -> npt.NDArray[np.integer] | None:
+        """Tokens of a document; None where it is blank."""
         ids = self._tokenizer.encode(text) if text.strip() else []
         if not ids:
             return None
-        tokens = np.array([*self._before, *ids, *self._after], dtype=self._dtype)
-        # Of the text alone: a document stays on its side whatever files join the domain, and
+        return np.array([*self._before, *ids, *self._after], dtype=self._dtype)
+
+    def check_tokens(
+        self, tokens: npt.NDArray[np.number], place: str
+    ) -> tuple[npt.NDArray[np.integer], bytes]:
+        """Tokens as they are stored, and the bytes by which their side is chosen."""
+        size = self._tokenizer.vocab_size
+        wrong = np.flatnonzero((tokens < 0) | (tokens >= size))
+        if len(wrong):
+            raise ValueError(
+                f"{place}: token {wrong[0]} (from 0) is {tokens[wrong[0]]}, but the tokenizer "
+                f"{self._tokenizer.path} has {size} ids; give the tokenizer that made these data "
+                f"(--tokenizer-model), or their type (--tokens-dtype)"
+            )
+        # One type whatever the file's, or the same tokens would change sides with it.
+        return tokens.astype(self._dtype), tokens.astype("<i4").tobytes()
+
+    def is_held_out(self, content: bytes) -> bool:
+        # Of the content alone: a document stays on its side whatever files join the domain, and
         # copies of a text never end up on both sides.
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return Document(tokens, int.from_bytes(digest, "big") < self._held_out_below)
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self._held_out_below
 
 
 @lru_cache(maxsize=1)
@@ -168,20 +171,31 @@ def _encoder(policy: EncodingPolicy) -> _Encoder:
     return _Encoder(policy)
 
 
-def _text(line: bytes, key: str, place: str) -> str:
+def _side(documents: list[npt.NDArray[np.integer]], dtype: str) -> EncodedSide:
+    tokens = np.concatenate(documents) if documents else np.empty(0, dtype=dtype)
+    return EncodedSide(tokens, np.array([len(each) for each in documents], dtype=np.int32))
+
+
+def _text(record: Record, key: str, place: str) -> object:
+    """What a record holds as its text, which may be anything."""
+    if not isinstance(record, bytes):
+        return record
     try:
-        record = json.loads(line)
-    except ValueError as error:  # broken JSON, or not UTF-8
-        raise ValueError(f"{place} is not valid JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{place} holds a {type(record).__name__}; a JSON object is wanted")
-    if key not in record:
+        # Not the bytes: json guesses UTF-16 and UTF-32 there, whose lines have been cut wrongly.
+        line = json.loads(record.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8: {error}; convert the file to UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not valid JSON: {error}; mend or remove the line") from None
+    if not isinstance(line, dict):
+        raise ValueError(f"{place} holds a {type(line).__name__}; a JSON object is wanted")
+    if key not in line:
         raise ValueError(
-            f"{place} has no key {key!r}, only {sorted(record)}; name the key of the text with "
+            f"{place} has no key {key!r}, only {sorted(line)}; name the key of the text with "
             f"--json-key"
         )
-    text = record[key]
-    if not isinstance(text, str):
-        raise ValueError(f"{place} has a {type(text).__name__} under {key!r}; text is wanted")
-    # JSON can escape half a surrogate pair, which no tokenizer accepts; web text has them.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = line[key]
+    if isinstance(text, str) and not text.isascii():
+        # JSON can escape half a surrogate pair, which no tokenizer accepts; web text has them.
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -1,43 +1,46 @@
-"""Tokenises jsonl files into one .bin/.idx and one held-out set per domain."""
+"""Tokenises text into one .bin/.idx and one held-out set per domain."""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
+import os
 import re
 import shutil
 import sys
-import time
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from megatron.core.datasets.indexed_dataset import DType
-from tqdm import tqdm
 
-from megashear.data.documents import (
-    Chunk,
-    EncodedChunk,
-    EncodingPolicy,
-    encode_chunk,
-    find_domains,
-    read_chunks,
-)
+from megashear.data.documents import EncodedChunk, EncodingPolicy, encode_chunk
 from megashear.data.domain_writer import DomainWriter
+from megashear.data.inputs import read_chunks
+from megashear.data.journal import FOLDER, unfinished
 from megashear.data.manifest import (
     HELD_OUT_SUFFIX,
     TOKENIZER_FOLDER,
     DataManifest,
     DomainCounts,
-    read_manifest,
 )
+from megashear.data.mds import check_set
+from megashear.data.progress import Meter
+from megashear.data.text_files import CHUNK_BYTES, Chunk
 from megashear.data.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["DataManifest", "DomainCounts", "find_domains", "preprocess", "read_manifest"]
+logger = logging.getLogger(__name__)
 
 CHUNKS_AHEAD = 4
 """Chunks read ahead for each worker; bounds memory whatever the size of the files."""
+CHUNKS_BETWEEN_COMMITS = 64
+"""How much a run that is killed does again at most; bringing it to the disk takes some 10 ms."""
 
 
 def preprocess(
@@ -49,40 +52,49 @@ def preprocess(
     append_eod: bool = True,
     prepend_bos: bool = True,
     held_out_fraction: float = 0.02,
+    tokens_dtype: str = "uint16",
     workers: int = 1,
     progress: bool | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> DataManifest:
     """Tokenise text into a new directory: a training and a held-out set for each domain.
 
     A document is held out by the hash of its text: it stays on its side when files are added, and
     copies of a text share a side. Where all documents of a (small) domain fall on one side, the one
-    that divides its tokens best is moved. The directory appears whole or not at all. Documents keep
-    the order of the files, whatever the number of workers. Memory grows only by the index, some
-    100 bytes a document.
+    that divides its tokens best is moved. Documents keep the order of the files, whatever the
+    number of workers. Memory does not grow with the input; the longest document has to fit.
+
+    The directory appears whole or not at all. It is made as ``{output}.tmp``, where a run that was
+    interrupted, killed even, leaves what it did: the same call goes on from there, and only from
+    input files that have not changed.
 
     Args:
-        inputs: jsonl files of each domain; their order becomes the order of the domains
-            (``find_domains`` reads it from a directory).
+        inputs: files of each domain, of any kind that ``find_domains`` finds; their order becomes
+            the order of the domains.
         output: directory to make.
         tokenizer_path: a tokenizer file or directory, see ``load_tokenizer``; copied along.
-        json_key: key under which a line holds its text.
-        append_eod: end every document with EOS.
-        prepend_bos: begin every document with BOS.
+        json_key: key under which a line holds its text; column of a parquet file.
+        append_eod: end every document with EOS; documents that come as tokens stay as they are.
+        prepend_bos: begin every document with BOS; as above.
         held_out_fraction: share of documents to hold out, between 0 and 1, exclusive.
+        tokens_dtype: numpy type of ids in MDS shards, which do not say.
         workers: processes that tokenise; 1 works in this process. More are started afresh, so a
             script that calls this needs its ``if __name__ == "__main__"``.
-        progress: show a bar on stderr; None shows it on a terminal.
+        progress: show a bar on stderr; None shows it on a terminal, and else logs now and then.
+        chunk_bytes: text handed to a worker at a time, bytes.
 
     Returns:
         The manifest that was written.
 
     Raises:
-        ValueError: the output exists, a line is not a JSON object with text under ``json_key``
-            (names the file and the line), a domain has no text or fewer than two different
-            documents, or the tokenizer lacks a token that was asked for.
+        ValueError: the output exists, an interrupted run had other settings, an input file is
+            damaged or does not hold text under ``json_key`` (names the file and the line), a
+            domain has no text or fewer than two different documents, or the tokenizer lacks a
+            token that was asked for.
     """
     output = Path(output)
-    _check_inputs(inputs, output)
+    files = {name: [Path(file) for file in each] for name, each in inputs.items()}
+    _check_inputs(files, output)
     if not 0 < held_out_fraction < 1:
         raise ValueError(
             f"--held-out-fraction is {held_out_fraction}; it must lie between 0 and 1, for "
@@ -100,16 +112,20 @@ def preprocess(
         held_out_fraction=held_out_fraction,
         dtype=DType.optimal_dtype(tokenizer.vocab_size).__name__,
     )
+    settings = {
+        **asdict(policy),
+        "tokenizer_path": None,  # its content counts, and it may be moved
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "tokens_dtype": tokens_dtype,
+        "chunk_bytes": chunk_bytes,  # places are counted in chunks
+    }
     aside = output.with_name(output.name + ".tmp")
-    try:
-        aside.mkdir(parents=True)
-    except FileExistsError:
-        raise ValueError(
-            f"{aside} exists: another run is writing {output}, or one was killed; delete "
-            f"{aside} if none is running"
-        ) from None
-    try:
-        domains = _write_domains(inputs, aside, policy, workers, progress)
+    with unfinished(aside, settings):
+        _drop_strangers(aside, files)
+        run = _Run(policy, tokens_dtype, chunk_bytes, workers)
+        domains = run.write_all(files, aside, progress)
         tokenizer.copy_to(aside / TOKENIZER_FOLDER)
         manifest = DataManifest(
             directory=aside,
@@ -125,10 +141,10 @@ def preprocess(
             tokenizer_fingerprint=tokenizer.fingerprint,
         )
         manifest.write()
+        if output.exists():  # since the check at the start; a rename would take an empty one
+            raise ValueError(f"{output} exists; delete it or write to another directory")
         aside.rename(output)
-    except BaseException:  # an interrupt too: half a data set must not stay behind
-        shutil.rmtree(aside)
-        raise
+    shutil.rmtree(output / FOLDER)
     return manifest.moved(output)
 
 
@@ -136,7 +152,7 @@ def _check_inputs(inputs: Mapping[str, Sequence[Path]], output: Path) -> None:
     if output.exists():
         raise ValueError(f"{output} exists; delete it or write to another directory")
     if not inputs:
-        raise ValueError("no domain to preprocess; give a directory that holds *.jsonl files")
+        raise ValueError("no domain to preprocess; give a directory that holds data")
     for name, files in inputs.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == TOKENIZER_FOLDER:
             raise ValueError(
@@ -149,9 +165,9 @@ def _check_inputs(inputs: Mapping[str, Sequence[Path]], output: Path) -> None:
                 f"it (a held-out set is split off for every domain)"
             )
         if not files:
-            raise ValueError(f"domain {name!r} has no *.jsonl file")
+            raise ValueError(f"domain {name!r} has no file")
         for file in files:
-            if not Path(file).is_file():
+            if not file.is_file():
                 raise ValueError(f"domain {name!r}: {file} does not exist")
 
 
@@ -167,72 +183,159 @@ def _check_special_tokens(tokenizer: Tokenizer, *, append_eod: bool, prepend_bos
             )
 
 
-def _write_domains(
-    inputs: Mapping[str, Sequence[Path]],
-    directory: Path,
-    policy: EncodingPolicy,
-    workers: int,
-    progress: bool | None,
-) -> list[DomainCounts]:
-    """Write every domain into ``directory``; the bar counts the bytes of all of them."""
-    sizes = {
-        name: sum(Path(file).stat().st_size for file in files) for name, files in inputs.items()
-    }
-    pool = None
-    if workers > 1:
-        # Spawned: a fork of a process with threads (torch, tokenizers) can hang.
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    shown = sys.stderr.isatty() if progress is None else progress
-    counts = []
-    try:
-        with tqdm(
-            total=sum(sizes.values()), unit="B", unit_scale=True, disable=not shown
-        ) as progress_bar:
-            meter = _Meter(progress_bar)
-            for name, files in inputs.items():
-                meter.domain = name
-                chunks = (chunk for file in files for chunk in read_chunks(Path(file)))
-                encoded = _encode_in_order(policy, chunks, pool, workers)
-                writer = DomainWriter(directory, name, policy)
-                for chunk in encoded:
-                    writer.add(chunk)
-                    meter.add(chunk)
-                counts.append(writer.finish(sizes[name]))
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
-    return counts
+def _drop_strangers(directory: Path, inputs: Mapping[str, Sequence[Path]]) -> None:
+    """Delete what an earlier run wrote of domains that are no longer asked for."""
+    for journal in (directory / FOLDER).glob("*.json"):
+        if (name := journal.stem) in inputs:
+            continue
+        logger.warning("domain %s of an earlier run is no longer in the input; deleted", name)
+        for side in (name, name + HELD_OUT_SUFFIX):
+            for file in (
+                *(directory / f"{side}{suffix}" for suffix in (".bin", ".idx")),
+                directory / FOLDER / f"{side}.lengths",
+            ):
+                file.unlink(missing_ok=True)
+        journal.unlink()
+    for half in directory.glob("*~*"):  # renamed when whole; no domain's name has a ~
+        half.unlink()
 
 
-def _encode_in_order(
-    policy: EncodingPolicy, chunks: Iterator[Chunk], pool: ProcessPoolExecutor | None, workers: int
-) -> Iterator[EncodedChunk]:
-    """Encode chunks, in ``pool`` if there is one, and yield them in their order."""
-    if pool is None:
-        for chunk in chunks:
-            yield encode_chunk(policy, chunk)
-        return
-    # Not Pool.imap: it reads the whole input ahead, and hangs where a worker is killed.
-    pending: deque[Future[EncodedChunk]] = deque()
-    for chunk in chunks:
-        pending.append(pool.submit(encode_chunk, policy, chunk))
-        if len(pending) >= workers * CHUNKS_AHEAD:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+class _Item(NamedTuple):
+    """A chunk on its way, or the end of a file."""
+
+    file_number: int
+    chunk: Chunk | None
 
 
-class _Meter:
-    """Progress in bytes, with documents per second behind it."""
+class _Run:
+    """How chunks become domains."""
 
-    def __init__(self, progress_bar: tqdm[Any]) -> None:
-        self.domain = ""
-        self._bar = progress_bar
-        self._documents = 0
-        self._start = time.monotonic()
+    def __init__(
+        self, policy: EncodingPolicy, tokens_dtype: str, chunk_bytes: int, workers: int
+    ) -> None:
+        self._policy, self._workers = policy, workers
+        self._tokens_dtype, self._chunk_bytes = tokens_dtype, chunk_bytes
 
-    def add(self, chunk: EncodedChunk) -> None:
-        self._documents += len(chunk.documents)
-        rate = self._documents / max(time.monotonic() - self._start, 1e-6)
-        self._bar.set_postfix_str(f"{self.domain}, {rate:.0f} docs/s", refresh=False)
-        self._bar.update(chunk.num_bytes)
+    def write_all(
+        self, inputs: Mapping[str, Sequence[Path]], directory: Path, progress: bool | None
+    ) -> list[DomainCounts]:
+        """Write every domain into ``directory``, or take over what is there."""
+        pool = None
+        if self._workers > 1:
+            # Spawned: a fork of a process with threads (torch, tokenizers) can hang.
+            pool = ProcessPoolExecutor(
+                self._workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_end_with_parent,
+            )
+        shown = sys.stderr.isatty() if progress is None else progress
+        sizes = {file: file.stat().st_size for files in inputs.values() for file in files}
+        counts = []
+        try:
+            with Meter(sum(sizes.values()), bar=shown, log=progress is None) as meter:
+                for name, files in inputs.items():
+                    meter.domain = name
+                    counts.append(self._write(name, files, directory, pool, meter))
+        except BrokenProcessPool:
+            raise ValueError(
+                f"a process that tokenises was killed, as happens when memory runs out; the same "
+                f"command goes on from what is done, with fewer --workers than {self._workers} if "
+                f"it was memory"
+            ) from None
+        finally:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+        return counts
+
+    def _write(
+        self,
+        name: str,
+        files: Sequence[Path],
+        directory: Path,
+        pool: ProcessPoolExecutor | None,
+        meter: Meter,
+    ) -> DomainCounts:
+        writer = DomainWriter(directory, name, self._policy, files)
+        if writer.counts is not None:
+            meter.skip(sum(file.stat().st_size for file in files))
+            return writer.counts
+        meter.skip(sum(file.stat().st_size for file in files[: writer.next_file]))
+        uncommitted = 0
+        for item, encoded in self._encode_in_order(self._items(files, writer), pool):
+            file = files[item.file_number]
+            if encoded is None or item.chunk is None:
+                writer.end_file()
+                meter.end_file(file.stat().st_size)
+                continue
+            writer.add(encoded)
+            meter.add(encoded.num_documents, item.chunk.position)
+            uncommitted += 1
+            if uncommitted == CHUNKS_BETWEEN_COMMITS:
+                writer.commit()
+                uncommitted = 0
+        return writer.finish()
+
+    def _items(self, files: Sequence[Path], writer: DomainWriter) -> Iterator[_Item]:
+        """Chunks that are not written yet, and the end of each file."""
+        begin, skipped = writer.next_file, writer.next_chunk  # now: the writer moves on
+        set_name: str | None = None
+        for number in range(begin, len(files)):
+            chunks = read_chunks(
+                files[number],
+                json_key=self._policy.json_key,
+                tokens_dtype=self._tokens_dtype,
+                chunk_bytes=self._chunk_bytes,
+            )
+            for place, chunk in enumerate(chunks):
+                if chunk.set_name is not None:
+                    set_name = chunk.set_name if set_name is None else set_name
+                    check_set(chunk.set_name, set_name, f"{chunk.file}, sample {chunk.first}")
+                if number > begin or place >= skipped:
+                    yield _Item(number, chunk)
+            yield _Item(number, None)
+
+    def _encode_in_order(
+        self, items: Iterator[_Item], pool: ProcessPoolExecutor | None
+    ) -> Iterator[tuple[_Item, EncodedChunk | None]]:
+        """Encode chunks, in ``pool`` if there is one, and yield them in their order."""
+        if pool is None:
+            for item in items:
+                chunk = item.chunk
+                yield item, None if chunk is None else encode_chunk(self._policy, chunk)
+            return
+        # Not Pool.imap: it reads the whole input ahead, and hangs where a worker is killed.
+        pending: deque[tuple[_Item, Future[EncodedChunk] | None]] = deque()
+        for item in items:
+            if item.chunk is None:
+                pending.append((item, None))
+            else:
+                pending.append(
+                    # without its text, which the worker has
+                    (
+                        _Item(item.file_number, item.chunk._replace(records=[])),
+                        pool.submit(encode_chunk, self._policy, item.chunk),
+                    )
+                )
+            if len(pending) >= self._workers * CHUNKS_AHEAD:
+                yield _result(pending.popleft())
+        while pending:
+            yield _result(pending.popleft())
+
+
+def _result(
+    pending: tuple[_Item, Future[EncodedChunk] | None],
+) -> tuple[_Item, EncodedChunk | None]:
+    item, future = pending
+    return item, None if future is None else future.result()
+
+
+def _end_with_parent() -> None:
+    """Keep a worker from waiting for ever where the process that started it was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

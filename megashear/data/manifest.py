@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megashear.data.indexed import check_pair
+from megashear.data.journal import write_whole
 from megashear.data.tokenizer import Tokenizer
 
 FORMAT = "megashear-data-1"
@@ -32,10 +34,25 @@ class DomainCounts:
     """Held-out documents."""
     held_out_tokens: int
     """Held-out tokens, BOS and EOS included."""
-    skipped_documents: int
-    """Documents left out because they hold no text."""
     source_bytes: int
-    """Size of the jsonl files, bytes."""
+    """Size of the input files as they lay on the disk, bytes."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Documents left out, by reason."""
+    text_bytes: int = 0
+    """Size of the texts that were tokenised, bytes of UTF-8; 0 where the input were tokens."""
+    pretokenised_documents: int = 0
+    """Documents, or chunks of fixed size, that came as tokens; BOS and EOS are theirs."""
+    largest_id: int | None = None
+    """Largest id on both sides; None in manifests that do not know."""
+    largest_id_at: str = ""
+    """File and token, from 0, where it is first."""
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """UTF-8 bytes of text that a token stands for; None where the input were tokens."""
+        if not self.text_bytes or self.pretokenised_documents:
+            return None
+        return self.text_bytes / (self.tokens + self.held_out_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,10 +107,20 @@ class DataManifest:
     def check_vocab(self, model_vocab_size: int) -> None:
         """Refuse a model that has no embedding for some of the ids.
 
+        Preprocessing looked at every id, so the files need not be read.
+
         Raises:
-            ValueError: the vocabulary of the data is larger than the model's.
+            ValueError: an id of the data is beyond the model's vocabulary, or, where the manifest
+                does not know the largest id, the tokenizer's vocabulary is larger than the model's.
         """
-        if self.vocab_size > model_vocab_size:
+        for domain in self.domains:
+            if domain.largest_id is not None and domain.largest_id >= model_vocab_size:
+                raise ValueError(
+                    f"{self.directory / domain.largest_id_at} is id {domain.largest_id}, but the "
+                    f"model has {model_vocab_size} ids ({self.directory} was tokenised with "
+                    f"{self.vocab_size}); preprocess again with the tokenizer of the model"
+                )
+        if self.vocab_size > model_vocab_size and any(d.largest_id is None for d in self.domains):
             raise ValueError(
                 f"{self.directory} was tokenised with {self.vocab_size} ids but the model has "
                 f"{model_vocab_size}; preprocess again with the tokenizer of the model"
@@ -117,8 +144,7 @@ class DataManifest:
         """Write manifest.json into the directory."""
         content: dict[str, Any] = {"format": FORMAT, **asdict(self)}
         del content["directory"]  # so that the directory can move
-        path = self.directory / MANIFEST_NAME
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_whole(self.directory / MANIFEST_NAME, json.dumps(content, indent=2) + "\n")
 
 
 def read_manifest(directory: str | Path) -> DataManifest:
@@ -132,15 +158,14 @@ def read_manifest(directory: str | Path) -> DataManifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise ValueError(
-            f"{directory} is not a megashear data directory: it has no {MANIFEST_NAME}; make one "
-            f"from jsonl files with `megashear preprocess`"
+            f"{directory} is not a megashear data directory: {_what_is_there(directory)}"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = content.pop("format", None)
         if found != FORMAT:
             raise ValueError(f"its format is {found!r}, wanted {FORMAT!r}")
-        domains = tuple(DomainCounts(**domain) for domain in content.pop("domains"))
+        domains = tuple(_domain_counts(domain) for domain in content.pop("domains"))
         manifest = DataManifest(directory=directory, domains=domains, **content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
@@ -150,19 +175,40 @@ def read_manifest(directory: str | Path) -> DataManifest:
     return manifest
 
 
+def _domain_counts(content: dict[str, Any]) -> DomainCounts:
+    if (skipped := content.pop("skipped_documents", None)) is not None:  # before there were reasons
+        content["skipped"] = {"empty": skipped} if skipped else {}
+    return DomainCounts(**content)
+
+
+def _what_is_there(directory: Path) -> str:
+    """Why a directory has no manifest, and what to do."""
+    unfinished = directory.with_name(directory.name + ".tmp")
+    if not directory.exists() and unfinished.is_dir():
+        return (
+            f"it does not exist, but {unfinished} does: preprocessing was interrupted; give the "
+            f"same `megashear preprocess` again, which goes on from there"
+        )
+    if any(directory.glob("*.bin")):
+        return (
+            f"it has no {MANIFEST_NAME}, though it has .bin files; data that Megatron-LM "
+            f"tokenised are taken over with `megashear preprocess --input {directory}`, which "
+            f"checks their ids and splits held-out sets off"
+        )
+    return f"it has no {MANIFEST_NAME}; make one with `megashear preprocess`"
+
+
 def _check_sizes(manifest: DataManifest) -> None:
     """A copy that was cut short reads as text up to the cut, so it is found here or never."""
-    width = np.dtype(manifest.dtype).itemsize
     for domain in manifest.domains:
         for prefix, tokens in (
             (manifest.prefix(domain.name), domain.tokens),
             (manifest.held_out_prefix(domain.name), domain.held_out_tokens),
         ):
-            file = Path(f"{prefix}.bin")
-            if not file.is_file() or not Path(f"{prefix}.idx").is_file():
-                raise ValueError(f"{prefix}.bin or {prefix}.idx is missing; copy the data again")
-            if file.stat().st_size != tokens * width:
+            found = check_pair(prefix)
+            if found.num_tokens != tokens or found.dtype != np.dtype(manifest.dtype).type:
                 raise ValueError(
-                    f"{file} has {file.stat().st_size} bytes, wanted {tokens * width} for "
-                    f"{tokens} tokens; copy the data again"
+                    f"{prefix}.bin and .idx hold {found.num_tokens} tokens of "
+                    f"{found.dtype.__name__}, but {MANIFEST_NAME} says {tokens} of "
+                    f"{manifest.dtype}; the files are of different runs: copy the data again"
                 )

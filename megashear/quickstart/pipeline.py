@@ -270,7 +270,8 @@ def train_tokenizer(text: Path, output: Path) -> None:
     """
     import sentencepiece
 
-    from megashear.data.documents import find_domains, read_texts
+    from megashear.data.documents import read_texts
+    from megashear.data.inputs import find_domains
 
     lines = [
         line

@@ -157,10 +157,11 @@ def test_preprocess_reports_documents_and_tokens() -> None:
         tokens=34567,
         held_out_documents=24,
         held_out_tokens=700,
-        skipped_documents=2,
         source_bytes=1,
+        skipped={"empty": 1100, "not a string": 2},
+        text_bytes=141068,
     )
-    other = dataclasses.replace(counts, name="prose", skipped_documents=0)
+    other = dataclasses.replace(counts, name="prose", skipped={}, pretokenised_documents=3)
     manifest = DataManifest(
         directory=Path("data"),
         domains=(counts, other),
@@ -176,7 +177,7 @@ def test_preprocess_reports_documents_and_tokens() -> None:
     )
     assert format_manifest(manifest).splitlines() == [
         "c     | train 1,200 documents, 34,567 tokens | held out 24 documents, 700 tokens"
-        " | 2 without text skipped",
+        " | 4.00 bytes/token | skipped 1,100 empty, 2 not a string",
         "prose | train 1,200 documents, 34,567 tokens | held out 24 documents, 700 tokens",
         "wrote data: 2 domains, 69,134 training tokens",
     ]

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -42,7 +43,7 @@ def docstrings(*modules: ModuleType) -> list[str]:
     return [text for text in dict.fromkeys(texts) if len(text) > 40]
 
 
-def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
+def write_jsonl(path: Path, texts: list[Any], key: str = "text") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
     return path
@@ -121,7 +122,7 @@ def untouched(tmp_path: Path, data: DataManifest) -> DataManifest:
 def tokenise(tmp_path: Path, sentencepiece_file: Path) -> Callable[..., DataManifest]:
     """Preprocess given texts as one domain ``prose``; keywords go to ``preprocess``."""
 
-    def run(texts: list[str], output: str = "out", **options) -> DataManifest:
+    def run(texts: list[Any], output: str = "out", **options) -> DataManifest:
         file = write_jsonl(tmp_path / "in" / f"{output}.jsonl", texts)
         return preprocess({"prose": [file]}, tmp_path / output, sentencepiece_file, **options)
 

@@ -2,6 +2,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -9,8 +10,6 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
-from megashear.data import domains as domains_module
-from megashear.data.documents import find_domains, read_chunks
 from megashear.data.domains import preprocess
 from megashear.data.manifest import read_manifest
 from megashear.data.tokenizer import load_tokenizer
@@ -74,17 +73,16 @@ def test_sides_stay_when_text_is_added(tokenise, texts) -> None:
         assert [document for document in after if document in before] == before
 
 
-def test_workers_change_nothing(jsonl, sentencepiece_file, data, tmp_path, monkeypatch) -> None:
-    # Many chunks, or their order says little.
-    monkeypatch.setattr(domains_module, "read_chunks", lambda file: read_chunks(file, 2000))
+def test_workers_change_nothing(jsonl, sentencepiece_file, data, tmp_path) -> None:
     output = tmp_path / "parallel"
-    preprocess(jsonl, output, sentencepiece_file, held_out_fraction=0.1, workers=2)
+    options = {"held_out_fraction": 0.1, "chunk_bytes": 2000}  # many chunks: their order counts
+    preprocess(jsonl, output, sentencepiece_file, workers=2, **options)
     assert content(output) == content(data.directory)
 
 
 def test_blank_documents_are_skipped_and_counted(tokenise, texts) -> None:
-    data = tokenise(["", " \n", *texts["numbers"]])
-    assert data.domains[0].skipped_documents == 2
+    data = tokenise(["", " \n", None, 7, ["a"], *texts["numbers"]])
+    assert data.domains[0].skipped == {"empty": 2, "not a string": 3}
     total = data.domains[0].documents + data.domains[0].held_out_documents
     assert total == len(texts["numbers"])
 
@@ -113,40 +111,6 @@ def test_a_small_domain_is_divided_by_length(tokenise, fraction: float, caplog) 
     assert not list(data.directory.glob("*~*"))
 
 
-def test_chunks_are_whole_lines_with_their_numbers(tmp_path) -> None:
-    file = tmp_path / "lines.jsonl"
-    file.write_bytes(b"".join(b"%d\n" % n * 3 for n in range(1, 100)) + b"end")
-    chunks = list(read_chunks(file, 50))
-    assert len(chunks) > 5
-    lines = [line for chunk in chunks for line in chunk.lines]
-    assert b"".join(lines) == file.read_bytes()
-    for chunk in chunks:
-        assert lines[chunk.first_line - 1] == chunk.lines[0]
-
-
-def test_domains_are_files_or_directories(tmp_path) -> None:
-    for path in ("wiki.jsonl", "cc/b.jsonl", "cc/a.jsonl", "notes/readme.txt"):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).touch()
-    assert find_domains(tmp_path) == {
-        "cc": [tmp_path / "cc/a.jsonl", tmp_path / "cc/b.jsonl"],
-        "wiki": [tmp_path / "wiki.jsonl"],
-    }
-    (tmp_path / "cc.jsonl").touch()
-    with pytest.raises(ValueError, match="domain 'cc' is there twice"):
-        find_domains(tmp_path)
-
-
-def test_directories_without_text_are_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"no \*\.jsonl file in .* or one level below$"):
-        find_domains(tmp_path)
-    (tmp_path / "cc.jsonl.zst").touch()
-    with pytest.raises(ValueError, match="unpack its 1 compressed"):
-        find_domains(tmp_path)
-    with pytest.raises(ValueError, match="gone is not a directory"):
-        find_domains(tmp_path / "gone")
-
-
 GOOD = b'{"text": "a line"}\n'
 
 
@@ -154,10 +118,9 @@ GOOD = b'{"text": "a line"}\n'
     ("line", "message"),
     [
         (b'{"text": "cut\n', r"prose\.jsonl, line 3 is not valid JSON: "),
-        (b'{"text": "\xff"}\n', r"prose\.jsonl, line 3 is not valid JSON: .*utf-8"),
+        (b'{"text": "\xff"}\n', r"prose\.jsonl, line 3 is not UTF-8: .*convert the file"),
         (b'["text"]\n', "line 3 holds a list; a JSON object is wanted"),
         (b'{"content": "x", "id": 1}\n', r"line 3 has no key 'text', only \['content', 'id'\]"),
-        (b'{"text": null}\n', "line 3 has a NoneType under 'text'; text is wanted"),
     ],
 )
 def test_broken_lines_are_refused_and_leave_nothing(
@@ -170,30 +133,13 @@ def test_broken_lines_are_refused_and_leave_nothing(
     assert os.listdir(tmp_path) == ["prose.jsonl"]
 
 
-def test_refusal_of_a_worker_reaches_the_user(tmp_path, sentencepiece_file, monkeypatch) -> None:
-    monkeypatch.setattr(domains_module, "read_chunks", lambda file: read_chunks(file, 1))
+def test_refusal_of_a_worker_reaches_the_user(tmp_path, sentencepiece_file) -> None:
     file = tmp_path / "prose.jsonl"
     file.write_bytes(GOOD + GOOD + b"{}\n")
+    inputs, output = {"prose": [file]}, tmp_path / "out"
     with pytest.raises(ValueError, match=r"prose\.jsonl, line 3 has no key 'text'"):
-        preprocess({"prose": [file]}, tmp_path / "out", sentencepiece_file, workers=2)
+        preprocess(inputs, output, sentencepiece_file, workers=2, chunk_bytes=1)
     assert os.listdir(tmp_path) == ["prose.jsonl"]
-
-
-def test_interrupted_run_leaves_nothing(tokenise, texts, tmp_path, monkeypatch) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(domains_module, "encode_chunk", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tokenise(texts["numbers"])
-    assert os.listdir(tmp_path) == ["in"]
-
-
-def test_left_overs_of_a_killed_run_are_refused(tokenise, texts, tmp_path) -> None:
-    (tmp_path / "out.tmp").mkdir()
-    with pytest.raises(ValueError, match=r"out\.tmp exists: another run is writing .*delete"):
-        tokenise(texts["numbers"])
-    assert (tmp_path / "out.tmp").is_dir()
 
 
 def test_existing_output_is_refused(tokenise, texts, tmp_path) -> None:
@@ -205,8 +151,8 @@ def test_existing_output_is_refused(tokenise, texts, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("texts_of_domain", "message"),
     [
-        ([], "domain 'prose' is empty: its files hold 0 documents without text"),
-        (["", " "], "domain 'prose' is empty: its files hold 2 documents without text"),
+        ([], r"domain 'prose' is empty: its 1 files .*\(nothing skipped\)"),
+        (["", " ", 1], r"domain 'prose' is empty: .*\(2 empty, 1 not a string skipped\)"),
         (["one"], "domain 'prose' has 1 documents, all of one text; .* two different"),
         (["one", "one"], "domain 'prose' has 2 documents, all of one text"),
     ],
@@ -268,9 +214,35 @@ def test_missing_marks_are_refused(tmp_path, hugging_face_file, key: str, messag
         preprocess({"x": [file]}, tmp_path / "out", tmp_path)
 
 
-def test_vocabulary_of_the_model_is_checked(data) -> None:
+def test_vocabulary_of_the_model_is_checked(data, tmp_path) -> None:
+    largest = max(data.domains, key=lambda domain: domain.largest_id)
+    file, _, token = largest.largest_id_at.partition(", token ")
+    stored = np.fromfile(data.directory / file, dtype=np.uint16)
+    assert stored[int(token)] == largest.largest_id
+    data.check_vocab(largest.largest_id + 1)
+    with pytest.raises(ValueError, match=rf"{file}, token {token} is id \d+, but the model has"):
+        data.check_vocab(largest.largest_id)
+
+
+def test_largest_id_is_that_of_the_files(data) -> None:
+    for domain in data.domains:
+        files = [data.prefix(domain.name), data.held_out_prefix(domain.name)]
+        found = [np.fromfile(f"{file}.bin", dtype=np.uint16).max() for file in files]
+        assert domain.largest_id == max(found)
+
+
+def test_manifests_of_before_fall_back_on_the_tokenizer(untouched) -> None:
+    path = untouched.directory / "manifest.json"
+    content = json.loads(path.read_text())
+    for domain in content["domains"]:
+        for key in ("skipped", "text_bytes", "pretokenised_documents", "largest_id"):
+            del domain[key]
+        del domain["largest_id_at"]
+        domain["skipped_documents"] = 3
+    path.write_text(json.dumps(content))
+    data = read_manifest(untouched.directory)
+    assert data.domains[0].skipped == {"empty": 3}
     data.check_vocab(300)
-    data.check_vocab(320)
     with pytest.raises(ValueError, match="tokenised with 300 ids but the model has 299"):
         data.check_vocab(299)
 
@@ -297,13 +269,52 @@ def test_directories_of_something_else_are_refused(tokenise, texts, tmp_path) ->
 
 def test_copies_cut_short_are_refused(tokenise, texts) -> None:
     data = tokenise(texts["numbers"])
-    file = data.directory / "prose_heldout.bin"
-    file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"prose_heldout.bin has \d+ bytes, wanted \d+ for"):
+    text, index = data.directory / "prose_heldout.bin", data.directory / "prose_heldout.idx"
+    whole = text.read_bytes(), index.read_bytes()
+    size = len(whole[0])
+    text.write_bytes(whole[0][:-2])
+    with pytest.raises(
+        ValueError, match=rf"heldout.bin has {size - 2} bytes, .*idx .* describes {size}: "
+    ):
         read_manifest(data.directory)
-    file.unlink()
-    with pytest.raises(ValueError, match=r"prose_heldout.bin or .*\.idx is missing"):
+    text.write_bytes(whole[0])
+    index.write_bytes(whole[1][:-8])
+    length = len(whole[1])
+    with pytest.raises(ValueError, match=rf"idx has {length - 8} bytes, its header wants {length}"):
         read_manifest(data.directory)
+    index.unlink()
+    with pytest.raises(ValueError, match=r"heldout.idx does not exist, though .*heldout.bin is"):
+        read_manifest(data.directory)
+    text.unlink()
+    with pytest.raises(ValueError, match=r"prose_heldout.idx does not exist; copy both"):
+        read_manifest(data.directory)
+
+
+def test_files_of_another_run_are_refused(tokenise, texts) -> None:
+    data, other = tokenise(texts["numbers"]), tokenise(texts["paths"], "other")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(other.directory / f"prose{suffix}", data.directory)
+    with pytest.raises(
+        ValueError, match=r"hold \d+ tokens .* but manifest.json says \d+ of uint16"
+    ):
+        read_manifest(data.directory)
+
+
+def test_what_lies_where_data_should_is_said(tokenise, texts, tmp_path) -> None:
+    (tmp_path / "gone.tmp").mkdir()
+    with pytest.raises(ValueError, match=r"gone.tmp does: preprocessing was interrupted"):
+        read_manifest(tmp_path / "gone")
+    data = tokenise(texts["numbers"])
+    (data.directory / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"has .bin files; data that Megatron-LM tokenised"):
+        read_manifest(data.directory)
+
+
+def test_bytes_per_token_are_those_of_the_text(data, texts) -> None:
+    for domain in data.domains:
+        size = sum(len(text.encode()) for text in texts[domain.name])
+        assert domain.text_bytes == size
+        assert domain.bytes_per_token == size / (domain.tokens + domain.held_out_tokens)
 
 
 def test_progress_shows_bytes_and_documents(tokenise, texts, capsys) -> None:

@@ -1,0 +1,164 @@
+"""Megatron's ``.bin/.idx`` files, written and read without holding what grows with the data.
+
+megatron-core's own builder keeps a list of every document in memory, some 100 bytes each; at a
+billion documents that is more than a machine has. The bytes written here are the builder's
+(tests/unit/data/test_indexed.py compares them).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from megatron.core.datasets.indexed_dataset import DType
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER_BYTES = len(MAGIC) + 8 + 1 + 8 + 8
+"""Magic, version (u64), code of the token type (u8), sequences (u64), document borders (u64)."""
+BLOCK = 1 << 18
+"""Index entries read or written at a time: 2 MiB of pointers."""
+
+
+class IndexedText(NamedTuple):
+    """What the header of an ``.idx`` says, held against the sizes of both files."""
+
+    prefix: Path
+    dtype: type[np.number]
+    num_sequences: int
+    num_borders: int
+    """One more than there are documents."""
+    num_tokens: int
+
+
+def write_index(index: Path, lengths: Path, dtype: str) -> None:
+    """Write an ``.idx`` of one sequence a document, whole or not at all.
+
+    Args:
+        index: file to write; it is on the disk when this returns.
+        lengths: raw int32, tokens of each document in order.
+        dtype: numpy type of the tokens in the ``.bin``.
+    """
+    count = lengths.stat().st_size // 4
+    token_type = np.dtype(dtype)
+    aside = index.with_name(index.name + "~")
+    with aside.open("wb") as out, lengths.open("rb") as stream:
+        out.write(MAGIC)
+        out.write(np.uint64(VERSION).tobytes())
+        out.write(np.uint8(DType.code_from_dtype(token_type.type)).tobytes())
+        out.write(np.array([count, count + 1], dtype=np.uint64).tobytes())
+        for block in _blocks(stream, np.dtype(np.int32), count):
+            out.write(block.tobytes())
+        stream.seek(0)
+        start = 0
+        for block in _blocks(stream, np.dtype(np.int32), count):
+            ends = start + np.cumsum(block, dtype=np.int64) * token_type.itemsize
+            out.write(np.concatenate([[start], ends[:-1]]).astype(np.int64).tobytes())
+            start = int(ends[-1])
+        for first in range(0, count + 1, BLOCK):
+            out.write(np.arange(first, min(first + BLOCK, count + 1), dtype=np.int64).tobytes())
+        out.flush()
+        os.fsync(out.fileno())
+    aside.rename(index)
+
+
+def check_pair(prefix: Path) -> IndexedText:
+    """What ``prefix``.bin and .idx hold; reads a few bytes of the index, whatever its size.
+
+    Raises:
+        ValueError: one is missing, the ``.idx`` is none, or the two do not belong together: cut
+            short, or of different runs.
+    """
+    index, text = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for file, other in ((index, text), (text, index)):
+        if not file.is_file():
+            beside = f", though {other.name} is there" if other.is_file() else ""
+            raise ValueError(f"{file} does not exist{beside}; copy both files, or preprocess again")
+    size = index.stat().st_size
+    with index.open("rb") as stream:
+        header = stream.read(HEADER_BYTES)
+        if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
+            raise ValueError(
+                f"{index} ({size} bytes) is not an index of Megatron's indexed datasets; copy it "
+                f"again, or preprocess again"
+            )
+        version, code, sequences, borders = _header_fields(header)
+        if version != VERSION:
+            raise ValueError(f"{index} has version {version}; wanted {VERSION}; preprocess again")
+        try:
+            dtype = DType.dtype_from_code(code)
+        except ValueError:
+            raise ValueError(
+                f"{index} names token type {code}, which no version knows; copy it again"
+            ) from None
+        wanted = HEADER_BYTES + (4 + 8) * sequences + 8 * borders
+        # A multimodal index has one more byte a sequence, which says nothing of text.
+        if size not in (wanted, wanted + sequences):
+            raise ValueError(
+                f"{index} has {size} bytes, its header wants {wanted} for {sequences} sequences; "
+                f"it was cut short: copy it again, or preprocess again"
+            )
+        num_bytes = 0
+        if sequences:
+            stream.seek(HEADER_BYTES + 4 * (sequences - 1))
+            length = int(np.frombuffer(stream.read(4), np.int32)[0])
+            stream.seek(HEADER_BYTES + 4 * sequences + 8 * (sequences - 1))
+            start = int(np.frombuffer(stream.read(8), np.int64)[0])
+            num_bytes = start + length * DType.size(dtype)
+    if text.stat().st_size != num_bytes:
+        raise ValueError(
+            f"{text} has {text.stat().st_size} bytes, but {index} ({size} bytes) describes "
+            f"{num_bytes}: one of them was cut short or is of another run; copy both again, or "
+            f"preprocess again"
+        )
+    return IndexedText(Path(prefix), dtype, sequences, borders, num_bytes // DType.size(dtype))
+
+
+def read_documents(prefix: Path) -> Iterator[npt.NDArray[np.number]]:
+    """Tokens of each document of ``prefix``, its sentences joined; one held at a time.
+
+    Raises:
+        ValueError: as ``check_pair``.
+    """
+    text = check_pair(prefix)
+    item = np.dtype(text.dtype).itemsize
+    index = Path(f"{prefix}.idx")
+    with (
+        Path(f"{prefix}.bin").open("rb") as tokens,
+        index.open("rb") as lengths_at,
+        index.open("rb") as borders_at,
+    ):
+        lengths_at.seek(HEADER_BYTES)
+        borders_at.seek(HEADER_BYTES + (4 + 8) * text.num_sequences)
+        lengths = _items(lengths_at, np.dtype(np.int32), text.num_sequences)
+        borders = _items(borders_at, np.dtype(np.int64), text.num_borders)
+        begin = next(borders, 0)
+        for end in borders:
+            length = sum(next(lengths) for _ in range(end - begin))
+            yield np.frombuffer(tokens.read(length * item), dtype=text.dtype)
+            begin = end
+
+
+def _header_fields(header: bytes) -> tuple[int, int, int, int]:
+    at = len(MAGIC)
+    version = int(np.frombuffer(header, np.uint64, count=1, offset=at)[0])
+    counts = np.frombuffer(header, np.uint64, count=2, offset=at + 9)
+    return version, header[at + 8], int(counts[0]), int(counts[1])
+
+
+def _blocks(
+    stream: BinaryIO, dtype: np.dtype[np.signedinteger], count: int
+) -> Iterator[npt.NDArray[np.signedinteger]]:
+    """The next ``count`` numbers of a stream, some at a time."""
+    for first in range(0, count, BLOCK):
+        size = min(BLOCK, count - first)
+        yield np.frombuffer(stream.read(size * dtype.itemsize), dtype=dtype)
+
+
+def _items(stream: BinaryIO, dtype: np.dtype[np.signedinteger], count: int) -> Iterator[int]:
+    for block in _blocks(stream, dtype, count):
+        yield from block.tolist()

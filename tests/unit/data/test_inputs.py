@@ -1,0 +1,253 @@
+"""Every kind of input gives the same documents; what is damaged is refused with its place."""
+
+import gzip
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from megashear.data.documents import read_texts
+from megashear.data.domains import preprocess
+from megashear.data.inputs import find_domains, read_chunks
+from tests.unit.data.conftest import write_jsonl
+from tests.unit.data.test_domains import content, documents
+from tests.unit.data.test_indexed import build
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+MDS = Path(__file__).parents[2] / "data" / "mds"
+
+
+def write_gz(file: Path, lines: bytes) -> None:
+    half = len(lines) // 2  # two members, as `cat a.gz b.gz` makes
+    file.write_bytes(gzip.compress(lines[:half]) + gzip.compress(lines[half:]))
+
+
+def write_zst(file: Path, lines: bytes) -> None:
+    half = len(lines) // 2
+    packer = zstandard.ZstdCompressor()
+    file.write_bytes(packer.compress(lines[:half]) + packer.compress(lines[half:]))
+
+
+def write_parquet(file: Path, lines: bytes) -> None:
+    texts = [json.loads(line)["text"] for line in lines.splitlines()]
+    parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), file)
+
+
+WRITERS: dict[str, Callable[[Path, bytes], object]] = {
+    ".jsonl": Path.write_bytes,
+    ".jsonl.gz": write_gz,
+    ".jsonl.zst": write_zst,
+    ".parquet": write_parquet,
+}
+
+
+@pytest.fixture
+def lines(texts, tmp_path) -> bytes:
+    return write_jsonl(tmp_path / "x.jsonl", texts["numbers"]).read_bytes()
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_kind_of_text_gives_the_same_data(
+    suffix: str, lines, tokenise, texts, tmp_path, sentencepiece_file
+) -> None:
+    expected = tokenise(texts["numbers"])
+    folder = tmp_path / "prose"
+    folder.mkdir()
+    half = lines.index(b"\n", len(lines) // 2) + 1
+    WRITERS[suffix](folder / f"a{suffix}", lines[:half])
+    WRITERS[suffix](folder / f"b{suffix}", lines[half:])
+    found = preprocess(
+        {"prose": sorted(folder.iterdir())}, tmp_path / "o", sentencepiece_file, chunk_bytes=999
+    )
+    for side in ("prose", "prose_heldout"):
+        for end in (".bin", ".idx"):
+            name = side + end
+            assert (found.directory / name).read_bytes() == (expected.directory / name).read_bytes()
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_texts_and_positions_are_those_of_the_file(suffix: str, lines, texts, tmp_path) -> None:
+    file = tmp_path / f"x{suffix}"
+    WRITERS[suffix](file, lines)
+    assert list(read_texts(file, "text")) == texts["numbers"]
+    chunks = list(read_chunks(file, chunk_bytes=500))
+    assert len(chunks) > 5
+    positions = [chunk.position for chunk in chunks]
+    assert positions == sorted(positions)
+    assert positions[-1] == file.stat().st_size
+    number = 1
+    for chunk in chunks:
+        assert chunk.first == number
+        number += len(chunk.records)
+    assert number - 1 == len(texts["numbers"])
+
+
+def test_parquet_of_other_text_types_and_nulls(tmp_path, sentencepiece_file) -> None:
+    texts = ["one text", None, "another", "one text"]
+    column = pyarrow.chunked_array([pyarrow.array(texts, pyarrow.large_string())])
+    plain = pyarrow.table({"body": column.dictionary_encode()})
+    parquet.write_table(plain, tmp_path / "x.parquet")
+    data = preprocess(
+        {"x": [tmp_path / "x.parquet"]}, tmp_path / "out", sentencepiece_file, json_key="body"
+    )
+    assert data.domains[0].documents + data.domains[0].held_out_documents == 3
+    assert data.domains[0].skipped == {"not a string": 1}
+
+
+def test_domains_are_files_or_folders_of_any_depth(tmp_path) -> None:
+    for path in ("wiki.jsonl.zst", "cc/2/b.jsonl", "cc/a.parquet", "notes/readme.txt", ".x.jsonl"):
+        (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / path).touch()
+    shutil.copytree(MDS / "plain", tmp_path / "shards")
+    build(tmp_path / "code_text_document", [[1, 2]])
+    found = find_domains(tmp_path)
+    assert found == {
+        "cc": [tmp_path / "cc/a.parquet", tmp_path / "cc/2/b.jsonl"],
+        "code": [tmp_path / "code_text_document.bin"],
+        "shards": [
+            tmp_path / "shards" / f"part_{part}" / f"shard.0000{number}.mds"
+            for part, numbers in ((0, 2), (1, 3))
+            for number in range(numbers)
+        ],
+        "wiki": [tmp_path / "wiki.jsonl.zst"],
+    }
+    assert list(found) == ["cc", "code", "shards", "wiki"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["notes.txt"], r"no data in .*: wanted \*.jsonl, \*.jsonl.gz, "),
+        (["cc.jsonl", "cc/a.jsonl"], r"domain 'cc' is there twice: .*cc and .*cc\.jsonl; rename"),
+        (["cc.jsonl", "cc.parquet"], "domain 'cc' is there twice"),
+        (["cc/a.jsonl", "cc/b.jsonl.xz"], r"b\.jsonl\.xz looks like data and cannot be read"),
+        (["cc/a.bin"], r"a\.idx does not exist, though a\.bin is there"),
+        (["cc/a.idx"], r"a\.bin does not exist, though a\.idx is there"),
+        (["cc/shard.00000.mds"], r"no directory whose index\.json lists it"),
+    ],
+)
+def test_directories_without_clear_data_are_refused(tmp_path, paths, message: str) -> None:
+    for path in paths:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    with pytest.raises(ValueError, match=message):
+        find_domains(tmp_path)
+    with pytest.raises(ValueError, match="gone is not a directory"):
+        find_domains(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"x\.csv is of no kind that is read"):
+        read_chunks(tmp_path / "x.csv")
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) * 2 // 3]
+
+
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes(255 - b for b in content[middle : middle + 9]) + content[-9:]
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_damaged_files_are_refused(
+    suffix: str, damage, lines, tmp_path, sentencepiece_file
+) -> None:
+    file = tmp_path / f"wiki{suffix}"
+    WRITERS[suffix](file, lines * 5)
+    preprocess({"wiki": [file]}, tmp_path / "whole", sentencepiece_file)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"wiki\{suffix} is damaged"):
+        preprocess({"wiki": [file]}, tmp_path / "out", sentencepiece_file)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"{}"), r"x\.jsonl is a gzip file.*name it \*\.jsonl\.gz"),
+        (zstandard.compress(b"{}"), r"x\.jsonl is a Zstandard file.*name it \*\.jsonl\.zst"),
+        (b"PAR1....", r"x\.jsonl is a parquet file.*name it \*\.parquet"),
+        (b"BZh91AY", r"x\.jsonl is a bzip2 file, not plain text; unpack it first"),
+    ],
+)
+def test_a_file_of_another_kind_than_its_name_is_refused(tmp_path, content, message) -> None:
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_chunks(tmp_path / "x.jsonl"))
+
+
+def test_parquet_without_such_text_is_refused(tmp_path) -> None:
+    file = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"id": [1], "body": ["a"]}), file)
+    with pytest.raises(ValueError, match=r"no column 'text', only \['body', 'id'\]; .*--json-key"):
+        list(read_chunks(file))
+    with pytest.raises(ValueError, match="has int64 in column 'id'; text is wanted"):
+        list(read_chunks(file, json_key="id"))
+
+
+def test_parquet_that_is_not_utf8_names_its_row(tmp_path) -> None:
+    raw = pyarrow.array([b"good", b"bad \xff"], pyarrow.binary())
+    wrong = pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
+    parquet.write_table(pyarrow.table({"text": wrong}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet, row 2 is not UTF-8"):
+        list(read_chunks(tmp_path / "x.parquet"))
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"pip install 'megashear\[parquet\]'"):
+        list(read_chunks(tmp_path / "x.parquet"))
+
+
+@pytest.mark.parametrize("packing", ["plain", "zstd"])
+def test_mds_shards_give_their_chunks(packing: str, tmp_path, hugging_face_file) -> None:
+    chunks = np.load(MDS / "tokens.npy")
+    shutil.copytree(MDS / packing, tmp_path / "in" / "wiki")
+    data = preprocess(find_domains(tmp_path / "in"), tmp_path / "out", hugging_face_file)
+    found = documents(data.prefix("wiki")) + documents(data.held_out_prefix("wiki"))
+    assert sorted(found) == sorted(chunks.tolist())  # no BOS and no EOS is added
+    assert documents(data.prefix("wiki")) == [c for c in chunks.tolist() if c in found[:23]]
+    assert data.domains[0].pretokenised_documents == 24
+    assert data.domains[0].bytes_per_token is None
+    assert data.domains[0].largest_id == chunks.max()
+
+
+def test_megatrons_files_give_their_documents(data, tmp_path, sentencepiece_file) -> None:
+    """Data that Megatron-LM tokenised: a checked copy with a held-out set."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    whole = documents(data.prefix("words")) + documents(data.held_out_prefix("words"))
+    build(folder / "words_text_document", whole, np.int32)
+    found = preprocess(
+        find_domains(folder), tmp_path / "out", sentencepiece_file, held_out_fraction=0.1
+    )
+    sides = [documents(p("words")) for p in (found.prefix, found.held_out_prefix)]
+    assert sorted(sides[0] + sides[1]) == sorted(whole)
+    assert all(side == [d for d in whole if d in side] for side in sides)
+    assert sides[1]
+    assert found.dtype == "uint16"
+    build(folder / "words_text_document", whole, np.uint16)
+    again = preprocess(
+        find_domains(folder), tmp_path / "narrow", sentencepiece_file, held_out_fraction=0.1
+    )
+    assert content(again.directory).keys() == content(found.directory).keys()
+    assert documents(again.held_out_prefix("words")) == sides[1]
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path, hugging_face_file) -> None:
+    (tmp_path / "in").mkdir()
+    build(tmp_path / "in/wiki", [[1, 2], [3, 299, 300, 301]])
+    with pytest.raises(
+        ValueError, match=r"wiki\.bin, document 2: token 2 \(from 0\) is 300, but .* has 300 ids"
+    ):
+        preprocess(find_domains(tmp_path / "in"), tmp_path / "out", hugging_face_file)
+    build(tmp_path / "in/wiki", [[1, 2], [3, -1]], np.int32)
+    with pytest.raises(ValueError, match=r"wiki\.bin, document 2: token 1 \(from 0\) is -1"):
+        preprocess(find_domains(tmp_path / "in"), tmp_path / "out", hugging_face_file)
