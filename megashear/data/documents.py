@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,6 +128,18 @@ def encode_chunk(policy: EncodingPolicy, chunk: Chunk) -> EncodedChunk:
         sides[encoder.is_held_out(content)].append(tokens)
     train, held_out = (_side(side, policy.dtype) for side in sides)
     return EncodedChunk(train, held_out, skipped, text_bytes, num_pretokenised)
+
+
+def end_with_parent() -> None:
+    """Begin a worker: keep it from waiting for ever where the process that started it is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Encoder:

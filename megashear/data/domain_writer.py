@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import Counter
@@ -10,10 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megashear.data.documents import EncodedChunk, EncodedSide, EncodingPolicy
-from megashear.data.indexed import check_pair, write_index
+from megashear.data.indexed import check_pair, read_documents, write_index
 from megashear.data.journal import (
     FOLDER,
     DomainState,
@@ -276,9 +276,8 @@ class _SideWriter:
         for suffix in (".bin", ".idx"):
             Path(f"{self.prefix}{suffix}").rename(f"{source}{suffix}")
         self.open(SideState())
-        whole = IndexedDataset(str(source))
-        text = whole[chosen]
-        for tokens in (whole[place] for place in range(len(whole))):
+        text = next(itertools.islice(read_documents(source), chosen, None))
+        for tokens in read_documents(source):
             side = other if np.array_equal(tokens, text) else self
             side.add(EncodedSide(tokens, np.array([len(tokens)], dtype=np.int32)))
         for suffix in (".bin", ".idx"):

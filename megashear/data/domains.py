@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import re
 import shutil
 import sys
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron.core.datasets.indexed_dataset import DType
-
-from megashear.data.documents import EncodedChunk, EncodingPolicy, encode_chunk
+from megashear.data.documents import (
+    EncodedChunk,
+    EncodingPolicy,
+    encode_chunk,
+    end_with_parent,
+)
 from megashear.data.domain_writer import DomainWriter
+from megashear.data.indexed import token_dtype
 from megashear.data.inputs import read_chunks
 from megashear.data.journal import FOLDER, unfinished
 from megashear.data.manifest import (
@@ -110,7 +111,7 @@ def preprocess(
         prepend_bos=prepend_bos,
         append_eod=append_eod,
         held_out_fraction=held_out_fraction,
-        dtype=DType.optimal_dtype(tokenizer.vocab_size).__name__,
+        dtype=token_dtype(tokenizer.vocab_size),
     )
     settings = {
         **asdict(policy),
@@ -226,7 +227,7 @@ class _Run:
             pool = ProcessPoolExecutor(
                 self._workers,
                 mp_context=multiprocessing.get_context("spawn"),
-                initializer=_end_with_parent,
+                initializer=end_with_parent,
             )
         shown = sys.stderr.isatty() if progress is None else progress
         sizes = {file: file.stat().st_size for files in inputs.values() for file in files}
@@ -327,15 +328,3 @@ def _result(
 ) -> tuple[_Item, EncodedChunk | None]:
     item, future = pending
     return item, None if future is None else future.result()
-
-
-def _end_with_parent() -> None:
-    """Keep a worker from waiting for ever where the process that started it was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -2,7 +2,8 @@
 
 megatron-core's own builder keeps a list of every document in memory, some 100 bytes each; at a
 billion documents that is more than a machine has. The bytes written here are the builder's
-(tests/unit/data/test_indexed.py compares them).
+(tests/unit/data/test_indexed.py compares them). Nor is megatron-core imported: processes that
+tokenise would take seconds and hundreds of megabytes each to load it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,22 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets.indexed_dataset import DType
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER_BYTES = len(MAGIC) + 8 + 1 + 8 + 8
 """Magic, version (u64), code of the token type (u8), sequences (u64), document borders (u64)."""
+TOKEN_TYPES: dict[int, type[np.integer]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
+"""Codes of the types in which tokens are stored. Source: megatron-core 0.16.1, class DType."""
+UINT16_BELOW = 65500
+"""Vocabularies smaller than this are stored in two bytes. Source: DType.optimal_dtype."""
 BLOCK = 1 << 18
 """Index entries read or written at a time: 2 MiB of pointers."""
 
@@ -28,11 +39,16 @@ class IndexedText(NamedTuple):
     """What the header of an ``.idx`` says, held against the sizes of both files."""
 
     prefix: Path
-    dtype: type[np.number]
+    dtype: type[np.integer]
     num_sequences: int
     num_borders: int
     """One more than there are documents."""
     num_tokens: int
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Name of the numpy type in which Megatron stores tokens of a vocabulary."""
+    return "uint16" if vocab_size < UINT16_BELOW else "int32"
 
 
 def write_index(index: Path, lengths: Path, dtype: str) -> None:
@@ -49,7 +65,8 @@ def write_index(index: Path, lengths: Path, dtype: str) -> None:
     with aside.open("wb") as out, lengths.open("rb") as stream:
         out.write(MAGIC)
         out.write(np.uint64(VERSION).tobytes())
-        out.write(np.uint8(DType.code_from_dtype(token_type.type)).tobytes())
+        code = {name: code for code, name in TOKEN_TYPES.items()}[token_type.type]
+        out.write(np.uint8(code).tobytes())
         out.write(np.array([count, count + 1], dtype=np.uint64).tobytes())
         for block in _blocks(stream, np.dtype(np.int32), count):
             out.write(block.tobytes())
@@ -89,12 +106,12 @@ def check_pair(prefix: Path) -> IndexedText:
         version, code, sequences, borders = _header_fields(header)
         if version != VERSION:
             raise ValueError(f"{index} has version {version}; wanted {VERSION}; preprocess again")
-        try:
-            dtype = DType.dtype_from_code(code)
-        except ValueError:
+        if code not in TOKEN_TYPES:
             raise ValueError(
-                f"{index} names token type {code}, which no version knows; copy it again"
-            ) from None
+                f"{index} has token type {code}, which is none of the whole numbers "
+                f"{sorted(TOKEN_TYPES)}; copy it again"
+            )
+        item = np.dtype(TOKEN_TYPES[code]).itemsize
         wanted = HEADER_BYTES + (4 + 8) * sequences + 8 * borders
         # A multimodal index has one more byte a sequence, which says nothing of text.
         if size not in (wanted, wanted + sequences):
@@ -108,17 +125,17 @@ def check_pair(prefix: Path) -> IndexedText:
             length = int(np.frombuffer(stream.read(4), np.int32)[0])
             stream.seek(HEADER_BYTES + 4 * sequences + 8 * (sequences - 1))
             start = int(np.frombuffer(stream.read(8), np.int64)[0])
-            num_bytes = start + length * DType.size(dtype)
+            num_bytes = start + length * item
     if text.stat().st_size != num_bytes:
         raise ValueError(
             f"{text} has {text.stat().st_size} bytes, but {index} ({size} bytes) describes "
             f"{num_bytes}: one of them was cut short or is of another run; copy both again, or "
             f"preprocess again"
         )
-    return IndexedText(Path(prefix), dtype, sequences, borders, num_bytes // DType.size(dtype))
+    return IndexedText(Path(prefix), TOKEN_TYPES[code], sequences, borders, num_bytes // item)
 
 
-def read_documents(prefix: Path) -> Iterator[npt.NDArray[np.number]]:
+def read_documents(prefix: Path) -> Iterator[npt.NDArray[np.integer]]:
     """Tokens of each document of ``prefix``, its sentences joined; one held at a time.
 
     Raises:

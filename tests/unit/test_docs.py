@@ -32,6 +32,7 @@ RUNS = [
 OTHERS_FLAGS = {
     # torchrun, pip, tensorboard
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),
+    "--json-keys",  # Megatron-LM's name of --json-key
     *("--standalone", "--index-url", "--extra-index-url", "--logdir", "--help", "--version"),
 }
 """Flags in the texts that are not megashear's."""

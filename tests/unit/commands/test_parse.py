@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megashear.commands.parse import parse, to_yaml
 from megashear.commands.report import UsageError
 from megashear.commands.settings import Setting, build, flatten, groups_of, settings_of
-from megashear.config import PruneRun
+from megashear.config import PreprocessConfig, PruneRun
 from tests.unit.commands.test_settings import RUNS
 
 NEEDED = ["--data-path", "text"]
@@ -206,3 +206,17 @@ def test_flags_of_another_type_are_refused(
     assert printed.out == ""
     assert all(word in printed.err for word in words), printed.err
     assert "Traceback" not in printed.err
+
+
+def test_megatrons_name_of_the_text_key_is_understood(tmp_path: Path) -> None:
+    needed = ["--input", "in", "--output", "out", "--tokenizer-model", "t"]
+
+    def key(*argv: str) -> str:
+        words = [*needed, *argv]
+        return parse(PreprocessConfig, words, prog="megashear preprocess", description="").json_key
+
+    assert key() == "text"
+    assert key("--json-keys", "body") == key("--json_keys=body") == key("--json-key=body") == "body"
+    assert key("--config", written(tmp_path, "json_keys: body\n")) == "body"
+    with pytest.raises(UsageError, match="json_key is there twice"):
+        key("--config", written(tmp_path, "json_keys: body\njson_key: text\n"))

@@ -3,12 +3,14 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megashear.data.domains import preprocess
 from megashear.data.manifest import read_manifest
@@ -326,7 +328,11 @@ def test_progress_shows_bytes_and_documents(tokenise, texts, capsys) -> None:
     assert threading.active_count() < 10
 
 
-def test_wide_vocabularies_take_wider_tokens(data) -> None:
+def test_tokens_are_stored_as_megatron_stores_them(data) -> None:
     text = IndexedDataset(str(data.prefix("words")))
     assert text.index.dtype == np.uint16
-    assert DType.optimal_dtype(128_256) == np.int32
+
+
+def test_processes_that_tokenise_load_no_torch() -> None:
+    check = "import sys; assert not {'torch', 'megatron'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", f"import megashear.data.domains; {check}"], check=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megashear.data import indexed
 from megashear.data.indexed import HEADER_BYTES, check_pair, read_documents, write_index
@@ -86,7 +86,7 @@ def damage(prefix: Path, kind: str) -> None:
         ("magic", r"text.idx \(102 bytes\) is not an index of Megatron's"),
         ("header", r"text.idx \(20 bytes\) is not an index"),
         ("version", "text.idx has version 2; wanted 1"),
-        ("type", "names token type 77"),
+        ("type", "has token type 77, which is none of"),
         ("short", r"text.idx has 101 bytes, its header wants 102 for 3 sequences"),
     ],
 )
@@ -118,3 +118,11 @@ def test_half_a_pair_is_refused(tmp_path, missing: str, there: str) -> None:
     message = f"text{missing} does not exist, though text{there} is there; copy both"
     with pytest.raises(ValueError, match=re.escape(message)):
         check_pair(tmp_path / "text")
+
+
+def test_types_are_megatrons() -> None:
+    known = {each.value: DType.dtype_from_code(each.value) for each in DType}
+    whole = {code: kind for code, kind in known.items() if issubclass(kind, np.integer)}
+    assert whole == indexed.TOKEN_TYPES
+    for size in (1, 32_000, 65_499, 65_500, 65_536, 128_256):
+        assert indexed.token_dtype(size) == DType.optimal_dtype(size).__name__

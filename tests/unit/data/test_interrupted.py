@@ -36,6 +36,10 @@ STEPS = {
 """What a run does, any of which may be its last."""
 
 
+REPEATS = 40
+"""Of a text that is tokenised until the process is killed: a second's work."""
+
+
 @pytest.fixture
 def run(tmp_path, texts, sentencepiece_file) -> Callable[..., DataManifest]:
     """Preprocess two domains, one of two files and one too small to divide by hash."""
@@ -110,7 +114,7 @@ def test_a_run_killed_anywhere_is_taken_up(step: str, run, expected, tmp_path) -
             assert {name: files[name] for name in expected} == expected
             shutil.rmtree(out)
         else:
-            with pytest.raises(ValueError, match="preprocessing was interrupted|not a megashear"):
+            with pytest.raises(ValueError, match=r"is not a megashear data directory"):
                 read_manifest(out)
             run()
             assert content(out) == expected
@@ -261,7 +265,7 @@ def test_workers_end_with_a_command_that_is_killed(
     folder = tmp_path / "in"
     for name, (file,) in jsonl.items():
         folder.mkdir(exist_ok=True)
-        (folder / f"{name}.jsonl").write_bytes(file.read_bytes() * 60)
+        (folder / f"{name}.jsonl").write_bytes(file.read_bytes() * REPEATS)
     command = [
         *(sys.executable, "-m", "megashear", "preprocess", "--input", folder, "--workers", "2"),
         *("--output", tmp_path / "out", "--tokenizer-model", sentencepiece_file),
@@ -285,7 +289,7 @@ def test_workers_end_with_a_command_that_is_killed(
     for name in data.names:
         both = documents(found.prefix(name)) + documents(found.held_out_prefix(name))
         once = documents(data.prefix(name)) + documents(data.held_out_prefix(name))
-        assert sorted(both) == sorted(once * 60)
+        assert sorted(both) == sorted(once * REPEATS)
 
 
 def children(pid: int) -> list[int]:
