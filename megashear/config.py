@@ -245,6 +245,9 @@ class DataConfig:
     """Directory that `megashear preprocess` wrote."""
     domain_weights: tuple[float, ...] = ()
     """Starting weight of each domain, in the order of the data directory; by tokens if empty."""
+    num_workers: int = 2
+    """Processes per rank that read training sequences ahead; 0 reads in the rank itself. What is
+    read does not depend on it."""
     reweight: Literal["signed", "clipped", "bandit", "constant"] = "signed"
     """How evaluations move the weights: by excess loss (signed, or clipped at 0 as in the paper),
     bandit, or not at all."""
@@ -257,6 +260,10 @@ class DataConfig:
     """Share of the uniform distribution mixed into each update."""
 
     def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(
+                f"--num-workers is {self.num_workers}; wanted 0 (read in the rank itself) or more"
+            )
         if not (math.isfinite(self.reweight_eta) and self.reweight_eta >= 0):
             raise ValueError(f"--reweight-eta is {self.reweight_eta}; wanted 0 or more")
         if not 0 <= self.reweight_smoothing < 1:

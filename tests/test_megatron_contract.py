@@ -367,3 +367,9 @@ def test_gpt_dataset_writes_beside_the_text_unless_the_cache_is_empty(
         )
     assert len(sequences) == (60 - 1) // 8
     assert Path(prefix, "cache").exists() == beside
+    # what lies under __getitem__: the text alone, one token longer
+    for place in range(len(sequences)):
+        tokens, _ = sequences._query_document_sample_shuffle_indices(place)
+        assert tokens.dtype == np.int64
+        assert tokens[:-1].tolist() == sequences[place]["tokens"].tolist()
+        assert tokens[1:].tolist() == sequences[place]["labels"].tolist()

@@ -27,20 +27,24 @@ class MicroBatch:
 
 
 def micro_batch(
-    text: Tensor, domains: Sequence[int], positions: Sequence[int], num_counted: int
+    tokens: Tensor,
+    labels: Tensor,
+    domains: Sequence[int],
+    positions: Sequence[int],
+    num_counted: int,
 ) -> MicroBatch:
-    """A microbatch of sequences with one token more than the model sees.
+    """A microbatch of sequences.
 
     Args:
-        text: tokens, int64 [b, s + 1].
+        tokens: input ids, int64 [b, s].
+        labels: the token after each, int64 [b, s].
         domains: domain of each sequence.
         positions: place of each sequence in the global batch.
         num_counted: sequences whose labels count; those behind them only fill up.
     """
-    counted = torch.arange(len(text)) < num_counted  # [b]
-    labels = text[:, 1:].contiguous()
+    counted = torch.arange(len(tokens)) < num_counted  # [b]
     return MicroBatch(
-        tokens=text[:, :-1].contiguous(),
+        tokens=tokens,
         labels=labels,
         loss_mask=counted[:, None].expand_as(labels).float(),  # [b, s]
         domains=torch.tensor(domains, dtype=torch.int64),

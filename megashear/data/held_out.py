@@ -90,7 +90,8 @@ class HeldOutSet:
             own = [self[index] for index in indices[start : start + micro_batch_size]]
             text = torch.stack(own + [filling] * (micro_batch_size - len(own)))
             yield micro_batch(
-                text,
+                text[:, :-1].contiguous(),
+                text[:, 1:].contiguous(),
                 [self.domain_index] * micro_batch_size,
                 range(start, start + micro_batch_size),
                 len(own),

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TypedDict
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from megashear.data.batch import MicroBatch, micro_batch
 from megashear.data.held_out import HeldOutSet
 from megashear.data.mixture import DomainMixture, MixtureState
+from megashear.data.read_ahead import Request, make_reader
 from megashear.data.sequences import DomainSequences
 
 __all__ = ["DomainSequences", "HeldOutSet", "LoaderState", "MicroBatch", "MixtureLoader"]
+
+logger = logging.getLogger(__name__)
+
+_READ_AT_ONCE = 2
+"""Requests a worker that a batch is divided into: twice as many as workers, so that all of them
+are busy to the end of a batch; and as many as torch's DataLoader keeps on the way by default, so
+that a whole batch is read ahead."""
 
 
 class LoaderState(TypedDict):
@@ -29,9 +39,11 @@ class MixtureLoader:
     """Draws global batches from a mixture of domains and reads this replica's share of them.
 
     All ranks draw the same samples in the same order, each replica reads its own, so nothing is
-    communicated, and a state saved at one data-parallel size is resumed at any other. There are
-    no worker processes to lose or to wait for: reading is a copy out of a memory map, some
-    10,000 sequences a second.
+    communicated, and a state saved at one data-parallel size is resumed at any other.
+
+    This process draws, at microseconds a sample, and worker processes read what it expects to draw
+    next. Weights may change between any two batches: the next batch is drawn with the new ones,
+    whatever was read ahead.
     """
 
     def __init__(
@@ -43,6 +55,7 @@ class MixtureLoader:
         micro_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
+        num_workers: int = 0,
     ) -> None:
         """Take the domains in the order of the mixture's weights.
 
@@ -53,6 +66,7 @@ class MixtureLoader:
             micro_batch_size: sequences that go through the model together.
             data_parallel_rank: which replica this is.
             data_parallel_size: number of replicas.
+            num_workers: processes that read ahead; 0 reads in this process.
 
         Raises:
             ValueError: the batch does not divide, or domains and mixture do not belong together.
@@ -82,6 +96,11 @@ class MixtureLoader:
         replica_size = global_batch_size // data_parallel_size
         start = data_parallel_rank * replica_size
         self._own = range(start, start + replica_size)
+        num_microbatches = replica_size // micro_batch_size
+        at_once = -(-num_microbatches // (_READ_AT_ONCE * max(num_workers, 1)))
+        self._request_size = at_once * micro_batch_size
+        self._reader = make_reader(self.domains, num_workers, self._draw)
+        self._is_open = False
 
     @property
     def consumed_samples(self) -> int:
@@ -92,15 +111,65 @@ class MixtureLoader:
         """The microbatches of this replica for the next step.
 
         Replica d of dp has samples [d B / dp, (d + 1) B / dp) of a global batch of B.
+
+        Raises:
+            RuntimeError: text cannot be read, or a worker process died.
         """
-        drawn = [self.mixture.draw() for _ in range(self._global_batch_size)]
-        batches = []
-        for start in range(self._own.start, self._own.stop, self._micro_batch_size):
-            places = range(start, start + self._micro_batch_size)
-            chosen = [drawn[place] for place in places]
-            text = torch.stack([self.domains[domain][sample] for domain, sample in chosen])
-            batches.append(micro_batch(text, [domain for domain, _ in chosen], places, len(places)))
+        self._open()
+        before = self.mixture.drawn.copy()
+        wanted = self._draw(self.mixture)
+        self._tell_epochs(before)
+        size, batches = self._micro_batch_size, []
+        for request, block in zip(wanted, self._reader.read(wanted, self.mixture)):
+            for at in range(0, len(request.samples), size):
+                batches.append(
+                    micro_batch(
+                        block[0, at : at + size],
+                        block[1, at : at + size],
+                        [domain for domain, _ in request.samples[at : at + size]],
+                        range(request.start + at, request.start + at + size),
+                        size,
+                    )
+                )
         return batches
+
+    def close(self) -> None:
+        """End the worker processes; the next batch would start others."""
+        self._reader.close()
+        self._is_open = False
+
+    def _open(self) -> None:
+        if not self._is_open:
+            for domain, drawn in zip(self.domains, self.mixture.drawn.tolist()):
+                if self.mixture.weights[domain.domain_index]:
+                    domain.prepare(drawn)  # here, for workers share what there is before they start
+            self._is_open = True
+
+    def _draw(self, mixture: DomainMixture) -> list[Request]:
+        """Draw a global batch; what this replica has to read of it."""
+        drawn = [mixture.draw() for _ in range(self._global_batch_size)]
+        starts = range(self._own.start, self._own.stop, self._request_size)
+        return [
+            Request(start, tuple(drawn[start : min(start + self._request_size, self._own.stop)]))
+            for start in starts
+        ]
+
+    def _tell_epochs(self, before: npt.NDArray[np.int64]) -> None:
+        """Say so where a domain's text begins to repeat, as its drawn samples grew."""
+        for domain, old, new in zip(self.domains, before, self.mixture.drawn):
+            size = domain.samples_per_epoch
+            # epoch of the sample drawn last; the first one, 0, is not worth a word
+            first, last = max(int(old) - 1, 0) // size + 1, (int(new) - 1) // size
+            if last < first:
+                continue
+            # Loud as often as the number of epochs doubles: a tiny domain starts thousands.
+            doubled = any((epoch + 1).bit_count() == 1 for epoch in range(first, last + 1))
+            logger.log(
+                logging.WARNING if doubled else logging.INFO,
+                "domain %s: in epoch %d from here on, its %d sequences (%d tokens) repeat; "
+                "lower its weight or add text to see no token twice",
+                *(domain.name, last + 1, size, domain.num_tokens),
+            )
 
     def state_dict(self) -> LoaderState:
         """Where the next batch begins, for any data-parallel size; fit for JSON."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
@@ -56,6 +57,10 @@ class DomainMixture:
         self.owed[domain] -= 1
         self.drawn[domain] += 1
         return domain, int(self.drawn[domain]) - 1
+
+    def copy(self) -> DomainMixture:
+        """Another mixture that stands where this one does."""
+        return copy.deepcopy(self)
 
     def state_dict(self) -> MixtureState:
         """All there is to the mixture: three numbers a domain."""

@@ -16,8 +16,6 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
-
 
 class DomainSequences:
     """Sequences of one domain: sample n of an endless row of epochs.
@@ -69,22 +67,17 @@ class DomainSequences:
         """Tokens of a sample, int64 [sequence_length + 1]; any number >= 0 is one."""
         assert sample >= 0, sample
         epoch, place = divmod(sample, self.samples_per_epoch)
-        item = self._of_epoch(epoch)[place]
-        text: Tensor = torch.cat([item["tokens"], item["labels"][-1:]])
-        return text
+        # Its __getitem__ would also make masks and positions, which nobody asks for.
+        text, _ = self._of_epoch(epoch)._query_document_sample_shuffle_indices(place)
+        return torch.from_numpy(text)
+
+    def prepare(self, sample: int) -> None:
+        """Build the index of the epoch that a sample is in."""
+        self._of_epoch(sample // self.samples_per_epoch)
 
     def _of_epoch(self, epoch: int) -> GPTDataset:
         """Sequences of one epoch; the last asked for is kept."""
         if self._sequences is None or epoch != self._epoch:
-            if epoch > 0:
-                # Loud as often as the number of epochs doubles: a tiny domain starts thousands.
-                doubled = (epoch + 1).bit_count() == 1
-                logger.log(
-                    logging.WARNING if doubled else logging.INFO,
-                    "domain %s: in epoch %d from here on, its %d sequences (%d tokens) repeat; "
-                    "lower its weight or add text to see no token twice",
-                    *(self.name, epoch + 1, self.samples_per_epoch, self.num_tokens),
-                )
             self._sequences = self._build(epoch)
             self._epoch = epoch
         return self._sequences

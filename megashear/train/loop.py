@@ -116,6 +116,7 @@ class Trainer:
                 if stop:
                     logger.info("step %d: stopping as --exit-interval asks", step)
                     break
+        self.data.loader.close()
         if step == last:
             # before the long evaluation, which a time limit may cut off
             if train.save is not None and first_step < last:

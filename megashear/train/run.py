@@ -356,6 +356,7 @@ def _trainer(
         micro_batch_size=train.micro_batch_size,
         data_parallel_rank=groups.data_rank,
         data_parallel_size=groups.data_size,
+        num_workers=config.data.num_workers,
     )
     if start.continues:
         assert start.checkpoint is not None

@@ -59,10 +59,10 @@ def run_schedule(
         to = device.device()
         positions = torch.arange(batch.tokens.size(1), device=to).expand_as(batch.tokens)
         per_token = chunk(
-            batch.tokens.to(to),
+            batch.tokens.to(to, non_blocking=True),
             positions,
             None if select is None else select(chunk, stream),
-            labels=batch.labels.to(to),
+            labels=batch.labels.to(to, non_blocking=True),
         )  # last stage: cross entropy [b, s]
         return per_token, partial(_loss, batch)
 

@@ -1,4 +1,5 @@
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator
 
@@ -15,7 +16,9 @@ OTHER_WEIGHTS = [0.1, 0.1, 0.8]
 STEPS = 30
 
 
-def loader(data, *, batch=12, micro=1, rank=0, size=1, seed=5, length=LENGTH) -> MixtureLoader:
+def loader(
+    data, *, batch=12, micro=1, rank=0, size=1, seed=5, length=LENGTH, workers=0
+) -> MixtureLoader:
     domains = [
         DomainSequences(data.prefix(name), length, seed, i) for i, name in enumerate(data.names)
     ]
@@ -26,6 +29,7 @@ def loader(data, *, batch=12, micro=1, rank=0, size=1, seed=5, length=LENGTH) ->
         micro_batch_size=micro,
         data_parallel_rank=rank,
         data_parallel_size=size,
+        num_workers=workers,
     )
 
 
@@ -70,11 +74,18 @@ def assert_same_batches(whole: list, parts: list[list]) -> None:
         assert [row for part in parts for row in part[step]] == expected, step
 
 
-@pytest.mark.parametrize(("size", "micro"), [(1, 4), (2, 3), (3, 2), (4, 1), (12, 1)])
-def test_every_data_parallel_size_reads_the_same_batches(data, whole, size, micro) -> None:
-    parts = [
-        run(loader(data, rank=rank, size=size, micro=micro), range(STEPS)) for rank in range(size)
-    ]
+@pytest.mark.parametrize(
+    ("size", "micro", "workers"),
+    [(1, 4, 0), (2, 3, 0), (3, 2, 0), (4, 1, 0), (12, 1, 0), (1, 1, 1), (1, 2, 3), (2, 6, 2)],
+)
+def test_every_layout_and_number_of_workers_reads_the_same_batches(
+    data, whole, size, micro, workers
+) -> None:
+    parts = []
+    for rank in range(size):
+        each = loader(data, rank=rank, size=size, micro=micro, workers=workers)
+        parts.append(run(each, range(STEPS)))
+        each.close()
     assert_same_batches(whole, parts)
 
 
@@ -98,12 +109,15 @@ def test_within_an_epoch_nothing_is_skipped_or_repeated(data, whole) -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 7, 10, 17])
-@pytest.mark.parametrize("size", [1, 3])
-def test_resumed_run_goes_on_with_the_same_batches(data, whole, stop: int, size: int) -> None:
-    first = loader(data, rank=0, size=2)
+@pytest.mark.parametrize(("size", "workers"), [(1, 0), (3, 0), (1, 2)])
+def test_resumed_run_goes_on_with_the_same_batches(
+    data, whole, stop: int, size: int, workers: int
+) -> None:
+    first = loader(data, rank=0, size=2, workers=workers)
     run(first, range(stop))
     state = json.loads(json.dumps(first.state_dict()))
-    assert first.consumed_samples == 12 * stop
+    assert first.consumed_samples == 12 * stop  # what was read ahead is not consumed
+    first.close()
     parts = []
     for rank in range(size):
         resumed = loader(data, rank=rank, size=size)
@@ -111,6 +125,16 @@ def test_resumed_run_goes_on_with_the_same_batches(data, whole, stop: int, size:
         assert resumed.consumed_samples == 12 * stop
         parts.append(run(resumed, range(stop, STEPS)))
     assert_same_batches(whole[stop:], parts)
+
+
+@pytest.mark.parametrize("batch", [4, 36])
+def test_another_global_batch_size_goes_on_with_the_same_samples(data, whole, batch: int) -> None:
+    first = loader(data)
+    run(first, range(6))
+    other = loader(data, batch=batch)
+    other.load_state_dict(first.state_dict())
+    found = [row[1:] for _ in range(36 // batch) for row in rows(other.next_batch())]
+    assert found == [row[1:] for step in whole[6:9] for row in step]
 
 
 def test_resume_notices_a_forgotten_mixture(data, whole) -> None:
@@ -154,9 +178,26 @@ def test_ranks_of_a_group_need_not_wait_for_each_other(untouched, whole) -> None
     assert run(loader(untouched), range(STEPS)) == whole
 
 
+def test_new_epochs_are_told_less_and_less_often(data, caplog) -> None:
+    each = loader(data, batch=1)
+    size = each.domains[2].samples_per_epoch
+    each.mixture.set_weights([0.0, 0.0, 1.0])
+    with caplog.at_level(logging.WARNING):
+        for _ in range(size):
+            each.next_batch()
+        assert not caplog.records
+        for _ in range(8 * size):
+            each.next_batch()
+    told = [record.getMessage() for record in caplog.records]
+    assert [f"in epoch {epoch} " in line for epoch, line in zip((2, 4, 8), told)] == [True] * 3
+    name = each.domains[2].name
+    assert f"domain {name}: in epoch 2 from here on, its {size} sequences" in told[0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"workers": -1}, "--num-workers is -1; wanted 0"),
         ({"batch": 12, "micro": 5}, "12 is not a positive multiple .* 5 \\* data-parallel size 1"),
         ({"batch": 12, "micro": 2, "size": 4}, r"--micro-batch-size 2 \* .* size 4 = 8"),
         ({"batch": 0}, "--global-batch-size 0 is not a positive multiple"),

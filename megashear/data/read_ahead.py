@@ -1,0 +1,239 @@
+"""Reading of sequences, in this process or ahead of time in worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from megashear.data.mixture import DomainMixture
+from megashear.data.sequences import DomainSequences
+from megashear.parallel import device
+
+_UNREADABLE = "cannot be read"
+"""Tells an error of reading from one of the processes that read."""
+
+
+class Request(NamedTuple):
+    """Neighbouring sequences of a global batch, read together."""
+
+    start: int
+    """Place of the first in the global batch."""
+    samples: tuple[tuple[int, int], ...]
+    """(domain, sample of the domain) of each."""
+
+
+Expect = Callable[[DomainMixture], list[Request]]
+"""Draws a global batch and says what this replica has to read of it; nothing where text ran out."""
+
+
+class Reader(Protocol):
+    """Gives the text of requests."""
+
+    def read(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
+        """Text of each request, in their order.
+
+        Args:
+            wanted: of one global batch.
+            mixture: as it stands after that batch.
+        """
+
+    def close(self) -> None:
+        """Give back what it holds; reading again takes it anew."""
+
+
+class SequenceReader(Dataset[Tensor | None]):
+    """Reads requests out of the domains' files; as a ``Dataset``, its indices are requests.
+
+    Args:
+        domains: sequences of every domain.
+    """
+
+    def __init__(self, domains: Sequence[DomainSequences]) -> None:
+        self._domains = domains
+        self._newest = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __getitem__(self, numbered: tuple[int, Request]) -> Tensor | None:
+        """Text of a request unless newer ones have replaced it, int64 [2, b, s].
+
+        Raises:
+            RuntimeError: a sequence cannot be read; names domain and sample.
+        """
+        generation, (_, samples) = numbered
+        if not samples or generation < int(self._newest):
+            return None
+        length = self._domains[0].sequence_length
+        # one block of inputs and labels: one tensor to send between processes, and to pin
+        block = torch.empty(2, len(samples), length, dtype=torch.int64)
+        for row, (number, sample) in enumerate(samples):
+            domain = self._domains[number]
+            try:
+                text = domain[sample]
+            except Exception as error:
+                raise RuntimeError(
+                    f"sample {sample} of domain {domain.name} {_UNREADABLE}: "
+                    f"{type(error).__name__}: {error}; copy the domain's files again, or look "
+                    f"after the file system"
+                ) from error
+            block[0, row], block[1, row] = text[:-1], text[1:]
+        return block
+
+    def read(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
+        """Text of requests, in this process; see ``Reader``."""
+        blocks = [self[int(self._newest), request] for request in wanted]
+        return [block for block in blocks if block is not None]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def replace_requests(self) -> int:
+        """Let workers pass over all requests made so far; the number of the new ones."""
+        self._newest += 1
+        return int(self._newest)
+
+
+class _Expected:
+    """Endless requests for the batches to come, if the weights stay as they are.
+
+    An iterator for the ``DataLoader``, which asks for the next request whenever one was answered.
+    """
+
+    def __init__(self, expect: Expect, reader: SequenceReader) -> None:
+        self._expect = expect
+        self._reader = reader
+        self._mixture: DomainMixture | None = None
+        self._pending: deque[Request] = deque()
+        self.generation = 0
+        self.issued: deque[tuple[int, Request]] = deque()
+        """Generation and request of what was asked for and not answered yet, in order."""
+
+    def restart(self, pending: Sequence[Request], mixture: DomainMixture) -> None:
+        """Ask for ``pending`` next, then for what ``mixture`` will draw."""
+        self.generation = self._reader.replace_requests()
+        self._pending = deque(pending)
+        self._mixture = mixture.copy()
+
+    def __iter__(self) -> Iterator[tuple[int, Request]]:
+        return self
+
+    def __next__(self) -> tuple[int, Request]:
+        if not self._pending:
+            assert self._mixture is not None
+            # an empty request where text ran out: other weights may bring some after all
+            self._pending.extend(self._expect(self._mixture) or [Request(0, ())])
+        self.issued.append((self.generation, self._pending.popleft()))
+        return self.issued[-1]
+
+
+class ReadAhead:
+    """Reads the batches to come in worker processes while the model computes.
+
+    What will be drawn is expected, not known: the weights may change. So every answer is compared
+    with what was drawn in the end, and where they differ, what was read in vain is dropped and
+    reading begins anew from there. Reading ahead can therefore change the speed and nothing else.
+
+    The workers are torch's: they end with their parent, however it ends, and one that ends alone
+    raises here. They are forked at the first read, so that they share the domains' indices with
+    this process.
+    """
+
+    def __init__(self, reader: SequenceReader, num_workers: int, expect: Expect) -> None:
+        """Keep all arguments; nothing is started.
+
+        Args:
+            reader: what workers run.
+            num_workers: processes, at least 1. Up to twice as many requests are read ahead.
+            expect: draws a batch from a mixture that is a copy.
+        """
+        assert num_workers >= 1, num_workers
+        self._reader = reader
+        self._num_workers = num_workers
+        self._expected = _Expected(expect, reader)
+        self._answers: Iterator[Tensor | None] | None = None
+
+    def read(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
+        """Text of requests, which waits where it was not expected; see ``Reader``.
+
+        Raises:
+            RuntimeError: a sequence cannot be read, or a worker died.
+        """
+        blocks = []
+        for number, request in enumerate(wanted):
+            found, block = self._next() if self._answers is not None else (None, None)
+            if found != request:
+                self._expected.restart(wanted[number:], mixture)
+                self._start()
+                found, block = self._next()
+                assert found == request, (found, request)
+            assert block is not None
+            blocks.append(block)
+        return blocks
+
+    def close(self) -> None:
+        """End the workers; the next read starts others."""
+        self._answers = None
+        self._expected.issued.clear()
+
+    def _start(self) -> None:
+        if self._answers is None:
+            self._answers = iter(
+                DataLoader(
+                    self._reader,
+                    batch_size=None,  # a request is a batch already
+                    sampler=self._expected,  # endless: has no length
+                    num_workers=self._num_workers,
+                    collate_fn=_as_it_is,
+                    multiprocessing_context="fork",
+                    pin_memory=device.has_cuda(),
+                    # its own, or starting would draw from torch's global generator
+                    generator=torch.Generator(),
+                )
+            )
+
+    def _next(self) -> tuple[Request, Tensor | None]:
+        """The next answer to a request that still counts."""
+        assert self._answers is not None
+        while True:
+            try:
+                block = next(self._answers)
+            except (RuntimeError, OSError, EOFError) as error:
+                if _UNREADABLE in str(error):
+                    raise
+                # the connection to a dead worker breaks before torch looks after it
+                what = str(error) if "worker" in str(error) else f"DataLoader worker lost: {error}"
+                raise RuntimeError(
+                    f"{what} (a process that reads training sequences ahead; --num-workers 0 reads "
+                    f"in the rank itself)"
+                ) from error
+            generation, request = self._expected.issued.popleft()
+            if generation == self._expected.generation:
+                return request, block
+
+
+def make_reader(domains: Sequence[DomainSequences], num_workers: int, expect: Expect) -> Reader:
+    """A reader with worker processes, or one that reads in this process.
+
+    Args:
+        domains: sequences of every domain.
+        num_workers: processes that read ahead; 0 reads when asked, and so does a daemonic process,
+            which may have no children.
+        expect: see ``ReadAhead``.
+
+    Raises:
+        ValueError: a negative number of workers.
+    """
+    if num_workers < 0:
+        raise ValueError(f"--num-workers is {num_workers}; wanted 0 (read in this process) or more")
+    reader = SequenceReader(domains)
+    if num_workers == 0 or multiprocessing.current_process().daemon:
+        return reader
+    return ReadAhead(reader, num_workers, expect)
+
+
+def _as_it_is(block: Any) -> Any:
+    return block

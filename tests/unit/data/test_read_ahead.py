@@ -1,0 +1,193 @@
+"""Worker processes that read ahead: what they may change (the speed) and what not (the samples)."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megashear.data.loader import MixtureLoader
+from megashear.data.read_ahead import ReadAhead, SequenceReader
+from megashear.data.sequences import DomainSequences
+from tests.unit.data.test_loader import OTHER_WEIGHTS, WEIGHTS, loader, rows
+
+PATIENCE_S = 60.0
+"""How long to wait for what must happen; torch's workers look after their parent every 5 s."""
+
+
+def workers_of(each: MixtureLoader) -> list[multiprocessing.Process]:
+    assert isinstance(each._reader, ReadAhead)
+    return each._reader._answers._workers
+
+
+@contextlib.contextmanager
+def opened(data, **options):
+    each = loader(data, **{"workers": 2, **options})
+    try:
+        yield each
+    finally:
+        each.close()
+
+
+def test_weights_count_from_the_very_next_batch(data) -> None:
+    plain = loader(data)
+    with opened(data) as ahead:
+        for step in range(40):
+            if step % 3 == 2:
+                for each in (plain, ahead):
+                    each.mixture.set_weights(OTHER_WEIGHTS if step % 2 else WEIGHTS)
+            assert rows(ahead.next_batch()) == rows(plain.next_batch()), step
+
+
+def test_a_batch_read_under_old_weights_is_noticed(data, monkeypatch: pytest.MonkeyPatch) -> None:
+    def credulous(self: ReadAhead, wanted, mixture) -> list[torch.Tensor]:
+        if self._answers is None:
+            self._expected.restart(wanted, mixture)
+            self._start()
+        return [self._next()[1] for _ in wanted]
+
+    monkeypatch.setattr(ReadAhead, "read", credulous)
+    plain = loader(data)
+    with opened(data) as ahead:
+        assert rows(ahead.next_batch()) == rows(plain.next_batch())
+        for each in (plain, ahead):
+            each.mixture.set_weights(OTHER_WEIGHTS)
+        assert rows(ahead.next_batch()) != rows(plain.next_batch())
+
+
+def test_what_was_read_in_vain_is_passed_over_unread(data) -> None:
+    reader = SequenceReader(loader(data).domains)
+    stale = (0, next(iter(loader(data)._draw(loader(data).mixture))))
+    assert reader[stale] is not None
+    assert reader.replace_requests() == 1
+    assert reader[stale] is None
+
+
+def test_state_loaded_while_reading_ahead_counts(data) -> None:
+    with opened(data) as each:
+        state = each.state_dict()
+        first = [rows(each.next_batch()) for _ in range(5)]
+        each.load_state_dict(state)
+        assert [rows(each.next_batch()) for _ in range(5)] == first
+
+
+def test_reading_ahead_leaves_the_global_generator_alone(data) -> None:
+    before = torch.get_rng_state()
+    with opened(data) as each:
+        each.next_batch()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_share_the_index_and_end_with_close(data) -> None:
+    with opened(data) as each:
+        each.next_batch()
+        # built before they were forked; they could not have told
+        assert all(domain._sequences is not None for domain in each.domains)
+        workers = workers_of(each)
+        assert len(workers) == 2
+        each.close()
+        assert not any(worker.is_alive() for worker in workers)
+        before = each.consumed_samples
+        each.next_batch()  # others are started
+        assert each.consumed_samples == before + 12
+
+
+def in_a_child(body, *args):
+    """The child process that runs ``body(*args, pipe)``, and what it sent."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=body, args=(*args, sender))
+    process.start()
+    assert receiver.poll(PATIENCE_S), "the child sent nothing"
+    return process, receiver.recv()
+
+
+def read_on(each: MixtureLoader) -> None:
+    for _ in range(50):
+        each.next_batch()
+
+
+def lose_a_worker(data, message) -> None:
+    each = loader(data, workers=2)
+    each.next_batch()
+    try:
+        # torch notices while the next batch is read, or in between when the signal arrives
+        os.kill(workers_of(each)[0].pid, signal.SIGKILL)
+        read_on(each)
+    except RuntimeError as error:
+        message.send(str(error))
+    os._exit(0)  # the end of the other worker would raise once more
+
+
+def test_a_worker_that_dies_is_an_error(data) -> None:
+    process, message = in_a_child(lose_a_worker, data)
+    process.join()
+    assert "DataLoader worker" in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_cannot_be_read_is_named(
+    data, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = DomainSequences.__getitem__
+
+    def broken(domain: DomainSequences, sample: int) -> torch.Tensor:
+        if (domain.name, sample) == (data.names[1], 3):
+            raise OSError(5, "Input/output error")
+        return original(domain, sample)
+
+    monkeypatch.setattr(DomainSequences, "__getitem__", broken)
+    each = loader(data, workers=workers)
+    message = f"sample 3 of domain {data.names[1]} cannot be read: OSError: .*Input/output error"
+    with pytest.raises(RuntimeError, match=message):
+        read_on(each)
+    each.close()
+
+
+def in_a_daemon(data, results) -> None:
+    each = loader(data, workers=2)
+    results.put((type(each._reader).__name__, rows(each.next_batch())))
+
+
+def test_a_daemonic_process_reads_itself(data) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=in_a_daemon, args=(data, results), daemon=True)
+    process.start()
+    assert results.get(timeout=PATIENCE_S) == ("SequenceReader", rows(loader(data).next_batch()))
+    process.join()
+
+
+def read_and_be_killed(data, pids) -> None:
+    torch.set_num_threads(2)
+    square = torch.randn(300, 300)
+    square @ square  # torch's threads are running when the workers are forked
+    each = loader(data, workers=2)
+    each.next_batch()
+    pids.send([worker.pid for worker in workers_of(each)])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not only waiting for its parent to hear of its end."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_a_killed_rank_leaves_no_workers(data) -> None:
+    process, pids = in_a_child(read_and_be_killed, data)
+    assert len(pids) == 2
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    deadline = time.monotonic() + PATIENCE_S
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline, f"workers {pids} outlived their parent"
+        time.sleep(0.1)
