@@ -11,6 +11,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+NamedNumbers = tuple[float | str, ...]
+"""Numbers, or words ``name=number``; in YAML also a mapping of names to numbers, or one number."""
+
+DEFAULT_EVAL_SEQUENCES = 64
+"""Held-out sequences per domain in an evaluation, where no flag says how many."""
+
 
 def check_one_source(load: str | None, load_hf: str | None) -> None:
     """Refuse two places to take weights from.
@@ -143,9 +149,14 @@ class TrainConfig:
     """Steps between console lines and TensorBoard points."""
     eval_interval: int = 50
     """Steps between evaluations, after each of which the mixture is reweighted; 0 is never."""
-    eval_sequences: int = 64
+    eval_sequences: int | None = None
     """Held-out sequences per domain in an evaluation, a fixed seeded subsample; the last one reads
-    all."""
+    all. 64 unless one of the three --eval-* sizes is given; a resumed run keeps its own."""
+    eval_tokens: int | None = None
+    """The same in tokens per domain, rounded down to whole sequences."""
+    eval_share: float | None = None
+    """The same as a share of the run's training compute, a forward pass counted as a third of a
+    training pass: 0.02 lets evaluations cost 2 percent. Settled at the start, by no clock."""
     save: str | None = None
     """Directory for checkpoints."""
     save_interval: int = 0
@@ -173,14 +184,33 @@ class TrainConfig:
             "log_interval",
             "eval_sequences",
         ):
-            if (value := getattr(self, name)) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        self._check_eval_size()
         if self.resume and self.save is None:
             raise ValueError("--resume goes on from --save, and --save is not given")
         check_one_source(self.load, self.load_hf)
         for name in ("eval_interval", "save_interval", "exit_interval"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; 0 turns it off")
+
+    def _check_eval_size(self) -> None:
+        names = ("eval_sequences", "eval_tokens", "eval_share")
+        given = [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} both say how much an evaluation reads; give one of them"
+            )
+        if self.eval_tokens is not None and self.eval_tokens < self.seq_length:
+            raise ValueError(
+                f"--eval-tokens {self.eval_tokens} is less than one sequence of --seq-length "
+                f"{self.seq_length}; give at least {self.seq_length}"
+            )
+        if self.eval_share is not None and not 0 < self.eval_share <= 1:
+            raise ValueError(
+                f"--eval-share is {self.eval_share}; wanted a share of the training compute, "
+                f"above 0 and at most 1"
+            )
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Microbatches of one replica in one step.
@@ -243,17 +273,27 @@ class DataConfig:
 
     data_path: str
     """Directory that `megashear preprocess` wrote."""
-    domain_weights: tuple[float, ...] = ()
-    """Starting weight of each domain, in the order of the data directory; by tokens if empty."""
+    domain_weights: NamedNumbers = ()
+    """Starting weight of each domain, as name=weight or in the order of the data directory; by
+    tokens if empty."""
     num_workers: int = 2
     """Processes per rank that read training sequences ahead; 0 reads in the rank itself. What is
     read does not depend on it."""
-    reweight: Literal["signed", "clipped", "bandit", "constant"] = "signed"
+    reweight: Literal["signed", "clipped", "bandit", "constant", "schedule"] = "signed"
     """How evaluations move the weights: by excess loss (signed, or clipped at 0 as in the paper),
-    bandit, or not at all."""
+    bandit, or not at all (constant, or schedule: by the phases of --domain-phases)."""
+    domain_phases: str | None = None
+    """With --reweight schedule: YAML list of phases, each with start_step, start_sample or
+    start_token, and weights."""
+    domain_floor: NamedNumbers = ()
+    """Least share of a domain, one number for all and name=share where one differs."""
+    domain_cap: NamedNumbers = ()
+    """Largest share of a domain, one number for all and name=share where one differs."""
+    dominant_share: float = 0.6
+    """Share of the mixture from which one domain is warned of."""
     reference_loss: str | None = None
-    """YAML of `domain: loss`, what each domain's loss should be, or what `megashear evaluate
-    --output` wrote; needed unless --reweight is constant."""
+    """YAML of `domain: loss`, what each domain's loss should be, or what `megashear reference-loss`
+    or `megashear evaluate --output` wrote; needed unless --reweight is constant or schedule."""
     reweight_eta: float = 1.0
     """Step size of the exponential update of the weights."""
     reweight_smoothing: float = 1e-4
@@ -269,6 +309,22 @@ class DataConfig:
         if not 0 <= self.reweight_smoothing < 1:
             raise ValueError(
                 f"--reweight-smoothing is {self.reweight_smoothing}; wanted a share, 0 <= c < 1"
+            )
+        if not 0 < self.dominant_share <= 1:
+            raise ValueError(
+                f"--dominant-share is {self.dominant_share}; wanted a share, above 0 and at most 1"
+            )
+        if (self.domain_phases is None) is (self.reweight == "schedule"):
+            raise ValueError(
+                "--reweight schedule follows the phases of --domain-phases, which is not given"
+                if self.domain_phases is None
+                else f"--domain-phases {self.domain_phases} is followed by --reweight schedule "
+                f"only, not by {self.reweight}; give one with the other"
+            )
+        if self.domain_phases is not None and self.domain_weights:
+            raise ValueError(
+                f"--domain-weights and --domain-phases {self.domain_phases} both say how the "
+                f"mixture starts; leave --domain-weights out, the first phase begins at 0"
             )
 
 
@@ -360,7 +416,7 @@ class EvaluateRun:
     micro_batch_size: int = 1
     """Sequences per replica and forward pass."""
     output: str | None = None
-    """JSON file to write the losses to."""
+    """JSON file to write the losses and their standard errors to."""
 
     def __post_init__(self) -> None:
         check_one_source(self.load, self.load_hf)
@@ -368,6 +424,64 @@ class EvaluateRun:
             raise ValueError(
                 "--load is not given; name a checkpoint, or a Hugging Face directory with --load-hf"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceLossRun:
+    """`megashear reference-loss`: what each domain's loss should be, for prune and pretrain."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    output: str
+    """YAML file to write, for --reference-loss; must not exist."""
+    load: tuple[str, ...] = ()
+    """Checkpoint directories to evaluate on --data-path, one after the other."""
+    losses: tuple[str, ...] = ()
+    """Files of losses known already: of `megashear evaluate --output`, or YAML of `parameters:
+    {domain: loss}` with a line for each model."""
+    target: str | None = None
+    """What the model shall become, for the fit: a preset or a JSON file of extents; or --params."""
+    params: int | None = None
+    """Parameters of what the model shall become, embeddings included; in place of --target."""
+    method: Literal["auto", "scaling-law", "own-loss"] = "auto"
+    """Fit L(N) = a N^-b + c through three or more sizes, or take the loss of the smallest model as
+    it is; auto fits where it can."""
+    data_path: str | None = None
+    """With --load: directory that `megashear preprocess` wrote."""
+    seq_length: int | None = None
+    """With --load: tokens per sequence; that of the run that made the checkpoint unless given."""
+    micro_batch_size: int = 1
+    """Sequences per replica and forward pass."""
+
+    def __post_init__(self) -> None:
+        if not self.load and not self.losses:
+            raise ValueError(
+                "no model is named; give checkpoints with --load, or files of losses with --losses"
+            )
+        if self.load and self.data_path is None:
+            raise ValueError(
+                "--load is evaluated on --data-path, which is not given; name the directory that "
+                "`megashear preprocess` wrote"
+            )
+        if self.target is not None and self.params is not None:
+            raise ValueError(
+                f"--target {self.target} and --params {self.params} both say how large the target "
+                f"is; give one"
+            )
+        if self.params is not None and self.params < 1:
+            raise ValueError(f"--params is {self.params}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlotMixtureConfig:
+    """`megashear plot-mixture`: weights and losses per domain over a run, as a figure."""
+
+    tensorboard_dir: tuple[str, ...]
+    """Directories of TensorBoard event files; those of runs that follow each other are joined."""
+    output: str
+    """Figure to write, .png, .pdf or .svg; must not exist."""
+    title: str = ""
+    """Line above the figure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -223,6 +223,7 @@ def _read_yaml(file: Path, settings: Mapping[str, Setting]) -> dict[str, Any]:
             )
         if key in values:
             raise UsageError(f"{place}: {key} is there twice; keep one")
+        value = settings[key].as_list(value)
         if not settings[key].accepts(value):
             wanted = type_name(settings[key].wanted)
             raise UsageError(f"{place}: {key} is {value!r}; wanted {wanted}")

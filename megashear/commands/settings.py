@@ -12,6 +12,8 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from megashear.config import NamedNumbers
+
 Config = TypeVar("Config")
 
 
@@ -40,6 +42,14 @@ class Setting:
     def accepts(self, value: object) -> bool:
         """Whether a value as YAML reads it fits the type."""
         return _fits(self.wanted, value)
+
+    def as_list(self, value: object) -> object:
+        """Numbers by name, or one number, as the list that they stand for; others as they are."""
+        if self.wanted != NamedNumbers:
+            return value
+        if isinstance(value, Mapping):
+            return [f"{name}={number}" for name, number in value.items()]
+        return [value] if isinstance(value, int | float) else value
 
 
 def settings_of(config_type: type) -> dict[str, Setting]:

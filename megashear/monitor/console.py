@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Mapping
@@ -136,6 +137,7 @@ def format_evaluation(
     step: int,
     losses: Mapping[str, float],
     *,
+    errors: Mapping[str, float] | None = None,
     weights: Mapping[str, float] | None = None,
     seconds: float | None = None,
 ) -> str:
@@ -144,12 +146,14 @@ def format_evaluation(
     Args:
         step: steps done.
         losses: held-out loss of each domain, nats per token.
+        errors: standard error of each; none are shown where there are none, nor one that is NaN.
         weights: weight of each domain in the mixture from here on; None if it stays.
         seconds: time the evaluation took.
     """
     mean = sum(losses.values()) / len(losses) if losses else float("nan")
     parts = [f"step {step}: held-out loss {mean:.3f}"]
-    parts.append(" ".join(f"{domain} {loss:.3f}" for domain, loss in losses.items()))
+    shown = {d: f"+-{e:.3f}" for d, e in (errors or {}).items() if not math.isnan(e)}
+    parts.append(" ".join(f"{d} {loss:.3f}{shown.get(d, '')}" for d, loss in losses.items()))
     if weights is not None:
         kept = " ".join(f"{domain} {weight:.3f}" for domain, weight in weights.items())
         parts.append(f"weights {kept}")

@@ -26,6 +26,8 @@ EXPECTED_PARAMETERS = "prune/expected-parameters"
 """Attention and MLP parameters that the masks expect to keep, at evaluations."""
 EVAL_MEAN_LOSS = "eval/mean-loss"
 """Held-out loss, nats per token, mean over domains, each counted once."""
+EVAL_MEAN_ERROR = "eval/mean-standard-error"
+"""Standard error of the same, nats per token."""
 FULL_MEAN_LOSS = "eval/full-mean-loss"
 """The same over all held-out text, at the end of a run."""
 DISCRETISATION_GAP = "eval/discretisation-gap"
@@ -36,6 +38,9 @@ TOKENS_PER_SECOND_PER_DEVICE = "system/tokens-per-second-per-device"
 """The same, per process."""
 SECONDS_PER_STEP = "system/seconds-per-step"
 """Mean over the log window, training alone."""
+
+EVALUATION_SHARE = "system/evaluation-share"
+"""Share of the wall time so far that evaluations within the run took, between 0 and 1."""
 
 
 def expected_sparsity(kind: str) -> str:
@@ -76,6 +81,11 @@ def mixture_epoch(domain: str) -> str:
 def eval_loss(domain: str) -> str:
     """Held-out loss of a domain over the run's subsample, nats per token."""
     return f"eval/loss/{domain}"
+
+
+def eval_error(domain: str) -> str:
+    """Standard error of a domain's held-out loss, nats per token, from its sequences."""
+    return f"eval/standard-error/{domain}"
 
 
 def full_loss(domain: str) -> str:

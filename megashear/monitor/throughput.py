@@ -39,6 +39,8 @@ class Throughput:
         self._left_out = 0.0  # seconds of the window spent paused
         self._steps, self._tokens = 0, 0
         self._all_seconds, self._all_steps = 0.0, 0  # finished windows
+        self._begin = self._start
+        self._paused: dict[str, float] = {}  # seconds by what took them
 
     def step(self, tokens: int) -> None:
         """Count one optimizer step of ``tokens`` tokens, over all devices."""
@@ -46,13 +48,24 @@ class Throughput:
         self._tokens += tokens
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave out the time of the block: an evaluation, a checkpoint. Not to be nested."""
+    def pause(self, what: str) -> Iterator[None]:
+        """Leave out the time of the block: an evaluation, a checkpoint. Not to be nested.
+
+        Args:
+            what: name of what takes the time, for :meth:`share`.
+        """
         begin = self._clock()
         try:
             yield
         finally:
-            self._left_out += self._clock() - begin
+            seconds = self._clock() - begin
+            self._left_out += seconds
+            self._paused[what] = self._paused.get(what, 0.0) + seconds
+
+    def share(self, what: str) -> float:
+        """Share of the time since the start that blocks of this name took, between 0 and 1."""
+        passed = self._clock() - self._begin
+        return self._paused.get(what, 0.0) / passed if passed > 0 else 0.0
 
     def window(self) -> Rate:
         """Rate since the last call, or since the start; begins the next window."""

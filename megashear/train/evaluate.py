@@ -1,13 +1,16 @@
-"""Held-out loss per domain, token-weighted and equal on every rank."""
+"""Held-out loss per domain, token-weighted and equal on every rank, with its standard error."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from megashear.config import DEFAULT_EVAL_SEQUENCES, TrainConfig
 from megashear.data.batch import MicroBatch
 from megashear.data.held_out import HeldOutSet
 from megashear.monitor.console import progress
@@ -18,6 +21,11 @@ from megashear.train.objectives import LanguageModelling
 
 _SLAB = 16
 """Microbatches handed to the schedule at a time, so that memory does not grow with the set."""
+STANDARD_ERROR = "standard error"
+"""Key of the standard errors in what commands print and write."""
+FORWARD_SHARE = 1 / 3
+"""Compute of a forward pass against forward and backward: the backward pass takes twice as much
+(Kaplan et al. 2020, arXiv:2001.08361, section 2.1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +36,54 @@ class DomainLosses:
     """Cross entropy per token by domain, nats."""
     tokens: dict[str, int]
     """Tokens evaluated by domain."""
+    errors: dict[str, float]
+    """Standard error of each loss, nats; NaN where a domain has fewer than two sequences."""
 
     @property
     def mean(self) -> float:
         """Mean over domains, each counted alike."""
         return sum(self.losses.values()) / len(self.losses)
+
+    @property
+    def known_errors(self) -> dict[str, float | None]:
+        """Standard errors as JSON has them: None for one that is not known."""
+        return {name: None if math.isnan(e) else e for name, e in self.errors.items()}
+
+    @property
+    def mean_error(self) -> float:
+        """Standard error of the mean over domains, whose texts are independent."""
+        return math.hypot(*self.errors.values()) / len(self.errors)
+
+
+def subsample_size(train: TrainConfig, *, num_domains: int, num_modes: int) -> int:
+    """Held-out sequences per domain in an evaluation within the run.
+
+    Args:
+        train: whose --eval-sequences, --eval-tokens or --eval-share says it.
+        num_domains: domains that an evaluation reads.
+        num_modes: how often it reads them, one forward pass each.
+
+    Raises:
+        ValueError: the share does not pay for one sequence of each domain.
+    """
+    if train.eval_tokens is not None:
+        return train.eval_tokens // train.seq_length
+    if train.eval_share is None:
+        return train.eval_sequences or DEFAULT_EVAL_SEQUENCES
+    evaluations = train.train_iters // train.eval_interval if train.eval_interval else 0
+    if not evaluations:
+        return 1  # of which none is made
+    trained = train.train_iters * train.global_batch_size  # sequences, forward and backward
+    cost = evaluations * num_modes * num_domains * FORWARD_SHARE  # of one sequence a domain
+    size = math.floor(train.eval_share * trained / cost)
+    if size < 1:
+        raise ValueError(
+            f"--eval-share {train.eval_share:g} of {trained} training sequences does not pay for "
+            f"{evaluations} evaluations of one sequence: {num_domains} domains * {num_modes} modes "
+            f"* {FORWARD_SHARE:.2f} * {evaluations} = {cost:.1f}; give at least "
+            f"{cost / trained:.2g}, or raise --eval-interval {train.eval_interval}"
+        )
+    return size
 
 
 def evaluate_domains(
@@ -58,7 +109,7 @@ def evaluate_domains(
         micro_batch_size: sequences per forward pass.
         step: steps done, shown beside the progress bar.
     """
-    sums = torch.zeros(2, len(names), dtype=torch.float64, device=device.device())
+    sums = torch.zeros(len(names), _NUM_SUMS, dtype=torch.float64, device=device.device())
     per_pass = micro_batch_size * groups.data_size
     total = sum(-(-len(indices) // per_pass) for indices in chosen)  # microbatches
     what = f"evaluation ({mode})" if step is None else f"evaluation at step {step} ({mode})"
@@ -66,19 +117,61 @@ def evaluate_domains(
     with progress(total, rank=groups.rank, desc=what, unit="batch", leave=False) as bar:
         for slab in _slabs(held_out, chosen, groups, micro_batch_size):
             for found in objective.evaluate(mode, slab):
-                domains = found.domains.to(sums.device)
-                sums[0].index_add_(0, domains, found.sums.double())
-                sums[1].index_add_(0, domains, found.counts.double())
+                terms = sums_of_sequences(found.sums, found.counts)
+                sums.index_add_(0, found.domains.to(sums.device), terms)
             bar.update(min(len(slab), total - bar.n))
     objective.end_evaluation()
     # only last stages measured; tensor ranks of a stage measured the same
     (sums,) = ordered_sum([sums], groups.pipeline)
     (sums,) = ordered_sum([sums], groups.data)
-    losses = (sums[0] / sums[1]).tolist()
+    losses, errors = ratio_and_error(sums)
     return DomainLosses(
-        losses=dict(zip(names, losses)),
-        tokens={name: int(count) for name, count in zip(names, sums[1].tolist())},
+        losses=dict(zip(names, losses.tolist())),
+        tokens={name: int(count) for name, count in zip(names, sums[:, 1].tolist())},
+        errors=dict(zip(names, errors.tolist())),
     )
+
+
+_NUM_SUMS = 6
+"""Columns of ``sums_of_sequences``."""
+
+
+def sums_of_sequences(losses: Tensor, counts: Tensor) -> Tensor:
+    """What is added up over the sequences of a domain, float64 [b, 6].
+
+    Args:
+        losses: cross entropy summed over the tokens of each sequence, nats, [b].
+        counts: tokens of each sequence, [b]; one without tokens only fills up a batch.
+
+    Returns:
+        Loss x, tokens n, sequences, and the products x x, x n, n n.
+    """
+    x, n = losses.double(), counts.double()
+    return torch.stack([x, n, (n > 0).double(), x * x, x * n, n * n], dim=1)
+
+
+def ratio_and_error(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Token-weighted mean loss r = sum x / sum n of each domain, and its standard error.
+
+    Tokens of a sequence are not independent, so that sequences are what is counted: the error is
+    that of a ratio of two sums over k sequences,
+    sqrt(k / (k - 1) * sum (x - r n)^2) / sum n. It is that of the loss over all text of the
+    domain's kind, whatever share of the held-out text was read.
+
+    Args:
+        sums: of ``sums_of_sequences`` over each domain, [domains, 6].
+
+    Returns:
+        Two vectors over domains, nats per token; the error is NaN below two sequences.
+
+    Source: Cochran 1977, "Sampling Techniques", section 6.3.
+    """
+    x, n, k, xx, xn, nn = sums.unbind(dim=1)
+    ratio = x / n
+    # rounding may leave a sum of squares just below 0
+    squares = (xx - 2 * ratio * xn + ratio * ratio * nn).clamp(min=0)
+    error = torch.where(k > 1, (k / (k - 1) * squares).sqrt() / n, torch.nan)
+    return ratio, error
 
 
 def _slabs(

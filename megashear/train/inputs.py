@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import (
@@ -21,22 +21,75 @@ from megashear.config import (
 )
 from megashear.data.held_out import HeldOutSet
 from megashear.data.manifest import DataManifest, read_manifest
-from megashear.data.mixture import normalise_weights
+from megashear.data.mixture import DomainMixture, normalise_weights
+from megashear.data.phases import PhasedMixture, Phases, read_phases
 from megashear.data.reference_loss import read_reference
+from megashear.data.reweight import Reweighting, make_policy
 from megashear.data.sequences import DomainSequences
+from megashear.data.shares import ShareLimits, Vector, limits_of, weights_of
 from megashear.models.llama import check_layout
 from megashear.parallel import device
 from megashear.shape import ModelShape
+from megashear.train.evaluate import subsample_size
+from megashear.train.objectives import LanguageModelling, StructuredPruning
 from megashear.train.optim import check_schedule
 from megashear.train.start import Start
 
 logger = logging.getLogger(__name__)
 
+EVAL_SEQUENCES = "eval_sequences"
+"""Key under which a checkpoint keeps the sequences per domain of its run's evaluations."""
 
-def check_inputs(
-    config: PruneRun | PretrainRun, start: Start
-) -> tuple[DataManifest, npt.NDArray[np.float64] | None]:
-    """Read the data's manifest and references, and refuse what does not fit the run.
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inputs:
+    """What flags and files say of the mixture, read and checked."""
+
+    manifest: DataManifest
+    weights: Vector
+    """Weight of each domain at the start."""
+    references: Vector | None
+    """Loss that each domain should have, nats per token; None where none are given."""
+    reweighting: Reweighting | None
+    """Moves the weights after evaluations; None leaves them alone."""
+    phases: Phases | None
+    """Move the weights at samples settled before."""
+    eval_sequences: int
+    """Held-out sequences per domain in an evaluation within the run."""
+
+    def replicated(self) -> dict[str, object]:
+        """What must be equal on all ranks, by name; files of other hosts may differ."""
+        phases = self.phases and (self.phases.unit, self.phases.starts)
+        shares = [] if self.phases is None else [part.tolist() for part in self.phases.weights]
+        return {
+            "tokens of the data": [domain.tokens for domain in self.manifest.domains],
+            "reference losses": None if self.references is None else self.references.tolist(),
+            "phases": (phases, shares),
+        }
+
+    def mixture(self, train: TrainConfig, start: Start) -> DomainMixture:
+        """The mixture as the run begins or goes on; its state is yet to be loaded."""
+        return (
+            PhasedMixture(changes)
+            if (changes := self.changes(train, start))
+            else (DomainMixture(self.weights))
+        )
+
+    def changes(self, train: TrainConfig, start: Start) -> dict[int, Vector]:
+        """Weights of the phases by their first sample; nothing where there are no phases."""
+        if self.phases is None:
+            return {}
+        drawn = start.description.details["consumed_samples"] if start.continues else 0  # type: ignore[union-attr]  # a run that continues has one
+        return self.phases.changes(
+            seq_length=train.seq_length,
+            global_batch_size=train.global_batch_size,
+            first_step=start.first_step,
+            first_sample=drawn,
+        )
+
+
+def check_inputs(config: PruneRun | PretrainRun, start: Start) -> Inputs:
+    """Read what the mixture follows, and refuse what does not fit the run.
 
     Raises:
         ValueError: layout, device, batches, schedule, checkpoint, data and references that do not
@@ -59,7 +112,8 @@ def check_inputs(
     _check_precision(start, config.model)
     manifest = read_manifest(data.data_path)
     check_vocabulary(manifest, start.shape, start.tokenizer)
-    normalise_weights(starting_weights(data, manifest), len(manifest.names))
+    limits = limits_of(data.domain_floor, data.domain_cap, manifest.names)
+    weights = starting_weights(data, manifest, limits)
     training_sequences(manifest, train)
     held_out_sets(manifest, train.seq_length)
     if train.seq_length > start.shape.max_position_embeddings:
@@ -68,7 +122,30 @@ def check_inputs(
             train.seq_length,
             start.shape.max_position_embeddings,
         )
-    return manifest, _references(data, manifest, is_evaluated=train.eval_interval > 0)
+    phases = None
+    if data.domain_phases is not None:
+        phases = read_phases(data.domain_phases, manifest.names, limits)
+        weights = phases.weights[0]
+    references = _references(data, manifest, is_evaluated=train.eval_interval > 0)
+    policy = make_policy(data.reweight, eta=data.reweight_eta)
+    reweighting = None
+    if policy.follows_losses and references is not None:
+        reweighting = Reweighting(
+            policy=policy,
+            references=references,
+            domains=manifest.names,
+            smoothing=data.reweight_smoothing,
+            limits=limits,
+            dominant_share=data.dominant_share,
+        )
+    return Inputs(
+        manifest=manifest,
+        weights=weights,
+        references=references,
+        reweighting=reweighting,
+        phases=phases,
+        eval_sequences=_eval_sequences(config, start, len(manifest.names)),
+    )
 
 
 def check_vocabulary(manifest: DataManifest, shape: ModelShape, directory: Path | None) -> None:
@@ -95,12 +172,23 @@ def check_vocabulary(manifest: DataManifest, shape: ModelShape, directory: Path 
         )
 
 
-def starting_weights(data: DataConfig, manifest: DataManifest) -> list[float]:
-    """Weight of each domain at the start: as given, or by training tokens."""
-    if data.domain_weights:
-        return list(data.domain_weights)
-    tokens = [domain.tokens for domain in manifest.domains]
-    return [count / sum(tokens) for count in tokens]
+def starting_weights(data: DataConfig, manifest: DataManifest, limits: ShareLimits) -> Vector:
+    """Weight of each domain at the start: as given, or by training tokens within the limits.
+
+    Raises:
+        ValueError: weights that are none, of other domains, or outside the limits.
+    """
+    if not data.domain_weights:
+        tokens = np.array([domain.tokens for domain in manifest.domains], dtype=np.float64)
+        return limits.project(tokens / tokens.sum()) if limits.bind else tokens / tokens.sum()
+    given = weights_of(data.domain_weights, manifest.names, flag="--domain-weights")
+    weights = normalise_weights(given, len(manifest.names))
+    if outside := limits.violations(weights, manifest.names):
+        raise ValueError(
+            f"--domain-weights: {'; '.join(outside)}, its --domain-floor or --domain-cap; change "
+            f"one of the two"
+        )
+    return weights
 
 
 def training_sequences(manifest: DataManifest, train: TrainConfig) -> list[DomainSequences]:
@@ -144,17 +232,33 @@ def check_sequence(parallel: ParallelConfig, seq_length: int) -> None:
         )
 
 
-def _references(
-    data: DataConfig, manifest: DataManifest, *, is_evaluated: bool
-) -> npt.NDArray[np.float64] | None:
-    if data.reweight == "constant" or (data.reference_loss is None and not is_evaluated):
+def _references(data: DataConfig, manifest: DataManifest, *, is_evaluated: bool) -> Vector | None:
+    if data.reference_loss is not None:
+        return read_reference(data.reference_loss, manifest.names)
+    if data.reweight in ("constant", "schedule") or not is_evaluated:
         return None
-    if data.reference_loss is None:
-        raise ValueError(
-            f"--reweight {data.reweight} compares losses with --reference-loss, which is not "
-            f"given; write a YAML of `domain: loss`, or use --reweight constant"
+    raise ValueError(
+        f"--reweight {data.reweight} compares losses with --reference-loss, which is not given; "
+        f"make one with `megashear reference-loss`, or use --reweight constant"
+    )
+
+
+def _eval_sequences(config: PruneRun | PretrainRun, start: Start, num_domains: int) -> int:
+    """As the flags say, or as the run that is gone on with has it: its curve goes on."""
+    objective = StructuredPruning if isinstance(config, PruneRun) else LanguageModelling
+    asked = subsample_size(
+        config.train, num_domains=num_domains, num_modes=len(objective.evaluation_modes())
+    )
+    saved = start.description.details.get(EVAL_SEQUENCES) if start.description else None
+    if not start.continues or saved is None:
+        return asked
+    if saved != asked:
+        logger.info(
+            "evaluations read %d sequences a domain as in the saved run, not %d as the flags say; "
+            "--finetune would start a run of its own",
+            *(saved, asked),
         )
-    return read_reference(data.reference_loss, manifest.names)
+    return int(saved)
 
 
 def _check_recompute(parallel: ParallelConfig, model: ModelConfig, shape: ModelShape) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -18,11 +16,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megashear.checkpoint.description import Description
 from megashear.checkpoint.store import MaskState, amend_description, save_run
-from megashear.config import DataConfig, OptimizerConfig, TrainConfig
+from megashear.config import OptimizerConfig, TrainConfig
 from megashear.data.held_out import HeldOutSet
 from megashear.data.loader import MixtureLoader
 from megashear.data.manifest import DataManifest
-from megashear.data.reweight import reweight
+from megashear.data.reweight import Reweighting
+from megashear.data.shares import Vector
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.console import format_evaluation, format_step, progress
 from megashear.monitor.throughput import Throughput
@@ -30,12 +29,16 @@ from megashear.parallel import device
 from megashear.parallel.agree import assert_replicated, flat_all_reduce, raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
-from megashear.train.evaluate import DomainLosses, evaluate_domains
+from megashear.train.evaluate import STANDARD_ERROR, DomainLosses, evaluate_domains
+from megashear.train.inputs import EVAL_SEQUENCES
 from megashear.train.objectives import LanguageModelling, MaskMetrics, StructuredPruning
 from megashear.train.optim import schedule_fraction
 from megashear.train.schedule import SequenceLosses
 
 logger = logging.getLogger(__name__)
+
+EVALUATION = "evaluation"
+"""Name of the time that evaluations within the run take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +48,14 @@ class RunData:
     manifest: DataManifest
     loader: MixtureLoader
     held_out: Sequence[HeldOutSet]
-    references: npt.NDArray[np.float64] | None
-    """Reference loss of each domain; None leaves the weights alone."""
+    references: Vector | None
+    """Reference loss of each domain, where one is known."""
+    reweighting: Reweighting | None
+    """Moves the weights after evaluations; None leaves them alone."""
+    phase_changes: Mapping[int, Vector]
+    """Weights by the sample from which a phase has them, for the log; the mixture has them too."""
+    eval_sequences: int
+    """Held-out sequences per domain in an evaluation within the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +72,6 @@ class Trainer:
     groups: ParallelGroups
     train: TrainConfig
     optimizer_config: OptimizerConfig
-    data_config: DataConfig
     details: dict[str, Any]
     """Plain values that every checkpoint carries: the run, the target shape."""
     token_ids: dict[str, Any]
@@ -97,7 +105,9 @@ class Trainer:
         ) as bar:
             while step < last:
                 rate = self.schedule.get_lr({})
+                drawn = self.data.loader.consumed_samples
                 losses, norm, masks = self._step(step)
+                self._tell_phases(step, range(drawn, self.data.loader.consumed_samples))
                 window += losses
                 step += 1
                 bar.update()
@@ -106,17 +116,20 @@ class Trainer:
                     self._log(step, window, rate, norm, masks, meter, sink)
                     window = []
                 if self._evaluates_after(step):
-                    with meter.pause():
+                    device.synchronize()  # or steps still in flight would count as evaluation
+                    with meter.pause(EVALUATION):
                         self._reweight(step, self.evaluate(step, sink, whole=False))
+                    sink.scalars(step, {tags.EVALUATION_SHARE: meter.share(EVALUATION)})
                 stop = bool(train.exit_interval) and step % train.exit_interval == 0
                 due = bool(train.save_interval) and step % train.save_interval == 0
                 if train.save is not None and step < last and (due or stop):
-                    with meter.pause():
+                    with meter.pause("checkpoint"):
                         saved = self.save(step)
                 if stop:
                     logger.info("step %d: stopping as --exit-interval asks", step)
                     break
         self.data.loader.close()
+        share = meter.share(EVALUATION)
         if step == last:
             # before the long evaluation, which a time limit may cut off
             if train.save is not None and first_step < last:
@@ -129,6 +142,11 @@ class Trainer:
         return {
             "step": step,
             "held-out loss": {mode: losses.losses for mode, losses in found.items()},
+            STANDARD_ERROR: {mode: losses.known_errors for mode, losses in found.items()},
+            "evaluation": {
+                "sequences per domain": self.data.eval_sequences,
+                "share of wall time": round(share, 4),
+            },
             "checkpoint": None if saved is None else str(saved),
             "tensorboard": train.tensorboard_dir,
         }
@@ -154,7 +172,7 @@ class Trainer:
             if not (whole and self._evaluates_after(step)):  # else it was written at this step
                 points[tags.EXPECTED_PARAMETERS] = self.objective.expected_parameters()
         names = self.data.manifest.names
-        most = max(map(len, self.data.held_out)) if whole else self.train.eval_sequences
+        most = max(map(len, self.data.held_out)) if whole else self.data.eval_sequences
         # one seed for the whole run, so that losses of different steps compare
         chosen = [part.subsample(most, self.train.seed) for part in self.data.held_out]
         found = {
@@ -178,6 +196,8 @@ class Trainer:
         else:
             points |= {tags.eval_loss(name): loss for name, loss in first.losses.items()}
             points[tags.EVAL_MEAN_LOSS] = first.mean
+            points |= {tags.eval_error(name): error for name, error in first.errors.items()}
+            points[tags.EVAL_MEAN_ERROR] = first.mean_error
             for name, reference in zip(names, self._references_or_nothing()):
                 points[tags.eval_excess(name)] = first.losses[name] - reference
             if "exact" in found:
@@ -186,7 +206,8 @@ class Trainer:
         for mode, losses in found.items():
             what = " [all held-out text]" if whole else ""
             what += "" if mode == "loss" else f" [{mode} masks]"
-            logger.info("%s%s", format_evaluation(step, losses.losses), what)
+            line = format_evaluation(step, losses.losses, errors=losses.errors)
+            logger.info("%s%s", line, what)
         return found
 
     def save(self, step: int) -> Path:
@@ -196,7 +217,10 @@ class Trainer:
             "scheduler": self.schedule.state_dict(),
             "loader": self.data.loader.state_dict(),
             "consumed_samples": self.data.loader.consumed_samples,
+            EVAL_SEQUENCES: self.data.eval_sequences,
         }
+        if self.data.reweighting is not None:
+            details["reweighting"] = self.data.reweighting.state_dict()
         masks = mask_state(self.objective)
         if masks is not None:
             details["mask_optimizer_steps"] = masks.optimizer.num_steps
@@ -314,22 +338,23 @@ class Trainer:
         return [] if self.data.references is None else self.data.references.tolist()
 
     def _reweight(self, step: int, found: dict[str, DomainLosses]) -> None:
-        if self.data.references is None:
+        if self.data.reweighting is None:
             return
         names, mixture = self.data.manifest.names, self.data.loader.mixture
         losses = next(iter(found.values())).losses
-        weights = reweight(
-            mixture.weights,
-            [losses[name] for name in names],
-            self.data.references,
-            policy=self.data_config.reweight,
-            eta=self.data_config.reweight_eta,
-            smoothing=self.data_config.reweight_smoothing,
-            domains=names,
-        )
+        weights = self.data.reweighting(mixture.weights, [losses[name] for name in names])
         mixture.set_weights(weights)
-        shares = " ".join(f"{name} {weight:.3f}" for name, weight in zip(names, weights))
-        logger.info("step %d: domain weights %s", step, shares)
+        self._tell_weights(f"step {step}", weights)
+
+    def _tell_phases(self, step: int, samples: range) -> None:
+        for sample in sorted(set(samples) & self.data.phase_changes.keys()):
+            self._tell_weights(
+                f"step {step + 1}: from sample {sample} on", self.data.phase_changes[sample]
+            )
+
+    def _tell_weights(self, when: str, weights: Vector) -> None:
+        shares = zip(self.data.manifest.names, weights)
+        logger.info("%s: domain weights %s", when, " ".join(f"{n} {w:.3f}" for n, w in shares))
 
 
 def mask_state(objective: LanguageModelling) -> MaskState | None:

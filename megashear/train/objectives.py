@@ -72,7 +72,8 @@ class LanguageModelling:
         """Step whatever the weights' optimizer does not know: nothing here."""
         return None
 
-    def evaluation_modes(self) -> list[str]:
+    @staticmethod
+    def evaluation_modes() -> list[str]:
         """Names of the models to evaluate, the one that steers the mixture first."""
         return ["loss"]
 
@@ -215,7 +216,8 @@ class StructuredPruning(LanguageModelling):
         self.optimizer.step(lr, grad_scale=scale)
         return metrics
 
-    def evaluation_modes(self) -> list[str]:
+    @staticmethod
+    def evaluation_modes() -> list[str]:
         """Expected-size masks, which steer the mixture, and exact-size masks, which are cut."""
         return ["expected", "exact"]
 

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from megashear.checkpoint import tokenizer_files
 from megashear.checkpoint.cut import rounding_changes
 from megashear.checkpoint.description import (
@@ -27,7 +24,6 @@ from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import EvaluateRun, PretrainRun, PruneRun
 from megashear.data.loader import MixtureLoader
 from megashear.data.manifest import DataManifest, read_manifest
-from megashear.data.mixture import DomainMixture
 from megashear.data.reference_loss import MEASURED
 from megashear.masks.mask_set import exact_gates
 from megashear.models.llama import build_chunks, build_llama, check_layout
@@ -35,14 +31,14 @@ from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.shape import ModelShape
-from megashear.train.evaluate import evaluate_domains
+from megashear.train.evaluate import STANDARD_ERROR, evaluate_domains
 from megashear.train.in_flight import Optimized, cut_in_flight
 from megashear.train.inputs import (
+    Inputs,
     check_inputs,
     check_sequence,
     check_vocabulary,
     held_out_sets,
-    starting_weights,
     training_sequences,
 )
 from megashear.train.loop import RunData, Trainer, mask_state
@@ -95,12 +91,12 @@ def prune(config: PruneRun, then: PretrainRun | None = None) -> dict[str, Any]:
         "wrote, or from a Hugging Face directory with --load-hf",
     )
     target = target_shape(config.masks, start.shape)
-    manifest, references = check_inputs(config, start)
+    inputs = check_inputs(config, start)
     check_masks(config.masks, train, start, target)
     check_target_layout(target, start.shape, config, then)
     behind = None if then is None else _Behind.check(then, start, target)
     with distributed(config.parallel, config.model) as groups:
-        trainer = _pruning_trainer(config, start, target, manifest, references, groups)
+        trainer = _pruning_trainer(config, start, target, inputs, groups)
         reached = trainer.run(start.first_step)
         if behind is None or reached["step"] < train.train_iters:
             return reached
@@ -114,8 +110,7 @@ def _pruning_trainer(
     config: PruneRun,
     start: Start,
     target: ModelShape,
-    manifest: DataManifest,
-    references: npt.NDArray[np.float64] | None,
+    inputs: Inputs,
     groups: ParallelGroups,
 ) -> Trainer:
     train = config.train
@@ -136,7 +131,7 @@ def _pruning_trainer(
         eps=config.optimizer.adam_eps,
     )
     details = {"target_shape": target.to_dict()}
-    return _trainer(config, start, objective, manifest, references, groups, details)
+    return _trainer(config, start, objective, inputs, groups, details)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +139,7 @@ class _Behind:
     """Continued pretraining behind the pruning of the same job, checked before it starts."""
 
     config: PretrainRun
-    manifest: DataManifest
-    references: npt.NDArray[np.float64] | None
+    inputs: Inputs
 
     @classmethod
     def check(cls, config: PretrainRun, start: Start, target: ModelShape) -> _Behind:
@@ -155,9 +149,9 @@ class _Behind:
             ValueError: as `pretrain`.
         """
         fresh = Start(shape=target, checkpoint=None, description=None, continues=False)
-        manifest, references = check_inputs(config, fresh)
-        check_vocabulary(manifest, target, start.tokenizer)
-        return cls(config=config, manifest=manifest, references=references)
+        inputs = check_inputs(config, fresh)
+        check_vocabulary(inputs.manifest, target, start.tokenizer)
+        return cls(config=config, inputs=inputs)
 
     def take_over(
         self, pruned: Trainer, start: Start, target: ModelShape, groups: ParallelGroups
@@ -165,8 +159,11 @@ class _Behind:
         """Cut the model where it lies and hand it on. Collective over the world."""
         config, objective = self.config, pruned.objective
         assert isinstance(objective, StructuredPruning)
-        held_out = held_out_sets(self.manifest, config.train.seq_length)
-        masked = losses_at_seam(objective, "exact", held_out, config.train, groups)
+        held_out = held_out_sets(self.inputs.manifest, config.train.seq_length)
+        size = self.inputs.eval_sequences
+        masked = losses_at_seam(
+            objective, "exact", held_out, config.train, groups, num_sequences=size
+        )
         whole = objective.binding.gather_log_alpha()
         changes = rounding_changes(whole, objective.targets)
         # megatron-core knows one layout at a time; the old groups go on serving the old model
@@ -184,8 +181,7 @@ class _Behind:
             config,
             dataclasses.replace(start, shape=target, continues=False),
             LanguageModelling(chunks),
-            self.manifest,
-            self.references,
+            self.inputs,
             new_groups,
             {
                 "source_shape": start.shape.to_dict(),
@@ -199,7 +195,9 @@ class _Behind:
             Optimized(trainer.chunks, trainer.optimizer, target, new_groups),
             exact_gates(whole, objective.targets),
         )
-        smaller = losses_at_seam(trainer.objective, "loss", held_out, config.train, new_groups)
+        smaller = losses_at_seam(
+            trainer.objective, "loss", held_out, config.train, new_groups, num_sequences=size
+        )
         check_seam(masked, smaller, bf16=config.model.bf16)
         return trainer
 
@@ -222,7 +220,7 @@ def pretrain(config: PretrainRun) -> dict[str, Any]:
         "or --init-shape for fresh weights",
         fresh=fresh,
     )
-    manifest, references = check_inputs(config, start)
+    inputs = check_inputs(config, start)
     with distributed(config.parallel, config.model) as groups:
         chunks = build_llama(
             start.shape,
@@ -234,7 +232,7 @@ def pretrain(config: PretrainRun) -> dict[str, Any]:
             seed=config.train.seed,
         )
         objective = LanguageModelling(chunks)
-        trainer = _trainer(config, start, objective, manifest, references, groups, {})
+        trainer = _trainer(config, start, objective, inputs, groups, {})
         return trainer.run(start.first_step)
 
 
@@ -292,6 +290,7 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
             "parameters": description.shape.num_params(),
             "sequence length": seq_length,
             MEASURED: found.losses,
+            STANDARD_ERROR: found.known_errors,
             "mean": found.mean,
             "tokens": found.tokens,
         }
@@ -321,8 +320,7 @@ def _trainer(
     config: PruneRun | PretrainRun,
     start: Start,
     objective: LanguageModelling,
-    manifest: DataManifest,
-    references: npt.NDArray[np.float64] | None,
+    inputs: Inputs,
     groups: ParallelGroups,
     details: dict[str, Any],
     *,
@@ -342,16 +340,16 @@ def _trainer(
             "stage of the checkpoint": start.description and start.description.stage,
             "files of --load-hf": start.hf
             and sorted((path.name, path.stat().st_size) for path in start.hf.glob("*.safetensors")),
-            "tokens of the data": [domain.tokens for domain in manifest.domains],
             "run": dataclasses.asdict(config),
+            **inputs.replicated(),
         }
     )
-    train, chunks = config.train, objective.chunks
+    train, chunks, manifest = config.train, objective.chunks, inputs.manifest
     optimizer = build_optimizer(chunks, config.optimizer, bf16=config.model.bf16)
     schedule = build_schedule(optimizer, config.optimizer, train.train_iters)
     loader = MixtureLoader(
         training_sequences(manifest, train),
-        DomainMixture(starting_weights(config.data, manifest)),
+        inputs.mixture(train, start),
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
         data_parallel_rank=groups.data_rank,
@@ -366,6 +364,8 @@ def _trainer(
         apply_flags(optimizer, config.optimizer)
         schedule.load_state_dict(description.details["scheduler"])
         loader.load_state_dict(description.details["loader"])
+        if inputs.reweighting is not None:
+            inputs.reweighting.load_state_dict(description.details.get("reweighting", {}))
         if config.data.domain_weights:
             logger.info("--domain-weights are the saved run's from here on, not the flag's")
         logger.info("continuing %s at step %d", start.checkpoint, description.iteration)
@@ -389,12 +389,14 @@ def _trainer(
             manifest=manifest,
             loader=loader,
             held_out=held_out_sets(manifest, train.seq_length),
-            references=references,
+            references=inputs.references,
+            reweighting=inputs.reweighting,
+            phase_changes=inputs.changes(train, start),
+            eval_sequences=inputs.eval_sequences,
         ),
         groups=groups,
         train=train,
         optimizer_config=config.optimizer,
-        data_config=config.data,
         details=details | {"run": dataclasses.asdict(config)},
         token_ids=start.description.token_ids if start.description else {},
         tokenizer=_tokenizer(start, manifest),

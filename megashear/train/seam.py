@@ -86,6 +86,8 @@ def losses_at_seam(
     held_out: Sequence[HeldOutSet],
     train: TrainConfig,
     groups: ParallelGroups,
+    *,
+    num_sequences: int,
 ) -> dict[str, float]:
     """Loss by domain, nats per token, on the text that the run behind the seam is evaluated on.
 
@@ -97,13 +99,14 @@ def losses_at_seam(
         held_out: sets of the run behind the seam.
         train: of the run behind the seam.
         groups: where this rank stands.
+        num_sequences: held-out sequences of each domain to read.
     """
     return evaluate_domains(
         objective,
         mode,
         [part.name for part in held_out],
         held_out,
-        [part.subsample(train.eval_sequences, train.seed) for part in held_out],
+        [part.subsample(num_sequences, train.seed) for part in held_out],
         groups,
         micro_batch_size=train.micro_batch_size,
     ).losses

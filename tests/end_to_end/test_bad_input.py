@@ -203,6 +203,21 @@ def test_a_target_that_no_mask_reaches(
             "--recompute-method uniform wants; possible: 1, 2, 4",
         ),
         ({"domain_weights": 1.0}, "--domain-weights has 1 numbers, wanted one for each of the 3"),
+        ({"domain_weights": "word=1"}, "--domain-weights: no domain 'word'; did you mean 'words'?"),
+        ({"domain_weights": "words=1"}, "--domain-weights has no weight for ['paths', 'numbers']"),
+        ({"domain_cap": 0.3}, "--domain-cap allows no weights that sum to 1: 0.3 + 0.3 + 0.3 ="),
+        ({"domain_floor": "path=.1"}, "--domain-floor: no domain 'path'; did you mean 'paths'?"),
+        ({"dominant_share": 0}, "--dominant-share is 0.0; wanted a share"),
+        (
+            {"reweight": "schedule"},
+            "--reweight schedule follows the phases of --domain-phases, which is not given",
+        ),
+        (
+            {"domain_phases": "phases.yaml"},
+            "--domain-phases phases.yaml is followed by --reweight schedule only, not by signed",
+        ),
+        ({"eval_tokens": 8}, "--eval-tokens 8 is less than one sequence of --seq-length 32"),
+        ({"eval_share": 1e-6}, "--eval-share 1e-06 of 800 training sequences does not pay for 2"),
         ({"reweight_eta": -1}, "--reweight-eta is -1.0; wanted 0 or more"),
         ({"reweight_smoothing": 1}, "--reweight-smoothing is 1.0; wanted a share, 0 <= c < 1"),
         ({"mask_lr": 0}, "--mask-lr is 0.0; it must be positive"),
@@ -215,6 +230,38 @@ def test_a_setting_that_would_fail_later(
     refusal: Refusal, changes: dict[str, Any], wanted: str
 ) -> None:
     assert wanted in refusal.prune(**changes)
+
+
+def test_weights_that_make_no_mixture(refusal: Refusal) -> None:
+    error = refusal.prune("--domain-weights", "words=.5", "paths=.4", "numbers=.2")
+    assert "--domain-weights sum to 1.1, wanted 1; in the same proportions: 0.45" in error
+    error = refusal.prune(
+        *("--domain-weights", "words=.6", "paths=.2", "numbers=.2"), domain_cap="words=.5"
+    )
+    assert "--domain-weights: words 0.6 is above 0.5, its --domain-floor or --domain-cap" in error
+
+
+def test_references_of_other_domains(refusal: Refusal) -> None:
+    reference = refusal.folder / "reference.yaml"
+    reference.write_text("words: 3.0\npaths: 3.5\nwiki: 2.0\n")
+    for policy in ("signed", "constant"):
+        error = refusal.prune(reference_loss=reference, reweight=policy)
+        assert "reference.yaml: no domain 'wiki'; the data have ['words', 'paths'" in error
+
+
+def test_phases_that_overlap_or_name_other_domains(refusal: Refusal) -> None:
+    phases = refusal.folder / "phases.yaml"
+    even = "weights: {words: .4, paths: .3, numbers: .3}"
+    for text, wanted in (
+        (f"- {{start_step: 0, {even}}}\n" * 2, "phase 2 begins at start_step 0 and the phase be"),
+        ("- {start_step: 0, weights: {word: 1}}", "phase 1: weights: no domain 'word'; did you"),
+    ):
+        phases.write_text(text)
+        error = refusal.prune(reweight="schedule", reference_loss=None, domain_phases=phases)
+        assert wanted in error
+    phases.write_text(f"- {{start_step: 0, {even}}}\n")
+    error = refusal.prune("--domain-weights", 1, reweight="schedule", domain_phases=phases)
+    assert "both say how the mixture starts; leave --domain-weights out" in error
 
 
 def test_an_evaluation_of_unknown_length(refusal: Refusal) -> None:

@@ -31,8 +31,13 @@ EVERY_STEP = {
     *(f"mix/weight/{domain}" for domain in REFERENCE),
 }
 """What the README promises of a pruning run, under the tags of the monitor."""
-EVERY_EVALUATION = {f"eval/loss/{domain}" for domain in REFERENCE} | {
+EVERY_EVALUATION = {
+    *(f"eval/loss/{domain}" for domain in REFERENCE),
+    *(f"eval/standard-error/{domain}" for domain in REFERENCE),
+    *(f"eval/excess/{domain}" for domain in REFERENCE),
     "eval/mean-loss",
+    "eval/mean-standard-error",
+    "system/evaluation-share",
     "prune/expected-parameters",
 }
 
@@ -78,6 +83,7 @@ def test_every_metric_is_there_at_every_step(finished: Path) -> None:
     assert all(math.isfinite(value) for of_tag in points.values() for value in of_tag.values())
     assert {points[f"prune/target-sparsity/{kind}"][1] for kind in KINDS} == {0.0}
     assert points["prune/target-sparsity/hidden"][ITERATIONS] == pytest.approx(1 - 24 / 40)
+    assert all(0 < share < 1 for share in points["system/evaluation-share"].values())
     weights = [points[f"mix/weight/{domain}"][ITERATIONS] for domain in REFERENCE]
     assert sum(weights) == pytest.approx(1.0)
 

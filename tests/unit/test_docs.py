@@ -141,7 +141,14 @@ def test_every_tag_of_tensorboard_is_explained() -> None:
     plain = [value for name, value in vars(tensorboard).items() if name.isupper()]
     assert "train/lm-loss" in plain
     of_kind = ("expected_sparsity", "target_sparsity", "linear_multiplier", "quadratic_multiplier")
-    of_domain = ("mixture_weight", "mixture_share", "mixture_epoch", "eval_loss", "eval_excess")
+    of_domain = (
+        "mixture_weight",
+        "mixture_share",
+        "mixture_epoch",
+        "eval_loss",
+        "eval_error",
+        "eval_excess",
+    )
     tags = [
         *(tag for tag in plain if isinstance(tag, str)),
         *(getattr(tensorboard, name)("<kind>") for name in of_kind),

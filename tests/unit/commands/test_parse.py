@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from megashear.commands.parse import parse, to_yaml
 from megashear.commands.report import UsageError
 from megashear.commands.settings import Setting, build, flatten, groups_of, settings_of
-from megashear.config import PreprocessConfig, PruneRun
+from megashear.config import NamedNumbers, PreprocessConfig, PruneRun
 from tests.unit.commands.test_settings import RUNS
 
 NEEDED = ["--data-path", "text"]
+NAMED = st.builds(
+    "{}={}".format, st.from_regex(r"[a-c][a-c= -]{0,3}", fullmatch=True), st.floats(0, 1)
+)
 
 
 def prune(*argv: str) -> PruneRun:
@@ -35,6 +38,10 @@ def _another(setting: Setting) -> tuple[Any, list[str]]:
         return not default, ["--no-" + flag[2:] if default else flag]
     if setting.wanted == tuple[float, ...]:
         return (0.67, 0.045), [flag, ".67", ".045"]
+    if setting.wanted == NamedNumbers:
+        return (0.67, "cc=.2"), [flag, ".67", "cc=.2"]
+    if setting.wanted == tuple[str, ...]:
+        return ("a", "b"), [flag, "a", "b"]
     if isinstance(default, (int, float)):
         value = default * 2 + 1
     else:
@@ -122,7 +129,7 @@ def test_dry_run_prints_what_gives_the_same_run(
             "lr": st.floats(1e-12, 1e3),
             "train_iters": st.integers(1, 2**40),
             "bf16": st.booleans(),
-            "domain_weights": st.lists(st.floats(0, 1), max_size=3).map(tuple),
+            "domain_weights": st.lists(st.floats(0, 1) | NAMED, max_size=3).map(tuple),
             "reweight": st.sampled_from(["signed", "clipped", "bandit", "constant"]),
             "save": st.none() | st.sampled_from(["runs/a b", "~", "1", "yes", ""]),
         }
@@ -134,6 +141,23 @@ def test_yaml_of_any_run_gives_it_back(
     run = build(PruneRun, values)
     text = to_yaml(run, prog="megashear prune")
     assert prune("--config", written(tmp_path_factory.mktemp("yaml"), text)) == run
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("{cc: .67, wiki: 3e-1}", ("cc=0.67", "wiki=3e-1")),
+        ("[.67, .33]", (0.67, 0.33)),
+        ("[0.4, wiki=.3]", (0.4, "wiki=.3")),
+        ("0.4", (0.4,)),
+        ("{1: .5}", ("1=0.5",)),
+    ],
+)
+def test_numbers_by_name_come_as_a_mapping_too(
+    text: str, wanted: tuple[float | str, ...], tmp_path: Path
+) -> None:
+    run = prune(*NEEDED, "--config", written(tmp_path, f"domain_cap: {text}\n"))
+    assert run.data.domain_cap == wanted
 
 
 def test_other_ranks_print_nothing(
@@ -172,7 +196,10 @@ def test_wrong_flags_are_refused(argv: list[str], message: str) -> None:
         ("train_iters: 1.5", r"line 1: train_iters is 1.5; wanted a whole number$"),
         ("bf16: 1", r"line 1: bf16 is 1; wanted true or false$"),
         ("save: [a]", r"line 1: save is \['a'\]; wanted text or null$"),
-        ("reweight: off", r"reweight is False; wanted one of signed, clipped, bandit, constant$"),
+        (
+            "reweight: off",
+            r"reweight is False; wanted one of signed, clipped, bandit, constant, schedule$",
+        ),
         ("lr: 1\nlr: 2", r"run.yaml line 2: lr is there twice"),
         ("seq-length: 1\nseq_length: 2", r"run.yaml line 2: seq_length is there twice"),
         ("- lr", r"run.yaml does not hold a mapping"),
@@ -192,7 +219,6 @@ def test_wrong_files_are_refused(text: str, message: str, tmp_path: Path) -> Non
         ([*NEEDED, "--lr", "fast"], ["--lr", "'fast'", "float"]),
         ([*NEEDED, "--train-iters", "1.5"], ["--train-iters", "'1.5'", "INT"]),
         ([*NEEDED, "--reweight", "often"], ["--reweight", "'often'", "'signed'"]),
-        ([*NEEDED, "--domain-weights", "a"], ["--domain-weights", "'a'", "FLOAT"]),
         ([*NEEDED, "--bf16", "yes"], ["yes"]),
     ],
 )

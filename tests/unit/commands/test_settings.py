@@ -63,10 +63,12 @@ def test_flatten_is_the_inverse_of_build() -> None:
         ("bf16", True, True),
         ("bf16", 1, False),
         ("reweight", "bandit", True),
+        ("domain_cap", [0.4, "cc=.5"], True),
+        ("domain_cap", [[0.4]], False),
         ("reweight", False, False),  # YAML 1.1 reads `off` so
         ("domain_weights", [0.5, 1], True),
         ("domain_weights", 0.5, False),
-        ("domain_weights", ["a"], False),
+        ("domain_weights", [[0.5]], False),
         ("data_path", "text", True),
         ("data_path", 7, False),
     ],
@@ -79,7 +81,7 @@ def test_types_are_named_for_people() -> None:
     wanted = {key: type_name(s.wanted) for key, s in settings_of(config.PruneRun).items()}
     assert wanted["train_iters"] == "a whole number"
     assert wanted["min_lr"] == "a number or null"
-    assert wanted["domain_weights"] == "a list, each item a number"
+    assert wanted["domain_weights"] == "a list, each item a number or text"
     assert wanted["lr_decay_style"] == "one of cosine, linear, constant"
     assert wanted["bf16"] == "true or false"
 

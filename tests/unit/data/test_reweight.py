@@ -1,19 +1,37 @@
+import json
 import logging
 import math
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megashear.config import DataConfig
+from megashear.data import reweight as module
 from megashear.data.reference_loss import PUBLISHED_DOMAINS, REFERENCE_LOSSES
-from megashear.data.reweight import POLICIES, reweight
+from megashear.data.reweight import (
+    DOMINANT_SHARE,
+    POLICIES,
+    Policy,
+    Reweighting,
+    make_policy,
+)
+from megashear.data.shares import limits_of
 
 START = [0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15]
 LOSSES = [2.6087, 1.3485, 2.7958, 2.2459, 2.3096, 2.0712, 2.7889]
 GOLDEN = [0.67199, 0.04330, 0.04570, 0.01987, 0.04111, 0.02464, 0.15340]
 FIVE_DECIMALS = 5e-6
 UPDATING = ("signed", "clipped", "bandit")
+
+
+def reweight(weights, losses, references, *, policy, eta=1.0, domains=None, **settings):
+    names = domains or [f"domain {i}" for i in range(len(references))]
+    made = make_policy(policy, eta=eta) if isinstance(policy, str) else policy
+    rule = Reweighting(policy=made, references=references, domains=names, **settings)
+    return rule(weights, losses)
 
 
 def by_hand(weights, losses, references, policy, eta=1.0, c=1e-4) -> list[float]:
@@ -57,7 +75,7 @@ def test_constant_never_changes() -> None:
 
 @given(
     losses=st.lists(st.none() | st.floats(), min_size=7, max_size=7),
-    policy=st.sampled_from(POLICIES),
+    policy=st.sampled_from(list(POLICIES)),
 )
 def test_weights_stay_weights_whatever_the_losses(losses: list[float | None], policy: str) -> None:
     new = reweight(START, losses, REFERENCE_LOSSES["1.3B"], policy=policy)
@@ -113,15 +131,89 @@ def test_domain_that_swallows_the_mixture_is_named(caplog: pytest.LogCaptureFixt
     assert "wiki now takes 88.1 % of the mixture (50.0 % before)" in caplog.text
 
 
+def test_the_share_to_warn_of_is_the_users(caplog: pytest.LogCaptureFixture) -> None:
+    moved = {"losses": [3.0, 1.0], "references": [1.0, 1.0], "policy": "signed"}
+    reweight([0.5, 0.5], **moved, dominant_share=0.9)
+    assert caplog.text == ""
+    reweight([0.3, 0.7], [1.0, 1.5], [1.0, 1.0], policy="signed", dominant_share=0.75)
+    assert "domain 1 now takes 79.4 % of the mixture (70.0 % before)" in caplog.text
+    assert "more than --dominant-share 0.75" in caplog.text
+
+
+@pytest.mark.parametrize("policy", UPDATING)
+def test_caps_and_floors_hold_and_the_others_keep_their_proportions(policy: str) -> None:
+    losses = [4.0, 0.7, 2.9, 1.5, 2.3, 1.4, 1.2]
+    references = REFERENCE_LOSSES["1.3B"]
+    free = reweight(START, losses, references, policy=policy)
+    limits = limits_of(["c4=0.2"], ["cc=0.3"], PUBLISHED_DOMAINS)
+    new = reweight(START, losses, references, policy=policy, limits=limits)
+    assert math.fsum(new) == 1
+    cc, c4 = PUBLISHED_DOMAINS.index("cc"), PUBLISHED_DOMAINS.index("c4")
+    if free[cc] > 0.3:
+        assert new[cc] == 0.3
+    assert new[c4] >= 0.2 > free[c4]
+    others = [i for i in range(7) if i not in (cc, c4)]
+    np.testing.assert_allclose(
+        new[others] / new[others].sum(), free[others] / free[others].sum(), rtol=1e-12
+    )
+
+
+class Remembering(Policy):
+    """A new policy in a few lines: ln w + eta * mean of all excesses so far."""
+
+    def __init__(self, *, eta: float = 1.0) -> None:
+        super().__init__(eta=eta)
+        self.seen: list[list[float]] = []
+
+    def scores(self, weights: np.ndarray, excess: np.ndarray) -> np.ndarray:
+        self.seen.append(excess.tolist())
+        return np.log(weights) + self.eta * np.mean(self.seen, axis=0)
+
+    def state_dict(self) -> dict:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state) -> None:
+        self.seen = list(state["seen"])
+
+
+def test_a_new_policy_is_a_class_of_a_few_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLICIES", {**POLICIES, "remembering": Remembering})
+    policy = make_policy("remembering", eta=0.5)
+    new = reweight([0.5, 0.5], [3.0, 1.0], [1.0, 1.0], policy=policy, smoothing=0.0)
+    np.testing.assert_allclose(new, np.array([math.e, 1]) / (math.e + 1))
+
+
+def test_what_a_policy_remembers_goes_on() -> None:
+    def rule(state: dict | None = None) -> Reweighting:
+        found = Reweighting(policy=Remembering(), references=np.ones(2), domains=["a", "b"])
+        if state is not None:
+            found.load_state_dict(json.loads(json.dumps(state)))
+        return found
+
+    whole, first = rule(), rule()
+    middle = whole([0.5, 0.5], [2.0, 1.0])
+    first([0.5, 0.5], [2.0, 1.0])
+    wanted = whole(middle, [1.0, 1.2]).tolist()
+    assert rule(first.state_dict())(middle, [1.0, 1.2]).tolist() == wanted
+    assert rule()(middle, [1.0, 1.2]).tolist() != wanted  # forgotten
+    other = rule({"policy": "Signed", "state": {}})  # another policy's memory is left alone
+    assert other(middle, [1.0, 1.2]).tolist() == rule()(middle, [1.0, 1.2]).tolist()
+
+
+def test_flags_offer_the_policies_there_are() -> None:
+    assert get_args(get_type_hints(DataConfig)["reweight"]) == tuple(POLICIES)
+    assert DataConfig(data_path="x").dominant_share == DOMINANT_SHARE
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"policy": "singed"}, "unknown reweighting policy 'singed'; did you mean 'signed'"),
-        ({"policy": "x"}, r"policy 'x'; known: \['signed', 'clipped', 'bandit', 'constant'\]"),
+        ({"policy": "x"}, r"policy 'x'; known: \['signed', 'clipped', 'bandit', 'constant', 'sch"),
         ({"losses": [1.0]}, "1 losses for 2 domain weights"),
-        ({"references": [1.0] * 3}, "3 references for 2 domain weights"),
+        ({"references": [1.0] * 3}, "--domain-weights has 2 numbers, wanted one for each of the 3"),
         ({"references": [1.0, math.nan]}, "reference losses are .*wanted finite"),
-        ({"domains": ["c4"]}, "1 domains for 2 domain weights"),
+        ({"domains": ["c4"]}, "2 references for 1 domains"),
         ({"weights": [0.5, 0.4]}, "--domain-weights sum to 0.9"),
         ({"eta": -1.0}, "eta is -1.0; wanted a finite step size >= 0"),
         ({"smoothing": 1.0}, r"smoothing is 1.0; wanted a share in \[0, 1\)"),

@@ -45,7 +45,7 @@ def test_pauses_are_left_out(paused: bool, seconds: float) -> None:
     clock.now += 2
     meter.step(100)
     if paused:
-        with meter.pause():
+        with meter.pause("evaluation"):
             clock.now += 30
     else:  # the twin: without the pause the evaluation counts
         clock.now += 30
@@ -55,7 +55,7 @@ def test_pauses_are_left_out(paused: bool, seconds: float) -> None:
 def test_a_pause_ends_with_an_error() -> None:
     clock = Clock()
     meter = Throughput(clock=clock)
-    with contextlib.suppress(OSError), meter.pause():
+    with contextlib.suppress(OSError), meter.pause("evaluation"):
         clock.now += 30
         raise OSError("full disk")
     clock.now += 2
