@@ -31,6 +31,7 @@ ONLY_IN = {
     "torch.distributed": (
         "parallel/",
         "models/binding.py",
+        "checkpoint/megatron_lm.py",  # names of the file format only
         "checkpoint/pickles.py",  # names of the file format only
         "checkpoint/store.py",
         "checkpoint/torch_dist.py",  # names of the file format only

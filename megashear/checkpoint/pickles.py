@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from megashear.checkpoint.torch_files import only_known, unread
 
 METADATA = ".metadata"
 COMMON = "common.pt"
@@ -40,6 +44,32 @@ _ALLOWED: dict[str, frozenset[str]] = {
 }
 
 
+_ARGUMENTS = "argparse.Namespace"
+"""What Megatron-LM keeps the arguments of a run in: attributes, no code."""
+_BESIDE_ARGUMENTS = (
+    "_codecs.encode",
+    "_io.BytesIO",
+    "megatron.core.enums.ModelType",
+    "megatron.core.optimizer.optimizer_config.OptimizerConfig",
+    "megatron.core.rerun_state_machine.RerunDiagnostic",
+    "megatron.core.rerun_state_machine.RerunMode",
+    "megatron.core.rerun_state_machine.RerunState",
+    "megatron.core.transformer.enums.AttnBackend",
+    "megatron.core.transformer.enums.CudaGraphScope",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.dtype",
+    "numpy.dtypes.UInt32DType",
+    "numpy.ndarray",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+    "signal.Signals",
+    "types.SimpleNamespace",
+)
+"""What else Megatron-LM's checkpoints hold, none of which is needed. Source: megatron-core 0.16.1,
+safe_globals.py, and what these are made of when they are unpickled."""
+
+
 def check_pickles(directory: Path) -> Metadata:
     """Read what a dist_checkpointing directory says of itself, and run none of its code.
 
@@ -56,9 +86,25 @@ def check_pickles(directory: Path) -> Metadata:
         ValueError: a file is missing or broken, a pickle in it wants anything but plain records
             and tensors (the thing is named), or an entry lies outside of the directory.
     """
-    metadata = _read_metadata(directory / METADATA)
+    metadata = check_index(directory)
     if (directory / COMMON).is_file():
-        _check_plain((directory / COMMON).read_bytes(), f"{directory / COMMON}")
+        read_common(directory)
+    for index, place in (metadata.storage_data or {}).items():
+        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+            path = directory / place.relative_path
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                _read_plain(file.read(place.length), f"{index.fqn} in {path}")
+    return metadata
+
+
+def check_index(directory: Path) -> Metadata:
+    """As `check_pickles`, but leave byte entries alone, for those who never read them.
+
+    Raises:
+        ValueError: as `check_pickles`.
+    """
+    metadata = _read_metadata(directory / METADATA)
     for index, place in (metadata.storage_data or {}).items():
         if Path(place.relative_path).name != place.relative_path:
             raise ValueError(
@@ -73,11 +119,30 @@ def check_pickles(directory: Path) -> Metadata:
                 + (f"{path.stat().st_size:,} bytes" if path.is_file() else "missing")
                 + "; copy it again"
             )
-        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
-            with path.open("rb") as file:
-                file.seek(place.offset)
-                _check_plain(file.read(place.length), f"{index.fqn} in {path}")
     return metadata
+
+
+def read_common(directory: Path, *, foreign: bool = False) -> dict[str, Any]:
+    """What ``common.pt`` of an iteration holds: tensors, plain values and Megatron-LM's arguments.
+
+    Args:
+        directory: one iteration of a checkpoint.
+        foreign: Megatron-LM itself wrote it: let enumerations and the like pass, which are read as
+            `torch_files.Unread` and not made.
+
+    Raises:
+        ValueError: the file is missing, broken, or wants anything else (the thing is named).
+    """
+    path = directory / COMMON
+    if not path.is_file():
+        raise ValueError(f"checkpoint {directory} is incomplete: no {COMMON}; copy it again")
+    known: list[tuple[type, str]] = [(argparse.Namespace, _ARGUMENTS)]
+    common = _read_plain(
+        path.read_bytes(), f"{path}", known + (unread(_BESIDE_ARGUMENTS) if foreign else [])
+    )
+    if not isinstance(common, dict):
+        raise ValueError(f"{path} holds a {type(common).__name__}, not a checkpoint's values")
+    return common
 
 
 class _Restricted(pickle.Unpickler):
@@ -112,10 +177,11 @@ def _read_metadata(path: Path) -> Metadata:
     return metadata
 
 
-def _check_plain(data: bytes, where: str) -> None:
-    """Refuse a torch.save file of anything but tensors and plain containers."""
+def _read_plain(data: bytes, where: str, known: Sequence[tuple[type, str]] = ()) -> Any:
+    """Read a torch.save file, refusing anything but tensors, plain containers and ``known``."""
     try:
-        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with only_known(known):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # of torch's message only this: it goes on to explain how to load the file all the same
         found = re.search(r"GLOBAL (\S+)", str(error))

@@ -32,6 +32,7 @@ from megashear.checkpoint.description import (
     read_description,
     write_description,
 )
+from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
 from megashear.checkpoint.weights import without_extra_state
 from megashear.masks.constraint import SparsityConstraint
@@ -122,6 +123,8 @@ def save_run(
     state["optimizer"] = optimizer.sharded_state_dict(model, metadata=_metadata())
     if masks is not None:
         state["masks"] = _mask_entries(masks, groups)
+    else:  # without its masks a pruning run's model is none that Megatron-LM should load
+        state |= common_state(description.shape, description.iteration)
     _without_padding(state, unwrap(chunks[0]).num_tokens)
     dist_checkpointing.save(state, str(aside))
     with raise_together():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -55,8 +55,12 @@ class TorchDistWriter:
         """The ``number``-th file, to be filled in a ``with`` block."""
         return TorchDistFile(self, f"__0_{number}.distcp")
 
-    def finish(self) -> None:
-        """Write the index: from here on the directory is a checkpoint."""
+    def finish(self, common: Mapping[str, Any]) -> None:
+        """Write plain values and the index: from here on the directory is a checkpoint.
+
+        Args:
+            common: what ``common.pt`` holds.
+        """
         metadata = Metadata({}, storage_data={}, storage_meta=StorageMeta())
         for (key, offsets), (sizes, place) in sorted(self._entries.items()):
             extents, dtype = self._tensors[key]
@@ -66,7 +70,7 @@ class TorchDistWriter:
             assert isinstance(tensor, TensorStorageMetadata)
             tensor.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
             metadata.storage_data[MetadataIndex(key, offsets)] = place
-        torch.save({}, self.directory / COMMON)
+        torch.save(dict(common), self.directory / COMMON)
         (self.directory / METADATA).write_bytes(pickle.dumps(metadata))
         (self.directory / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -28,6 +32,7 @@ from megashear.checkpoint.description import (
     write_description,
 )
 from megashear.checkpoint.formats import dtypes_of, stored_bytes
+from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
 from megashear.checkpoint.torch_dist import TorchDistFile, TorchDistWriter
 from megashear.checkpoint.workers import run_all
@@ -107,7 +112,7 @@ def write_weights(
             num_bytes = model.write_by_name(weights, workers)
         else:
             num_bytes = model.write_pairs(weights)
-        model.writer.finish()
+        model.writer.finish(common_state(shape, description.iteration))
         (directory / TOKENIZER).mkdir()
         tokenizer_files.copy(files, directory / TOKENIZER)
         write_description(directory, _with_tokenizer(description, files))
@@ -141,29 +146,54 @@ class CheckpointWeights(Mapping[str, Tensor]):
         iteration: int | None = None,
         shape: ModelShape | None = None,
     ) -> None:
-        self.directory = find_iteration(checkpoint, iteration)
-        self.description = read_description(self.directory)
-        self.shape = self.description.shape if shape is None else shape
-        metadata = check_pickles(self.directory)
-        keys = layout.checkpoint_shapes(self.shape)
-        found = {
-            key: entry
+        directory = find_iteration(checkpoint, iteration)
+        description = read_description(directory)
+        if shape is not None:
+            description = dataclasses.replace(description, shape=shape)
+        self._open(directory, check_pickles(directory), description)
+
+    def _open(
+        self,
+        directory: Path,
+        metadata: Metadata,
+        description: Description,
+        *,
+        prefix: str = "",
+        padded: Collection[str] = (),
+    ) -> None:
+        """Hold what is stored to the table.
+
+        Args:
+            directory: one iteration's.
+            metadata: its index, which is safe to use.
+            description: of the model.
+            prefix: what stands before every key of the model.
+            padded: keys of tensors that may be stored with more rows than the model has.
+        """
+        self.directory, self.description, self.shape = directory, description, description.shape
+        wanted = layout.checkpoint_shapes(self.shape)
+        self._prefix = prefix
+        self._stored = {
+            key.removeprefix(prefix): entry
             for key, entry in metadata.state_dict_metadata.items()
-            # beside the weights a run keeps optimizer states and masks
-            if key in keys or key.startswith(("decoder.", "embedding.", "output_layer."))
             if isinstance(entry, TensorStorageMetadata)
+            if key.removeprefix(prefix) in wanted or self._is_weight(key.removeprefix(prefix))
         }
-        layout.check_stored(
-            {key: tuple(entry.size) for key, entry in found.items()},
-            self.shape,
-            f"checkpoint {self.directory}",
-        )
-        self._stored = found
+        found = {key: tuple(entry.size) for key, entry in self._stored.items()}
+        for key in padded:
+            if key in found and key in wanted and found[key][0] > wanted[key][0]:
+                found[key] = (wanted[key][0], *found[key][1:])
+        layout.check_stored(found, self.shape, f"checkpoint {directory}")
         # The metadata that was checked is the one that is used: torch does not read it again.
-        self._reader = FileSystemReader(self.directory)
+        self._reader = FileSystemReader(directory)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._owners = layout.owners(self.shape)
         self._last = threading.local()  # of each thread's last parameter, what was not asked for
+
+    def _is_weight(self, key: str) -> bool:
+        """Whether a tensor that the table does not know belongs to the model all the same: beside
+        the weights a run keeps optimizer states and masks."""
+        return key.startswith(("decoder.", "embedding.", "output_layer."))
 
     @property
     def tokenizer(self) -> Path:
@@ -200,7 +230,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
             offsets=torch.Size([*first, *[0] * len(extents)]),
             sizes=torch.Size([*[1 for _ in first], *extents]),
         )
-        items = create_read_items_for_chunk_list(row.key, entry, [box])
+        items = create_read_items_for_chunk_list(self._prefix + row.key, entry, [box])
         into = whole if layer is None else whole[None]  # [1, ...]
         self._reader.read_data(LoadPlan(items), _IntoOneTensor(into)).wait()
         return whole

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megashear.checkpoint import torch_dist, weights
 from megashear.checkpoint.description import Description
+from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
 from megashear.checkpoint.torch_dist import TorchDistWriter
 from megashear.checkpoint.weights import CheckpointWeights, write_weights
@@ -37,7 +38,7 @@ def save_with_megatron(directory: Path, shape: ModelShape) -> None:
             row.key, whole, *stacked, prepend_axis_num=len(stacked)
         )
     directory.mkdir()
-    dist_checkpointing.save(entries, str(directory))
+    dist_checkpointing.save(entries | common_state(shape, 0), str(directory))
 
 
 def test_the_index_says_what_megatron_cores_own_says(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""Files that torch.save wrote, mapped into memory and read without running what is in them."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ZIP = b"PK"
+"""First bytes of the format that torch.save writes since release 1.6, which can be mapped."""
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class Unread:
+    """Stands for an object of a file that nobody needs: it is neither imported nor made."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def only_known(known: Sequence[tuple[type, str]] = ()) -> Iterator[None]:
+    """Let torch.load with ``weights_only`` make tensors, plain values and what is named here.
+
+    Importing megatron-core adds a dozen classes to torch's list for the whole process; what a file
+    may hold must not depend on that.
+
+    Args:
+        known: what to make, by the full name that a file wants.
+    """
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(known))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def unread(names: Iterable[str]) -> list[tuple[type, str]]:
+    """For `only_known`: read the objects of these names as `Unread`."""
+    # each name its own class, for torch knows what it lets pass by identity too
+    return [(type(Unread.__name__, (Unread,), {}), name) for name in names]
+
+
+def load_mapped(path: Path, *, passed_over: Collection[str] = ()) -> Any:
+    """What a torch.save file holds: plain containers, and tensors that stay on the disk until
+    they are used.
+
+    Args:
+        path: the file.
+        passed_over: packages whose objects may lie beside the tensors; each is read as `Unread`.
+
+    Raises:
+        ValueError: no such file, an old format, a damaged file, or one that wants anything else
+            when it is read (the thing is named).
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    with path.open("rb") as file:
+        if file.read(len(_ZIP)) != _ZIP:
+            raise ValueError(
+                f"{path} is not in the format that torch.save writes since release 1.6; load it "
+                f"where it is trusted, and save it again"
+            )
+    try:
+        with only_known():
+            wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        known = [name for name in wanted if name.partition(".")[0] in passed_over]
+        with only_known(unread(known)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        # of torch's message only this: it goes on to explain how to load the file all the same
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"wants to load {found[1]}" if found else "is no plain torch.save file"
+        raise ValueError(
+            f"{path} {what} when it is read; only tensors and plain values are, because anything "
+            f"else could run code; refused"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is damaged: {str(error).splitlines()[0]}; it "
+            f"may be truncated: download or write it again"
+        ) from None
+
+
+def tensors_of(found: Any, where: str) -> dict[str, Tensor]:
+    """Tensors by name, where ``found`` is a mapping of nothing else.
+
+    Raises:
+        ValueError: it is not; ``where`` names it.
+    """
+    if not isinstance(found, Mapping) or not found:
+        raise ValueError(f"{where} holds a {type(found).__name__}, not weights by name")
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{where}: {name} is a {type(tensor).__name__}, not a tensor")
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+class TorchFile:
+    """A file of weights by name, with the methods of an open safetensors file.
+
+    Raises:
+        ValueError: see `load_mapped` and `tensors_of`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._tensors = tensors_of(load_mapped(path), str(path))
+
+    def keys(self) -> list[str]:
+        """Names, in the order of the file."""
+        return list(self._tensors)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A copy of a weight."""
+        return self._tensors[name].clone()
+
+    def get_slice(self, name: str) -> TorchSlice:
+        """A weight of which only what is asked for is read."""
+        return TorchSlice(self._tensors[name])
+
+
+class TorchSlice:
+    """One weight of a `TorchFile`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        """Its extents."""
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        """Its number format, as safetensors spells it."""
+        return _NAMES.get(self._tensor.dtype, str(self._tensor.dtype).removeprefix("torch."))
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor:
+        return self._tensor[slices].clone()
