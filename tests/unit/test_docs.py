@@ -33,6 +33,10 @@ OTHERS_FLAGS = {
     # torchrun, pip, tensorboard
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),
     "--json-keys",  # Megatron-LM's name of --json-key
+    # what Megatron-LM is started with on a checkpoint of ours
+    *("--use-checkpoint-args", "--ckpt-format", "--no-load-optim", "--no-load-rng"),
+    *("--norm-epsilon", "--qk-layernorm", "--use-rope-scaling", "--rope-scaling-factor"),
+    "--rotary-seq-len-interpolation-factor",
     *("--standalone", "--index-url", "--extra-index-url", "--logdir", "--help", "--version"),
 }
 """Flags in the texts that are not megashear's."""
