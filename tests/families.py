@@ -40,13 +40,14 @@ FAMILIES: dict[str, ModelShape] = {
 
 def pruned(shape: ModelShape) -> ModelShape:
     """A smaller model of the same family, whose head_dim is not hidden_size / heads."""
-    kept = TARGET.num_attention_heads // 2  # of H/G = 2: whole groups go
-    groups = kept if shape.heads_per_group == 2 else 2 * kept
+    grouped = shape.heads_per_group > 1
+    # where heads come in groups, two of four groups go, and one of the two heads in each other
+    heads = TARGET.num_query_groups if grouped else TARGET.num_attention_heads
     return replace(
         shape,
         num_layers=TARGET.num_layers,
         hidden_size=TARGET.hidden_size,
-        num_attention_heads=TARGET.num_attention_heads,
-        num_query_groups=groups,
+        num_attention_heads=heads,
+        num_query_groups=heads,
         ffn_hidden_size=TARGET.ffn_hidden_size,
     )

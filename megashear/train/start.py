@@ -192,10 +192,7 @@ def check_target_layout(
             fitting = [
                 str(n)
                 for n in range(1, ranks)
-                if all(
-                    getattr(target, other) % n == 0
-                    for other in (heads, "ffn_hidden_size", "vocab_size")
-                )
+                if all(getattr(target, other) % n == 0 for other in (heads, "ffn_hidden_size"))
             ]
             raise ValueError(
                 f"target {extent} {value} is not a multiple of {flag} {ranks}, so the cut model "

@@ -27,9 +27,9 @@ DOMAINS = ("arxiv", "book", "c4-rp", "cc", "github", "stackexchange", "wiki")
 SOURCE = ModelShape(
     num_layers=4,
     hidden_size=64,
-    num_attention_heads=8,
+    num_attention_heads=16,
     num_query_groups=4,
-    head_dim=16,
+    head_dim=8,
     ffn_hidden_size=160,
     vocab_size=32000,
 )
@@ -80,7 +80,7 @@ def test_llama_is_sheared_on_redpajama(tmp_path: Path, capsys: pytest.CaptureFix
     points = text_run.scalars(events)
     losses = points["train/lm-loss"]
     assert losses[ITERATIONS] < losses[5] - 0.5, losses
-    for kind in ("hidden", "group", "intermediate", "layer"):
+    for kind in ("hidden", "head", "group", "intermediate", "layer"):
         wanted, found = (
             points[f"prune/{which}-sparsity/{kind}"] for which in ("target", "expected")
         )
@@ -95,6 +95,8 @@ def test_llama_is_sheared_on_redpajama(tmp_path: Path, capsys: pytest.CaptureFix
     model = transformers.AutoModelForCausalLM.from_pretrained(sheared, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(sheared)
     assert model.config.num_hidden_layers == TARGET["target_num_layers"]
+    assert model.config.num_attention_heads == TARGET["target_num_attention_heads"]
+    assert model.config.num_key_value_heads == TARGET["target_num_query_groups"]
     ids = tokenizer("Shearing a LLaMA", return_tensors="pt").input_ids
     assert ids[0, 0] == tokenizer.bos_token_id
     assert model(ids).logits.isfinite().all()

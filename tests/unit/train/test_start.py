@@ -103,13 +103,13 @@ def check(
             4,
             {"num_query_groups": 6, "num_attention_heads": 12},
             r"target num_query_groups 6 is not a multiple of --tensor-model-parallel-size 4, .*"
-            r"the nearest --target-num-query-groups is 4 or 8; to keep 6, .*it divides by 1, 2$",
+            r"the nearest --target-num-query-groups is 4 or 8; to keep 6, .*it divides by 1, 2, 3$",
         ),
         (
             MULTI_HEAD,
             4,
             {"num_query_groups": 3, "num_attention_heads": 3},
-            r"target num_attention_heads 3 .* nearest --target-num-attention-heads is 4; .*by 1$",
+            r"target num_attention_heads 3 .* nearest --target-num-attention-heads is 4; .*by 1, 3$",
         ),
         (
             WIDE,
