@@ -109,7 +109,7 @@ def check(
             MULTI_HEAD,
             4,
             {"num_query_groups": 3, "num_attention_heads": 3},
-            r"target num_attention_heads 3 .* nearest --target-num-attention-heads is 4; .*by 1, 3$",
+            r"target num_attention_heads 3 .* --target-num-attention-heads is 4; .*by 1, 3$",
         ),
         (
             WIDE,
