@@ -17,8 +17,7 @@ from tests.distributed.pruning_run import OPTIMIZER, half_open_masks
 from tests.ranks import run_ranks
 from tests.tiny import (
     BATCH,
-    SOURCE,
-    TARGET,
+    PAIRS,
     layout,
     megatron_weights,
     microbatches,
@@ -27,7 +26,12 @@ from tests.tiny import (
 
 BFLOAT16 = 0.005
 """Relative, on the loss: 8 bits of mantissa through 4 layers; measured 2e-4 to 8e-4."""
+STEPPED = 0.05
+"""The same after a step of the masks, of which Adam at rate 1.0 moves each gate by its gradient's
+sign: a nearly cancelled one takes the other (1 of 588, measured), and the loss moves by 0.016."""
 STEPS = 2
+PAIR = "8-groups-of-4"
+SOURCE, TARGET = PAIRS[PAIR]
 
 
 def prune(parallel: ParallelConfig, model: ModelConfig) -> list[float]:
@@ -36,7 +40,7 @@ def prune(parallel: ParallelConfig, model: ModelConfig) -> list[float]:
     def body(rank: int) -> list[float]:
         groups = ParallelGroups.create(parallel)
         chunks = build_llama(SOURCE, groups, parallel, model, variant="masked")
-        set_weights(chunks, megatron_weights(), groups.tensor_rank, groups.tensor_size)
+        set_weights(chunks, megatron_weights(SOURCE), groups.tensor_rank, groups.tensor_size)
         objective = StructuredPruning(
             chunks,
             groups,
@@ -47,7 +51,7 @@ def prune(parallel: ParallelConfig, model: ModelConfig) -> list[float]:
             global_batch_size=BATCH,
             sequence_parallel=parallel.sequence_parallel,
         )
-        objective.masks.load_state_dict(objective.binding.slice_gates(half_open_masks()))
+        objective.masks.load_state_dict(objective.binding.slice_gates(half_open_masks(PAIR)))
         optimizer = build_optimizer(chunks, OPTIMIZER, bf16=model.bf16)
         schedule = build_schedule(optimizer, OPTIMIZER, 40)
         schedule.step(1)  # past the rate of 0
@@ -114,6 +118,7 @@ def test_a_bfloat16_model_prunes_with_float32_masks(
     whole = prune(layout(), ModelConfig())
     found = [loss for loss in prune(parallel, ModelConfig(bf16=True, **recompute)) if loss == loss]
     copies = parallel.tensor_model_parallel_size  # tensor ranks see the same loss
-    assert found == pytest.approx(whole * copies, rel=BFLOAT16)
+    assert found[::STEPS] == pytest.approx(whole[::STEPS] * copies, rel=BFLOAT16)
+    assert found == pytest.approx(whole * copies, rel=STEPPED)
     assert found != pytest.approx(whole * copies, rel=1e-7)  # it was not float32 in disguise
     assert found[:STEPS] * copies == found
