@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from megashear.checkpoint import tokenizer_files
-from megashear.checkpoint.aside import written_aside
-from megashear.checkpoint.formats import DTYPES, dtype_of
+from megashear.checkpoint.aside import check_space, written_aside
+from megashear.checkpoint.formats import DTYPES, dtype_of, dtypes_of, name_of, stored_bytes
 from megashear.checkpoint.hf_config import CONFIG, config_of_shape, read_shape
+from megashear.checkpoint.safetensors_file import (
+    DTYPE_NAMES,
+    Entry,
+    SafetensorsWriter,
+    read_header,
+    read_tensor,
+)
+from megashear.checkpoint.workers import run_all
 from megashear.models import layout
 from megashear.shape import ModelShape
 
@@ -26,55 +34,81 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 """Largest weights file, bytes, unless one tensor alone is larger. Source: transformers."""
 
-_STORED_DTYPES = {"F32", "BF16", "F16"}
-
 
 class HfWeights(Mapping[str, Tensor]):
     """The weights of a Hugging Face directory by name, each read when it is asked for.
 
     Names and shapes are held to the table at once; no weight is read before it is asked for.
+    Several threads may read.
 
     Args:
         directory: holds config.json and safetensors, in one file or several with an index.
         shape: extents the weights must have; by default those of config.json.
 
     Raises:
-        ValueError: no such directory, no safetensors, a file missing or truncated, names missing
-            or unknown, a shape or a number format that the model cannot have.
+        ValueError: no such directory, no safetensors, a file missing or truncated, an index that
+            does not tell where the weights are, names missing or unknown, a shape or a number
+            format that the model cannot have.
     """
 
     def __init__(self, directory: Path | str, shape: ModelShape | None = None) -> None:
         self.directory = Path(directory)
         self.shape = read_shape(directory) if shape is None else shape
-        self._file_of: dict[str, Any] = {}  # name -> open file
-        found: dict[str, tuple[int, ...]] = {}
-        for path in _weight_files(self.directory):
-            file = _open(path)
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                header = file.get_slice(name)
-                found[name] = tuple(header.get_shape())
-                self._check_entry(name, header.get_dtype(), path)
-                self._file_of[name] = file
+        self._places: dict[str, tuple[Path, Entry]] = {}
+        index = _read_index(self.directory)
+        for path in _weight_files(self.directory, index):
+            for name, entry in read_header(path).items():
+                self._check_entry(name, entry, path)
+                self._places[name] = (path, entry)
+        if index is not None:
+            self._check_index(index)
+        found = {name: entry.shape for name, (_, entry) in self._places.items()}
         layout.check_hf(found, self.shape, f"HF checkpoint {directory}")
         self._names = tuple(layout.hf_shapes(self.shape))
 
-    def _check_entry(self, name: str, dtype: str, path: Path) -> None:
-        if name in self._file_of:
+    def _check_entry(self, name: str, entry: Entry, path: Path) -> None:
+        if name in self._places:
             raise ValueError(f"{path}: {name} is in another file of the directory too")
-        if dtype not in _STORED_DTYPES and not layout.NOT_WEIGHTS.fullmatch(name):
+        if entry.dtype not in DTYPE_NAMES and not layout.NOT_WEIGHTS.fullmatch(name):
             raise ValueError(
-                f"{path}: {name} is stored as {dtype}, wanted one of {sorted(_STORED_DTYPES)}; "
+                f"{path}: {name} is stored as {entry.dtype}, wanted one of {list(DTYPE_NAMES)}; "
                 f"save the model in {' or '.join(DTYPES)} first"
             )
+
+    def _check_index(self, index: Mapping[str, Any]) -> None:
+        """Hold what the index says to what the files hold: they may be of two models."""
+        path, listed = self.directory / INDEX, index["weight_map"]
+        way_out = "the files may be of two downloads: download all of them again"
+        for name, file in listed.items():
+            held_by = self._places[name][0].name if name in self._places else "none of them"
+            if held_by != file:
+                raise ValueError(f"{path} puts {name} into {file}, it is in {held_by}; {way_out}")
+        for name, (place, _) in self._places.items():
+            if name not in listed:
+                raise ValueError(f"{path} does not list {name} of {place.name}; {way_out}")
+        said = (index.get("metadata") or {}).get("total_size")
+        held = sum(entry.num_bytes for _, entry in self._places.values())
+        if said is not None and int(said) != held:
+            raise ValueError(
+                f"{path} gives total_size {int(said):,} bytes, the files hold {held:,}; {way_out}, "
+                f"or correct total_size if it is known to be wrong"
+            )
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Number format of every weight."""
+        return {name: self._places[name][1].torch_dtype for name in self._names}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._file_of[name].get_tensor(name)
+        return read_tensor(*self._places[name])
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> Tensor:
         """Part of a weight; the rest of it is not read."""
-        return self._file_of[name].get_slice(name)[slices]
+        with safe_open(self._places[name][0], framework="pt", device="cpu") as file:
+            found: Tensor = file.get_slice(name)[slices]
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -85,109 +119,134 @@ class HfWeights(Mapping[str, Tensor]):
 
 def write_directory(
     output: Path | str,
-    weights: Iterable[tuple[str, Tensor]],
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     shape: ModelShape,
     *,
     dtype: str | None = None,
     tokenizer: Path | str | Iterable[Path | str] | None = None,
     token_ids: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    workers: int = 1,
+    witness: Callable[[str, Tensor, Tensor], None] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> int:
-    """Write a Hugging Face directory that transformers and vLLM load as a LlamaForCausalLM.
+    """Write a Hugging Face directory that transformers and vLLM load.
 
-    It is written aside and renamed, so it appears whole or not at all. At most one file's
-    weights are in memory.
+    It is written aside and renamed, so it appears whole or not at all. In memory are the weights
+    of one Megatron parameter for each worker.
 
     Args:
         output: directory to make; must not exist.
-        weights: every weight of the model with its name, in any order; taken one at a time.
+        weights: every weight of the model by name, each read once. Pairs are gathered first, so
+            what is on disk comes as a mapping.
         shape: extents of the model.
         dtype: number format to store, a key of `DTYPES`; None keeps each weight's own.
         tokenizer: what `tokenizer_files.find` takes; its files are copied.
         token_ids: ``bos_token_id`` and the like; what they lack is taken from the tokenizer.
         max_shard_bytes: largest weights file, bytes.
+        workers: threads; the bytes written do not depend on their number.
+        witness: told of every weight by name, as it was given and as it is stored; called by all
+            workers.
+        finish: called with the directory when all is written, before it appears under its name;
+            if it raises, nothing appears.
 
     Returns:
         Bytes of weights written.
 
     Raises:
         ValueError: ``output`` exists; ``dtype`` is unknown; names or shapes of the weights are
-            not the model's; a tokenizer file does not exist.
+            not the model's; a tokenizer file does not exist; the disk is full, or will be.
     """
     stored = dtype_of(dtype)
     files = tokenizer_files.find(tokenizer)
     ids = tokenizer_files.token_ids(files) | {
         name: value for name, value in (token_ids or {}).items() if value is not None
     }
+    weights = weights if isinstance(weights, Mapping) else dict(weights)
     with written_aside(output) as aside:
-        shards = _Shards(aside, max_shard_bytes, stored)
-        for name, weight in weights:
-            shards.add(name, weight)
-        layout.check_hf(shards.shapes, shape, f"the model to be written to {output}")
-        total_bytes = shards.finish()
-        config = config_of_shape(shape, dtype=shards.main_dtype(), token_ids=ids)
+        where = f"the model to be written to {output}"
+        layout.check_names(weights.keys(), shape, where)
+        kept = {name: stored or found for name, found in dtypes_of(weights).items()}
+        num_bytes = stored_bytes(kept, shape)
+        check_space(aside, num_bytes)
+        with _opened(aside, shape, kept, max_shard_bytes) as writer_of:
+
+            def write(row: layout.MegatronTensor, layer: int | None) -> Generator[int, None, None]:
+                # what one parameter holds is read together
+                for part in row.parts:
+                    name = part.hf_name.format(layer=layer)
+                    weight = weights[name]
+                    layout.check_extents(name, weight.shape, part.extents(shape), where)
+                    result = weight.detach().cpu().to(kept[name])
+                    writer_of[name].write(name, result)
+                    if witness is not None:
+                        witness(name, weight, result)
+                    yield result.nbytes
+
+            run_all([write(row, layer) for row, layer in layout.tensors(shape)], workers)
+        config = config_of_shape(shape, dtype=_main_dtype(kept, shape), token_ids=ids)
         _write_json(aside / CONFIG, config)
         tokenizer_files.copy_for_transformers(files, aside)
-    return total_bytes
+        if finish is not None:
+            finish(aside)
+    return num_bytes
 
 
-class _Shards:
-    """Safetensors files filled one after the other; the last names need the number of files."""
-
-    def __init__(self, directory: Path, max_bytes: int, dtype: torch.dtype | None) -> None:
-        self.directory, self.max_bytes, self.dtype = directory, max_bytes, dtype
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = self._total_bytes = 0
-        self._names_of: list[list[str]] = []
-        self._bytes_of_dtype: dict[str, int] = {}
-
-    def add(self, name: str, weight: Tensor) -> None:
-        assert name not in self.shapes, f"{name} given twice"
-        weight = weight.detach().cpu().to(self.dtype or weight.dtype).contiguous()
-        if self._pending and self._pending_bytes + weight.nbytes > self.max_bytes:
-            self._flush()
-        self.shapes[name] = tuple(weight.shape)
-        self._pending[name] = weight
-        self._pending_bytes += weight.nbytes
-        self._total_bytes += weight.nbytes
-        stored = str(weight.dtype).removeprefix("torch.")
-        self._bytes_of_dtype[stored] = self._bytes_of_dtype.get(stored, 0) + weight.nbytes
-
-    def main_dtype(self) -> str:
-        """The number format that most bytes are in."""
-        return max(self._bytes_of_dtype, key=self._bytes_of_dtype.__getitem__)
-
-    def finish(self) -> int:
-        """Give the files their final names, write the index, return the bytes of all weights."""
-        self._flush()
-        count = len(self._names_of)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._names_of, start=1):
-            final = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._part(number).rename(self.directory / final)
-            weight_map |= dict.fromkeys(names, final)
-        if count > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            _write_json(self.directory / INDEX, index)
-        return self._total_bytes
-
-    def _flush(self) -> None:
-        self._names_of.append(list(self._pending))
-        part = self._part(len(self._names_of))
-        save_file(self._pending, part, metadata={"format": "pt"})
-        part.chmod(0o644)
-        self._pending, self._pending_bytes = {}, 0
-
-    def _part(self, number: int) -> Path:
-        return self.directory / f"part-{number:05d}.safetensors"
+@contextlib.contextmanager
+def _opened(
+    directory: Path, shape: ModelShape, dtypes: Mapping[str, torch.dtype], max_bytes: int
+) -> Iterator[dict[str, SafetensorsWriter]]:
+    """The file each weight goes to, all open; several have an index."""
+    shards: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = []
+    room = 0
+    for name, extents in layout.hf_shapes(shape).items():
+        num_bytes = dtypes[name].itemsize * torch.Size(extents).numel()
+        if not shards or num_bytes > room:
+            shards.append({})
+            room = max_bytes
+        shards[-1][name] = (extents, dtypes[name])
+        room -= num_bytes
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+        total = {"total_size": stored_bytes(dtypes, shape)}
+        _write_json(directory / INDEX, {"metadata": total, "weight_map": weight_map})
+    with contextlib.ExitStack() as stack:
+        writer_of: dict[str, SafetensorsWriter] = {}
+        for file, shard in zip(names, shards):
+            writer = stack.enter_context(SafetensorsWriter(directory / file, shard))
+            writer_of |= dict.fromkeys(shard, writer)
+        yield writer_of
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    index = directory / INDEX
-    if not index.is_file():
+def _main_dtype(dtypes: Mapping[str, torch.dtype], shape: ModelShape) -> str:
+    """The number format that most bytes are in."""
+    by_dtype: dict[torch.dtype, int] = {}
+    for name, extents in layout.hf_shapes(shape).items():
+        size = dtypes[name].itemsize * torch.Size(extents).numel()
+        by_dtype[dtypes[name]] = by_dtype.get(dtypes[name], 0) + size
+    return name_of(max(by_dtype, key=by_dtype.__getitem__))
+
+
+def _read_index(directory: Path) -> dict[str, Any] | None:
+    """The index of several files; None where one file holds all."""
+    path = directory / INDEX
+    if (directory / SINGLE).is_file() or not path.is_file():
+        return None
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        sorted(set(index["weight_map"].values()))
+        int((index.get("metadata") or {}).get("total_size") or 0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not an index of safetensors: no weight_map in it") from None
+    return index
+
+
+def _weight_files(directory: Path, index: Mapping[str, Any] | None) -> Sequence[Path]:
+    if index is None:
+        if (directory / SINGLE).is_file():
+            return [directory / SINGLE]
         if list(directory.glob("pytorch_model*.bin")):
             raise ValueError(
                 f"HF checkpoint {directory} has pytorch_model.bin files only, which can run code "
@@ -195,27 +254,17 @@ def _weight_files(directory: Path) -> list[Path]:
                 f"save_pretrained(..., safe_serialization=True)"
             )
         raise ValueError(f"HF checkpoint {directory} has neither {SINGLE} nor {INDEX}")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is not an index of safetensors: no weight_map in it") from None
+    names = sorted(set(index["weight_map"].values()))
     for name in names:
         if Path(name).name != name:
-            raise ValueError(f"{index} names {name}, which is not a file of its own directory")
+            raise ValueError(
+                f"{directory / INDEX} names {name}, which is not a file of its own directory"
+            )
         if not (directory / name).is_file():
-            raise ValueError(f"{index} names {name}, which is missing; download it again")
+            raise ValueError(
+                f"{directory / INDEX} names {name}, which is missing; download it again"
+            )
     return [directory / name for name in names]
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read as safetensors: {error}; it "
-            f"may be truncated: download or write it again"
-        ) from None
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -50,6 +50,28 @@ def test_weights_are_read_back_bit_by_bit(tmp_path: Path, max_shard_bytes: int) 
         assert all(path.stat().st_size < 40_000 + 2_000 for path in files)  # weights and header
 
 
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+    for workers in (1, 3):
+        hf.write_directory(
+            tmp_path / str(workers), WEIGHTS, GROUPED, max_shard_bytes=40_000, workers=workers
+        )
+    one, three = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in "13")
+    assert one == three
+
+
+def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
+    mixed = {
+        name: weight.bfloat16() if "norm" in name else weight for name, weight in WEIGHTS.items()
+    }
+    hf.write_directory(tmp_path / "model", mixed, GROUPED)
+    read = load_file(tmp_path / "model" / hf.SINGLE)
+    assert read.keys() == mixed.keys()
+    for name, weight in mixed.items():
+        assert read[name].dtype == weight.dtype
+        assert torch.equal(read[name], weight), name
+        assert read[name].data_ptr() % weight.itemsize == 0, f"{name} is not aligned"
+
+
 @pytest.mark.parametrize("dtype", hf.DTYPES)
 def test_weights_are_stored_in_the_format_asked_for(tmp_path: Path, dtype: str) -> None:
     hf.write_directory(tmp_path / "model", WEIGHTS.items(), GROUPED, dtype=dtype)
@@ -202,6 +224,53 @@ def test_stored_rotary_tables_are_passed_over(directory: Path) -> None:
     assert list(hf.HfWeights(directory)) == list(WEIGHTS)
     with pytest.raises(KeyError):
         hf.HfWeights(directory)["model.layers.0.self_attn.rotary_emb.inv_freq"]
+
+
+def reindex(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = directory / hf.INDEX
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+FIRST, LAST = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda i: i["weight_map"].update({FIRST: i["weight_map"][LAST]}),
+            r"puts model.embed_tokens.weight into model-(\d+)-of-\1.*, it is in model-00001-of-",
+        ),
+        (
+            lambda i: i["weight_map"].update({"x.weight": i["weight_map"][LAST]}),
+            "puts x.weight into .*, it is in none of them; the files may be of two downloads",
+        ),
+        (lambda i: i["weight_map"].pop(FIRST), "does not list model.embed_tokens.weight of model-"),
+        (
+            lambda i: i["metadata"].update({"total_size": 7}),
+            r"gives total_size 7 bytes, the files hold 329,120; .*or correct total_size",
+        ),
+        (lambda i: i.update({"metadata": {"total_size": "?"}}), "is not an index of safetensors"),
+    ],
+)
+def test_an_index_of_other_files_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    hf.write_directory(tmp_path / "model", WEIGHTS, GROUPED, max_shard_bytes=40_000)
+    reindex(tmp_path / "model", lambda index: index["metadata"].update({"total_parameters": 1}))
+    assert len(hf.HfWeights(tmp_path / "model")) == len(WEIGHTS)  # fields without effect
+    reindex(tmp_path / "model", change)
+    with pytest.raises(ValueError, match=message):
+        hf.HfWeights(tmp_path / "model")
+
+
+def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
+    hf.write_directory(tmp_path / "model", WEIGHTS, GROUPED, max_shard_bytes=40_000)
+    sorted((tmp_path / "model").glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ValueError, match=r"names model-00002-of-.*, which is missing; download"):
+        hf.HfWeights(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
