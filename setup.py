@@ -31,6 +31,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch,core_cu12]>=2.0"],
+        "verify": ["transformers>=4.51"],
         "eval": ["lm-eval>=0.4"],
         "parquet": ["pyarrow>=15"],
         "test": [

@@ -513,14 +513,43 @@ class PreprocessConfig:
 class ConvertConfig:
     """`megashear convert`: Hugging Face directory to checkpoint, or back."""
 
-    input: str
+    input: str | None = None
     """Hugging Face directory or checkpoint directory; which of the two is found out."""
-    output: str
+    output: str | None = None
     """Directory to write; must not exist."""
     dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
     """Precision of the written weights."""
     tokenizer: str | None = None
     """Directory or file of the tokenizer to copy, where the input carries none."""
+    workers: int | None = None
+    """Threads that convert, each holding a few weights in memory; one a core, at most 4, unless
+    given."""
+    verify: bool = False
+    """Compare logits with transformers before the output appears; needs memory for the model in
+    float32, 4 bytes a parameter."""
+    verify_tokens: tuple[int, ...] = ()
+    """Token ids that --verify compares on; random ones unless given."""
+    check: str | None = None
+    """Converted directory to hold to its certificate, instead of converting."""
+
+    def __post_init__(self) -> None:
+        if self.check is not None:
+            given = [f"--{n}" for n in ("input", "output", "verify") if getattr(self, n)]
+            if given:
+                raise ValueError(
+                    f"--check {self.check} converts nothing: leave {' and '.join(given)} out"
+                )
+        else:
+            for name in ("input", "output"):
+                if getattr(self, name) is None:
+                    raise ValueError(
+                        f"--{name} is not given; name --input and --output, or a converted "
+                        f"directory with --check"
+                    )
+        if self.verify_tokens and not self.verify:
+            raise ValueError("--verify-tokens is for --verify, which is not given")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"--workers is {self.workers}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

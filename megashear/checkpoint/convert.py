@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from megashear.checkpoint import hf, tokenizer_files
+from megashear.checkpoint import certificate, hf, tokenizer_files
+from megashear.checkpoint.aside import check_absent
 from megashear.checkpoint.description import Description
+from megashear.checkpoint.formats import dtype_of, dtypes_of, stored_bytes
 from megashear.checkpoint.hf_config import read_config
-from megashear.checkpoint.weights import CheckpointWeights, write_weights
+from megashear.checkpoint.weights import CheckpointWeights, Witness, write_weights
+from megashear.checkpoint.workers import byte_bar
+from megashear.shape import ModelShape
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Fields of config.json that belong to the tokenizer and travel with it."""
@@ -23,27 +28,35 @@ def hf_to_megatron(
     *,
     dtype: str | None = None,
     tokenizer: Path | str | Iterable[Path | str] | None = None,
+    workers: int = 1,
+    verify: Sequence[int] | None = None,
     progress: bool | None = None,
-) -> int:
+) -> dict[str, Any]:
     """Write a Megatron checkpoint, at iteration 0, of the model in a Hugging Face directory.
 
-    Needs no GPU, and memory for the model once in the format stored. The checkpoint loads at any
-    tensor and pipeline parallel size.
+    Needs no GPU and no launcher, and memory for a few of the largest weights for each worker. The
+    checkpoint loads at any tensor and pipeline parallel size.
 
     Args:
-        hf_dir: a LLaMA with safetensors.
+        hf_dir: a model of the LLaMA family with safetensors.
         output: directory to make; must not exist.
         dtype: number format to store, a key of `hf.DTYPES`; None keeps each weight's own.
         tokenizer: directory or files of the tokenizer to carry along; by default ``hf_dir``.
+        workers: threads.
+        verify: compare logits with transformers before the output appears, on these tokens, or on
+            random ones where it is empty; None compares nothing. Needs memory for the model in
+            float32.
         progress: show a bar; None shows it when stderr is a terminal.
 
     Returns:
-        Bytes of weights written.
+        ``bytes`` of weights written, and ``logits``, what their comparison found, or None.
 
     Raises:
-        ValueError: see `hf.HfWeights` and `weights.write_weights`; ``dtype`` is unknown.
+        ValueError: see `hf.HfWeights` and `weights.write_weights`; ``dtype`` is unknown; logits
+            differ.
     """
-    stored = hf.dtype_of(dtype)
+    check_absent(output)
+    stored = dtype_of(dtype)
     weights = hf.HfWeights(hf_dir)
     config = read_config(hf_dir)
     description = Description(
@@ -52,12 +65,24 @@ def hf_to_megatron(
         stage="converted",
         token_ids={name: config[name] for name in TOKEN_IDS if config.get(name) is not None},
     )
-    return write_weights(
-        output,
-        _watched(weights, "reading", progress),
-        description,
-        dtype=stored,
-        tokenizer=hf_dir if tokenizer is None else tokenizer,
+    compare = _comparison(verify, weights.shape)
+    return _convert(
+        weights,
+        weights.shape,
+        source=hf_dir,
+        iteration=description.iteration,
+        compare=lambda aside, rounded_to: compare(aside, hf_dir, rounded_to),
+        progress=progress,
+        write=lambda witness, finish: write_weights(
+            output,
+            weights,
+            description,
+            dtype=stored,
+            tokenizer=hf_dir if tokenizer is None else tokenizer,
+            workers=workers,
+            witness=witness,
+            finish=finish,
+        ),
     )
 
 
@@ -69,12 +94,14 @@ def megatron_to_hf(
     dtype: str | None = None,
     tokenizer: Path | str | Iterable[Path | str] | None = None,
     max_shard_bytes: int = hf.MAX_SHARD_BYTES,
+    workers: int = 1,
+    verify: Sequence[int] | None = None,
     progress: bool | None = None,
-) -> int:
+) -> dict[str, Any]:
     """Write a Hugging Face directory of the weights in a Megatron checkpoint.
 
-    Needs no GPU, and memory for one file of weights. Optimizer states beside the weights are left
-    behind.
+    Needs no GPU and no launcher, and memory for a few of the largest weights for each worker.
+    Optimizer states beside the weights are left behind.
 
     Args:
         checkpoint: a checkpoint's directory, or one iteration's.
@@ -83,16 +110,19 @@ def megatron_to_hf(
         dtype: number format to store, a key of `hf.DTYPES`; None keeps each weight's own.
         tokenizer: directory or files of the tokenizer; by default those carried along.
         max_shard_bytes: largest weights file, bytes.
+        workers: threads.
+        verify: as for `hf_to_megatron`.
         progress: show a bar; None shows it when stderr is a terminal.
 
     Returns:
-        Bytes of weights written.
+        As `hf_to_megatron`.
 
     Raises:
-        ValueError: the checkpoint has masks, which must be folded in first; see
+        ValueError: the checkpoint has masks, which must be folded in first; logits differ; see
             `weights.CheckpointWeights` and `hf.write_directory`.
     """
-    hf.dtype_of(dtype)
+    check_absent(output)
+    dtype_of(dtype)
     weights = CheckpointWeights(checkpoint, iteration=iteration)
     if weights.description.stage == "prune":
         raise ValueError(
@@ -101,20 +131,70 @@ def megatron_to_hf(
         )
     files = tokenizer_files.find(weights.tokenizer if tokenizer is None else tokenizer)
     token_ids = weights.description.token_ids if tokenizer is None else None
-    return hf.write_directory(
-        output,
-        _watched(weights, "writing", progress),
+    compare = _comparison(verify, weights.shape)
+    return _convert(
+        weights,
         weights.shape,
-        dtype=dtype,
-        tokenizer=files,
-        token_ids=token_ids,
-        max_shard_bytes=max_shard_bytes,
+        source=checkpoint,
+        iteration=None,
+        compare=lambda aside, rounded_to: compare(weights.directory, aside, rounded_to),
+        progress=progress,
+        write=lambda witness, finish: hf.write_directory(
+            output,
+            weights,
+            weights.shape,
+            dtype=dtype,
+            tokenizer=files,
+            token_ids=token_ids,
+            max_shard_bytes=max_shard_bytes,
+            workers=workers,
+            witness=witness,
+            finish=finish,
+        ),
     )
 
 
-def _watched(
-    weights: Mapping[str, Tensor], doing: str, progress: bool | None
-) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights, with a bar of how many were taken."""
-    disable = None if progress is None else not progress  # tqdm's None asks for a terminal
-    yield from tqdm(weights.items(), total=len(weights), desc=doing, unit="weight", disable=disable)
+def _convert(
+    weights: Mapping[str, Tensor],
+    shape: ModelShape,
+    *,
+    source: Path | str,
+    iteration: int | None,
+    compare: Callable[[Path, torch.dtype | None], dict[str, Any] | None],
+    progress: bool | None,
+    write: Callable[[Witness, Callable[[Path], None]], int],
+) -> dict[str, Any]:
+    """Write under a bar and the eyes of a witness, whose certificate goes into the output."""
+    witness = certificate.Witness()
+    logits: dict[str, Any] | None = None
+    with byte_bar("converting", stored_bytes(dtypes_of(weights), shape), progress) as advance:
+
+        def watch(name: str, given: Tensor, result: Tensor) -> None:
+            witness(name, given, result)
+            advance(given.nbytes)
+
+        def finish(aside: Path) -> None:
+            nonlocal logits
+            logits = compare(aside, witness.rounded_to)
+            certificate.write(
+                aside, witness, shape, source=source, logits=logits, iteration=iteration
+            )
+
+        num_bytes = write(watch, finish)
+    return {"bytes": num_bytes, "logits": logits}
+
+
+def _comparison(
+    verify: Sequence[int] | None, shape: ModelShape
+) -> Callable[[Path | str, Path | str, torch.dtype | None], dict[str, Any] | None]:
+    """What compares the logits of a checkpoint and a Hugging Face directory, if asked to."""
+    if verify is None:
+        return lambda checkpoint, hf_dir, rounded_to: None
+    # Here, not above: megatron-core takes seconds and memory that conversion does not need.
+    from megashear.checkpoint import logits
+
+    logits.require_transformers()
+    tokens = logits.check_tokens(verify, shape)
+    return lambda checkpoint, hf_dir, rounded_to: logits.compare(
+        checkpoint, hf_dir, tokens, rounded_to=rounded_to
+    )

@@ -1,12 +1,14 @@
-"""Long jobs side by side in threads; all stop when one fails."""
+"""Long jobs side by side in threads, under one bar; all stop when one fails."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
+from tqdm import tqdm
 
 MOST_WORKERS = 4
 """Threads by default, at most: each holds a parameter in memory, and one disk serves all."""
@@ -59,3 +61,25 @@ def run_all(jobs: Sequence[Generator[int, None, None]], workers: int) -> int:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
         return sum(future.result() for future in waiting)
+
+
+@contextlib.contextmanager
+def byte_bar(doing: str, num_bytes: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes, and what advances it, from any thread.
+
+    Args:
+        doing: what it is a bar of.
+        num_bytes: where it ends.
+        progress: whether to show it; None shows it when stderr is a terminal.
+    """
+    disable = None if progress is None else not progress  # tqdm's None asks for a terminal
+    lock = threading.Lock()
+    with tqdm(
+        total=num_bytes, desc=doing, unit="B", unit_scale=True, unit_divisor=1024, disable=disable
+    ) as bar:
+
+        def advance(done: int) -> None:
+            with lock:
+                bar.update(done)
+
+        yield advance

@@ -36,8 +36,9 @@ def test_there_and_back_every_bit_is_the_same(
 ) -> None:
     weights = write_hf(tmp_path / "hf", shape, dtype)
     size = 4 if dtype == "float32" else 2
-    assert hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint") == size * shape.num_params()
-    assert megatron_to_hf(tmp_path / "checkpoint", tmp_path / "back") == size * shape.num_params()
+    done = {"bytes": size * shape.num_params(), "logits": None}
+    assert hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint") == done
+    assert megatron_to_hf(tmp_path / "checkpoint", tmp_path / "back") == done
     back = hf.HfWeights(tmp_path / "back")
     assert list(back) == list(weights)
     for name, weight in weights.items():
@@ -86,9 +87,9 @@ def test_formats_are_chosen_on_either_way(tmp_path: Path) -> None:
 def test_a_bar_is_shown_when_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_hf(tmp_path / "hf", GROUPED)
     hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint")  # not on a terminal: silent
-    assert "weight" not in capsys.readouterr().err
+    assert "converting" not in capsys.readouterr().err
     megatron_to_hf(tmp_path / "checkpoint", tmp_path / "back", progress=True)
-    assert "39/39" in capsys.readouterr().err
+    assert "converting: 100%" in capsys.readouterr().err
 
 
 def test_what_cannot_be_converted_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -136,9 +137,42 @@ def test_convert_finds_out_the_direction(
     if config_file:
         (tmp_path / "config.json").write_text("{}")
     convert = importlib.import_module("megashear.checkpoint.convert")
-    monkeypatch.setattr(convert, function, lambda source, output, **options: 2**30)
-    assert main(["convert", "--input", str(tmp_path), "--output", "out"]) == 0
+    logits = {"relative_error": 2.34e-7, "bound": 1e-5}
+    given: dict[str, object] = {}
+
+    def converted(source: str, output: str, **options: object) -> dict[str, object]:
+        given.update(options)
+        return {"bytes": 2**30, "logits": logits if options["verify"] is not None else None}
+
+    monkeypatch.setattr(convert, function, converted)
+    needed = ["convert", "--input", str(tmp_path), "--output", "out"]
+    assert main(needed) == 0
     assert capsys.readouterr().out.startswith("wrote out: ")
+    assert given["verify"] is None
+    assert main([*needed, "--workers", "3", "--verify", "--verify-tokens", "5", "6"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "differ by 2.3e-07 of their norm, at most 1e-05 is right\n"
+    )
+    assert (given["verify"], given["workers"], given["dtype"]) == ((5, 6), 3, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--input is not given; name --input and --output, or .* with --check"),
+        (["--input", "x"], "--output is not given"),
+        (["--check", "x", "--output", "y"], "--check x converts nothing: leave --output out"),
+        (["--check", "x", "--input", "y", "--verify"], "leave --input and --verify out"),
+        (["--input", "x", "--output", "y", "--workers", "0"], "--workers is 0; it must be at l"),
+        (["--input", "x", "--output", "y", "--verify-tokens", "3"], "is for --verify, which is"),
+        (["--check", "nowhere"], "nothing to check at nowhere: it is not a directory"),
+    ],
+)
+def test_convert_refuses_flags_that_do_not_go_together(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", *flags]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_evaluate_prints_the_losses_and_where_they_lie(

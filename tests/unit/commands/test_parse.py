@@ -42,6 +42,8 @@ def _another(setting: Setting) -> tuple[Any, list[str]]:
         return (0.67, "cc=.2"), [flag, ".67", "cc=.2"]
     if setting.wanted == tuple[str, ...]:
         return ("a", "b"), [flag, "a", "b"]
+    if setting.wanted == tuple[int, ...]:
+        return (3, 5), [flag, "3", "5"]
     if isinstance(default, (int, float)):
         value = default * 2 + 1
     else:

@@ -1,0 +1,139 @@
+"""Compare what a converted model computes in transformers and in megatron-core."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megashear.checkpoint import store
+from megashear.checkpoint.description import find_iteration, read_description
+from megashear.config import ModelConfig, ParallelConfig
+from megashear.models.llama import build_chunks
+from megashear.parallel.launch import distributed
+from megashear.shape import ModelShape
+
+SAME_WEIGHTS = 1e-5
+"""Largest relative difference of logits where both sides hold equal weights: float32 sums in
+another order (law 3 of the project's tests)."""
+ROUNDED_WEIGHTS = {torch.bfloat16: 0.1, torch.float16: 0.02}
+"""The same where the conversion rounded the weights: the 2^-9 and 2^-12 of each, as they add up
+through the layers of a model, with room; a wrong order of weights gives about 1."""
+_SEQUENCES, _LENGTH, _SEED = 2, 64, 1234
+"""Random tokens to compare on: sequences, tokens in each, and what draws them."""
+
+
+def check_tokens(tokens: Sequence[int], shape: ModelShape) -> Tensor:
+    """Tokens to compare on, [b, s]: those given, as one sequence, or random ones.
+
+    Raises:
+        ValueError: an id that the vocabulary does not have; more than the model was made for.
+    """
+    longest = min(shape.max_position_embeddings, shape.sliding_window or _LENGTH)
+    if not tokens:
+        generator = torch.Generator().manual_seed(_SEED)
+        size = (_SEQUENCES, min(_LENGTH, longest))
+        return torch.randint(shape.vocab_size, size, generator=generator)
+    unknown = [token for token in tokens if not 0 <= token < shape.vocab_size]
+    if unknown:
+        raise ValueError(
+            f"--verify-tokens has {unknown[0]}; the model's vocabulary is 0 to "
+            f"{shape.vocab_size - 1}"
+        )
+    longest = min(shape.max_position_embeddings, shape.sliding_window or len(tokens))
+    if len(tokens) > longest:
+        raise ValueError(f"--verify-tokens has {len(tokens)} tokens; the model reads {longest}")
+    return torch.tensor([list(tokens)])
+
+
+def require_transformers() -> None:
+    """Refuse to begin a conversion that could not be compared.
+
+    Raises:
+        ValueError: transformers is not installed.
+    """
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "--verify compares logits with transformers, which is not installed: pip install "
+            '"megashear[verify]", or leave --verify out'
+        ) from None
+
+
+def compare(
+    checkpoint: Path | str,
+    hf_dir: Path | str,
+    tokens: Tensor,
+    *,
+    rounded_to: torch.dtype | None,
+) -> dict[str, Any]:
+    """Run both models in float32 on the same tokens, one after the other, in this process.
+
+    In memory is one model in float32 at a time, and at times its largest parameter once more.
+
+    Args:
+        checkpoint: of the model, for megatron-core.
+        hf_dir: of the model, for transformers.
+        tokens: token ids, [b, s].
+        rounded_to: the number format that the conversion rounded weights to; None if it left
+            their values alone.
+
+    Returns:
+        What was found, as plain values.
+
+    Raises:
+        ValueError: transformers cannot load ``hf_dir``; the logits differ by more than the bound.
+    """
+    theirs = _in_transformers(Path(hf_dir), tokens)
+    gc.collect()
+    ours = _in_megatron(Path(checkpoint), tokens)
+    error = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+    bound = SAME_WEIGHTS if rounded_to is None else ROUNDED_WEIGHTS[rounded_to]
+    found = {
+        "relative_error": error,
+        "bound": bound,
+        "largest_difference": float((ours - theirs).abs().max()),
+        "same_next_token": float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()),
+        "tokens": tokens.tolist(),
+    }
+    if not error <= bound:  # not a number is no agreement
+        raise ValueError(
+            f"the logits of megatron-core and transformers differ by {error:.3g} of their norm, "
+            f"at most {bound:g} is right; nothing was written: report it with the model's "
+            f"config.json"
+        )
+    return found
+
+
+def _in_transformers(directory: Path, tokens: Tensor) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory)
+    except Exception as error:
+        raise ValueError(
+            f"transformers cannot load {directory}: {error}; convert without --verify, or with "
+            f"another release of transformers"
+        ) from error
+    with torch.no_grad():
+        logits: Tensor = model.float().eval()(tokens).logits
+    return logits
+
+
+def _in_megatron(checkpoint: Path, tokens: Tensor) -> Tensor:
+    """Logits [b, s, v] of the model in a checkpoint, at one process."""
+    shape = read_description(find_iteration(checkpoint)).shape
+    parallel, model = ParallelConfig(), ModelConfig()
+    with distributed(parallel, model) as groups:
+        chunks = build_chunks(shape, groups, parallel, model, variant="local")
+        store.load_weights(checkpoint, chunks)
+        here = next(chunks[0].parameters()).device
+        positions = torch.arange(tokens.size(1), device=here).expand_as(tokens)
+        with torch.no_grad():
+            logits: Tensor = chunks[0].eval()(tokens.to(here), positions, None)
+    return logits.float().cpu()[..., : shape.vocab_size]
