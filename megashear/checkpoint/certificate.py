@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import megashear
+from megashear import __version__
 from megashear.checkpoint import integrity
 from megashear.checkpoint.description import TRACKER, find_iteration, read_description
 from megashear.checkpoint.formats import DTYPES, dtypes_of, name_of, stored_bytes
@@ -103,7 +103,7 @@ def write(
     records = {name: witness.records[name] for name in layout.hf_shapes(shape)}
     values = {
         "format": FORMAT,
-        "megashear": megashear.__version__,
+        "megashear": __version__,
         "source": Path(source).resolve().name,
         "family": shape.family,
         "num_params": shape.num_params(),
