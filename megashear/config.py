@@ -161,6 +161,12 @@ class TrainConfig:
     """Directory for checkpoints."""
     save_interval: int = 0
     """Steps between checkpoints; 0 saves at the end only."""
+    async_save: bool = False
+    """Go on training while a checkpoint is written; needs host memory for a copy of it. The last
+    one, and one before the run leaves, are waited for."""
+    keep: int = 0
+    """Newest checkpoints to keep in --save; older ones are deleted once a new one is whole and
+    named, but never the one the run started from. 0 keeps all."""
     load: str | None = None
     """Checkpoint directory to start from; a run of the same kind continues, else only its weights
     are taken."""
@@ -170,6 +176,9 @@ class TrainConfig:
     """Go on from the newest checkpoint in --save if there is one, else start from --load."""
     finetune: bool = False
     """Take only the weights of --load, even from a run of the same kind, and start at step 0."""
+    verify_checkpoint: bool = True
+    """Compare every file of a checkpoint with its checksum before a run starts from it; without,
+    only names and sizes."""
     tensorboard_dir: str | None = None
     """Directory for TensorBoard event files."""
     exit_interval: int = 0
@@ -190,7 +199,7 @@ class TrainConfig:
         if self.resume and self.save is None:
             raise ValueError("--resume goes on from --save, and --save is not given")
         check_one_source(self.load, self.load_hf)
-        for name in ("eval_interval", "save_interval", "exit_interval"):
+        for name in ("eval_interval", "save_interval", "exit_interval", "keep"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; 0 turns it off")
 
@@ -417,6 +426,9 @@ class EvaluateRun:
     """Sequences per replica and forward pass."""
     output: str | None = None
     """JSON file to write the losses and their standard errors to."""
+    verify_checkpoint: bool = True
+    """Compare every file of the checkpoint with its checksum first; without, only names and
+    sizes."""
 
     def __post_init__(self) -> None:
         check_one_source(self.load, self.load_hf)

@@ -33,9 +33,11 @@ ONLY_IN = {
         "models/binding.py",
         "checkpoint/megatron_lm.py",  # names of the file format only
         "checkpoint/pickles.py",  # names of the file format only
+        "checkpoint/saver.py",
         "checkpoint/store.py",
         "checkpoint/torch_dist.py",  # names of the file format only
         "checkpoint/weights.py",
+        "checkpoint/writer.py",
         "train/",
     ),
 }

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import logging
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megashear.checkpoint import integrity
+from megashear.checkpoint.integrity import DamagedError, FileSum
 from megashear.shape import ModelShape
+
+logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Text file that names the newest whole iteration, as Megatron-LM writes it."""
 DESCRIPTION = "megashear.json"
 TOKENIZER = "tokenizer"
 """Folder of an iteration that carries the tokenizer's files."""
-FORMAT = 1
-"""Version of the layout of these directories; raised when an older megashear cannot read it."""
+EVALUATION = "evaluation.json"
+"""What is measured after an iteration was saved; counts once the list of checksums has it."""
+FORMAT = 2
+"""Version of the layout of these directories; raised when an older megashear cannot read it, or
+may not trust it: from 2 on there is a list of checksums."""
+FIRST_FORMAT = 1
+
+_ITERATION = re.compile(r"iter_([0-9]{7,})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,12 +55,30 @@ def iteration_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def find_iteration(checkpoint: Path | str, iteration: int | None = None) -> Path:
-    """Directory of one iteration of a checkpoint.
+def iterations(checkpoint: Path) -> dict[int, Path]:
+    """Directories of all iterations by their number, newest first, whole or not."""
+    found = {
+        int(name[1]): path
+        for path in checkpoint.iterdir()
+        if (name := _ITERATION.fullmatch(path.name)) and path.is_dir()
+    }
+    return dict(sorted(found.items(), reverse=True))
+
+
+def holds_iterations(checkpoint: Path | str | None) -> bool:
+    """Whether anything was saved in a directory, whole or not; False for None."""
+    if checkpoint is None or not Path(checkpoint).is_dir():
+        return False
+    return (Path(checkpoint) / TRACKER).is_file() or bool(iterations(Path(checkpoint)))
+
+
+def candidates(checkpoint: Path | str, iteration: int | None = None) -> list[Path]:
+    """Directories that a reader of a checkpoint may take, best first.
 
     Args:
         checkpoint: the checkpoint's directory, or directly one iteration's.
-        iteration: which one; by default the newest whole one.
+        iteration: which one; by default the one that the tracker names, then older ones, then
+            newer ones that were never named.
 
     Raises:
         ValueError: there is none, or not this one; those that exist are named.
@@ -57,24 +86,123 @@ def find_iteration(checkpoint: Path | str, iteration: int | None = None) -> Path
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         raise ValueError(f"no checkpoint at {checkpoint}: it is not a directory")
-    if iteration is None:
-        if (checkpoint / DESCRIPTION).is_file():
-            return checkpoint
-        iteration = latest_iteration(checkpoint)
-        if iteration is None:
-            way_out = (
-                "; it is a Hugging Face directory: convert it first"
-                if (checkpoint / "config.json").is_file()
-                else ", nor is it a Hugging Face directory, with a config.json"
+    if iteration is None and is_iteration(checkpoint):
+        return [checkpoint]
+    found = iterations(checkpoint)
+    if iteration is not None:
+        if iteration not in found:
+            names = ", ".join(path.name for path in found.values()) or "none"
+            raise ValueError(
+                f"checkpoint {checkpoint} has no {iteration_name(iteration)}; it has {names}"
             )
-            raise ValueError(f"no checkpoint at {checkpoint}: it has no {TRACKER}{way_out}")
-    directory = checkpoint / iteration_name(iteration)
-    if not directory.is_dir():
-        found = sorted(path.name for path in checkpoint.glob("iter_*") if path.is_dir())
-        raise ValueError(
-            f"checkpoint {checkpoint} has no {directory.name}; it has {', '.join(found) or 'none'}"
+        return [found[iteration]]
+    try:
+        newest = latest_iteration(checkpoint)
+    except ValueError as error:
+        if not found:
+            raise
+        logger.warning("%s; going by the directories that are there", error)
+        newest = None
+    if not found:
+        way_out = (
+            f"; {TRACKER} names {iteration_name(newest)}, which is missing"
+            if newest is not None
+            else f": it has no {TRACKER}; it is a Hugging Face directory: convert it first"
+            if (checkpoint / "config.json").is_file()
+            else f": it has no {TRACKER}, nor is it a Hugging Face directory, with a config.json"
         )
-    return directory
+        raise ValueError(f"no checkpoint at {checkpoint}{way_out}")
+    if newest is not None and newest not in found:
+        logger.warning(
+            "%s names %s, which is missing", checkpoint / TRACKER, iteration_name(newest)
+        )
+    named = [path for number, path in found.items() if newest is None or number <= newest]
+    return named + [path for path in found.values() if path not in named]
+
+
+def find_iteration(
+    checkpoint: Path | str, iteration: int | None = None, *, contents: bool = False
+) -> Path:
+    """Directory of one iteration of a checkpoint: the newest whole one.
+
+    A damaged one is skipped with a warning, unless it was asked for by name or number.
+
+    Args:
+        checkpoint: the checkpoint's directory, or directly one iteration's.
+        iteration: which one; by default the newest whole one.
+        contents: compare the checksums of all files; without, of the small ones only, and the
+            sizes of those that hold tensors.
+
+    Raises:
+        ValueError: there is none, or not this one; those that exist are named.
+        DamagedError: the one asked for is damaged, or all are; each is named with its damage.
+    """
+    damage = []
+    tried = candidates(checkpoint, iteration)
+    for directory in tried:
+        try:
+            check_whole(directory, contents=contents)
+        except DamagedError as error:
+            if iteration is not None or directory == Path(checkpoint):
+                raise
+            damage.append(str(error))
+            if directory != tried[-1]:
+                logger.warning("skipping %s: %s", directory.name, error)
+        else:
+            return directory
+    raise none_whole(checkpoint, damage)
+
+
+def none_whole(checkpoint: Path | str, damage: Sequence[str]) -> DamagedError:
+    """What to raise where every iteration is damaged; ``damage`` says how, one text each."""
+    return DamagedError(
+        f"no whole checkpoint in {checkpoint}; tried, newest first: {'; '.join(damage)}; copy one "
+        f"there again, or start from another with --load"
+    )
+
+
+def check_whole(directory: Path, *, contents: bool = True) -> None:
+    """Hold one iteration to its list of checksums.
+
+    Args:
+        directory: one iteration's.
+        contents: read all files; without, all but those that hold tensors, of which the size must
+            do.
+
+    Raises:
+        DamagedError: a file is missing or not what was written.
+        ValueError: it is of a newer format.
+    """
+    sums = checksums(directory)
+    if sums is None:
+        return
+    integrity.verify(directory, contents=contents)
+    if not contents:
+        integrity.verify(directory, [name for name in sums if not name.endswith(".distcp")])
+
+
+def checksums(directory: Path) -> dict[str, FileSum] | None:
+    """The sums of an iteration's files by name; None where an older megashear wrote none.
+
+    Raises:
+        DamagedError: there should be a list, and it is missing or damaged.
+    """
+    if not (directory / integrity.CHECKSUMS).exists() and _format(directory) == FIRST_FORMAT:
+        logger.warning("%s has no checksums, for an older megashear wrote it", directory)
+        return None
+    sums = integrity.read(directory)
+    if DESCRIPTION not in sums:
+        raise DamagedError(f"{directory} has no {DESCRIPTION}: not written by megashear")
+    return sums
+
+
+def is_iteration(directory: Path) -> bool:
+    """Whether a directory is one iteration's, and not a checkpoint's of several."""
+    return (
+        (directory / DESCRIPTION).is_file()
+        or (directory / integrity.CHECKSUMS).is_file()
+        or _ITERATION.fullmatch(directory.name) is not None
+    )
 
 
 def latest_iteration(checkpoint: Path) -> int | None:
@@ -86,44 +214,76 @@ def latest_iteration(checkpoint: Path) -> int | None:
     tracker = checkpoint / TRACKER
     if not tracker.is_file():
         return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    if not re.fullmatch(r"\d+", text):
+    text = tracker.read_bytes().decode("utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[0-9]+", text):
         raise ValueError(f"{tracker} holds {text!r}, wanted the number of an iteration")
     return int(text)
 
 
 def write_description(directory: Path, description: Description) -> None:
-    """Write ``directory/megashear.json``."""
+    """Write ``directory/megashear.json``, in one step.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     values = {"format": FORMAT, **dataclasses.asdict(description)}
-    text = json.dumps(values, indent=2) + "\n"
-    aside = directory / f".{DESCRIPTION}.partial"
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, directory / DESCRIPTION)  # one step: a reader sees the old or the new
+    integrity.replace(directory / DESCRIPTION, json.dumps(values, indent=2) + "\n")
+
+
+def add_details(directory: Path, details: Mapping[str, Any]) -> None:
+    """Add plain values to an iteration that is visible already, in one step; only once.
+
+    Raises:
+        DamagedError: its list of checksums is not whole.
+        OSError: they cannot be written.
+    """
+    integrity.add(directory, EVALUATION, json.dumps(dict(details), indent=2) + "\n")
 
 
 def read_description(directory: Path) -> Description:
-    """Read ``directory/megashear.json``.
+    """Read ``directory/megashear.json``, and what was added to its details later.
 
     Raises:
-        ValueError: missing, broken, of a newer format, or not of a model megashear knows.
+        DamagedError: missing or broken.
+        ValueError: of a newer format, or not of a model megashear knows.
     """
     path = directory / DESCRIPTION
-    if not path.is_file():
-        raise ValueError(
-            f"{directory} has no {DESCRIPTION}: not written by megashear, or not to the end"
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found = values.pop("format")
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"{path} is broken: no JSON object with a format in it") from None
-    if found != FORMAT:
+    found, values = _format(directory), _values(path)
+    if found not in (FIRST_FORMAT, FORMAT):
         raise ValueError(
             f"{path} is of format {found}, this megashear reads {FORMAT}; use the megashear that "
             f"wrote it"
         )
+    del values["format"]
+    later = directory / EVALUATION
+    # what is not listed was cut short
+    if later.is_file() and later.name in integrity.read(directory):
+        values["details"] |= _values(later)
     try:
         values["shape"] = ModelShape(**values["shape"])
         return Description(**values)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is broken: {error}") from None
+        raise DamagedError(f"{path} is broken: {error}") from None
+
+
+def _format(directory: Path) -> Any:
+    """What megashear.json says its format is."""
+    path = directory / DESCRIPTION
+    try:
+        return _values(path)["format"]
+    except KeyError:
+        raise DamagedError(f"{path} is broken: no JSON object with a format in it") from None
+
+
+def _values(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DamagedError(
+            f"{path.parent} has no {path.name}: not written by megashear, or not to the end"
+        )
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise DamagedError(f"{path} is broken: no JSON object with a format in it")
+    return values

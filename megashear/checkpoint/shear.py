@@ -7,7 +7,7 @@ from typing import Any
 
 from megashear.checkpoint.aside import check_absent
 from megashear.checkpoint.cut import cut, rounding_changes
-from megashear.checkpoint.description import Description
+from megashear.checkpoint.description import Description, find_iteration
 from megashear.checkpoint.store import read_log_alpha
 from megashear.checkpoint.weights import CheckpointWeights, write_weights
 from megashear.masks.mask_set import exact_gates, expected_gates, target_units
@@ -34,7 +34,7 @@ def cut_checkpoint(
             keeps another number of units than the target.
     """
     check_absent(output)
-    weights = CheckpointWeights(load)
+    weights = CheckpointWeights(find_iteration(load, contents=True))
     log_alpha = read_log_alpha(weights.directory)
     details = weights.description.details
     source, target = weights.shape, ModelShape(**details["target_shape"])

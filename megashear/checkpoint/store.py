@@ -1,4 +1,4 @@
-"""Save and load a run, at any layout: weights, optimizer, masks, and where the data stands."""
+"""What a run keeps in tensors, saved and loaded at any layout: weights, optimizer, masks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import logging
 import operator
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +19,22 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megashear.checkpoint import tokenizer_files
+from megashear.checkpoint import integrity
 from megashear.checkpoint.description import (
-    TOKENIZER,
-    TRACKER,
     Description,
+    add_details,
+    candidates,
+    check_whole,
+    checksums,
     find_iteration,
-    iteration_name,
-    latest_iteration,
+    iterations,
+    none_whole,
     read_description,
-    write_description,
 )
+from megashear.checkpoint.integrity import DamagedError, FileSum
 from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
+from megashear.checkpoint.saver import Saver
 from megashear.checkpoint.weights import without_extra_state
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import MaskPart, MaskSet, by_layer
@@ -42,9 +43,10 @@ from megashear.models import layout
 from megashear.models.binding import SPLIT_OVER_TENSOR
 from megashear.models.llama import unwrap
 from megashear.parallel import device
-from megashear.parallel.agree import raise_together
+from megashear.parallel.agree import broadcast_object, gather_objects, raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import process_group
+from megashear.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,37 @@ class MaskState:
         return found
 
 
+def run_state(
+    description: Description,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    groups: ParallelGroups,
+    *,
+    masks: MaskState | None = None,
+) -> dict[str, Any]:
+    """This rank's share of everything that a checkpoint of a run has in tensors.
+
+    Args:
+        description: of what is saved.
+        chunks: this rank's model chunks.
+        optimizer: of the weights.
+        groups: where this rank stands.
+        masks: of a pruning run.
+
+    Returns:
+        A sharded state dict for `Saver.save`.
+    """
+    model = _model_entries(chunks)
+    state: dict[str, Any] = dict(model)
+    state["optimizer"] = optimizer.sharded_state_dict(model, metadata=_metadata())
+    if masks is not None:
+        state["masks"] = _mask_entries(masks, groups)
+    else:  # without its masks a pruning run's model is none that Megatron-LM should load
+        state |= common_state(description.shape, description.iteration)
+    _without_padding(state, unwrap(chunks[0]).num_tokens)
+    return state
+
+
 def save_run(
     root: Path | str,
     description: Description,
@@ -90,63 +123,26 @@ def save_run(
     masks: MaskState | None = None,
     tokenizer: Path | str | None = None,
 ) -> Path:
-    """Write one iteration aside, make it visible, then name it the latest.
+    """Write one iteration and wait until it is visible. Collective over the world.
 
-    Collective over the world.
-
-    Args:
-        root: the run's checkpoint directory; made if needed.
-        description: shape, iteration, stage and plain values.
-        chunks: this rank's model chunks.
-        optimizer: of the weights.
-        groups: where this rank stands.
-        masks: of a pruning run.
-        tokenizer: directory of the tokenizer's files, carried along.
+    Args and errors are those of `run_state` and `Saver.save`.
 
     Returns:
         The iteration's directory.
-
-    Raises:
-        ValueError: on every rank, if the iteration is there already or cannot be written.
     """
-    root = Path(root)
-    final = root / iteration_name(description.iteration)
-    aside = root / f".{final.name}.partial"
-    with raise_together():
-        if groups.rank == 0:
-            _make_way(root, final, description.iteration)
-            # what a killed save left behind is nobody's checkpoint
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-    model = _model_entries(chunks)
-    state: dict[str, Any] = dict(model)
-    state["optimizer"] = optimizer.sharded_state_dict(model, metadata=_metadata())
-    if masks is not None:
-        state["masks"] = _mask_entries(masks, groups)
-    else:  # without its masks a pruning run's model is none that Megatron-LM should load
-        state |= common_state(description.shape, description.iteration)
-    _without_padding(state, unwrap(chunks[0]).num_tokens)
-    dist_checkpointing.save(state, str(aside))
-    with raise_together():
-        if groups.rank == 0:
-            files = tokenizer_files.find(tokenizer)
-            (aside / TOKENIZER).mkdir()
-            tokenizer_files.copy(files, aside / TOKENIZER)
-            write_description(
-                aside,
-                dataclasses.replace(
-                    description,
-                    tokenizer_sha256=tokenizer_files.fingerprint(files),
-                    token_ids=tokenizer_files.token_ids(files) | description.token_ids,
-                ),
-            )
-            aside.rename(final)
-            _name_latest(root, description.iteration)
-    return final
+    state = run_state(description, chunks, optimizer, groups, masks=masks)
+    (saved,) = Saver(root, groups).save(description, state, tokenizer=tokenizer)
+    return saved.directory
+
+
+def checkpoint_bytes(shape: ModelShape, *, bf16: bool) -> int:
+    """About how large a run's checkpoint will be: weights, both moments, and under bfloat16 the
+    float32 masters. Masks are small beside them."""
+    return shape.num_params() * (2 + 3 * 4 if bf16 else 3 * 4)
 
 
 def amend_description(directory: Path, details: Mapping[str, Any], groups: ParallelGroups) -> None:
-    """Add plain values to a saved iteration, in one step. Collective over the world.
+    """Add plain values to a saved iteration, in one step, once. Collective over the world.
 
     Args:
         directory: one iteration's.
@@ -155,9 +151,43 @@ def amend_description(directory: Path, details: Mapping[str, Any], groups: Paral
     """
     with raise_together():
         if groups.rank == 0:
-            description = read_description(directory)
-            merged = description.details | dict(details)
-            write_description(directory, dataclasses.replace(description, details=merged))
+            add_details(directory, details)
+
+
+def agree_on_iteration(
+    checkpoint: Path | str, groups: ParallelGroups, *, contents: bool = True
+) -> Path:
+    """Directory of the newest whole iteration, equal on every rank. Collective over the world.
+
+    Reading is spread over the ranks. A damaged iteration is skipped with a warning, unless
+    ``checkpoint`` is that iteration's own directory.
+
+    Args:
+        checkpoint: the checkpoint's directory, or one iteration's.
+        groups: where this rank stands.
+        contents: compare the checksums of all files, not only their sizes.
+
+    Raises:
+        DamagedError: on every rank: the one asked for is damaged, or all are.
+    """
+    tried: list[Path] = []
+    with raise_together():
+        if groups.rank == 0:
+            tried = candidates(checkpoint)
+    tried = broadcast_object(tried, 0)
+    damage: list[str] = []
+    for directory in tried:
+        if contents and groups.rank == 0:
+            logger.info("comparing %s with its checksums", directory)
+        found = _damage(directory, groups, contents=contents)
+        if found is None:
+            return directory
+        if directory == Path(checkpoint):
+            raise DamagedError(found)
+        damage.append(found)
+        if groups.rank == 0 and directory != tried[-1]:
+            logger.warning("skipping %s: %s", directory.name, found)
+    raise none_whole(checkpoint, damage)
 
 
 def load_weights(checkpoint: Path | str, chunks: Sequence[torch.nn.Module]) -> None:
@@ -168,8 +198,8 @@ def load_weights(checkpoint: Path | str, chunks: Sequence[torch.nn.Module]) -> N
     Raises:
         ValueError: on every rank, if the checkpoint is damaged, or could run code.
     """
-    directory = find_iteration(checkpoint)
     with raise_together():
+        directory = find_iteration(checkpoint)
         check_pickles(directory)
     _fill(chunks, _read(_model_entries(chunks), directory, unwrap(chunks[0]).num_tokens))
 
@@ -193,8 +223,8 @@ def load_run(
         ValueError: on every rank, if the checkpoint is damaged, could run code, or is of other
             masks.
     """
-    directory = find_iteration(checkpoint)
     with raise_together():
+        directory = find_iteration(checkpoint)
         check_pickles(directory)
         description = read_description(directory)
     model = _model_entries(chunks)
@@ -246,16 +276,41 @@ def check_save_directory(save: str | None, load: str | None, *, resume: bool) ->
     Raises:
         ValueError: ``save`` holds checkpoints and the run does not go on from them.
     """
-    if save is None or resume:
+    if save is None or resume or not Path(save).is_dir():
         return
     if load is not None and Path(save).resolve() == Path(load).resolve():
         return
-    newest = latest_iteration(Path(save)) if Path(save).is_dir() else None
-    if newest is not None:
+    found = iterations(Path(save))
+    if found:
         raise ValueError(
-            f"--save {save} holds a run at step {newest}; add --resume to go on with it, or choose "
-            f"another directory"
+            f"--save {save} holds a run at step {max(found)}; add --resume to go on with it, or "
+            f"choose another directory"
         )
+
+
+def _damage(directory: Path, groups: ParallelGroups, *, contents: bool) -> str | None:
+    """The first damage that any rank finds in its share of the files; None where all are whole."""
+    found = None
+    try:
+        check_whole(directory, contents=False)
+        sums = checksums(directory)
+        if contents and sums is not None:
+            integrity.verify(directory, _share(sums, groups.rank, groups.world_size))
+    except DamagedError as error:
+        found = str(error)
+    return next((text for text in gather_objects(found) if text is not None), None)
+
+
+def _share(sums: Mapping[str, FileSum], rank: int, world_size: int) -> list[str]:
+    """Files that one rank reads: the largest first, each to the rank with least to read so far."""
+    loads = [0] * world_size
+    share = []
+    for name in sorted(sums, key=lambda name: (-sums[name].size, name)):
+        reader = loads.index(min(loads))
+        loads[reader] += sums[name].size + 1  # empty files take their turn as well
+        if reader == rank:
+            share.append(name)
+    return share
 
 
 def _read(state: dict[str, Any], directory: Path, num_tokens: int) -> dict[str, Any]:
@@ -379,23 +434,3 @@ def _fill_masks(state: MaskState, loaded: dict[str, Tensor]) -> None:
                 else:
                     pieces = [loaded[f"{key}.{layer}"] for layer in part.layers]
                     tensor.copy_(torch.stack(pieces).view_as(tensor))
-
-
-def _make_way(root: Path, final: Path, iteration: int) -> None:
-    if not final.exists():
-        return
-    newest = latest_iteration(root)
-    if newest is None or newest >= iteration:
-        raise ValueError(f"{final} exists; choose another --save, or remove it if it is not needed")
-    # A save that was killed before it was named: the run went on from an older one and is here
-    # again. It stays beside, for nothing is overwritten.
-    beside = root / f".{final.name}.unnamed"
-    shutil.rmtree(beside, ignore_errors=True)
-    final.rename(beside)
-    logger.warning("%s was never named the latest; it is %s now", final, beside.name)
-
-
-def _name_latest(root: Path, iteration: int) -> None:
-    aside = root / f".{TRACKER}.partial"
-    aside.write_text(str(iteration), encoding="utf-8")
-    os.replace(aside, root / TRACKER)

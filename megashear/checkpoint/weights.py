@@ -117,7 +117,7 @@ def write_weights(
         tokenizer_files.copy(files, directory / TOKENIZER)
         write_description(directory, _with_tokenizer(description, files))
         integrity.write(directory, model.writer.sums)
-        (aside / TRACKER).write_text(str(description.iteration), encoding="utf-8")
+        integrity.replace(aside / TRACKER, str(description.iteration))
         if finish is not None:
             finish(aside)
     return num_bytes

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from megashear.checkpoint.integrity import SaveError
 from megashear.monitor.console import configure_logging
 
 Main = Callable[[Sequence[str]], int]
@@ -15,6 +16,8 @@ Main = Callable[[Sequence[str]], int]
 
 USAGE = 2
 """Exit status where the user can mend the call."""
+CANNOT_SAVE = 3
+"""Exit status where a checkpoint could not be written; the ones before it are whole."""
 
 
 class UsageError(ValueError):
@@ -25,8 +28,9 @@ def user_errors(prog: str) -> Callable[[Main], Main]:
     """Wrap a command so that what a user can mend is one line on stderr, exit status 2.
 
     That is ValueError, FileExistsError and FileNotFoundError; every other exception keeps its
-    traceback. All ranks of a run find the same usage errors, so rank 0 alone prints those; of the
-    others each rank prints its own, for it may be the only one that met it.
+    traceback. A checkpoint that cannot be written is one line too, exit status 3. All ranks of a
+    run find the same usage errors, so rank 0 alone prints those; of the others each rank prints
+    its own, for it may be the only one that met it.
 
     Logging is configured on the way, so that whatever a command calls can speak.
 
@@ -46,6 +50,10 @@ def user_errors(prog: str) -> Callable[[Main], Main]:
             except (ValueError, FileExistsError, FileNotFoundError) as error:
                 where = "" if is_first_rank() else f" on rank {os.environ['RANK']}"
                 print(f"{prog}: error{where}: {error}", file=sys.stderr)
+            except SaveError as error:
+                if is_first_rank():  # all ranks have the same
+                    print(f"{prog}: error: {error}", file=sys.stderr)
+                return CANNOT_SAVE
             return USAGE
 
         return wrapped

@@ -14,8 +14,14 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megashear.checkpoint.description import Description
-from megashear.checkpoint.store import MaskState, amend_description, save_run
+from megashear.checkpoint.description import Description, iteration_name, read_description
+from megashear.checkpoint.saver import Saved, Saver
+from megashear.checkpoint.store import (
+    MaskState,
+    amend_description,
+    checkpoint_bytes,
+    run_state,
+)
 from megashear.config import OptimizerConfig, TrainConfig
 from megashear.data.held_out import HeldOutSet
 from megashear.data.loader import MixtureLoader
@@ -26,7 +32,12 @@ from megashear.monitor import tensorboard as tags
 from megashear.monitor.console import format_evaluation, format_step, progress
 from megashear.monitor.throughput import Throughput
 from megashear.parallel import device
-from megashear.parallel.agree import assert_replicated, flat_all_reduce, raise_together
+from megashear.parallel.agree import (
+    assert_replicated,
+    flat_all_reduce,
+    gather_objects,
+    raise_together,
+)
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train.evaluate import STANDARD_ERROR, DomainLosses, evaluate_domains
@@ -39,6 +50,9 @@ logger = logging.getLogger(__name__)
 
 EVALUATION = "evaluation"
 """Name of the time that evaluations within the run take."""
+
+HELD_OUT_LOSS = "held_out_loss"
+"""What a finished run adds to the details of its last checkpoint: losses by mode and domain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +92,10 @@ class Trainer:
     """Special tokens as the source's config.json has them."""
     tokenizer: Path
     """Directory of the tokenizer's files, which every checkpoint carries."""
+    source: Path | None = None
+    """Iteration that the run starts from, or goes on from."""
+    bf16: bool = False
+    """Whether checkpoints have float32 masters too."""
 
     def run(self, first_step: int) -> dict[str, Any]:
         """Train from ``first_step`` (steps done) to the end.
@@ -87,14 +105,16 @@ class Trainer:
 
         Raises:
             RuntimeError: on every rank, when a gradient is not finite or copies drift apart.
+            SaveError: on every rank, when a checkpoint cannot be written.
         """
         train, last = self.train, self.train.train_iters
+        saver = self._saver()
+        if saver is not None and first_step < last:
+            saver.check(checkpoint_bytes(self.shape, bf16=self.bf16))
         # steps done are the x axis: this process writes from the next one on
         directory = train.tensorboard_dir if self.groups.rank == 0 else None
         with raise_together():
-            sink = tags.TensorBoardSink(
-                directory, purge_step=first_step + 1 if first_step else None
-            )
+            sink = tags.TensorBoardSink(directory, purge_step=first_step + 1)
         meter = Throughput(num_devices=self.groups.world_size)
         window: list[SequenceLosses] = []
         saved: Path | None = None
@@ -122,9 +142,11 @@ class Trainer:
                     sink.scalars(step, {tags.EVALUATION_SHARE: meter.share(EVALUATION)})
                 stop = bool(train.exit_interval) and step % train.exit_interval == 0
                 due = bool(train.save_interval) and step % train.save_interval == 0
-                if train.save is not None and step < last and (due or stop):
+                if saver is not None:
+                    self._report(saver.poll(), sink)
+                if saver is not None and step < last and (due or stop):
                     with meter.pause("checkpoint"):
-                        saved = self.save(step)
+                        saved = self.save(step, saver, sink, wait=stop)
                 if stop:
                     logger.info("step %d: stopping as --exit-interval asks", step)
                     break
@@ -132,12 +154,13 @@ class Trainer:
         share = meter.share(EVALUATION)
         if step == last:
             # before the long evaluation, which a time limit may cut off
-            if train.save is not None and first_step < last:
-                saved = self.save(step)
+            if saver is not None and first_step < last:
+                saved = self.save(step, saver, sink, wait=True)
+            elif self._is_ours(self.source):
+                saved = self.source  # killed before the evaluation that comes now
             found = self.evaluate(step, sink, whole=True)
             if saved is not None:
-                by_mode = {mode: domains.losses for mode, domains in found.items()}
-                amend_description(saved, {"held_out_loss": by_mode}, self.groups)
+                self._amend(saved, found)
         sink.close()
         return {
             "step": step,
@@ -210,9 +233,20 @@ class Trainer:
             logger.info("%s%s", line, what)
         return found
 
-    def save(self, step: int) -> Path:
-        """Write a checkpoint of ``step`` steps done."""
-        assert self.train.save is not None
+    def save(
+        self, step: int, saver: Saver, sink: tags.TensorBoardSink, *, wait: bool = False
+    ) -> Path:
+        """Save a checkpoint of ``step`` steps done.
+
+        Args:
+            step: steps done.
+            saver: writes it.
+            sink: where its times go.
+            wait: until it is visible, even with --async-save.
+
+        Returns:
+            Where it lies, or will.
+        """
         details = self.details | {
             "scheduler": self.schedule.state_dict(),
             "loader": self.data.loader.state_dict(),
@@ -227,23 +261,58 @@ class Trainer:
             details["mask_extents"] = {
                 kind: list(part.extents) for kind, part in masks.masks.parts.items()
             }
-        path = save_run(
-            self.train.save,
-            Description(
-                shape=self.shape,
-                iteration=step,
-                stage=self.objective.stage,
-                token_ids=self.token_ids,
-                details=details,
-            ),
-            self.chunks,
-            self.optimizer,
-            self.groups,
-            masks=masks,
-            tokenizer=self.tokenizer,
+        description = Description(
+            shape=self.shape,
+            iteration=step,
+            stage=self.objective.stage,
+            token_ids=self.token_ids,
+            details=details,
         )
-        logger.info("step %d: saved %s", step, path)
-        return path
+        state = run_state(description, self.chunks, self.optimizer, self.groups, masks=masks)
+        self._report(saver.save(description, state, tokenizer=self.tokenizer), sink)
+        if wait:
+            self._report(saver.wait(), sink)
+        return saver.root / iteration_name(step)
+
+    def _saver(self) -> Saver | None:
+        if self.train.save is None:
+            return None
+        return Saver(
+            self.train.save,
+            self.groups,
+            background=self.train.async_save,
+            keep=self.train.keep,
+            protected=self.source,
+        )
+
+    def _report(self, finished: Sequence[Saved], sink: tags.TensorBoardSink) -> None:
+        for saved in finished:
+            sink.scalars(
+                saved.iteration,
+                {tags.SAVE_SECONDS: saved.seconds, tags.SAVE_STALL_SECONDS: saved.stall_seconds},
+            )
+            logger.info(
+                "step %d: saved %s, %.3f GB in %.1f s, training stood still for %.1f s",
+                *(saved.iteration, saved.directory, saved.num_bytes / 1e9),
+                *(saved.seconds, saved.stall_seconds),
+            )
+
+    def _is_ours(self, checkpoint: Path | None) -> bool:
+        """Whether it is one of --save."""
+        save = self.train.save
+        return (
+            save is not None
+            and checkpoint is not None
+            and checkpoint.resolve().parent == Path(save).resolve()
+        )
+
+    def _amend(self, saved: Path, found: dict[str, DomainLosses]) -> None:
+        """Add the last losses to the last checkpoint, unless a run has done so before."""
+        by_mode = {mode: domains.losses for mode, domains in found.items()}
+        with raise_together():
+            done = HELD_OUT_LOSS in read_description(saved).details
+        if not any(gather_objects(done)):
+            amend_description(saved, {HELD_OUT_LOSS: by_mode}, self.groups)
 
     def _evaluates_after(self, step: int) -> bool:
         return bool(self.train.eval_interval) and step % self.train.eval_interval == 0

@@ -16,10 +16,11 @@ from megashear.checkpoint.description import (
     TOKENIZER,
     Description,
     find_iteration,
+    holds_iterations,
     read_description,
 )
 from megashear.checkpoint.sharded_hf import describe, load_hf
-from megashear.checkpoint.store import load_run, load_weights
+from megashear.checkpoint.store import agree_on_iteration, load_run, load_weights
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import EvaluateRun, PretrainRun, PruneRun
 from megashear.data.loader import MixtureLoader
@@ -27,7 +28,7 @@ from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.reference_loss import MEASURED
 from megashear.masks.mask_set import exact_gates
 from megashear.models.llama import build_chunks, build_llama, check_layout
-from megashear.parallel.agree import check_same
+from megashear.parallel.agree import check_same, raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.shape import ModelShape
@@ -47,7 +48,6 @@ from megashear.train.optim import apply_flags, build_optimizer, build_schedule
 from megashear.train.seam import (
     check_seam,
     check_then,
-    holds_checkpoint,
     losses_at_seam,
     resuming,
 )
@@ -58,6 +58,7 @@ from megashear.train.start import (
     check_target_layout,
     find_start,
     read_shape,
+    settle,
     target_shape,
 )
 
@@ -81,7 +82,7 @@ def prune(config: PruneRun, then: PretrainRun | None = None) -> dict[str, Any]:
     train = config.train
     if then is not None:
         check_then(config, then)
-        if train.resume and holds_checkpoint(then.train.save):
+        if train.resume and holds_iterations(then.train.save):
             logger.info("pruning is done: going on with continued pretraining")
             return pretrain(dataclasses.replace(then, train=resuming(then.train)))
     start = find_start(
@@ -95,7 +96,13 @@ def prune(config: PruneRun, then: PretrainRun | None = None) -> dict[str, Any]:
     check_masks(config.masks, train, start, target)
     check_target_layout(target, start.shape, config, then)
     behind = None if then is None else _Behind.check(then, start, target)
+
+    def check(older: Start) -> None:
+        check_inputs(config, older)
+        check_masks(config.masks, train, older, target)
+
     with distributed(config.parallel, config.model) as groups:
+        start = settle(start, train, groups, stage=StructuredPruning.stage, check=check)
         trainer = _pruning_trainer(config, start, target, inputs, groups)
         reached = trainer.run(start.first_step)
         if behind is None or reached["step"] < train.train_iters:
@@ -222,6 +229,13 @@ def pretrain(config: PretrainRun) -> dict[str, Any]:
     )
     inputs = check_inputs(config, start)
     with distributed(config.parallel, config.model) as groups:
+        start = settle(
+            start,
+            config.train,
+            groups,
+            stage=LanguageModelling.stage,
+            check=lambda older: check_inputs(config, older),
+        )
         chunks = build_llama(
             start.shape,
             groups,
@@ -265,6 +279,13 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
     check_sequence(config.parallel, seq_length)
     held_out = held_out_sets(manifest, seq_length)
     with distributed(config.parallel, config.model) as groups:
+        if config.load is not None:
+            whole = agree_on_iteration(config.load, groups, contents=config.verify_checkpoint)
+            with raise_together():
+                if whole != directory:  # which is damaged
+                    directory, description = whole, read_description(whole)
+                    check_no_masks(directory, description)
+                    CheckpointWeights(directory)
         chunks = build_chunks(
             description.shape,
             groups,
@@ -400,6 +421,8 @@ def _trainer(
         details=details | {"run": dataclasses.asdict(config)},
         token_ids=start.description.token_ids if start.description else {},
         tokenizer=_tokenizer(start, manifest),
+        source=start.checkpoint,
+        bf16=config.model.bf16,
     )
 
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from megashear.checkpoint.description import latest_iteration
+from megashear.checkpoint.description import holds_iterations
 from megashear.config import PretrainRun, PruneRun, TrainConfig
 from megashear.data.held_out import HeldOutSet
 from megashear.parallel.groups import ParallelGroups
@@ -63,16 +63,11 @@ def check_then(config: PruneRun, then: PretrainRun) -> None:
         raise ValueError(
             f"{where}: save is {then.train.save}, the directory of pruning; choose another"
         )
-    if not config.train.resume and holds_checkpoint(then.train.save):
+    if not config.train.resume and holds_iterations(then.train.save):
         raise ValueError(
             f"{where}: save {then.train.save} holds a run already; add --resume to go on with it, "
             f"or choose another directory"
         )
-
-
-def holds_checkpoint(save: str | None) -> bool:
-    """Whether a run has saved there."""
-    return save is not None and Path(save).is_dir() and latest_iteration(Path(save)) is not None
 
 
 def resuming(train: TrainConfig) -> TrainConfig:

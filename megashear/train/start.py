@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ from megashear.checkpoint.description import (
     TOKENIZER,
     Description,
     find_iteration,
-    latest_iteration,
+    holds_iterations,
     read_description,
 )
-from megashear.checkpoint.store import check_save_directory
+from megashear.checkpoint.saver import name_latest
+from megashear.checkpoint.store import agree_on_iteration, check_save_directory
 from megashear.config import MaskConfig, PretrainRun, PruneRun, TrainConfig
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import target_units, whole_parts
 from megashear.masks.targets import EXTENTS, target_flag
+from megashear.parallel.agree import raise_together
+from megashear.parallel.groups import ParallelGroups
 from megashear.shape import PRESETS, ModelShape
 from megashear.train.objectives import StructuredPruning, check_streams
 
@@ -37,6 +41,10 @@ class Start:
     """Whether optimizer, masks, data and step come from the checkpoint too."""
     hf: Path | None = None
     """Hugging Face directory to take the weights from."""
+    source: str | None = None
+    """What named the checkpoint: --load, or --save of a run that is resumed."""
+    resumed: bool = False
+    """Whether that was --save."""
 
     @property
     def first_step(self) -> int:
@@ -67,12 +75,7 @@ def find_start(
     """
     check_save_directory(train.save, train.load, resume=train.resume)
     source = train.load
-    resumed = (
-        train.resume
-        and train.save is not None
-        and Path(train.save).is_dir()
-        and latest_iteration(Path(train.save)) is not None
-    )
+    resumed = train.resume and holds_iterations(train.save)
     if resumed:
         source = train.save
     named = train.load is not None or train.load_hf is not None
@@ -82,20 +85,69 @@ def find_start(
             f"{flag} {train.load or train.load_hf} and --init-shape exclude each other; a model "
             f"that is there has its own shape"
         )
-    if source is None and train.load_hf is not None:
+    if source is not None:
+        start = _start_at(find_iteration(source), source, resumed, train, stage)
+    elif train.load_hf is not None:
         description = sharded_hf.describe(train.load_hf)
-        return Start(
+        start = Start(
             shape=description.shape,
             checkpoint=None,
             description=description,
             continues=False,
             hf=Path(train.load_hf),
         )
-    if source is None:
-        if fresh is None:
-            raise ValueError(without)
-        return Start(shape=fresh, checkpoint=None, description=None, continues=False)
-    directory = find_iteration(source)
+    elif fresh is not None:
+        start = Start(shape=fresh, checkpoint=None, description=None, continues=False)
+    else:
+        raise ValueError(without)
+    _check_events(train, start)
+    return start
+
+
+def settle(
+    start: Start,
+    train: TrainConfig,
+    groups: ParallelGroups,
+    *,
+    stage: str,
+    check: Callable[[Start], object],
+) -> Start:
+    """Where the run begins, once all ranks have held the checkpoint to its checksums together.
+
+    An older iteration is taken where the newest is damaged, and the run that is resumed names it
+    as its latest. Collective over the world.
+
+    Args:
+        start: by `find_start`, which looked at small files only.
+        train: the flags.
+        groups: where this rank stands.
+        stage: as for `find_start`.
+        check: what to hold another beginning to; what it returns is not used.
+
+    Raises:
+        ValueError: on every rank: nothing whole is there, or it is one that this run cannot go on
+            from.
+    """
+    if start.source is None:
+        return start
+    directory = agree_on_iteration(start.source, groups, contents=train.verify_checkpoint)
+    with raise_together():
+        if directory != start.checkpoint:
+            older = _start_at(directory, start.source, start.resumed, train, stage)
+            if older.shape != start.shape:
+                raise ValueError(
+                    f"{directory}, the newest whole checkpoint in {start.source}, is of another "
+                    f"model than {start.checkpoint}, which is damaged; name one with --load"
+                )
+            check(older)
+            start = older
+        if start.resumed and groups.rank == 0:
+            assert start.description is not None
+            name_latest(Path(start.source or ""), start.description.iteration)
+    return start
+
+
+def _start_at(directory: Path, source: str, resumed: bool, train: TrainConfig, stage: str) -> Start:
     description = read_description(directory)
     if resumed and description.stage != stage:
         raise ValueError(
@@ -111,8 +163,24 @@ def find_start(
             f"{train.train_iters}; raise it, or add --finetune to start again from its weights"
         )
     return Start(
-        shape=description.shape, checkpoint=directory, description=description, continues=continues
+        shape=description.shape,
+        checkpoint=directory,
+        description=description,
+        continues=continues,
+        source=source,
+        resumed=resumed,
     )
+
+
+def _check_events(train: TrainConfig, start: Start) -> None:
+    """Refuse to draw a new run over another's curves."""
+    if train.tensorboard_dir is None or train.resume or start.continues:
+        return
+    if any(Path(train.tensorboard_dir).glob("events.out.tfevents.*")):
+        raise ValueError(
+            f"--tensorboard-dir {train.tensorboard_dir} has another run's curves in it; choose "
+            f"another directory, or remove it if they are not needed"
+        )
 
 
 def target_shape(masks: MaskConfig, source: ModelShape) -> ModelShape:

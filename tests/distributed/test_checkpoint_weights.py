@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megashear.checkpoint import integrity
 from megashear.checkpoint.description import Description, write_description
 from megashear.checkpoint.weights import CheckpointWeights, without_extra_state, write_weights
 from tests.ranks import run_ranks
@@ -40,6 +41,7 @@ def test_checkpoints_of_megatron_core_are_read(
     source = tmp_path / "ours" / "iter_0000005"
     run_ranks(tp * pp, lambda rank: resave(source, output, tp, pp, byte_entries))
     write_description(output, DESCRIPTION)
+    integrity.write(output)
     read = CheckpointWeights(output)
     assert list(read) == list(weights)
     for name, weight in weights.items():

@@ -17,7 +17,7 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megashear.checkpoint import store
+from megashear.checkpoint import integrity, store
 from megashear.checkpoint.description import read_description
 from megashear.config import (
     DataConfig,
@@ -189,6 +189,7 @@ def in_description(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], 
         values = json.loads(path.read_text())
         change(values["details"])
         path.write_text(json.dumps(values))
+        integrity.write(path.parent)
 
     return edit
 

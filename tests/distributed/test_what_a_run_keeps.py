@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megashear.checkpoint import integrity
 from megashear.checkpoint.description import (
     TOKENIZER,
     find_iteration,
@@ -42,6 +43,14 @@ def test_the_last_step_is_saved_before_the_long_evaluation(text: TextRun, tmp_pa
     description = read_description(find_iteration(tmp_path / "saved"))
     assert description.iteration == WHOLE
     assert "held_out_loss" not in description.details
+    # and the next start, of the same command line, adds it, once
+    again = configuration(text, "prune", layout(), tmp_path, resume=True)
+    start(again, 1)
+    losses = read_description(find_iteration(tmp_path / "saved")).details["held_out_loss"]
+    assert losses.keys() == {"expected", "exact"}
+    start(again, 1)
+    description = read_description(find_iteration(tmp_path / "saved", contents=True))
+    assert description.details["held_out_loss"] == losses
 
 
 def test_a_run_carries_the_models_own_tokenizer_and_token_ids(
@@ -53,6 +62,7 @@ def test_a_run_carries_the_models_own_tokenizer_and_token_ids(
     # as a chat model's config.json has it, and no tokenizer file could tell
     ids = read_description(before).token_ids | {"eos_token_id": [2, 7]}
     write_description(before, replace(read_description(before), token_ids=ids))
+    integrity.write(before)
     start(configuration(model, "pretrain", layout(), tmp_path), 1)
     after = find_iteration(tmp_path / "saved")
     source, trained = read_description(before), read_description(after)

@@ -527,5 +527,5 @@ def test_a_checkpoint_cut_short_ends_every_process(text: TextRun, tmp_path: Path
     )
     assert result.returncode != 0
     assert "damaged/iter_0000000 is incomplete: " in result.stderr
-    assert "copy it again" in result.stderr
+    assert "copy one there again" in result.stderr
     assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from megashear.checkpoint import integrity
 from megashear.checkpoint.description import Description
 from megashear.checkpoint.weights import write_weights
 from megashear.shape import ModelShape
@@ -39,6 +40,8 @@ def harmed(
     def copy(harm: Callable[[Path], object]) -> Path:
         shutil.copytree(checkpoints["grouped"][0], tmp_path / "copy")
         harm(tmp_path / "copy" / "iter_0000120")
+        # whoever means harm lists it as well
+        integrity.write(tmp_path / "copy" / "iter_0000120")
         return tmp_path / "copy"
 
     return copy

@@ -1,0 +1,359 @@
+"""Save a run's iterations: written aside, checksummed, synced, then made visible in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megashear.checkpoint import integrity, tokenizer_files
+from megashear.checkpoint.description import (
+    DESCRIPTION,
+    TOKENIZER,
+    TRACKER,
+    Description,
+    iteration_name,
+    iterations,
+    latest_iteration,
+    write_description,
+)
+from megashear.checkpoint.integrity import SaveError
+from megashear.checkpoint.writer import ShardedWrite, Task
+from megashear.parallel.agree import broadcast_object, flat_all_reduce, gather_objects
+from megashear.parallel.groups import ParallelGroups
+
+logger = logging.getLogger(__name__)
+
+SPARE_BYTES = 64 * 2**20
+"""Free space to leave beside the tensors: their index, the tokenizer, what else a run writes."""
+_LONGEST_PAUSE_S = 0.5
+"""Seconds between looks at a save that all ranks wait for; short beside any large one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint that is visible now."""
+
+    directory: Path
+    iteration: int
+    num_bytes: int
+    """Of all tensors in it."""
+    stall_seconds: float
+    """How long the loop stood still for it, on this rank."""
+    seconds: float
+    """From its beginning until it was visible."""
+
+
+class Saver:
+    """Saves a run's iterations into one directory, one at a time.
+
+    Every rank makes one and calls the same methods in the same order; all are collective over the
+    world.
+
+    Args:
+        root: the run's checkpoint directory.
+        groups: where this rank stands.
+        background: let `save` return once everything is copied to host memory; the rest is done
+            by threads, and `poll` or `wait` tells when the checkpoint is visible.
+        keep: newest iterations to keep; older ones are deleted once a new one is visible. 0 keeps
+            all.
+        protected: an iteration that is never deleted: the one that the run started from.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        groups: ParallelGroups,
+        *,
+        background: bool = False,
+        keep: int = 0,
+        protected: Path | None = None,
+    ) -> None:
+        self.root, self._groups = Path(root), groups
+        self._background, self._keep, self._protected = background, keep, protected
+        self._pending: _Pending | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save has begun and is not visible yet; equal on all ranks."""
+        return self._pending is not None
+
+    def check(self, needed: int) -> None:
+        """Refuse a directory that cannot take even one checkpoint.
+
+        Args:
+            needed: bytes of one.
+
+        Raises:
+            SaveError: on every rank: it cannot be made or written, or its disk has less free.
+        """
+        with _fail_together(f"--save {self.root}"):
+            if self._groups.rank == 0:
+                self.root.mkdir(parents=True, exist_ok=True)
+                probe = self.root / f".{uuid.uuid4().hex}.partial"
+                try:
+                    integrity.replace(probe, "can this be written?\n")
+                finally:
+                    probe.unlink(missing_ok=True)
+                _check_space(self.root, needed)
+
+    def save(
+        self,
+        description: Description,
+        state: dict[str, Any],
+        *,
+        tokenizer: Path | str | None = None,
+    ) -> list[Saved]:
+        """Save one iteration.
+
+        Args:
+            description: shape, iteration, stage and plain values.
+            state: sharded state dict, as `dist_checkpointing.save` takes it.
+            tokenizer: directory of the tokenizer's files, carried along.
+
+        Returns:
+            What has become visible: an earlier save that had to be waited for, and, unless in the
+            background, this one.
+
+        Raises:
+            SaveError: on every rank, if it cannot be written; what was saved before is untouched.
+        """
+        start = time.monotonic()
+        finished = []
+        if self._pending is not None:
+            logger.info(
+                "step %d: waiting for the save of step %d, which is still being written",
+                *(description.iteration, self._pending.description.iteration),
+            )
+            finished += self.wait()
+        final = self.root / iteration_name(description.iteration)
+        name = broadcast_object(f".{final.name}.{uuid.uuid4().hex[:8]}.partial", 0)
+        aside = self.root / name
+        with _fail_together(f"{final} cannot be made"):
+            if self._groups.rank == 0:
+                _make_way(self.root, final, description.iteration)
+                _forget_partial(self.root)
+                aside.mkdir(parents=True)
+        write = ShardedWrite(state, aside, keep_copy=self._background)
+        total = sum(gather_objects(write.num_bytes))
+        with _fail_together(f"{final} cannot be written"):
+            if self._groups.rank == 0:
+                _check_space(self.root, total)
+        self._pending = _Pending(
+            description=description,
+            tokenizer=tokenizer_files.find(tokenizer),
+            write=write,
+            final=final,
+            num_bytes=total,
+            start=start,
+            task=Task(write.write),
+        )
+        if not self._background:
+            finished += self.wait()
+        else:
+            self._pending.stall_seconds = time.monotonic() - start
+        return finished
+
+    def poll(self) -> list[Saved]:
+        """See how the save in flight is doing, without waiting for it.
+
+        Returns:
+            It, if it has become visible since; else nothing.
+
+        Raises:
+            SaveError: on every rank, if it could not be written on some.
+        """
+        pending = self._pending
+        if pending is None or not _done_everywhere(pending.task):
+            return []
+        if not pending.committing:
+            # the tracker of a run of many ranks is written by one, when all of them are done
+            written = self._results(pending)
+            if self._groups.rank == 0:
+                pending.task = Task(lambda: self._commit(pending, written))
+            pending.committing = True
+            return []
+        self._results(pending)
+        self._pending = None
+        saved = Saved(
+            directory=pending.final,
+            iteration=pending.description.iteration,
+            num_bytes=pending.num_bytes,
+            stall_seconds=pending.stall_seconds or time.monotonic() - pending.start,
+            seconds=time.monotonic() - pending.start,
+        )
+        return [saved]
+
+    def wait(self) -> list[Saved]:
+        """Wait until nothing is in flight any more; as `poll`."""
+        pause = 1e-3
+        finished: list[Saved] = []
+        while self._pending is not None:
+            self._pending.task.wait(pause)
+            # not one long collective: those time out, and a large checkpoint takes long
+            finished += self.poll()
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        return finished
+
+    def _results(self, pending: _Pending) -> list[Any]:
+        """What the tasks of all ranks returned, once they are done."""
+        try:
+            with _fail_together(f"{pending.final} cannot be written"):
+                own = pending.task.result()
+        except SaveError:
+            self._pending = None
+            if self._groups.rank == 0:
+                shutil.rmtree(pending.write.directory, ignore_errors=True)
+            raise
+        return gather_objects(own)
+
+    def _commit(self, pending: _Pending, written: list[Any]) -> None:
+        """Make a written iteration whole, visible and the latest, in this order; on rank 0."""
+        aside, iteration = pending.write.directory, pending.description.iteration
+        sums = pending.write.finish(written)
+        (aside / TOKENIZER).mkdir()
+        tokenizer_files.copy(pending.tokenizer, aside / TOKENIZER)
+        described = dataclasses.replace(
+            pending.description,
+            tokenizer_sha256=tokenizer_files.fingerprint(pending.tokenizer),
+            token_ids=tokenizer_files.token_ids(pending.tokenizer) | pending.description.token_ids,
+        )
+        write_description(aside, described)
+        integrity.write(aside, sums)
+        aside.rename(pending.final)
+        integrity.sync_directory(self.root)
+        name_latest(self.root, iteration)
+        if self._keep:
+            forget_older(self.root, iteration, keep=self._keep, protected=self._protected)
+
+
+@dataclass(kw_only=True)
+class _Pending:
+    """A save in flight."""
+
+    description: Description
+    tokenizer: list[Path]
+    write: ShardedWrite
+    final: Path
+    num_bytes: int
+    start: float
+    task: Task[Any]
+    committing: bool = False
+    stall_seconds: float = 0.0
+
+
+def forget_older(root: Path, newest: int, *, keep: int, protected: Path | None) -> list[Path]:
+    """Delete iterations of a run until ``keep`` are left.
+
+    Only directories that megashear wrote are touched, none newer than ``newest``, and never
+    ``protected``. A deletion that is cut short leaves a hidden directory, which is no checkpoint
+    and goes with the next one.
+
+    Args:
+        root: the run's checkpoint directory.
+        newest: iteration that was just named the latest.
+        keep: how many to keep, ``newest`` among them.
+        protected: an iteration to keep in any case.
+
+    Returns:
+        What was deleted.
+    """
+    ours = [
+        path
+        for number, path in iterations(root).items()
+        if number <= newest and (path / DESCRIPTION).is_file()
+    ]
+    deleted = []
+    for path in ours[keep:]:
+        if protected is not None and path.resolve() == protected.resolve():
+            continue
+        gone = root / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+        path.rename(gone)  # whole or not there, at any instant
+        shutil.rmtree(gone, ignore_errors=True)
+        deleted.append(path)
+    if deleted:
+        logger.info("deleted %s, as --keep asks", ", ".join(path.name for path in deleted))
+    return deleted
+
+
+def name_latest(root: Path, iteration: int) -> None:
+    """Point the tracker at an iteration, in one step; on rank 0."""
+    integrity.replace(root / TRACKER, str(iteration))
+
+
+def _make_way(root: Path, final: Path, iteration: int) -> None:
+    if not final.exists():
+        return
+    newest = latest_iteration(root)
+    if newest is None or newest >= iteration:
+        raise ValueError(f"{final} exists; choose another --save, or remove it if it is not needed")
+    # Damaged, or a save that was killed before it was named: the run went on from an older one and
+    # is here again. It stays beside, for nothing is overwritten.
+    beside = root / f".{final.name}.unnamed"
+    shutil.rmtree(beside, ignore_errors=True)
+    final.rename(beside)
+    logger.warning("the run did not go on from %s; it is %s now", final, beside.name)
+
+
+def _forget_partial(root: Path) -> None:
+    """Remove what killed saves and deletions left: nobody's checkpoints."""
+    for path in root.glob(".iter_*.partial"):
+        if re.fullmatch(r"\.iter_\d{7,}\.(\w+\.)?partial", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_space(root: Path, needed: int) -> None:
+    free = shutil.disk_usage(root).free
+    if free < needed + SPARE_BYTES:
+        raise SaveError(
+            f"a checkpoint is {_gigabytes(needed)} and {_gigabytes(free)} are free; free some, "
+            f"choose a --save on another disk, or keep fewer with --keep"
+        )
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.3f} GB"
+
+
+def _done_everywhere(task: Task[Any]) -> bool:
+    done = torch.tensor([int(task.wait(0.0))], dtype=torch.int32)
+    world: Any = dist.group.WORLD
+    return bool(flat_all_reduce([done], world, dist.ReduceOp.MIN)[0])
+
+
+@contextlib.contextmanager
+def _fail_together(what: str) -> Iterator[None]:
+    """Run a block without collectives; if it fails on any rank, SaveError on all of them."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    told = None if error is None else (isinstance(error, ValueError), _reason(error))
+    failed = {rank: said for rank, said in enumerate(gather_objects(told)) if said is not None}
+    if not failed:
+        return
+    rank = min(failed)
+    can_be_mended, reason = failed[rank]
+    if can_be_mended:
+        raise ValueError(reason) from error
+    others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    raise SaveError(f"{what}: rank {rank}{others}: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}" + (f": {os.fspath(error.filename)}" if error.filename else "")
+    return str(error) or type(error).__name__

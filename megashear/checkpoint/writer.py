@@ -1,0 +1,213 @@
+"""Write a sharded state dict in megatron-core's torch_dist format, by threads of this process.
+
+megatron-core's own writer starts processes, which outlive a killed rank and go on writing, and
+leaves the end of each file in a buffer when it syncs. Plans, names and the format are its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megashear.checkpoint.integrity import FileSum, HashingFile
+from megashear.checkpoint.pickles import COMMON
+
+FILES_PER_RANK = 2
+"""Files that a rank writes at a time, as megatron-core does."""
+
+Result = TypeVar("Result")
+
+
+class Task(Generic[Result]):
+    """A function that runs in a thread of its own and ends with the process, done or not."""
+
+    def __init__(self, function: Callable[[], Result]) -> None:
+        self._function = function
+        self._error: BaseException | None = None
+        # a daemon: a rank that fails must not wait for minutes of writing before it is gone
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until it is done, ``seconds`` at most; whether it is."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> Result:
+        """What the function returned, when it is done.
+
+        Raises:
+            BaseException: what the function raised.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def _run(self) -> None:
+        try:
+            self._result = self._function()
+        except BaseException as error:
+            self._error = error
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one rank has written."""
+
+    results: list[WriteResult]
+    """Where each entry lies."""
+    sums: dict[str, FileSum]
+    """Size and checksum of each file, by name."""
+
+
+class ShardedWrite:
+    """A sharded state dict on its way to a directory.
+
+    Making one plans who writes what: collective over the world. Then `write` on every rank, in any
+    thread, and last `finish` on rank 0 with what all ranks wrote.
+
+    Args:
+        state: as `dist_checkpointing.save` takes it.
+        directory: where to; rank 0 has made it.
+        keep_copy: copy everything to host memory now, so that the tensors may change before they
+            are written; else they are copied as they are written.
+    """
+
+    def __init__(self, state: dict[str, Any], directory: Path, *, keep_copy: bool = False) -> None:
+        self.directory = directory
+        sharded, common = save_preprocess(state)
+        self._common = io.BytesIO()
+        torch.save(common, self._common)  # now: its plain values change with the next step
+        sharded, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
+        self._writer = _PlannedWriter(directory)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        (_, self._metadata, _), *_ = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(sharded, False), self._writer, None, 0, planner=planner
+        )
+        self.num_bytes = sum(_size(data) for _, data in self._writer.entries)
+        """Bytes of this rank's share."""
+        if keep_copy:
+            entries = self._writer.entries
+            self._writer.entries = [
+                (item, data if isinstance(data, io.BytesIO) else data.to("cpu", copy=True))
+                for item, data in entries
+            ]
+
+    def write(self) -> Written:
+        """Write and sync this rank's files.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        rank = dist.get_rank()
+        buckets: list[list[tuple[WriteItem, Any]]] = [[] for _ in range(FILES_PER_RANK)]
+        sizes = [0] * FILES_PER_RANK
+        for entry in sorted(self._writer.entries, key=lambda entry: -_size(entry[1])):
+            lightest = sizes.index(min(sizes))
+            buckets[lightest].append(entry)
+            sizes[lightest] += _size(entry[1])
+        named = {f"__{rank}_{number}.distcp": bucket for number, bucket in enumerate(buckets)}
+        tasks = {
+            name: Task(functools.partial(self._write_file, name, bucket))
+            for name, bucket in named.items()
+            if bucket
+        }
+        results, sums = [], {}
+        for name, task in tasks.items():
+            of_file, sums[name] = task.result()
+            results += of_file
+        if rank == 0:
+            with HashingFile(self.directory / COMMON) as file:
+                file.write(self._common.getbuffer())
+            sums[COMMON] = file.sum
+        self._writer.entries = []  # gives the copies back
+        return Written(results, sums)
+
+    def finish(self, written: list[Written]) -> dict[str, FileSum]:
+        """Write what tells readers where all entries lie; on rank 0.
+
+        Args:
+            written: what each rank has written, in the order of ranks.
+
+        Returns:
+            Checksums of all files that ranks wrote, for `integrity.write`.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        assert self._metadata is not None, "rank 0 alone holds the plan"
+        self._writer.finish(self._metadata, [one.results for one in written])
+        save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
+        return {name: found for one in written for name, found in one.sums.items()}
+
+    def _write_file(
+        self, name: str, bucket: list[tuple[WriteItem, Any]]
+    ) -> tuple[list[WriteResult], FileSum]:
+        results = []
+        with HashingFile(self.directory / name) as file:
+            for item, data in bucket:
+                start = file.tell()
+                if isinstance(data, io.BytesIO):
+                    file.write(data.getbuffer())
+                else:
+                    torch.save(_alone(data), file)  # type: ignore[arg-type]  # writes, no more
+                length = file.tell() - start
+                place = _StorageInfo(name, start, length)
+                results.append(WriteResult(item.index, length, place))
+        return results, file.sum
+
+
+class _PlannedWriter(FileSystemWriterAsync):
+    """Takes part in megatron-core's planning, and holds the entries that are this rank's."""
+
+    entries: list[tuple[WriteItem, Any]]
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(str(directory))
+        self.entries = []
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        self.entries = [
+            (item, data.detach() if isinstance(data, Tensor) else data)
+            for item in plan.items
+            for data in [planner.resolve_data(item)]
+        ]
+
+    def storage_meta(self) -> None:
+        """Nothing: a random name and the directory's, which is another one soon."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+
+
+def _alone(data: Tensor) -> Tensor:
+    """On the host, and without the rest of its storage, which torch.save would write too."""
+    data = data.cpu()
+    return data.clone() if data.untyped_storage().nbytes() != data.nbytes else data
+
+
+def _size(data: Tensor | io.BytesIO) -> int:
+    return data.getbuffer().nbytes if isinstance(data, io.BytesIO) else data.nbytes
