@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megashear.__main__ import main
-from megashear.checkpoint import hf
+from megashear.checkpoint import hf, integrity
 from megashear.commands.report import USAGE
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.parallel import launch
@@ -440,6 +440,7 @@ def pruned_checkpoint(output: Path) -> Path:
 def edit_description(checkpoint: Path, **fields: object) -> None:
     (path,) = checkpoint.glob("iter_*/megashear.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    integrity.write(path.parent)
 
 
 def test_a_checkpoint_of_another_stage(refusal: Refusal) -> None:
@@ -526,6 +527,6 @@ def test_a_checkpoint_cut_short_ends_every_process(text: TextRun, tmp_path: Path
         timeout_s=NOT_HANGING_S,
     )
     assert result.returncode != 0
-    assert "damaged/iter_0000000 is incomplete: " in result.stderr
+    assert "no whole checkpoint in " in result.stderr
     assert "copy one there again" in result.stderr
     assert not (tmp_path / "out").exists()
