@@ -96,11 +96,11 @@ def test_without_contents_a_flipped_bit_of_a_tensor_is_not_seen(saved: Path) -> 
 
 def test_where_none_is_whole_all_that_were_tried_are_named(saved: Path) -> None:
     (saved / "iter_0000005" / "common.pt").unlink()
-    empty(saved / "iter_0000004" / "__0_1.distcp")
+    empty(saved / "iter_0000004" / "__0_0.distcp")
     with pytest.raises(
         DamagedError,
         match=r"no whole checkpoint in .*iter_0000005/common\.pt is missing.*; .*iter_0000004/"
-        r"__0_1\.distcp is 0 bytes; [0-9,]+ were written; copy one there again",
+        r"__0_0\.distcp is 0 bytes; [0-9,]+ were written; copy one there again",
     ):
         find_iteration(saved)
 
