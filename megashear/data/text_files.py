@@ -16,8 +16,9 @@ import zstandard
 
 CHUNK_BYTES = 1 << 20
 """Text handed to a worker at a time, bytes; a longer document is a chunk of its own."""
-COMPRESSED_BYTES = 1 << 14
-"""Compressed input taken at a time, bytes: small, for it may unfold to many times its size."""
+FEED_BYTES = (1 << 8, 1 << 12)
+"""Zstandard input taken at a time, bytes, least and most: what it unfolds to is held at once, and
+that can be 32,768 times as much where a text repeats itself; least after such a place."""
 PARQUET_ROWS = 64
 """Rows decoded at a time; a chunk is made of as many of these as it takes."""
 BEGINNINGS = {
@@ -176,19 +177,23 @@ class _ZstdStream(io.RawIOBase):
         # As wide as any frame may ask for: archives of text are packed with --long.
         self._unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
         self._frame: Any = None
-        self._unpacked = b""
+        self._unpacked = memoryview(b"")
+        self._feed = min(FEED_BYTES)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._unpacked:
-            packed = self._raw.read(COMPRESSED_BYTES)
+            packed = self._raw.read(self._feed)
             if not packed:
                 if self._frame is not None:
                     raise _DamagedError("it ends in the middle of a Zstandard frame")
                 return 0
-            self._unpacked = self._unpack(packed)
+            self._unpacked = memoryview(self._unpack(packed))
+            low, high = FEED_BYTES
+            is_dense = len(self._unpacked) > CHUNK_BYTES
+            self._feed = low if is_dense else min(2 * self._feed, high)
         size = min(len(buffer), len(self._unpacked))
         buffer[:size] = self._unpacked[:size]
         self._unpacked = self._unpacked[size:]
