@@ -92,6 +92,19 @@ def read_texts(file: Path, json_key: str) -> Iterator[str]:
                 yield text
 
 
+def check_first(file: Path, json_key: str, tokens_dtype: str) -> None:
+    """Look at the first record of a file: most mistakes are made in all of them.
+
+    Raises:
+        ValueError: the file cannot be read, or the record is none; names the file and the line.
+    """
+    for chunk in read_chunks(file, json_key=json_key, tokens_dtype=tokens_dtype, chunk_bytes=1):
+        for number, record in enumerate(chunk.records, start=chunk.first):
+            if not isinstance(record, bytes) or record.strip():
+                _text(record, json_key, f"{file}, {chunk.unit} {number}")
+                return
+
+
 def encode_chunk(policy: EncodingPolicy, chunk: Chunk) -> EncodedChunk:
     """Tokenise the documents of a chunk.
 

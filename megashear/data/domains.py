@@ -18,6 +18,7 @@ from typing import NamedTuple
 from megashear.data.documents import (
     EncodedChunk,
     EncodingPolicy,
+    check_first,
     encode_chunk,
     end_with_parent,
 )
@@ -103,6 +104,8 @@ def preprocess(
         )
     if workers < 1:
         raise ValueError(f"--workers is {workers}; at least 1 process has to tokenise")
+    for first, *_ in files.values():  # rather than hours later, when it is this domain's turn
+        check_first(first, json_key, tokens_dtype)
     tokenizer = load_tokenizer(tokenizer_path)
     _check_special_tokens(tokenizer, append_eod=append_eod, prepend_bos=prepend_bos)
     policy = EncodingPolicy(

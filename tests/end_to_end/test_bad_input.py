@@ -370,7 +370,10 @@ def test_a_hugging_face_directory_that_is_no_whole_llama(refusal: Refusal, harm:
 def test_text_of_another_vocabulary_or_tokenizer(refusal: Refusal, tmp_path: Path) -> None:
     small = replace(SHAPE, vocab_size=200)
     error = refusal.prune(load=text_run.write_checkpoint(tmp_path / "small", small))
-    assert "was tokenised with 256 ids but the model has 200; preprocess again" in error
+    wanted = r"/(\w+)\.bin, token \d+ is id (\d+), but the model has 200 ids .*preprocess again"
+    assert (found := re.search(wanted, error)), error
+    assert found[1].removesuffix("_heldout") in text_run.REFERENCE
+    assert 200 <= int(found[2]) < 256
     lines = (refusal.text.jsonl / "paths.jsonl").read_text().splitlines()
     other = text_run.train_tokenizer([json.loads(line)["text"] for line in lines], tmp_path)
     text_run.write_checkpoint(tmp_path / "other", SHAPE, other)
@@ -380,20 +383,45 @@ def test_text_of_another_vocabulary_or_tokenizer(refusal: Refusal, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("file", "change", "wanted"),
+    [
+        ("paths.idx", None, r"paths\.idx does not exist, though paths\.bin is there; copy both"),
+        ("paths.bin", None, r"paths\.bin does not exist, though paths\.idx is there; copy both"),
+        ("words_heldout.bin", 100, r"words_heldout\.bin has 100 bytes, but \S+idx \(\d+ bytes\)"),
+        ("words.idx", 100, r"words\.idx has 100 bytes, its header wants \d+"),
+        ("manifest.json", None, r"though it has \.bin files; data that Megatron-LM tokenised are"),
+    ],
+)
+def test_data_that_are_not_whole(
+    refusal: Refusal, file: str, change: int | None, wanted: str
+) -> None:
+    data = Path(shutil.copytree(refusal.text.data, refusal.folder / "data"))
+    if change is None:
+        (data / file).unlink()
+    else:
+        (data / file).write_bytes((data / file).read_bytes()[:change])
+    for error in (
+        refusal.prune(data_path=data),
+        refusal("evaluate", "--load", refusal.text.checkpoint, "--data-path", data),
+    ):
+        assert re.search(wanted, error), error
+
+
+@pytest.mark.parametrize(
     ("lines", "wanted"),
     [
-        ("", "domain 'odd' is empty"),
-        ('{"text": "  "}\n\n', "domain 'odd' is empty"),
-        ('{"text": "good"}\n{"text": "cut sho', "odd.jsonl, line 2 is not valid JSON"),
-        ('{"text": "good"}\n\n["a list"]\n', "odd.jsonl, line 3 holds a list"),
-        ('{"content": "good"}\n', "odd.jsonl, line 1 has no key 'text', only ['content']"),
-        ('{"text": 1}\n', "odd.jsonl, line 1 has a int under 'text'"),
+        ("", "domain 'broken' is empty"),
+        ('{"text": "  "}\n\n', "domain 'broken' is empty"),
+        ('{"text": "good"}\n{"text": "cut sho', "broken.jsonl, line 2 is not valid JSON"),
+        ('{"text": "good"}\n\n["a list"]\n', "broken.jsonl, line 3 holds a list"),
+        ('{"content": "good"}\n', "broken.jsonl, line 1 has no key 'text', only ['content']"),
+        ('{"text": 1}\n', "domain 'broken' is empty: its 1 files hold no document"),
     ],
 )
 def test_an_empty_domain_or_a_broken_line(refusal: Refusal, lines: str, wanted: str) -> None:
     folder = refusal.folder / "jsonl"
     shutil.copytree(refusal.text.jsonl, folder)
-    (folder / "odd.jsonl").write_text(lines)
+    (folder / "broken.jsonl").write_text(lines)
     error = preprocess(refusal, folder)
     assert wanted in error
 

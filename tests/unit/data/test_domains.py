@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import json
 import logging
@@ -13,6 +14,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megashear.data.domains import preprocess
+from megashear.data.inputs import find_domains
 from megashear.data.manifest import read_manifest
 from megashear.data.tokenizer import load_tokenizer
 from tests.unit.data.conftest import write_jsonl
@@ -73,6 +75,24 @@ def test_sides_stay_when_text_is_added(tokenise, texts) -> None:
     for side in ("prefix", "held_out_prefix"):
         before, after = (documents(getattr(each, side)("prose")) for each in (first, more))
         assert [document for document in after if document in before] == before
+
+
+def test_sides_stay_in_any_order_and_packing(jsonl, data, tmp_path, sentencepiece_file) -> None:
+    """Held out once, held out for ever: whatever files lie around the document."""
+    for name in data.names:
+        lines = jsonl[name][0].read_bytes().splitlines(keepends=True)
+        first, second = tmp_path / f"{name}/1.jsonl", tmp_path / f"{name}/0.jsonl.gz"
+        first.parent.mkdir()
+        first.write_bytes(b"".join(lines[::-2]))
+        second.write_bytes(gzip.compress(b"".join(lines[-2::-2])))
+    found = preprocess(
+        find_domains(tmp_path), tmp_path / "o", sentencepiece_file, held_out_fraction=0.1
+    )
+    for name in data.names:
+        for side in ("prefix", "held_out_prefix"):
+            before, after = (documents(getattr(each, side)(name)) for each in (data, found))
+            assert before != after
+            assert sorted(before) == sorted(after)
 
 
 def test_workers_change_nothing(jsonl, sentencepiece_file, data, tmp_path) -> None:
@@ -336,3 +356,13 @@ def test_tokens_are_stored_as_megatron_stores_them(data) -> None:
 def test_processes_that_tokenise_load_no_torch() -> None:
     check = "import sys; assert not {'torch', 'megatron'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", f"import megashear.data.domains; {check}"], check=True)
+
+
+def test_a_mistake_of_a_whole_domain_is_found_at_the_start(
+    jsonl, tmp_path, sentencepiece_file
+) -> None:
+    last = tmp_path / "zz.jsonl"
+    last.write_bytes(b"\n" + b'{"body": "x"}\n' * 9)
+    with pytest.raises(ValueError, match=r"zz\.jsonl, line 2 has no key 'text', only \['body'\]"):
+        preprocess({**jsonl, "zz": [last]}, tmp_path / "out", sentencepiece_file, progress=True)
+    assert os.listdir(tmp_path) == ["zz.jsonl"]

@@ -4,8 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 
+from megashear.data.domains import preprocess
 from megashear.data.tokenizer import load_tokenizer
+from tests.unit.data.conftest import write_jsonl
+from tests.unit.data.test_domains import documents
 
 
 @pytest.fixture(params=["sentencepiece_file", "hugging_face_file"])
@@ -114,3 +118,38 @@ def test_missing_tokenizers_are_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"tokenizer .*gone\.model does not exist"):
         load_tokenizer(tmp_path / "gone.model")
+
+
+@pytest.fixture
+def with_added_tokens(tmp_path: Path, hugging_face_file: Path) -> Path:
+    """A tokenizer.json with tokens added later and a template that adds BOS and EOS."""
+    model = tokenizers.Tokenizer.from_file(str(hugging_face_file))
+    model.add_tokens([tokenizers.AddedToken("<user>", normalized=False)])
+    model.add_special_tokens(["<pad>"])
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    file = tmp_path / "tokenizer.json"
+    model.save(str(file))
+    return file
+
+
+def test_added_tokens_count_and_templates_do_not(with_added_tokens: Path) -> None:
+    tokenizer = load_tokenizer(with_added_tokens)
+    found = tokenizers.Tokenizer.from_file(str(with_added_tokens))
+    assert tokenizer.vocab_size == 302 == found.token_to_id("<pad>") + 1
+    ids = tokenizer.encode("a <user> asks")
+    assert ids.count(found.token_to_id("<user>")) == 1  # ordinary text, though added later
+    assert not {tokenizer.bos_id, tokenizer.eos_id, found.token_to_id("<pad>")} & set(ids)
+    assert tokenizer.decode(ids) == "a <user> asks"
+
+
+def test_documents_begin_and_end_once(with_added_tokens: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "x.jsonl", ["one text", "<s>another</s>"])
+    data = preprocess({"x": [file]}, tmp_path / "out", with_added_tokens)
+    sides = [documents(p("x")) for p in (data.prefix, data.held_out_prefix)]
+    for (tokens,) in sides:
+        assert tokens[0] == data.bos_id
+        assert tokens[-1] == data.eos_id
+        assert not {data.bos_id, data.eos_id} & set(tokens[1:-1])
+    assert (data.prepend_bos, data.append_eod) == (True, True)
