@@ -1,4 +1,4 @@
-"""Read and write the weights of a Hugging Face LLaMA directory, tensor by tensor."""
+"""Read and write the weights of a Hugging Face directory, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from megashear.checkpoint import tokenizer_files
 from megashear.checkpoint.aside import check_space, written_aside
 from megashear.checkpoint.formats import DTYPES, dtype_of, dtypes_of, name_of, stored_bytes
-from megashear.checkpoint.hf_config import CONFIG, config_of_shape, read_shape
+from megashear.checkpoint.hf_config import CONFIG, check_expressible, config_of_shape, read_shape
 from megashear.checkpoint.safetensors_file import (
     DTYPE_NAMES,
     Entry,
@@ -33,6 +33,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 """Largest weights file, bytes, unless one tensor alone is larger. Source: transformers."""
+
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED_AT_ONCE = 2**24
+"""Values of a tied pair that are in memory at a time."""
 
 
 class HfWeights(Mapping[str, Tensor]):
@@ -63,6 +67,9 @@ class HfWeights(Mapping[str, Tensor]):
         if index is not None:
             self._check_index(index)
         found = {name: entry.shape for name, (_, entry) in self._places.items()}
+        if self.shape.tied_embeddings and found.keys() >= {_EMBEDDING, _OUTPUT}:
+            self._check_tied()
+            del found[_OUTPUT]
         layout.check_hf(found, self.shape, f"HF checkpoint {directory}")
         self._names = tuple(layout.hf_shapes(self.shape))
 
@@ -74,6 +81,21 @@ class HfWeights(Mapping[str, Tensor]):
                 f"{path}: {name} is stored as {entry.dtype}, wanted one of {list(DTYPE_NAMES)}; "
                 f"save the model in {' or '.join(DTYPES)} first"
             )
+
+    def _check_tied(self) -> None:
+        """Pass over an output layer beside a tied embedding only if it is that embedding."""
+        rows = max(1, _COMPARED_AT_ONCE // self.shape.hidden_size)
+        shapes = [self._places[name][1].shape for name in (_EMBEDDING, _OUTPUT)]
+        if shapes[0] == shapes[1] and all(
+            torch.equal(self.read_slice(_EMBEDDING, (at,)), self.read_slice(_OUTPUT, (at,)))
+            for at in (slice(first, first + rows) for first in range(0, shapes[0][0], rows))
+        ):
+            return
+        raise ValueError(
+            f"HF checkpoint {self.directory}: {CONFIG} has tie_word_embeddings true, but "
+            f"{_OUTPUT} is not {_EMBEDDING}; set it to false if the model has an output layer of "
+            f"its own, or remove {_OUTPUT}"
+        )
 
     def _check_index(self, index: Mapping[str, Any]) -> None:
         """Hold what the index says to what the files hold: they may be of two models."""
@@ -155,9 +177,11 @@ def write_directory(
 
     Raises:
         ValueError: ``output`` exists; ``dtype`` is unknown; names or shapes of the weights are
-            not the model's; a tokenizer file does not exist; the disk is full, or will be.
+            not the model's; no config.json describes it; a tokenizer file does not exist; the disk
+            is full, or will be.
     """
     stored = dtype_of(dtype)
+    check_expressible(shape)
     files = tokenizer_files.find(tokenizer)
     ids = tokenizer_files.token_ids(files) | {
         name: value for name, value in (token_ids or {}).items() if value is not None

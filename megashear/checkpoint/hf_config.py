@@ -1,21 +1,69 @@
-"""Hugging Face's config.json of a LLaMA to and from a ModelShape, refusing other mathematics."""
+"""Hugging Face's config.json to and from a ModelShape, family by family, refusing the rest."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megashear.shape import ModelShape
+from megashear.shape import Family, ModelShape, RopeScaling
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
-_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
-_DEFAULT_MAX_POSITIONS = 2048
-"""What an absent field means, tokens for the last. Source: transformers `LlamaConfig`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Family:
+    """What one ``model_type`` means, beyond the fields that all of them share.
+
+    Source: the family's configuration and modelling code in transformers, release 5.
+    """
+
+    architecture: str
+    """The class with an output layer."""
+    max_positions: int
+    """What an absent ``max_position_embeddings`` means, tokens."""
+    num_key_value_heads: int | None = None
+    """What an absent ``num_key_value_heads`` means; None, as many as query heads."""
+    head_dim: int | None = None
+    """What an absent ``head_dim`` means; None, hidden size over heads."""
+    sliding_window: int | None = None
+    """What an absent ``sliding_window`` means, tokens."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    needs_even_heads: bool = False
+    """Whether release 5 refuses a hidden size that is not a multiple of the heads."""
+
+
+_FAMILIES: dict[Family, _Family] = {
+    "llama": _Family(architecture="LlamaForCausalLM", max_positions=2048, needs_even_heads=True),
+    "mistral": _Family(
+        architecture="MistralForCausalLM",
+        max_positions=131072,
+        num_key_value_heads=8,
+        sliding_window=4096,
+    ),
+    "qwen2": _Family(
+        architecture="Qwen2ForCausalLM",
+        max_positions=32768,
+        num_key_value_heads=32,
+        qkv_bias=True,
+    ),
+    "qwen3": _Family(
+        architecture="Qwen3ForCausalLM",
+        max_positions=32768,
+        num_key_value_heads=32,
+        head_dim=128,
+        qk_norm=True,
+    ),
+}
+_NORM_EPSILON = 1e-6
+_ROTARY_BASE = 10000.0
+"""What absent fields mean in every family."""
 
 # Fields that change what a model computes, and the values under which they change nothing here.
 # Absent or null is always fine.
@@ -23,12 +71,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "tie_word_embeddings": (False,),
     "partial_rotary_factor": (1.0,),
     "use_qk_norm": (False,),
     "qk_norm": (False,),
-    "sliding_window": (),
     "use_sliding_window": (False,),
+    "use_mrope": (False,),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
     "embedding_multiplier": (1.0,),
@@ -38,17 +85,76 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_scale": (1.0,),
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "chunk_size_feed_forward": (0,),
+    "pruned_heads": ({},),
+    "per_layer_config": ({},),
     "quantization_config": (),
     "auto_map": (),
 }
 _WAYS_OUT = {
-    "tie_word_embeddings": "tied embeddings are not supported yet: save the model with "
-    "lm_head.weight a copy of model.embed_tokens.weight and tie_word_embeddings false",
     "quantization_config": "save the model in float32, bfloat16 or float16 first",
     "auto_map": "code from a model directory is never run: save the model as a stock "
     "LlamaForCausalLM",
+    "use_sliding_window": "layers that see a window each are not supported",
+}
+# Fields that `shape_of_config` and `convert` read.
+_READ = {
+    "architectures",
+    "model_type",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "layer_types",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+    "vocab_size",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
+# Fields without effect on what the model computes from tokens: how it was made and stored, how it
+# is trained, which extras its forward pass returns, how text is drawn from it, classification.
+# Names that begin with an underscore are bookkeeping of transformers and pass as well.
+# Source: transformers `PreTrainedConfig`, releases 4 and 5, and the families' own configurations.
+_HARMLESS = {
+    *("transformers_version", "torch_dtype", "dtype", "name_or_path", "attn_implementation"),
+    *("attention_dropout", "hidden_dropout", "initializer_range", "use_cache", "pretraining_tp"),
+    *("max_sequence_length", "model_max_length", "max_window_layers", "tokenizer_class", "prefix"),
+    *("output_attentions", "output_hidden_states", "output_scores", "return_dict"),
+    *("return_dict_in_generate", "torchscript", "tf_legacy_loss", "use_bfloat16", "is_decoder"),
+    *("tie_encoder_decoder", "tie_last_hidden_states", "keys_to_ignore_at_inference"),
+    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task"),
+    *("task_specific_params", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id"),
+    *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens"),
+    *("begin_suppress_tokens", "bad_words_ids", "max_length", "min_length", "max_new_tokens"),
+    *("do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
+    *("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences"),
+    *("exponential_decay_length_penalty", "remove_invalid_values"),
+    *("unsloth_fixed", "unsloth_version"),
 }
 _ROPE_FIELDS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+_ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+"""Numbers that each kind of rotary table is made with; all of them must be there."""
 
 
 def read_config(directory: Path | str) -> dict[str, Any]:
@@ -73,55 +179,91 @@ def read_config(directory: Path | str) -> dict[str, Any]:
 
 
 def read_shape(directory: Path | str) -> ModelShape:
-    """Extents of the model in a Hugging Face directory, from its config.json.
+    """The model in a Hugging Face directory, from its config.json.
 
     Fields that do not change what the model computes (``pretraining_tp``, ``use_cache``, dropout)
-    are ignored; every one that does and is not understood is refused.
+    are ignored. A field that does and is not honoured is refused; so is one that nothing is known
+    of, because dropping one that mattered could not be seen in the result.
 
     Raises:
-        ValueError: no such directory or config.json; not a LLaMA; a field missing or refused,
+        ValueError: no such directory or config.json; another family; a field missing or refused,
             with its value and the value wanted.
     """
     return shape_of_config(read_config(directory), str(Path(directory) / CONFIG))
 
 
 def shape_of_config(config: Mapping[str, Any], where: str) -> ModelShape:
-    """Extents that the fields of a config.json describe; ``where`` names it in messages.
+    """The model that the fields of a config.json describe; ``where`` names it in messages.
 
     Raises:
         ValueError: as `read_shape`.
     """
-    if config.get("model_type") != "llama":
+    name = config.get("model_type")
+    if name not in _FAMILIES:
         raise ValueError(
-            f"{where}: model_type is {config.get('model_type')!r}, wanted 'llama'; other families "
-            f"are not supported"
+            f"{where}: model_type is {name!r}, wanted one of {', '.join(_FAMILIES)}; other "
+            f"families are not supported"
         )
-    architectures = config.get("architectures") or ["LlamaForCausalLM"]
-    if architectures != ["LlamaForCausalLM"]:
-        raise ValueError(f"{where}: architectures is {architectures}, wanted ['LlamaForCausalLM']")
-    for name, neutral in _NEUTRAL.items():
-        _refuse_unless(name, config.get(name), neutral, where)
+    family = _FAMILIES[name]
+    architectures = config.get("architectures") or [family.architecture]
+    if architectures != [family.architecture]:
+        raise ValueError(
+            f"{where}: architectures is {architectures}, wanted ['{family.architecture}']"
+        )
+    for field, neutral in _NEUTRAL.items():
+        _refuse_unless(field, config.get(field), neutral, where)
+    _refuse_unknown(config, where)
     heads = _size(config, "num_attention_heads", where)
     hidden = _size(config, "hidden_size", where)
-    if config.get("head_dim") is None and hidden % heads:
+    if config.get("head_dim") is None and family.head_dim is None and hidden % heads:
         raise ValueError(
             f"{where}: head_dim is not given and hidden_size {hidden} is not a multiple of "
             f"num_attention_heads {heads}; write head_dim into it"
         )
+    # null means as many as query heads in every family, absence does not
+    groups = heads if "num_key_value_heads" in config else family.num_key_value_heads or heads
+    base, scaling = _rotary(config, where)
     return ModelShape(
         num_layers=_size(config, "num_hidden_layers", where),
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_query_groups=_size(config, "num_key_value_heads", where, default=heads),
-        head_dim=_size(config, "head_dim", where, default=hidden // heads),
+        num_query_groups=_size(config, "num_key_value_heads", where, default=groups),
+        head_dim=_size(config, "head_dim", where, default=family.head_dim or hidden // heads),
         ffn_hidden_size=_size(config, "intermediate_size", where),
         vocab_size=_size(config, "vocab_size", where),
-        norm_epsilon=_number(config, "rms_norm_eps", where),
-        rotary_base=_rotary_base(config, where),
+        norm_epsilon=_number(config, "rms_norm_eps", where, default=_NORM_EPSILON),
+        rotary_base=base,
         max_position_embeddings=_size(
-            config, "max_position_embeddings", where, default=_DEFAULT_MAX_POSITIONS
+            config, "max_position_embeddings", where, default=family.max_positions
         ),
+        family=name,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        tied_embeddings=_flag(config, "tie_word_embeddings", where),
+        rope_scaling=scaling,
+        sliding_window=_sliding_window(config, name, where),
     )
+
+
+def check_expressible(shape: ModelShape) -> None:
+    """Refuse a shape that no config.json of its family describes.
+
+    Raises:
+        ValueError: names the field, its value and the value that the family has.
+    """
+    family = _FAMILIES[shape.family]
+    for field in ("qkv_bias", "qk_norm"):
+        found, wanted = getattr(shape, field), getattr(family, field)
+        if found != wanted:
+            raise ValueError(
+                f"{field} is {found}, and a {shape.family} model in Hugging Face's format has "
+                f"{wanted}; no config.json describes this model"
+            )
+    if shape.sliding_window is not None and shape.family != "mistral":
+        raise ValueError(
+            f"sliding_window is {shape.sliding_window}, and a {shape.family} model in Hugging "
+            f"Face's format has none; no config.json describes this model"
+        )
 
 
 def config_of_shape(
@@ -130,16 +272,21 @@ def config_of_shape(
     """Fields of a config.json from which transformers and vLLM build a model of ``shape``.
 
     ``head_dim`` is always there, because a pruned model's is not hidden_size / heads, and the
-    rotary base twice: transformers before release 5 reads ``rope_theta``, later releases read
-    ``rope_parameters``.
+    rotary table twice: transformers before release 5 reads ``rope_theta`` and ``rope_scaling``,
+    later releases read ``rope_parameters``.
 
     Args:
-        shape: extents of the model.
+        shape: the model.
         dtype: of the weights: "float32", "bfloat16" or "float16".
         token_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` as far as they are
             known; unknown ones are written as null, or LlamaConfig would make them 1 and 2.
+
+    Raises:
+        ValueError: the family's config.json cannot say what the shape says.
     """
-    if shape.hidden_size % shape.num_attention_heads:
+    check_expressible(shape)
+    family = _FAMILIES[shape.family]
+    if family.needs_even_heads and shape.hidden_size % shape.num_attention_heads:
         logger.warning(
             "hidden_size %d is not a multiple of num_attention_heads %d: transformers from "
             "release 5 refuses such a LLaMA, although head_dim is given",
@@ -147,10 +294,10 @@ def config_of_shape(
             shape.num_attention_heads,
         )
     ids = token_ids or {}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
+    scaling = _rope_fields(shape.rope_scaling)
+    config = {
+        "architectures": [family.architecture],
+        "model_type": shape.family,
         "attention_dropout": 0.0,
         "bos_token_id": ids.get("bos_token_id"),
         "eos_token_id": ids.get("eos_token_id"),
@@ -160,20 +307,36 @@ def config_of_shape(
         "initializer_range": 0.02,
         "intermediate_size": shape.ffn_hidden_size,
         "max_position_embeddings": shape.max_position_embeddings,
-        "mlp_bias": False,
         "num_attention_heads": shape.num_attention_heads,
         "num_hidden_layers": shape.num_layers,
         "num_key_value_heads": shape.num_query_groups,
         "pad_token_id": ids.get("pad_token_id"),
         "rms_norm_eps": shape.norm_epsilon,
-        "rope_parameters": {"rope_theta": shape.rotary_base, "rope_type": "default"},
-        "rope_scaling": None,
+        "rope_parameters": {
+            "rope_theta": shape.rotary_base,
+            **(scaling or {"rope_type": "default"}),
+        },
+        "rope_scaling": scaling,
         "rope_theta": shape.rotary_base,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": shape.tied_embeddings,
         "torch_dtype": dtype,
         "use_cache": True,
         "vocab_size": shape.vocab_size,
     }
+    if shape.family == "llama":
+        config |= {"attention_bias": False, "mlp_bias": False}
+    if shape.family == "qwen3":
+        config |= {"attention_bias": False}
+    if shape.family == "mistral":
+        config |= {"sliding_window": shape.sliding_window}
+    if shape.family in ("qwen2", "qwen3"):
+        # said outright, for readers that look at one of the three alone
+        config |= {
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": shape.num_layers,
+        }
+    return config
 
 
 def _refuse_unless(name: str, found: Any, neutral: tuple[Any, ...], where: str) -> None:
@@ -194,38 +357,112 @@ def _size(config: Mapping[str, Any], name: str, where: str, *, default: int | No
     return found
 
 
-def _number(config: Mapping[str, Any], name: str, where: str) -> float:
+def _number(
+    config: Mapping[str, Any], name: str, where: str, *, default: float | None = None
+) -> float:
     found = config.get(name)
-    found = _DEFAULTS[name] if found is None else found
+    found = default if found is None else found
+    if found is None:
+        raise ValueError(f"{where}: {name} is missing; it must be a positive number")
     if not isinstance(found, int | float) or isinstance(found, bool) or not found > 0:
         raise ValueError(f"{where}: {name} is {found!r}; it must be a positive number")
     return float(found)
 
 
-def _rotary_base(config: Mapping[str, Any], where: str) -> float:
-    """The base, wherever the release that wrote the file put it; scaled tables are refused."""
-    bases = {}
+def _flag(config: Mapping[str, Any], name: str, where: str) -> bool:
+    found = config.get(name)
+    if found not in (None, True, False):
+        raise ValueError(f"{where}: {name} is {found!r}; it must be true or false")
+    return bool(found)
+
+
+def _refuse_unknown(config: Mapping[str, Any], where: str) -> None:
+    known = {*_READ, *_NEUTRAL, *_HARMLESS}
+    unknown = {
+        name: value
+        for name, value in config.items()
+        if value is not None and name not in known and not name.startswith("_")
+    }
+    if unknown:
+        found = ", ".join(f"{name} ({json.dumps(value)})" for name, value in unknown.items())
+        raise ValueError(
+            f"{where} has fields that megashear does not know, and that may change what the model "
+            f"computes: {found}; if they do not, remove them from it"
+        )
+
+
+def _sliding_window(config: Mapping[str, Any], name: Family, where: str) -> int | None:
+    """The window of all layers; a window of some layers is refused."""
+    types = config.get("layer_types")
+    if types is not None and set(types) != {"full_attention"}:
+        raise ValueError(
+            f"{where}: layer_types has {', '.join(map(str, sorted(set(types))))}, wanted "
+            f"full_attention alone; layers that see a window each are not supported"
+        )
+    family = _FAMILIES[name]
+    if name == "mistral":
+        found = config.get("sliding_window", family.sliding_window)
+        return None if found is None else _size(config, "sliding_window", where, default=found)
+    if name == "llama":
+        _refuse_unless("sliding_window", config.get("sliding_window"), (), where)
+    # the others have it without using it: use_sliding_window was held to false
+    return None
+
+
+def _rotary(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, wherever the release that wrote the file put them."""
+    bases, scalings = {}, {}
     for name in ("rope_scaling", "rope_parameters"):
         rope = config.get(name)
         if rope is None:
             continue
         if not isinstance(rope, dict):
             raise ValueError(f"{where}: {name} is {rope!r}; it must be an object or null")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or set(rope) - _ROPE_FIELDS:
-            raise ValueError(
-                f"{where}: {name} is {json.dumps(rope)}, wanted rope_type 'default' and nothing "
-                f"but rope_theta; scaled rotary embeddings are not supported"
-            )
-        _refuse_unless(
-            f"{name}.partial_rotary_factor", rope.get("partial_rotary_factor"), (1.0,), where
-        )
+        scalings[name] = _rope_scaling(rope, name, where)
         if rope.get("rope_theta") is not None:
             bases[f"{name}.rope_theta"] = _number(rope, "rope_theta", where)
     if config.get("rope_theta") is not None or not bases:
-        bases["rope_theta"] = _number(config, "rope_theta", where)
+        bases["rope_theta"] = _number(config, "rope_theta", where, default=_ROTARY_BASE)
+    # releases of transformers differ in which one they follow
     if len(set(bases.values())) > 1:
-        # releases of transformers differ in which one they follow
         found = " and ".join(f"{name} {base:g}" for name, base in bases.items())
         raise ValueError(f"{where} contradicts itself: {found}; keep the one the model has")
-    return next(iter(bases.values()))
+    if len(set(scalings.values())) > 1:
+        found = " and ".join(f"{name} {json.dumps(config[name])}" for name in scalings)
+        raise ValueError(f"{where} contradicts itself: {found}; keep the one the model has")
+    return next(iter(bases.values())), next(iter(scalings.values()), None)
+
+
+def _rope_scaling(rope: Mapping[str, Any], name: str, where: str) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_NUMBERS:
+        raise ValueError(
+            f"{where}: {name} has rope_type {kind!r}, wanted one of {', '.join(_ROPE_NUMBERS)}; "
+            f"tables of other kinds are not supported"
+        )
+    odd = [key for key in rope if key not in {*_ROPE_FIELDS, *_ROPE_NUMBERS[kind]}]
+    if any(rope[key] is not None for key in odd):
+        raise ValueError(
+            f"{where}: {name} is {json.dumps(rope)}, and rope_type {kind!r} has no "
+            f"{', '.join(odd)}; if they have no effect, remove them"
+        )
+    partial = rope.get("partial_rotary_factor")
+    _refuse_unless(f"{name}.partial_rotary_factor", partial, (1.0,), where)
+    if kind == "default":
+        return None
+    numbers: dict[str, Any] = {
+        key: _number(rope, key, f"{where}: {name}") for key in _ROPE_NUMBERS[kind]
+    }
+    if "original_max_position_embeddings" in numbers:
+        numbers["original_max_position_embeddings"] = _size(
+            rope, "original_max_position_embeddings", f"{where}: {name}"
+        )
+    return RopeScaling(kind=kind, **numbers)
+
+
+def _rope_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """As Hugging Face spells them."""
+    if scaling is None:
+        return None
+    values = asdict(scaling)
+    return {"rope_type": scaling.kind} | {key: values[key] for key in _ROPE_NUMBERS[scaling.kind]}

@@ -105,6 +105,7 @@ def check_inputs(config: PruneRun | PretrainRun, start: Start) -> Inputs:
         CheckpointWeights(start.checkpoint)
     _check_batches(parallel, train, replicas)
     check_sequence(parallel, train.seq_length)
+    check_window(start.shape, train.seq_length)
     _check_recompute(parallel, config.model, start.shape)
     if train.save is None:
         logger.warning("--save is not given: nothing of this run will be kept")
@@ -229,6 +230,20 @@ def check_sequence(parallel: ParallelConfig, seq_length: int) -> None:
         raise ValueError(
             f"--seq-length {seq_length} is not a multiple of --tensor-model-parallel-size "
             f"{tensor}, over which --sequence-parallel splits it"
+        )
+
+
+def check_window(shape: ModelShape, seq_length: int) -> None:
+    """Refuse sequences that a model with sliding-window attention would not see whole.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if shape.sliding_window is not None and seq_length > shape.sliding_window:
+        raise ValueError(
+            f"--seq-length {seq_length} is longer than the model's sliding_window, "
+            f"{shape.sliding_window} tokens, and megashear's attention reaches back over the whole "
+            f"sequence; lower it to at most {shape.sliding_window}"
         )
 
 

@@ -39,6 +39,7 @@ from megashear.train.inputs import (
     check_inputs,
     check_sequence,
     check_vocabulary,
+    check_window,
     held_out_sets,
     training_sequences,
 )
@@ -277,6 +278,7 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
     check_vocabulary(manifest, description.shape, tokenizer)
     seq_length = _sequence_length(config, description, directory)
     check_sequence(config.parallel, seq_length)
+    check_window(description.shape, seq_length)
     held_out = held_out_sets(manifest, seq_length)
     with distributed(config.parallel, config.model) as groups:
         if config.load is not None:

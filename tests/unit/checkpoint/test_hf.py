@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from megashear.checkpoint import hf
 from megashear.checkpoint.hf_config import config_of_shape, shape_of_config
 from megashear.shape import ModelShape
+from tests.families import FAMILIES
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.shapes import CUT_GROUPED, GROUPED, MULTI_HEAD
 
@@ -103,12 +105,13 @@ def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "qwen2"}, "model_type is 'qwen2', wanted 'llama'"),
+        ({"model_type": "gemma"}, "model_type is 'gemma', wanted one of llama, mistral, qwen2"),
+        ({"model_type": "qwen2"}, r"architectures is \['Llama.*'\], wanted \['Qwen2ForCausalLM'\]"),
         ({"architectures": ["LlamaModel"]}, r"architectures is \['LlamaModel'\], wanted"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu", wanted "silu"'),
         ({"attention_bias": True}, "attention_bias is true, wanted false"),
         ({"mlp_bias": True}, "mlp_bias is true, wanted false"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is true.* not supported yet: save"),
+        ({"tie_word_embeddings": 2}, "tie_word_embeddings is 2; it must be true or false"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, wanted 1.0"),
         ({"sliding_window": 4096}, "sliding_window is 4096, wanted absent or null"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is .*save the model in float"),
@@ -116,10 +119,27 @@ def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
         ({"logits_scaling": 8.0}, "logits_scaling is 8.0, wanted 1.0"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            "rope_scaling is .*llama3.*wanted rope_type 'default'",
+            "rope_scaling: low_freq_factor is missing; it must be a positive number",
         ),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*linear"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters is .*yarn"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "contradicts itself: rope_scaling .*linear.* and rope_parameters .*default",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "short_factor": [1.0]}},
+            "rope_type 'linear' has no short_factor",
+        ),
+        *(
+            ({"rope_parameters": {"rope_type": kind}}, f"rope_parameters has rope_type '{kind}'")
+            for kind in ("yarn", "dynamic", "longrope", "proportional")
+        ),
+        ({"layer_types": ["sliding_attention"] * 4}, "layer_types has sliding_attention, wanted"),
+        ({"use_sliding_window": True}, "use_sliding_window is true, wanted false"),
+        (
+            {"nope_interval": 4, "clip_qkv": 8.0, "absent": None},
+            r"does not know.*: nope_interval \(4\), clip_qkv \(8.0\); if they do not, remove them",
+        ),
+        ({"per_layer_config": {"0": {"x": 1}}}, "per_layer_config is .*, wanted"),
         (
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             "rope_parameters.partial_rotary_factor is 0.5, wanted 1.0",
@@ -161,6 +181,80 @@ def test_fields_without_effect_are_ignored(directory: Path) -> None:
     edit_config(directory, **fields, num_attention_heads=5, num_key_value_heads=None)
     shape = hf.read_shape(directory)
     assert (shape.head_dim, shape.num_query_groups) == (8, 5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_survives_config_json(name: str) -> None:
+    shape = FAMILIES[name]
+    for release in (("rope_parameters",), ("rope_scaling", "rope_theta")):  # 5 and before
+        config = config_of_shape(shape, dtype="float32")
+        for field in release:
+            del config[field]
+        assert shape_of_config(config, "X") == shape
+    dropped = config_of_shape(shape, dtype="float32") | {"rope_scaling": None}
+    if shape.rope_scaling is not None:  # the twin: one of two places speaks up
+        del dropped["rope_parameters"]
+        assert shape_of_config(dropped, "X") != shape
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_absent_fields_mean_what_transformers_makes_of_them(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    least = {
+        "model_type": family,
+        "vocab_size": 64,
+        "hidden_size": 1024,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 64,
+    }
+    theirs = transformers.AutoConfig.for_model(**least)
+    shape = shape_of_config(least, "X")
+    assert shape.num_query_groups == theirs.num_key_value_heads
+    assert shape.head_dim == getattr(theirs, "head_dim", 16)
+    assert shape.norm_epsilon == theirs.rms_norm_eps
+    assert shape.rotary_base == theirs.rope_parameters["rope_theta"]
+    assert shape.max_position_embeddings == theirs.max_position_embeddings
+    assert shape.tied_embeddings == theirs.tie_word_embeddings
+    assert shape.sliding_window == getattr(theirs, "sliding_window", None)
+    # and every field that transformers itself writes is known
+    assert shape_of_config(theirs.to_dict(), "X") == shape
+    with pytest.raises(ValueError, match=r"does not know.*: clip_qkv"):
+        shape_of_config(theirs.to_dict() | {"clip_qkv": 8.0}, "X")
+    alike = shape_of_config(least | {"num_key_value_heads": None}, "X")
+    assert alike.num_query_groups == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv_bias": True}, "qkv_bias is True, and a llama model .* has False"),
+        ({"qk_norm": True}, "qk_norm is True, and a llama model .* has False"),
+        ({"family": "qwen2"}, "qkv_bias is False, and a qwen2 model .* has True"),
+        ({"sliding_window": 8}, "sliding_window is 8, and a llama model .* has none"),
+    ],
+)
+def test_what_no_config_json_describes_is_refused_before_anything_is_written(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    odd = replace(GROUPED, **change)
+    with pytest.raises(ValueError, match=message):
+        hf.write_directory(tmp_path / "model", random_weights(odd).items(), odd)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_layer_beside_a_tied_embedding_must_be_the_embedding(tmp_path: Path) -> None:
+    shape = FAMILIES["qwen3-tied"]
+    weights = random_weights(shape)
+    hf.write_directory(tmp_path / "model", weights.items(), shape)
+    embedding = weights["model.embed_tokens.weight"]
+    resave(tmp_path / "model", lambda w: w.update({"lm_head.weight": embedding.clone()}))
+    assert list(hf.HfWeights(tmp_path / "model")) == list(weights)
+    other = embedding.clone()
+    other[63, 39] += 1.0
+    resave(tmp_path / "model", lambda w: w.update({"lm_head.weight": other}))
+    with pytest.raises(ValueError, match=r"lm_head.weight is not model.embed_tokens.weight; set"):
+        hf.HfWeights(tmp_path / "model")
 
 
 def truncate(directory: Path) -> None:
