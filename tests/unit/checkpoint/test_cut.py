@@ -10,6 +10,7 @@ from megashear.checkpoint.cut import RoundingChange, cut, rounding_changes
 from megashear.masks.mask_set import exact_gates
 from megashear.models import layout
 from megashear.shape import ModelShape
+from tests.families import FAMILIES, pruned
 from tests.reference_llama import forward, random_weights, relative_error
 from tests.unit.checkpoint.shapes import (
     CUT_GROUPED,
@@ -88,6 +89,32 @@ def test_gates_transposed_within_their_groups_are_noticed() -> None:
     assert relative_error(forward(weights, WIDE, TOKENS, transposed), masked) > 0.01
     with pytest.raises(ValueError, match=r"layer \d group \d: its head mask keeps . of 4"):
         cut(weights, transposed, WIDE, CUT_WIDE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_cut_to_what_the_masks_compute(name: str) -> None:
+    source = FAMILIES[name]
+    target = pruned(source)
+    assert error_of_cut(source, target, random_gates(source, target)) < FOLDING_ORDER
+
+
+def test_biases_that_keep_other_rows_than_their_weights_are_noticed() -> None:
+    source = FAMILIES["qwen2"]
+    target = pruned(source)
+    gates = random_gates(source, target)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    first = random_weights(source)[name][: target.num_attention_heads * target.head_dim]
+    assert error_of_cut(source, target, gates, **{name: first}) > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama3.2", "qwen3-tied"])
+def test_a_final_norm_folded_beside_a_tied_matrix_is_noticed(name: str) -> None:
+    source = FAMILIES[name]
+    target = pruned(source)
+    gates = random_gates(source, target)
+    keep = gates["hidden"][0].nonzero().flatten()
+    norm = (random_weights(source)["model.norm.weight"] * gates["hidden"][0])[keep]
+    assert error_of_cut(source, target, gates, **{"model.norm.weight": norm}) > 0.01
 
 
 def test_heads_counted_by_layer_instead_of_by_group_are_refused() -> None:
