@@ -87,6 +87,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (0, 1),
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
+    "is_causal": (True,),
     "chunk_size_feed_forward": (0,),
     "pruned_heads": ({},),
     "per_layer_config": ({},),
@@ -290,6 +291,15 @@ def config_of_shape(
         logger.warning(
             "hidden_size %d is not a multiple of num_attention_heads %d: transformers from "
             "release 5 refuses such a LLaMA, although head_dim is given",
+            shape.hidden_size,
+            shape.num_attention_heads,
+        )
+    if shape.family == "qwen2" and shape.head_dim * shape.num_attention_heads != shape.hidden_size:
+        # Source: vLLM's model_executor/models/qwen2.py, early 2025
+        logger.warning(
+            "head_dim %d is not hidden_size %d over num_attention_heads %d: vLLM may take the "
+            "width of a Qwen2's heads from these two and cannot load it then, transformers can",
+            shape.head_dim,
             shape.hidden_size,
             shape.num_attention_heads,
         )

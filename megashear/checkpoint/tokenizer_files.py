@@ -17,19 +17,25 @@ CARRIED = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
+    "tokenizer.model.v3",
     "generation_config.json",
     "chat_template.json",
     "chat_template.jinja",
 )
 """Names of the files that are carried along, as Hugging Face directories spell them."""
+TEMPLATES = "additional_chat_templates"
+"""Folder of chat templates beside the first, ``*.jinja``, that is carried along too."""
 
 
 def find(source: Path | str | Iterable[Path | str] | None) -> list[Path]:
     """The tokenizer's files among ``source``.
 
     Args:
-        source: a directory, of which the `CARRIED` files are taken; or files, all of them taken
-            (a lone ``x.model`` file counts as ``tokenizer.model``); None gives no file.
+        source: a directory, of which the `CARRIED` files and `TEMPLATES` are taken; or files, all
+            of them taken (a lone ``x.model`` file counts as ``tokenizer.model``); None gives none.
 
     Raises:
         ValueError: the directory or a file does not exist, or a file's name is not in `CARRIED`.
@@ -39,7 +45,8 @@ def find(source: Path | str | Iterable[Path | str] | None) -> list[Path]:
     if isinstance(source, Path | str):
         source = Path(source)
         if source.is_dir():
-            return [source / name for name in CARRIED if (source / name).is_file()]
+            named = [source / name for name in CARRIED if (source / name).is_file()]
+            return named + sorted((source / TEMPLATES).glob("*.jinja"))
         source = [source]
     files = [Path(path) for path in source]
     for path in files:
@@ -55,7 +62,9 @@ def find(source: Path | str | Iterable[Path | str] | None) -> list[Path]:
 def copy(files: Sequence[Path], directory: Path) -> None:
     """Copy ``files`` into ``directory`` under the names transformers looks for."""
     for path in files:
-        shutil.copyfile(path, directory / _carried_name(path))
+        target = directory / _carried_name(path)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def copy_for_transformers(files: Sequence[Path], directory: Path) -> None:
@@ -109,6 +118,8 @@ def token_ids(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _carried_name(path: Path) -> str:
+    if path.parent.name == TEMPLATES:
+        return f"{TEMPLATES}/{path.name}"
     return "tokenizer.model" if path.suffix == ".model" else path.name
 
 

@@ -139,6 +139,7 @@ def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
             {"nope_interval": 4, "clip_qkv": 8.0, "absent": None},
             r"does not know.*: nope_interval \(4\), clip_qkv \(8.0\); if they do not, remove them",
         ),
+        ({"is_causal": False}, "is_causal is false, wanted true"),
         ({"per_layer_config": {"0": {"x": 1}}}, "per_layer_config is .*, wanted"),
         (
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -400,3 +401,12 @@ def test_a_shape_that_new_transformers_refuse_is_warned_of(
     odd = ModelShape(**{**CUT_GROUPED.to_dict(), "hidden_size": 25})
     config_of_shape(odd, dtype="float32")
     assert "25 is not a multiple of num_attention_heads 6" in caplog.text
+
+
+def test_a_shape_that_vllm_may_not_load_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    even = replace(FAMILIES["qwen2"], hidden_size=64)
+    config_of_shape(even, dtype="float32")
+    config_of_shape(CUT_GROUPED, dtype="float32")
+    assert not caplog.records
+    config_of_shape(FAMILIES["qwen2"], dtype="float32")
+    assert "head_dim 8 is not hidden_size 40 over num_attention_heads 8" in caplog.text

@@ -11,6 +11,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
 from megashear.checkpoint import hf, tokenizer_files
+from megashear.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.shapes import GROUPED
 
@@ -126,9 +127,9 @@ def test_the_fingerprint_is_the_tokenizers(tmp_path: Path, model: Path) -> None:
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer file .*nowhere does not exist"):
         tokenizer_files.find(tmp_path / "nowhere")
-    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "words.txt").write_text("")
     with pytest.raises(ValueError, match="is not a tokenizer file: its name is none of"):
-        tokenizer_files.find([tmp_path / "merges.txt"])
+        tokenizer_files.find([tmp_path / "words.txt"])
     (tmp_path / "x.model").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"x.model is not a SentencePiece model"):
         tokenizer_files.token_ids([tmp_path / "x.model"])
@@ -138,3 +139,27 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"generation_config.json is not JSON"):
         tokenizer_files.token_ids([tmp_path / "generation_config.json"])
+
+
+def test_files_of_every_kind_of_tokenizer_travel_both_ways(
+    tmp_path: Path, own_writer: None
+) -> None:
+    texts = {
+        "tokenizer_config.json": '{"chat_template": "{{ messages }}"}',
+        "generation_config.json": '{"temperature": 0.6}',
+        "vocab.json": "{}",
+        "merges.txt": "#version: 0.2\n",
+        "tekken.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
+        "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+    }
+    source = write(tmp_path / "hf", None)
+    for name, text in texts.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    (source / "README.md").write_text("not the tokenizer's")
+    hf_to_megatron(source, tmp_path / "checkpoint", progress=False)
+    megatron_to_hf(tmp_path / "checkpoint", tmp_path / "back", progress=False)
+    for name, text in texts.items():
+        assert (tmp_path / "back" / name).read_text() == text, name
+    assert not (tmp_path / "back" / "README.md").exists()
