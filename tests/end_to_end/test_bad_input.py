@@ -332,12 +332,16 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
         "has neither model.safetensors nor model.safetensors.index.json",
     ),
     "another family": (
-        lambda folder: edit_config(folder, model_type="mistral"),
-        "model_type is 'mistral', wanted 'llama'",
+        lambda folder: edit_config(folder, model_type="gemma"),
+        "model_type is 'gemma', wanted one of llama, mistral, qwen2, qwen3",
     ),
     "tied embeddings": (
         lambda folder: edit_config(folder, tie_word_embeddings=True),
-        "tie_word_embeddings",
+        "lm_head.weight is not model.embed_tokens.weight; set it to false",
+    ),
+    "a field of another model": (
+        lambda folder: edit_config(folder, clip_qkv=8.0),
+        r"fields that megashear does not know.*: clip_qkv \(8.0\); if they do not, remove them",
     ),
     "another shape": (
         lambda folder: edit_config(folder, intermediate_size=128),
@@ -365,6 +369,13 @@ def test_a_hugging_face_directory_that_is_no_whole_llama(refusal: Refusal, harm:
     change(model)
     error = refusal("convert", "--input", model, "--output", output)
     assert re.search(wanted, error), error
+
+
+def test_sequences_beyond_a_sliding_window(refusal: Refusal, tmp_path: Path) -> None:
+    narrow = replace(SHAPE, family="mistral", sliding_window=text_run.SEQUENCE - 1)
+    error = refusal.prune(load=text_run.write_checkpoint(tmp_path / "narrow", narrow))
+    assert f"--seq-length {text_run.SEQUENCE} is longer than the model's sliding_window" in error
+    assert f"lower it to at most {text_run.SEQUENCE - 1}" in error
 
 
 def test_text_of_another_vocabulary_or_tokenizer(refusal: Refusal, tmp_path: Path) -> None:

@@ -141,9 +141,7 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         tokenizer_files.token_ids([tmp_path / "generation_config.json"])
 
 
-def test_files_of_every_kind_of_tokenizer_travel_both_ways(
-    tmp_path: Path, own_writer: None
-) -> None:
+def test_files_of_every_kind_of_tokenizer_travel_both_ways(tmp_path: Path) -> None:
     texts = {
         "tokenizer_config.json": '{"chat_template": "{{ messages }}"}',
         "generation_config.json": '{"temperature": 0.6}',
