@@ -52,7 +52,7 @@ def find(source: Path | str | Iterable[Path | str] | None) -> list[Path]:
     for path in files:
         if not path.is_file():
             raise ValueError(f"tokenizer file {path} does not exist")
-        if path.name not in CARRIED and path.suffix != ".model":
+        if _carried_name(path) not in CARRIED and path.parent.name != TEMPLATES:
             raise ValueError(
                 f"{path} is not a tokenizer file: its name is none of {', '.join(CARRIED)}"
             )
