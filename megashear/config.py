@@ -285,6 +285,9 @@ class DataConfig:
     domain_weights: NamedNumbers = ()
     """Starting weight of each domain, as name=weight or in the order of the data directory; by
     tokens if empty."""
+    data_exhausted: Literal["repeat", "redistribute", "stop"] = "repeat"
+    """What happens when a domain's text was read once: repeat it in another order, redistribute
+    its share over the other domains in proportion, or stop the run (it saves and evaluates)."""
     num_workers: int = 2
     """Processes per rank that read training sequences ahead; 0 reads in the rank itself. What is
     read does not depend on it."""

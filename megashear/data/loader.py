@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from megashear.data.batch import MicroBatch, micro_batch
 from megashear.data.held_out import HeldOutSet
-from megashear.data.mixture import DomainMixture, MixtureState
+from megashear.data.mixture import DataExhausted, DomainMixture, MixtureState
 from megashear.data.read_ahead import Request, make_reader
 from megashear.data.sequences import DomainSequences
 
@@ -99,7 +99,7 @@ class MixtureLoader:
         num_microbatches = replica_size // micro_batch_size
         at_once = -(-num_microbatches // (_READ_AT_ONCE * max(num_workers, 1)))
         self._request_size = at_once * micro_batch_size
-        self._reader = make_reader(self.domains, num_workers, self._draw)
+        self._reader = make_reader(self.domains, num_workers, self._expect)
         self._is_open = False
 
     @property
@@ -114,11 +114,17 @@ class MixtureLoader:
 
         Raises:
             RuntimeError: text cannot be read, or a worker process died.
+            DataExhausted: there is no whole batch left, see :meth:`ran_out`; on every rank alike.
         """
         self._open()
-        before = self.mixture.drawn.copy()
-        wanted = self._draw(self.mixture)
-        self._tell_epochs(before)
+        before = self.mixture.copy()
+        try:
+            wanted = self._draw(self.mixture)
+        except DataExhausted:
+            self.mixture = before
+            raise
+        self._tell_epochs(before.drawn)
+        self._tell_exhausted(before.exhausted)
         size, batches = self._micro_batch_size, []
         for request, block in zip(wanted, self._reader.read(wanted, self.mixture)):
             for at in range(0, len(request.samples), size):
@@ -133,6 +139,46 @@ class MixtureLoader:
                 )
         return batches
 
+    def ran_out(self) -> str | None:
+        """Why no further batch can be drawn, for people; None where one can.
+
+        Equal on every rank, as what is drawn is.
+        """
+        if self.mixture.when_exhausted == "repeat":
+            return None
+        try:
+            self._draw(self.mixture.copy())
+        except DataExhausted as end:
+            what = "the domains with a weight are all read"
+            if end.domain is not None:
+                domain = self.domains[end.domain]
+                what = (
+                    f"domain {domain.name} is read: sample {end.sample + 1} of the run would be "
+                    f"number {domain.samples_per_epoch + 1} of its {domain.samples_per_epoch} "
+                    f"sequences"
+                )
+            return f"{what}, and --data-exhausted is {self.mixture.when_exhausted}"
+        return None
+
+    def tell_plan(self, num_samples: int) -> None:
+        """Warn of each domain that has less text than ``num_samples`` more samples want of it."""
+        way_out = {
+            "repeat": "repeats from there",
+            "redistribute": "then leaves its share to the others (--data-exhausted redistribute)",
+            "stop": "ends the run there (--data-exhausted stop)",
+        }[self.mixture.when_exhausted]
+        for domain, share, drawn in zip(self.domains, self.mixture.shares, self.mixture.drawn):
+            size = domain.samples_per_epoch
+            wanted = drawn + share * num_samples
+            left = size - int(drawn)
+            if wanted > size and left >= 0:
+                logger.warning(
+                    "domain %s: at its weight %.3f the run wants %.1f times its %d sequences "
+                    "(%d tokens); it is read after about %d steps and %s",
+                    *(domain.name, share, wanted / size, size, domain.num_tokens),
+                    *(left / share / self._global_batch_size, way_out),
+                )
+
     def close(self) -> None:
         """End the worker processes; the next batch would start others."""
         self._reader.close()
@@ -141,12 +187,23 @@ class MixtureLoader:
     def _open(self) -> None:
         if not self._is_open:
             for domain, drawn in zip(self.domains, self.mixture.drawn.tolist()):
-                if self.mixture.weights[domain.domain_index]:
+                if self.mixture.shares[domain.domain_index]:
                     domain.prepare(drawn)  # here, for workers share what there is before they start
             self._is_open = True
 
+    def _expect(self, mixture: DomainMixture) -> list[Request]:
+        """As ``_draw``; nothing where text runs out."""
+        try:
+            return self._draw(mixture)
+        except DataExhausted:
+            return []
+
     def _draw(self, mixture: DomainMixture) -> list[Request]:
-        """Draw a global batch; what this replica has to read of it."""
+        """Draw a global batch; what this replica has to read of it.
+
+        Raises:
+            DataExhausted: amid the batch.
+        """
         drawn = [mixture.draw() for _ in range(self._global_batch_size)]
         starts = range(self._own.start, self._own.stop, self._request_size)
         return [
@@ -154,8 +211,21 @@ class MixtureLoader:
             for start in starts
         ]
 
+    def _tell_exhausted(self, before: npt.NDArray[np.bool_]) -> None:
+        for number in np.flatnonzero(self.mixture.exhausted & ~before):
+            domain = self.domains[number]
+            logger.warning(
+                "domain %s: its %d sequences (%d tokens) are read, at sample %d of the run%s",
+                *(domain.name, domain.samples_per_epoch, domain.num_tokens, self.consumed_samples),
+                "; its share goes to the others in proportion"
+                if self.mixture.when_exhausted == "redistribute"
+                else "",
+            )
+
     def _tell_epochs(self, before: npt.NDArray[np.int64]) -> None:
         """Say so where a domain's text begins to repeat, as its drawn samples grew."""
+        if self.mixture.when_exhausted != "repeat":
+            return  # nothing is read twice
         for domain, old, new in zip(self.domains, before, self.mixture.drawn):
             size = domain.samples_per_epoch
             # epoch of the sample drawn last; the first one, 0, is not worth a word

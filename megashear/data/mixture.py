@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,25 @@ class MixtureState(TypedDict):
     drawn: list[int]
 
 
+WhenExhausted = Literal["repeat", "redistribute", "stop"]
+"""What happens to a domain whose text was read once: it is read again in another order, its share
+goes to the others, or nothing more is drawn."""
+
+
+class DataExhausted(Exception):  # noqa: N818  # an end, not an error
+    """No further sample can be drawn.
+
+    Attributes:
+        domain: the one that is owed the next sample and has none left; None where all are read.
+        sample: number of the sample that could not be drawn, over all domains, from 0.
+    """
+
+    def __init__(self, domain: int | None, sample: int) -> None:
+        super().__init__(domain, sample)
+        self.domain = domain
+        self.sample = sample
+
+
 class DomainMixture:
     """Chooses the domain of each next sample so that counts follow changing weights.
 
@@ -30,17 +49,47 @@ class DomainMixture:
     than 1 + 1/2 + ... + 1/D samples behind (the cup-emptying bound; 2.6 for D = 7); after the
     choice, none is more than 1/2 + ... + 1/D behind. A domain of weight 0 from the start is never
     drawn.
+
+    Where exhausted domains hand over their share, the invariant goes on to hold for the others,
+    with the same D: an exhausted domain is owed nothing more, and what it was owed (less than 1.6
+    samples of 7 domains) is levelled out over the others: a surplus raises those owed least, a
+    deficit lowers those owed most. Levelling keeps every sum of the k largest below its bound, for
+    these bounds are concave in k.
     """
 
-    def __init__(self, weights: Sequence[float] | npt.NDArray[np.float64]) -> None:
+    def __init__(
+        self,
+        weights: Sequence[float] | npt.NDArray[np.float64],
+        *,
+        available: Sequence[int] | None = None,
+        when_exhausted: WhenExhausted = "repeat",
+    ) -> None:
+        """Begin with nothing drawn.
+
+        Args:
+            weights: share of each domain; see ``normalise_weights``.
+            available: samples that each domain has; needed unless domains repeat.
+            when_exhausted: what happens once a domain has given them all.
+        """
+        assert (available is None) == (when_exhausted == "repeat")
         self.owed = np.zeros(len(weights))  # samples promised minus samples drawn; sums to 0
         self.drawn = np.zeros(len(weights), dtype=np.int64)
+        self.when_exhausted = when_exhausted
+        self._available = None if available is None else np.array(available, dtype=np.int64)
+        assert self._available is None or len(self._available) == len(weights)
         self.set_weights(weights)
 
     @property
     def num_drawn(self) -> int:
         """Samples drawn so far, over all domains."""
         return int(self.drawn.sum())
+
+    @property
+    def exhausted(self) -> npt.NDArray[np.bool_]:
+        """Which domains have no sample left; none where domains repeat."""
+        if self._available is None:
+            return np.zeros(len(self.owed), dtype=np.bool_)
+        return self.drawn >= self._available
 
     def set_weights(self, weights: Sequence[float] | npt.NDArray[np.float64]) -> None:
         """Take the next samples in other proportions; what is owed and drawn stays.
@@ -49,14 +98,43 @@ class DomainMixture:
             ValueError: see ``normalise_weights``.
         """
         self.weights = normalise_weights(weights, len(self.owed))
+        self._share_out()
 
     def draw(self) -> tuple[int, int]:
-        """Return (domain, index within the domain) of the next sample."""
-        self.owed += self.weights
-        domain = int(self.owed.argmax())
-        self.owed[domain] -= 1
+        """Return (domain, index within the domain) of the next sample.
+
+        Raises:
+            DataExhausted: there is none; the mixture stays as it is.
+        """
+        if self._available is not None and not self.shares.any():
+            raise DataExhausted(None, self.num_drawn)
+        owed = self.owed + self.shares
+        domain = int(owed.argmax())
+        sample = int(self.drawn[domain])
+        if self._available is not None and sample >= self._available[domain]:
+            raise DataExhausted(domain, self.num_drawn)
+        owed[domain] -= 1
+        self.owed = owed
         self.drawn[domain] += 1
-        return domain, int(self.drawn[domain]) - 1
+        if self._available is not None and sample + 1 == self._available[domain]:
+            self._share_out()
+        return domain, sample
+
+    def _share_out(self) -> None:
+        """Set the shares in which samples are promised from here on."""
+        self.shares = self.weights
+        """Weights of what is drawn: those of the domains with text, in proportion; sums to 1, or to
+        0 where there is none."""
+        out = self.exhausted
+        if self.when_exhausted != "redistribute" or not out.any():
+            return
+        left = ~out
+        total = self.weights[left].sum()
+        self.shares = np.where(left, self.weights, 0.0) / (total or 1.0)
+        if left.any() and self.owed[out].any():
+            residue = self.owed[out].sum()
+            self.owed[out] = 0.0
+            self.owed[left] = levelled(self.owed[left], residue)
 
     def copy(self) -> DomainMixture:
         """Another mixture that stands where this one does."""
@@ -87,6 +165,18 @@ class DomainMixture:
         self.weights = np.array(state["weights"], dtype=np.float64)
         self.owed = np.array(state["owed"], dtype=np.float64)
         self.drawn = np.array(state["drawn"], dtype=np.int64)
+        self._share_out()
+
+
+def levelled(fills: npt.NDArray[np.float64], amount: float) -> npt.NDArray[np.float64]:
+    """Pour an amount into cups so that the lowest rise to one level; a negative one lowers the
+    highest."""
+    sign = 1.0 if amount >= 0 else -1.0
+    rising = np.sort(sign * fills)
+    # the level that the n lowest would reach alone falls with n until the next is above it
+    levels = (rising.cumsum() + abs(amount)) / np.arange(1, len(fills) + 1)
+    poured: npt.NDArray[np.float64] = sign * np.maximum(sign * fills, levels.min())
+    return poured
 
 
 def normalise_weights(

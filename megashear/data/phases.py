@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from megashear.data.mixture import DomainMixture, normalise_weights
+from megashear.data.mixture import DomainMixture, WhenExhausted, normalise_weights
 from megashear.data.shares import ShareLimits, Vector, weights_of
 
 logger = logging.getLogger(__name__)
@@ -65,20 +65,30 @@ class PhasedMixture(DomainMixture):
     right phase, and however far ahead a loader draws, the change falls on the promised sample.
     """
 
-    def __init__(self, changes: Mapping[int, Vector]) -> None:
-        """Take weights by first sample; the least of these numbers is where drawing begins."""
+    def __init__(
+        self,
+        changes: Mapping[int, Vector],
+        *,
+        available: Sequence[int] | None = None,
+        when_exhausted: WhenExhausted = "repeat",
+    ) -> None:
+        """Take weights by first sample; the least of these numbers is where drawing begins.
+
+        The other arguments are those of DomainMixture.
+        """
         self._samples = sorted(changes)
         self._weights = [changes[sample] for sample in self._samples]
         self._place = 0  # the next sample's number
-        super().__init__(self._weights[0])
+        super().__init__(self._weights[0], available=available, when_exhausted=when_exhausted)
 
     def draw(self) -> tuple[int, int]:
         """Return (domain, index within the domain) of the next sample."""
         phase = bisect.bisect_right(self._samples, self._place) - 1
         if self._place == self._samples[phase]:
             self.set_weights(self._weights[phase])
+        drawn = super().draw()  # where it raises, nothing was drawn
         self._place += 1
-        return super().draw()
+        return drawn
 
     def load_state_dict(self, state: Any) -> None:
         """See DomainMixture; the weights are the phase's, not the state's."""

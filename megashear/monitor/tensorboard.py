@@ -68,7 +68,7 @@ def quadratic_multiplier(kind: str) -> str:
 
 
 def mixture_weight(domain: str) -> str:
-    """Share of the samples that a domain is owed, between 0 and 1."""
+    """Share of the samples that a domain is owed, between 0 and 1; 0 once it is exhausted."""
     return f"mix/weight/{domain}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from megashear.config import (
 )
 from megashear.data.held_out import HeldOutSet
 from megashear.data.manifest import DataManifest, read_manifest
-from megashear.data.mixture import DomainMixture, normalise_weights
+from megashear.data.mixture import DomainMixture, WhenExhausted, normalise_weights
 from megashear.data.phases import PhasedMixture, Phases, read_phases
 from megashear.data.reference_loss import read_reference
 from megashear.data.reweight import Reweighting, make_policy
@@ -67,13 +68,26 @@ class Inputs:
             "phases": (phases, shares),
         }
 
-    def mixture(self, train: TrainConfig, start: Start) -> DomainMixture:
-        """The mixture as the run begins or goes on; its state is yet to be loaded."""
-        return (
-            PhasedMixture(changes)
-            if (changes := self.changes(train, start))
-            else (DomainMixture(self.weights))
-        )
+    def mixture(
+        self,
+        train: TrainConfig,
+        start: Start,
+        *,
+        available: Sequence[int],
+        when_exhausted: WhenExhausted,
+    ) -> DomainMixture:
+        """The mixture as the run begins or goes on; its state is yet to be loaded.
+
+        Args:
+            train: batch size and sequence length.
+            start: where the run begins.
+            available: sequences that each domain has.
+            when_exhausted: what happens once they are read.
+        """
+        limit = None if when_exhausted == "repeat" else available
+        if changes := self.changes(train, start):
+            return PhasedMixture(changes, available=limit, when_exhausted=when_exhausted)
+        return DomainMixture(self.weights, available=limit, when_exhausted=when_exhausted)
 
     def changes(self, train: TrainConfig, start: Start) -> dict[int, Vector]:
         """Weights of the phases by their first sample; nothing where there are no phases."""

@@ -118,12 +118,15 @@ class Trainer:
         meter = Throughput(num_devices=self.groups.world_size)
         window: list[SequenceLosses] = []
         saved: Path | None = None
+        saved_step = first_step
         found: dict[str, DomainLosses] = {}
         step = first_step
+        # asked before each step, so that all ranks end together where text runs out
+        ran_out = self.data.loader.ran_out() if step < last else None
         with progress(
             last, rank=self.groups.rank, initial=first_step, desc=self.objective.stage
         ) as bar:
-            while step < last:
+            while step < last and ran_out is None:
                 rate = self.schedule.get_lr({})
                 drawn = self.data.loader.consumed_samples
                 losses, norm, masks = self._step(step)
@@ -147,22 +150,34 @@ class Trainer:
                 if saver is not None and step < last and (due or stop):
                     with meter.pause("checkpoint"):
                         saved = self.save(step, saver, sink, wait=stop)
+                    saved_step = step
                 if stop:
                     logger.info("step %d: stopping as --exit-interval asks", step)
                     break
+                ran_out = self.data.loader.ran_out() if step < last else None
         self.data.loader.close()
         share = meter.share(EVALUATION)
-        if step == last:
+        if ran_out is not None:
+            logger.warning(
+                "step %d: the run ends %d steps early: %s. Go on with --resume and another "
+                "--data-exhausted, or with more text in a new run",
+                *(step, last - step, ran_out),
+            )
+            if window:
+                self._log(step, window, rate, norm, masks, meter, sink)
+        if step == last or ran_out is not None:
             # before the long evaluation, which a time limit may cut off
-            if saver is not None and first_step < last:
+            if saver is not None and step > saved_step:
                 saved = self.save(step, saver, sink, wait=True)
+            elif saver is not None and saved is not None:
+                self._report(saver.wait(), sink)  # text ran out where a save was due
             elif self._is_ours(self.source):
                 saved = self.source  # killed before the evaluation that comes now
             found = self.evaluate(step, sink, whole=True)
             if saved is not None:
                 self._amend(saved, found)
         sink.close()
-        return {
+        reached = {
             "step": step,
             "held-out loss": {mode: losses.losses for mode, losses in found.items()},
             STANDARD_ERROR: {mode: losses.known_errors for mode, losses in found.items()},
@@ -173,6 +188,7 @@ class Trainer:
             "checkpoint": None if saved is None else str(saved),
             "tensorboard": train.tensorboard_dir,
         }
+        return reached if ran_out is None else reached | {"ended early": ran_out}
 
     def evaluate(
         self, step: int, sink: tags.TensorBoardSink, *, whole: bool
@@ -361,7 +377,7 @@ class Trainer:
         }
         for number, name in enumerate(self.data.manifest.names):
             drawn = int(mixture.drawn[number])
-            points[tags.mixture_weight(name)] = float(mixture.weights[number])
+            points[tags.mixture_weight(name)] = float(mixture.shares[number])
             points[tags.mixture_share(name)] = drawn / mixture.num_drawn
             epochs = drawn / self.data.loader.domains[number].samples_per_epoch
             points[tags.mixture_epoch(name)] = epochs

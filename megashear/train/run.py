@@ -370,9 +370,15 @@ def _trainer(
     train, chunks, manifest = config.train, objective.chunks, inputs.manifest
     optimizer = build_optimizer(chunks, config.optimizer, bf16=config.model.bf16)
     schedule = build_schedule(optimizer, config.optimizer, train.train_iters)
+    domains = training_sequences(manifest, train)
     loader = MixtureLoader(
-        training_sequences(manifest, train),
-        inputs.mixture(train, start),
+        domains,
+        inputs.mixture(
+            train,
+            start,
+            available=[domain.samples_per_epoch for domain in domains],
+            when_exhausted=config.data.data_exhausted,
+        ),
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
         data_parallel_rank=groups.data_rank,
@@ -402,6 +408,7 @@ def _trainer(
         logger.info("starting from the weights of %s", start.hf or start.checkpoint)
     elif fill:
         logger.info("starting from fresh weights, seed %d", train.seed)
+    loader.tell_plan((train.train_iters - start.first_step) * train.global_batch_size)
     return Trainer(
         shape=start.shape,
         chunks=chunks,

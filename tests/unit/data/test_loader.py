@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megashear.data.loader import DomainSequences, MicroBatch, MixtureLoader
-from megashear.data.mixture import DomainMixture
+from megashear.data.mixture import DataExhausted, DomainMixture
 
 LENGTH = 250  # leaves so few sequences that the run below crosses epochs
 WEIGHTS = [0.5, 0.2, 0.3]
@@ -17,14 +17,29 @@ STEPS = 30
 
 
 def loader(
-    data, *, batch=12, micro=1, rank=0, size=1, seed=5, length=LENGTH, workers=0
+    data,
+    *,
+    batch=12,
+    micro=1,
+    rank=0,
+    size=1,
+    seed=5,
+    length=LENGTH,
+    workers=0,
+    exhausted="repeat",
 ) -> MixtureLoader:
     domains = [
         DomainSequences(data.prefix(name), length, seed, i) for i, name in enumerate(data.names)
     ]
     return MixtureLoader(
         domains,
-        DomainMixture(WEIGHTS),
+        DomainMixture(
+            WEIGHTS,
+            available=None
+            if exhausted == "repeat"
+            else [domain.samples_per_epoch for domain in domains],
+            when_exhausted=exhausted,
+        ),
         global_batch_size=batch,
         micro_batch_size=micro,
         data_parallel_rank=rank,
@@ -176,6 +191,87 @@ def second_of_two_ranks() -> Iterator[None]:
 def test_ranks_of_a_group_need_not_wait_for_each_other(untouched, whole) -> None:
     # Megatron's own cached way has rank 0 build the index and all others read its files.
     assert run(loader(untouched), range(STEPS)) == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stop_ends_before_the_first_batch_that_has_no_text(data, workers: int) -> None:
+    each = loader(data, batch=4, exhausted="stop", workers=workers)
+    plain, sizes = DomainMixture(WEIGHTS), [d.samples_per_epoch for d in each.domains]
+    steps = 0
+    while each.ran_out() is None:
+        each.next_batch()
+        steps += 1
+        drawn = [plain.draw() for _ in range(4)]
+        assert all(sample < sizes[domain] for domain, sample in drawn)
+    assert steps > 2
+    domain, sample = next((d, n) for d, n in (plain.draw() for _ in range(4)) if n == sizes[d])
+    name = data.names[domain]
+    assert f"domain {name} is read: sample " in each.ran_out()
+    assert f"would be number {sample + 1} of its {sample} sequences" in each.ran_out()
+    state = each.state_dict()
+    with pytest.raises(DataExhausted):
+        each.next_batch()
+    assert each.state_dict() == state  # it ends where the last batch ended
+    each.mixture.set_weights([float(d != domain) / 2 for d in range(3)])
+    assert each.ran_out() is None
+    each.next_batch()  # what was expected to end goes on
+    each.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_redistribute_reads_every_sample_once(data, caplog, workers: int) -> None:
+    with caplog.at_level(logging.WARNING):
+        each = loader(data, batch=2, exhausted="redistribute", workers=workers)
+        found = []
+        while each.ran_out() is None:
+            found += rows(each.next_batch())
+        each.close()
+    assert each.ran_out().startswith("the domains with a weight are all read")
+    sizes = [domain.samples_per_epoch for domain in each.domains]
+    assert sum(sizes) - len(found) < 2  # less than a batch is left
+    for domain, size in enumerate(sizes):
+        texts = [row[2:] for row in found if row[1] == domain]
+        assert size - len(texts) < 2
+        assert texts == [tuple(each.domains[domain][i][:-1].tolist()) for i in range(len(texts))]
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) >= 2
+    assert all("its share goes to the others in proportion" in line for line in told)
+
+
+def test_other_replicas_end_at_the_same_step(data) -> None:
+    ends = []
+    for rank in range(3):
+        each, steps = loader(data, batch=6, rank=rank, size=3, exhausted="stop"), 0
+        while each.ran_out() is None:
+            each.next_batch()
+            steps += 1
+        ends.append((steps, each.ran_out(), each.state_dict()))
+    assert ends[0] == ends[1] == ends[2]
+
+
+@pytest.mark.parametrize(
+    ("exhausted", "way_out"),
+    [
+        ("repeat", "and repeats from there"),
+        ("redistribute", "and then leaves its share to the others"),
+        ("stop", "and ends the run there"),
+    ],
+)
+def test_a_plan_that_wants_more_text_than_there_is_is_told(
+    data, caplog, exhausted: str, way_out: str
+) -> None:
+    each = loader(data, exhausted=exhausted)
+    size = each.domains[2].samples_per_epoch  # weight .3
+    with caplog.at_level(logging.WARNING):
+        each.tell_plan(int(size / 0.3))
+        each.tell_plan(12)
+        assert not [r for r in caplog.records if "numbers" in r.getMessage()]
+        caplog.clear()
+        each.tell_plan(int(3 * size / 0.3) + 1)
+    told = [r.getMessage() for r in caplog.records if data.names[2] in r.getMessage()]
+    assert len(told) == 1
+    assert f"wants 3.0 times its {size} sequences" in told[0]
+    assert f"after about {int(size / 0.3 / 12)} steps {way_out}" in told[0]
 
 
 def test_new_epochs_are_told_less_and_less_often(data, caplog) -> None:

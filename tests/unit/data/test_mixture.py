@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megashear.data.mixture import DomainMixture
+from megashear.data.mixture import DataExhausted, DomainMixture, levelled
 
 ROUNDING = 1e-9  # float64 sums of at most a few thousand terms of size 1
 
@@ -146,3 +146,98 @@ def test_weights_that_are_none_are_refused(weights: list[float], message: str) -
 def test_state_of_other_domains_is_refused() -> None:
     with pytest.raises(ValueError, match="saved mixture has 2 domains, this run has 3"):
         DomainMixture([0.2, 0.3, 0.5]).load_state_dict(DomainMixture([0.5, 0.5]).state_dict())
+
+
+@st.composite
+def histories_that_end(draw: st.DrawFn) -> tuple[list[int], list[tuple[list[float], int]]]:
+    """Samples that each domain has, and a history of weights."""
+    num_domains = draw(st.integers(1, 8))
+    available = draw(st.lists(st.integers(1, 60), min_size=num_domains, max_size=num_domains))
+    history = st.tuples(weights_of(num_domains), st.integers(1, 60))
+    return available, draw(st.lists(history, min_size=1, max_size=10))
+
+
+@settings(max_examples=150, deadline=None)
+@given(histories_that_end())
+def test_the_bound_holds_for_the_domains_that_are_left(drawn_history) -> None:
+    available, history = drawn_history
+    options = {"available": available, "when_exhausted": "redistribute"}
+    mixture = DomainMixture(history[0][0], **options)
+    num_domains, drawn = len(available), [0] * len(available)
+    promised = np.zeros(num_domains)  # counted here, by the shares of those that are left
+    for weights, num_draws in history:
+        mixture.set_weights(weights)
+        for _ in range(num_draws):
+            left = [d for d in range(num_domains) if drawn[d] < available[d]]
+            total = sum(mixture.weights[d] for d in left)
+            if not total:
+                with pytest.raises(DataExhausted):
+                    mixture.draw()
+                return
+            promised[left] += mixture.weights[left] / total
+            domain, sample = mixture.draw()
+            assert domain in left
+            assert sample == drawn[domain]  # none skipped, none twice
+            drawn[domain] += 1
+            still = [d for d in left if drawn[d] < available[d]]
+            assert (mixture.owed[still] > -1 - ROUNDING).all()
+            assert (mixture.owed[still] <= harmonic(num_domains) - 1 + ROUNDING).all()
+            assert abs(mixture.owed.sum()) < ROUNDING
+            # what exhausted domains handed over is all that the count made here does not know
+            off = np.abs((promised - np.array(drawn))[still] - mixture.owed[still]).sum()
+            most = max(1.0, harmonic(num_domains) - 1)
+            assert off <= (num_domains - len(still)) * most + num_domains * ROUNDING
+        restored = DomainMixture(history[0][0], **options)
+        restored.load_state_dict(json.loads(json.dumps(mixture.state_dict())))
+        assert restored.state_dict() == mixture.state_dict()
+        mixture = restored
+
+
+def test_the_share_of_an_exhausted_domain_goes_to_the_others_in_proportion() -> None:
+    mixture = DomainMixture(
+        [0.6, 0.3, 0.1], available=[6, 10**6, 10**6], when_exhausted="redistribute"
+    )
+    while not mixture.exhausted.any():
+        mixture.draw()
+    assert mixture.drawn[0] == 6
+    assert mixture.shares.tolist() == pytest.approx([0.0, 0.75, 0.25])
+    assert mixture.weights.tolist() == [0.6, 0.3, 0.1]
+    before = mixture.drawn.copy()
+    for _ in range(4000):
+        mixture.draw()
+    assert (mixture.drawn - before).tolist() == pytest.approx([0, 3000, 1000], abs=3)
+
+
+def test_stop_ends_where_the_owed_domain_has_none_left_and_changes_nothing() -> None:
+    mixture = DomainMixture([0.5, 0.5], available=[2, 100], when_exhausted="stop")
+    assert [mixture.draw()[0] for _ in range(4)] == [0, 1, 0, 1]
+    before = mixture.state_dict()
+    with pytest.raises(DataExhausted) as end:
+        mixture.draw()
+    assert (end.value.domain, end.value.sample) == (0, 4)
+    assert mixture.state_dict() == before
+    mixture.set_weights([0.0, 1.0])  # it is owed nothing any more
+    assert mixture.draw() == (1, 2)
+
+
+def test_a_saved_run_that_repeated_may_redistribute_from_there() -> None:
+    endless = DomainMixture([0.5, 0.25, 0.25])
+    for _ in range(101):
+        endless.draw()
+    limited = DomainMixture([0.2, 0.3, 0.5], available=[20, 99, 99], when_exhausted="redistribute")
+    limited.load_state_dict(endless.state_dict())
+    assert limited.shares.tolist() == [0.0, 0.5, 0.5]
+    assert limited.draw()[0] != 0
+
+
+@pytest.mark.parametrize(
+    ("fills", "amount", "wanted"),
+    [
+        ([0.5, -0.5, 0.25], 0.25, [0.5, -0.25, 0.25]),
+        ([0.5, -0.5, 0.25], 1.25, [0.5, 0.5, 0.5]),
+        ([0.5, -0.5, 0.25], -0.5, [0.125, -0.5, 0.125]),
+        ([0.5, -0.5], 0.0, [0.5, -0.5]),
+    ],
+)
+def test_levelling(fills: list[float], amount: float, wanted: list[float]) -> None:
+    assert levelled(np.array(fills), amount).tolist() == pytest.approx(wanted)
