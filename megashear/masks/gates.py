@@ -126,7 +126,8 @@ def uniform_noise(
         step: training step, from 0.
         stream: noise stream, from 0; samples of a global batch belong to streams.
         kind: kind of mask, of ``KINDS``.
-        row: row of the whole mask: a layer, from 0, or 0 where a kind has one row.
+        row: row of the whole mask: a layer, from 0; of head with grouped queries the layer times
+            G plus the group; or 0 where a kind has one row.
 
     Returns:
         Multiples of 2**-24 in [0, 1), float32, [num_units].
