@@ -76,7 +76,9 @@ def test_a_step_does_not_depend_on_layout(
     ("parallel", "data_size", "model", "pair"),
     [
         pytest.param(layout(tp=4), 1, None, "multi-head", id="multi-head-tp4"),
-        pytest.param(layout(tp=2, sp=True), 2, RECOMPUTE, "multi-head", id="multi-head-all"),
+        pytest.param(
+            *(layout(tp=2, pp=2, vpp=2, sp=True), 1, RECOMPUTE, "multi-head"), id="multi-head-all"
+        ),
         pytest.param(layout(tp=4), 1, None, "groups-alone", id="groups-alone-tp4"),
         # one key/value head cannot be divided: tensor-parallel size 1
         pytest.param(layout(pp=2, vpp=2), 2, RECOMPUTE, "one-group", id="one-group"),
