@@ -16,9 +16,11 @@ from megashear.__main__ import COMMANDS, main
 from megashear.commands.settings import build, settings_of
 from megashear.config import PretrainRun, PruneRun
 from megashear.data.reference_loss import PUBLISHED_DOMAINS, REFERENCE_LOSSES, read_reference
+from megashear.masks.mask_set import whole_parts
 from megashear.models.llama import check_layout
-from megashear.shape import PRESETS
+from megashear.shape import PRESETS, ModelShape
 from megashear.train.objectives import check_streams
+from megashear.train.start import check_target_layout, target_shape
 from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +30,18 @@ SCRIPTS = sorted(EXAMPLES.glob("*/*.sh"))
 STEPS = [script for script in SCRIPTS if script.name != "settings.sh"]
 RUNS = {"prune": PruneRun, "pretrain": PretrainRun}
 YAMLS = [path for path in sorted(EXAMPLES.glob("*/*.yaml")) if path.stem in RUNS]
+PUBLISHED = [path for path in YAMLS if path.parent in FOLDERS]
+GROUPED = EXAMPLES / "llama3.1_8b_to_3.6b"
+LLAMA_3_1_8B = ModelShape(
+    num_layers=32,
+    hidden_size=4096,
+    num_attention_heads=32,
+    num_query_groups=8,
+    head_dim=128,
+    ffn_hidden_size=14336,
+    vocab_size=128256,
+)
+"""Source: Llama 3 (arXiv:2407.21783), table 3."""
 GPUS = 8
 """What the layouts of the YAML files are meant for."""
 
@@ -56,8 +70,8 @@ def target_of(path: Path) -> str:
 
 def test_there_are_examples() -> None:
     assert len(FOLDERS) == 2
-    assert len(STEPS) == 12
-    assert len(YAMLS) == 4
+    assert len(STEPS) == 2 * 6 + 7
+    assert len(YAMLS) == 6
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=in_folders)
@@ -72,12 +86,12 @@ def test_a_yaml_file_is_a_run(path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_misspelt_key_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "prune.yaml"
-    broken.write_text(YAMLS[-1].read_text() + "\nsparsity_warmup_iter: 640\n")
+    broken.write_text(PUBLISHED[-1].read_text() + "\nsparsity_warmup_iter: 640\n")
     assert main(["prune", "--config", str(broken), "--data-path", "data", "--dry-run"]) == 2
     assert "nearest known: sparsity_warmup_iters" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=in_folders)
+@pytest.mark.parametrize("path", PUBLISHED, ids=in_folders)
 def test_weights_are_the_published_ones_in_the_order_of_the_data(path: Path) -> None:
     given = dict(zip(sorted(PUBLISHED_DOMAINS), run_of(path).data.domain_weights))
     assert given == dict(zip(PUBLISHED_DOMAINS, PUBLISHED_WEIGHTS[path.stem]))
@@ -90,7 +104,7 @@ def test_references_are_the_published_ones(folder: Path) -> None:
     assert tuple(found) == REFERENCE_LOSSES[size]
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=in_folders)
+@pytest.mark.parametrize("path", PUBLISHED, ids=in_folders)
 def test_a_layout_divides_the_model_and_the_batch(path: Path) -> None:
     run = run_of(path)
     check_layout(PRESETS["llama2-7b" if path.stem == "prune" else target_of(path)], run.parallel)
@@ -103,6 +117,29 @@ def test_a_layout_divides_the_model_and_the_batch(path: Path) -> None:
             global_batch_size=run.train.global_batch_size,
             micro_batch_size=run.train.micro_batch_size,
         )
+
+
+def test_the_grouped_query_recipe_keeps_as_many_query_heads_in_every_group() -> None:
+    prune, pretrain = run_of(GROUPED / "prune.yaml"), run_of(GROUPED / "pretrain.yaml")
+    target = target_shape(prune.masks, LLAMA_3_1_8B)
+    assert (target.num_query_groups, target.heads_per_group) == (8, 3)
+    assert f"{target.num_params() / 1e9:.1f}b" in GROUPED.name
+    parts = whole_parts(LLAMA_3_1_8B, target)
+    assert {kind: part.extents for kind, part in parts.items()} == {
+        "hidden": (1, 4096),
+        "head": (32, 8, 4),
+        "intermediate": (32, 14336),
+        "layer": (1, 32),
+    }
+    check_layout(LLAMA_3_1_8B, prune.parallel)
+    check_target_layout(target, LLAMA_3_1_8B, prune)
+    check_layout(target, pretrain.parallel)
+    assert prune.train.num_microbatches(prune.parallel.data_parallel_size(GPUS)) >= 1
+    check_streams(
+        prune.masks.mask_noise_streams,
+        global_batch_size=prune.train.global_batch_size,
+        micro_batch_size=prune.train.micro_batch_size,
+    )
 
 
 def test_a_layout_that_does_not_divide_is_noticed() -> None:

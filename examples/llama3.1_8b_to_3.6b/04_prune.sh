@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Learn masks and weights together; started again, it goes on from its last checkpoint.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+
+# shellcheck disable=SC2086  # LAUNCH and EXTRA are lists of words
+exec $LAUNCH -m megashear prune --config "$HERE/prune.yaml" \
+  --data-path "$DATA" --reference-loss "$REFERENCE_LOSS" \
+  --load "$SOURCE" --save "$PRUNED" --resume --tensorboard-dir "$TENSORBOARD/prune" $EXTRA

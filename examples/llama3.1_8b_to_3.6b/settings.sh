@@ -1,0 +1,42 @@
+# Knobs of the scripts in this folder, sourced by each; set one in the environment to change it.
+
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+# What goes in: a Hugging Face directory, and one jsonl file or folder per domain, whatever the
+# domains are.
+SOURCE_HF="${SOURCE_HF:-Llama-3.1-8B}"
+TEXT="${TEXT:-text}"
+
+# What comes out.
+RUN="${RUN:-runs/llama3.1_8b_to_3.6b}"
+DATA="${DATA:-$RUN/data}"
+SOURCE="${SOURCE:-$RUN/source}"
+PRUNED="${PRUNED:-$RUN/pruned}"
+CUT="${CUT:-$RUN/cut}"
+SMALL="${SMALL:-$RUN/small}"
+REFERENCE_LOSS="${REFERENCE_LOSS:-$RUN/reference_loss.json}"
+SMALL_HF="${SMALL_HF:-$RUN/small-hf}"
+TENSORBOARD="${TENSORBOARD:-$RUN/tensorboard}"
+
+# Text: 500 sequences a domain, about 2 M tokens, were held out for LLaMA-2; choose a share that
+# gives at least that for the smallest domain. The last evaluation of a run reads all of it.
+HELD_OUT_FRACTION="${HELD_OUT_FRACTION:-0.002}"
+WORKERS="${WORKERS:-8}"
+
+# Precision of the checkpoint that pruning starts from.
+DTYPE="${DTYPE:-bfloat16}"
+
+# Processes of the training scripts.
+PYTHON="${PYTHON:-python3}"
+NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
+NNODES="${NNODES:-1}"
+NODE_RANK="${NODE_RANK:-0}"
+MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
+MASTER_PORT="${MASTER_PORT:-29500}"
+LAUNCH="${LAUNCH:-torchrun --nproc-per-node $NPROC_PER_NODE --nnodes $NNODES \
+  --node-rank $NODE_RANK --master-addr $MASTER_ADDR --master-port $MASTER_PORT}"
+# As Megatron-LM wants it under tensor parallelism.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+
+# Flags for the end of every megashear command: EXTRA=--dry-run starts nothing.
+EXTRA="${EXTRA:-}"
