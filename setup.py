@@ -32,12 +32,14 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch,core_cu12]>=2.0"],
         "verify": ["transformers>=4.51"],
+        "report": ["matplotlib>=3.8"],
         "eval": ["lm-eval>=0.4"],
         "parquet": ["pyarrow>=15"],
         "test": [
             "pytest>=8",
             "hypothesis>=6",
             "transformers>=4.51",
+            "matplotlib>=3.8",
             "pyarrow>=15",
             "ruff>=0.6",
             "mypy>=1.11",

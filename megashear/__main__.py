@@ -18,8 +18,11 @@ COMMANDS = {
     "cut": "fold the masks into the weights and drop what they closed",
     "pretrain": "train on, from a checkpoint or from fresh weights",
     "evaluate": "held-out loss of a checkpoint, per domain",
+    "reference-loss": "what each domain's loss should be, from one model or several",
+    "plot-mixture": "weights and losses per domain over a run, as a figure",
 }
-"""What each command does; the module of the same name in megashear.commands has its ``main``."""
+"""What each command does; the module of the same name in megashear.commands, with
+underscores, has its ``main``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         return USAGE
+    module = f"megashear.commands.{command.replace('-', '_')}"
     # One module, not all: what a command imports is its own affair.
-    status: int = importlib.import_module(f"megashear.commands.{command}").main(rest)
+    status: int = importlib.import_module(module).main(rest)
     return status
 
 

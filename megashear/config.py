@@ -467,6 +467,8 @@ class ReferenceLossRun:
     """With --load: tokens per sequence; that of the run that made the checkpoint unless given."""
     micro_batch_size: int = 1
     """Sequences per replica and forward pass."""
+    verify_checkpoint: bool = True
+    """Compare every file of a checkpoint with its checksum first; without, only names and sizes."""
 
     def __post_init__(self) -> None:
         if not self.load and not self.losses:

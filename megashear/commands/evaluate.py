@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
     config = parse(EvaluateRun, argv, prog=PROG, description=__doc__ or "")
     # Here, not above: torch and megatron-core take seconds that --help should not.
-    from megashear.train.run import evaluate
+    from megashear.train.measure import evaluate
 
     report(evaluate(config))
     if config.output is not None:

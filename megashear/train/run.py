@@ -1,10 +1,9 @@
-"""prune, pretrain and evaluate: from a configuration to a finished run."""
+"""prune and pretrain: from a configuration to a finished run."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,34 +11,23 @@ from typing import Any
 
 from megashear.checkpoint import tokenizer_files
 from megashear.checkpoint.cut import rounding_changes
-from megashear.checkpoint.description import (
-    TOKENIZER,
-    Description,
-    find_iteration,
-    holds_iterations,
-    read_description,
-)
-from megashear.checkpoint.sharded_hf import describe, load_hf
-from megashear.checkpoint.store import agree_on_iteration, load_run, load_weights
-from megashear.checkpoint.weights import CheckpointWeights
-from megashear.config import EvaluateRun, PretrainRun, PruneRun
+from megashear.checkpoint.description import holds_iterations
+from megashear.checkpoint.sharded_hf import load_hf
+from megashear.checkpoint.store import load_run, load_weights
+from megashear.config import PretrainRun, PruneRun
 from megashear.data.loader import MixtureLoader
-from megashear.data.manifest import DataManifest, read_manifest
-from megashear.data.reference_loss import MEASURED
+from megashear.data.manifest import DataManifest
 from megashear.masks.mask_set import exact_gates
-from megashear.models.llama import build_chunks, build_llama, check_layout
-from megashear.parallel.agree import check_same, raise_together
+from megashear.models.llama import build_llama
+from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.shape import ModelShape
-from megashear.train.evaluate import STANDARD_ERROR, evaluate_domains
 from megashear.train.in_flight import Optimized, cut_in_flight
 from megashear.train.inputs import (
     Inputs,
     check_inputs,
-    check_sequence,
     check_vocabulary,
-    check_window,
     held_out_sets,
     training_sequences,
 )
@@ -55,7 +43,6 @@ from megashear.train.seam import (
 from megashear.train.start import (
     Start,
     check_masks,
-    check_no_masks,
     check_target_layout,
     find_start,
     read_shape,
@@ -249,94 +236,6 @@ def pretrain(config: PretrainRun) -> dict[str, Any]:
         objective = LanguageModelling(chunks)
         trainer = _trainer(config, start, objective, inputs, groups, {})
         return trainer.run(start.first_step)
-
-
-def evaluate(config: EvaluateRun) -> dict[str, Any]:
-    """Held-out loss per domain over all held-out sequences. Collective over the processes torchrun
-    started.
-
-    Returns:
-        Losses by domain, their mean, tokens, parameters.
-
-    Raises:
-        ValueError: anything a user can mend.
-    """
-    if config.output is not None and Path(config.output).exists():
-        raise ValueError(f"--output {config.output} exists; choose another or remove it first")
-    if config.load_hf is not None:
-        directory = tokenizer = Path(config.load_hf)
-        description = describe(directory)
-    else:
-        assert config.load is not None
-        directory = find_iteration(config.load)
-        tokenizer = directory / TOKENIZER
-        description = read_description(directory)
-        check_no_masks(directory, description)
-        CheckpointWeights(directory)  # refuses tensors that are not this shape's; reads none
-    check_layout(description.shape, config.parallel)
-    manifest = read_manifest(config.data_path)
-    check_vocabulary(manifest, description.shape, tokenizer)
-    seq_length = _sequence_length(config, description, directory)
-    check_sequence(config.parallel, seq_length)
-    check_window(description.shape, seq_length)
-    held_out = held_out_sets(manifest, seq_length)
-    with distributed(config.parallel, config.model) as groups:
-        if config.load is not None:
-            whole = agree_on_iteration(config.load, groups, contents=config.verify_checkpoint)
-            with raise_together():
-                if whole != directory:  # which is damaged
-                    directory, description = whole, read_description(whole)
-                    check_no_masks(directory, description)
-                    CheckpointWeights(directory)
-        chunks = build_chunks(
-            description.shape,
-            groups,
-            config.parallel,
-            config.model,
-            variant=config.model.transformer_impl,
-        )
-        if config.load_hf is not None:
-            load_hf(directory, chunks, groups)
-        else:
-            load_weights(directory, chunks)
-        found = evaluate_domains(
-            LanguageModelling(chunks),
-            "loss",
-            manifest.names,
-            held_out,
-            [range(len(part)) for part in held_out],
-            groups,
-            micro_batch_size=config.micro_batch_size,
-        )
-        summary = {
-            "checkpoint": str(directory),
-            "parameters": description.shape.num_params(),
-            "sequence length": seq_length,
-            MEASURED: found.losses,
-            STANDARD_ERROR: found.known_errors,
-            "mean": found.mean,
-            "tokens": found.tokens,
-        }
-        if config.output is not None and groups.rank == 0:
-            Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(config.output).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return summary
-
-
-def _sequence_length(config: EvaluateRun, description: Description, directory: Path) -> int:
-    """As asked for, or that of the run that made the checkpoint: other lengths give other losses.
-
-    Raises:
-        ValueError: neither is known.
-    """
-    if config.seq_length is not None:
-        return config.seq_length
-    if "run" not in description.details:
-        raise ValueError(
-            f"--seq-length is not given and {directory}, of stage {description.stage!r}, was not "
-            f"trained by megashear; give the length of the losses to compare with, tokens"
-        )
-    return int(description.details["run"]["train"]["seq_length"])
 
 
 def _trainer(

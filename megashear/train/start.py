@@ -210,7 +210,7 @@ def target_shape(masks: MaskConfig, source: ModelShape) -> ModelShape:
     return dataclasses.replace(source, **{k: v for k, v in wanted.items() if v is not None})
 
 
-def read_shape(name: str) -> ModelShape:
+def read_shape(name: str, *, flag: str = "--init-shape") -> ModelShape:
     """A preset by name, or the extents in a JSON file.
 
     Raises:
@@ -221,13 +221,13 @@ def read_shape(name: str) -> ModelShape:
     path = Path(name)
     if not path.is_file():
         raise ValueError(
-            f"--init-shape {name} is neither a preset ({', '.join(PRESETS)}) nor a JSON file"
+            f"{flag} {name} is neither a preset ({', '.join(PRESETS)}) nor a JSON file"
         )
     try:
         return ModelShape(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"--init-shape {name}: {error}; wanted a JSON object of the extents "
+            f"{flag} {name}: {error}; wanted a JSON object of the extents "
             f"{', '.join(field.name for field in dataclasses.fields(ModelShape))}"
         ) from None
 

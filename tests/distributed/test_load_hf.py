@@ -28,7 +28,7 @@ from megashear.config import (
 from megashear.models.llama import build_llama
 from megashear.models.specs import Variant
 from megashear.parallel.groups import ParallelGroups
-from megashear.train import run
+from megashear.train import measure, run
 from tests import text_run
 from tests.distributed.test_resume import finished_tensors
 from tests.ranks import run_ranks
@@ -240,7 +240,7 @@ def test_held_out_loss_of_a_directory_is_that_of_its_checkpoint(
 
     def as_rank(rank: int, config: EvaluateRun) -> dict[str, Any]:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-        return run.evaluate(config)
+        return measure.evaluate(config)
 
     assert evaluated(load_hf=str(text_hf)) == evaluated(load=str(text.checkpoint))
 

@@ -249,6 +249,33 @@ def test_references_of_other_domains(refusal: Refusal) -> None:
         assert "reference.yaml: no domain 'wiki'; the data have ['words', 'paths'" in error
 
 
+def test_references_that_cannot_be_made(refusal: Refusal) -> None:
+    text, losses = refusal.text, refusal.folder / "losses.yaml"
+    output = ("--output", refusal.folder / "reference.yaml")
+    losses.write_text("1000: {wiki: 2.0}\n2000: {wiki: 1.9}\n")
+    known = ("--losses", losses)
+    for words, wanted in (
+        (output, "no model is named; give checkpoints with --load, or files of losses with"),
+        ((*output, "--load", text.checkpoint), "--load is evaluated on --data-path, which is not"),
+        ((*output, *known), "--method power-law wants the size of what the model shall become; g"),
+        ((*output, *known, "--params", 0), "--params is 0; it must be at least 1"),
+        (
+            (*output, *known, "--params", 9, "--target", "llama2-1.3b"),
+            "--target llama2-1.3b and --params 9 both say how large the target is; give one",
+        ),
+        (
+            (*output, *known, "--target", "llama2-3b"),
+            "--target llama2-3b is neither a preset (llama2-7b, ",
+        ),
+        (
+            (*output, "--load", text.checkpoint, "--data-path", text.data),
+            "--seq-length is not given and ",
+        ),
+        (("--output", losses, *known, "--params", 9), "losses.yaml exists; choose another or re"),
+    ):
+        assert wanted in refusal("reference-loss", *words), words
+
+
 def test_phases_that_overlap_or_name_other_domains(refusal: Refusal) -> None:
     phases = refusal.folder / "phases.yaml"
     even = "weights: {words: .4, paths: .3, numbers: .3}"

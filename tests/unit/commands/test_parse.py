@@ -52,7 +52,7 @@ def _another(setting: Setting) -> tuple[Any, list[str]]:
 
 
 def _choices(setting: Setting) -> list[str]:
-    return re.findall(r"'(\w+)'", str(setting.wanted))
+    return re.findall(r"'([\w-]+)'", str(setting.wanted))
 
 
 def _fits(setting: Setting, value: object) -> bool:

@@ -11,6 +11,8 @@ RUNS = [
     config.PruneRun,
     config.PretrainRun,
     config.EvaluateRun,
+    config.ReferenceLossRun,
+    config.PlotMixtureConfig,
     config.PreprocessConfig,
     config.ConvertConfig,
     config.CutConfig,

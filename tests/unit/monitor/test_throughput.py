@@ -82,3 +82,19 @@ def test_an_empty_window_is_zero() -> None:
 def test_no_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="num_devices is 0; a run has at least 1"):
         Throughput(num_devices=0)
+
+
+def test_what_takes_time_has_its_share_of_all_of_it() -> None:
+    clock = Clock()
+    meter = Throughput(clock=clock)
+    assert meter.share("evaluation") == 0
+    for _ in range(2):
+        clock.now += 6
+        with meter.pause("evaluation"):
+            clock.now += 3
+        with meter.pause("checkpoint"):
+            clock.now += 1
+        meter.window()
+    assert meter.share("evaluation") == pytest.approx(0.3)
+    assert meter.share("checkpoint") == pytest.approx(0.1)
+    assert meter.share("tea") == 0

@@ -1,0 +1,24 @@
+"""Plot weights and held-out losses of every domain over a run, from its TensorBoard files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megashear.commands.parse import parse
+from megashear.commands.report import refuse_torchrun, report, user_errors
+from megashear.config import PlotMixtureConfig
+
+PROG = "megashear plot-mixture"
+
+
+@user_errors(PROG)
+def main(argv: Sequence[str]) -> int:
+    """Run the command on the arguments after its name; the exit status."""
+    config = parse(PlotMixtureConfig, argv, prog=PROG, description=__doc__ or "")
+    refuse_torchrun(PROG)
+    # Here, not above: reading events and drawing take packages that --help should not.
+    from megashear.monitor.figures import plot_mixture
+
+    plot_mixture(config.tensorboard_dir, config.output, title=config.title)
+    report(f"wrote {config.output}")
+    return 0

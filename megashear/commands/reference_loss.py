@@ -1,0 +1,38 @@
+"""Find what each domain's loss should be: by a law through several models, or one model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megashear.commands.parse import parse
+from megashear.commands.report import is_first_rank, refuse_torchrun, report, user_errors
+from megashear.config import ReferenceLossRun
+
+PROG = "megashear reference-loss"
+
+
+@user_errors(PROG)
+def main(argv: Sequence[str]) -> int:
+    """Run the command on the arguments after its name; the exit status."""
+    config = parse(ReferenceLossRun, argv, prog=PROG, description=__doc__ or "")
+    if not config.load:
+        refuse_torchrun(PROG)
+    if Path(config.output).exists():
+        raise ValueError(f"--output {config.output} exists; choose another or remove it first")
+    # Here, not above: torch and megatron-core take seconds that --help should not.
+    import yaml
+
+    from megashear.data.reference_loss import REFERENCE, find_references
+    from megashear.train.measure import measure_models
+
+    models, params = measure_models(config)
+    found = find_references(models, method=config.method, params=params)
+    if is_first_rank():
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
+        head = f"# {PROG}; for --reference-loss of megashear prune and megashear pretrain\n"
+        Path(config.output).write_text(head + text, encoding="utf-8")
+    losses = "  ".join(f"{name} {loss:.4f}" for name, loss in found[REFERENCE].items())
+    report(f"{found['method']}: {found['meaning']}\n{losses}\nwrote {config.output}")
+    return 0

@@ -1,0 +1,112 @@
+"""Figures show the points of the event files, and say what is missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from megashear.monitor import figures
+from megashear.monitor import tensorboard as tags
+from megashear.monitor.figures import plot_mixture, read_points
+from megashear.monitor.tensorboard import TensorBoardSink
+
+DOMAINS = ("cc", "wiki")
+
+
+@pytest.fixture
+def events(tmp_path: Path) -> Path:
+    """A run of ten steps with an evaluation every five, gone on with after the first."""
+    for first, last in ((1, 5), (6, 10)):
+        sink = TensorBoardSink(tmp_path / "events", purge_step=first if first > 1 else None)
+        for step in range(first, last + 1):
+            shares = {"cc": 0.2 + step / 100, "wiki": 0.8 - step / 100}
+            sink.scalars(step, {tags.mixture_weight(name): shares[name] for name in DOMAINS})
+            if step % 5 == 0:
+                for name in DOMAINS:
+                    sink.scalars(
+                        step,
+                        {
+                            tags.eval_loss(name): 5 - step / 10,
+                            tags.eval_error(name): 0.25,
+                            tags.eval_excess(name): 1 - step / 10,
+                        },
+                    )
+        sink.close()
+    return tmp_path / "events"
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Figures as they were saved."""
+    found: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        found.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return found
+
+
+def test_every_point_is_drawn(events: Path, drawn: list[Figure], tmp_path: Path) -> None:
+    plot_mixture([events], tmp_path / "sub" / "mixture.png", title="a run")
+    assert (tmp_path / "sub" / "mixture.png").read_bytes()[:4] == b"\x89PNG"
+    weights, losses, excess = drawn[0].axes
+    wiki, cc = weights.lines  # the heavier one first
+    assert [wiki.get_label(), cc.get_label()] == ["wiki", "cc"]
+    assert list(cc.get_xdata()) == list(range(1, 11))
+    assert cc.get_ydata() == pytest.approx([0.2 + step / 100 for step in range(1, 11)])
+    assert list(losses.lines[0].get_xdata()) == [5, 10]
+    assert losses.lines[0].get_ydata() == pytest.approx([4.5, 4.0])
+    band = losses.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((3.75, 4.75))
+    assert excess.lines[1].get_ydata() == pytest.approx([0.5, 0.0])
+
+
+def test_a_run_without_references_has_two_panels(drawn: list[Figure], tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path / "events")
+    sink.scalars(1, {tags.mixture_weight("cc"): 1.0, tags.eval_loss("cc"): 2.0})
+    sink.close()
+    plot_mixture([tmp_path / "events"], tmp_path / "mixture.svg")
+    assert len(drawn[0].axes) == 2
+
+
+def test_runs_that_follow_each_other_are_joined(tmp_path: Path) -> None:
+    for name, steps in (("a", (1, 2, 3)), ("b", (3, 4))):
+        sink = TensorBoardSink(tmp_path / name)
+        for step in steps:
+            sink.scalars(step, {"x": step + (name == "b") / 2})
+        sink.close()
+    points = read_points([tmp_path / "a", tmp_path / "b"])
+    assert points["x"] == {1: 1.0, 2: 2.0, 3: 3.5, 4: 4.5}
+
+
+def test_what_cannot_be_drawn_is_refused(
+    events: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken.png").write_text("do not lose me")
+    with pytest.raises(ValueError, match=r"--output .*taken.png exists; choose another"):
+        plot_mixture([events], tmp_path / "taken.png")
+    with pytest.raises(ValueError, match=r"ends in '.gif'; wanted .png, .pdf or .svg"):
+        plot_mixture([events], tmp_path / "mixture.gif")
+    with pytest.raises(ValueError, match=r"--tensorboard-dir .*none holds no event files; give"):
+        plot_mixture([tmp_path / "none"], tmp_path / "mixture.png")
+    sink = TensorBoardSink(tmp_path / "other")
+    sink.scalars(1, {"x": 1.0})
+    sink.close()
+    with pytest.raises(ValueError, match=r"other: no mix/weight/<domain> among the 1 tags"):
+        plot_mixture([tmp_path / "other"], tmp_path / "mixture.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r'pip install "megashear\[report\]"'):
+        plot_mixture([events], tmp_path / "mixture.png")
+
+
+def test_more_domains_than_colours_are_told_apart() -> None:
+    numbers = range(len(figures.COLOURS) * len(figures.DASHES))
+    styles = {(n % len(figures.COLOURS), n // len(figures.COLOURS)) for n in numbers}
+    assert len(styles) == len(numbers)
