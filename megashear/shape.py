@@ -149,10 +149,80 @@ def _llama2(layers: int, hidden: int, heads: int, ffn: int) -> ModelShape:
     )
 
 
+def _llama3(
+    layers: int, hidden: int, heads: int, head_dim: int, ffn: int, *, factor: float | None
+) -> ModelShape:
+    scaling = None if factor is None else RopeScaling(kind="llama3", factor=factor)
+    return ModelShape(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=8,
+        head_dim=head_dim,
+        ffn_hidden_size=ffn,
+        vocab_size=128256,
+        rotary_base=500000.0,
+        max_position_embeddings=8192 if factor is None else 131072,
+        rope_scaling=scaling,
+        tied_embeddings=hidden < 4096,
+    )
+
+
+def _qwen(
+    family: Family,
+    layers: int,
+    hidden: int,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    ffn: int,
+    *,
+    tied: bool,
+    vocab: int = 151936,
+) -> ModelShape:
+    return ModelShape(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=head_dim,
+        ffn_hidden_size=ffn,
+        vocab_size=vocab,
+        norm_epsilon=1e-6,
+        rotary_base=1000000.0,
+        max_position_embeddings=32768 if family == "qwen2" else 40960,
+        family=family,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        tied_embeddings=tied,
+    )
+
+
 PRESETS: dict[str, ModelShape] = {
     "llama2-7b": _llama2(32, 4096, 32, 11008),
     "llama2-2.7b": _llama2(32, 2560, 20, 6912),
     "llama2-1.3b": _llama2(24, 2048, 16, 5504),
     "llama2-370m": _llama2(24, 1024, 8, 2816),
+    "llama3-8b": _llama3(32, 4096, 32, 128, 14336, factor=None),
+    "llama3.1-8b": _llama3(32, 4096, 32, 128, 14336, factor=8.0),
+    "llama3.2-3b": _llama3(28, 3072, 24, 128, 8192, factor=32.0),
+    "llama3.2-1b": _llama3(16, 2048, 32, 64, 8192, factor=32.0),
+    "mistral-7b-v0.1": ModelShape(
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_query_groups=8,
+        head_dim=128,
+        ffn_hidden_size=14336,
+        vocab_size=32000,
+        max_position_embeddings=32768,
+        family="mistral",
+        sliding_window=4096,
+    ),
+    "qwen2.5-0.5b": _qwen("qwen2", 24, 896, 14, 2, 64, 4864, tied=True),
+    "qwen2.5-7b": _qwen("qwen2", 28, 3584, 28, 4, 128, 18944, tied=False, vocab=152064),
+    "qwen3-0.6b": _qwen("qwen3", 28, 1024, 16, 8, 128, 3072, tied=True),
+    "qwen3-8b": _qwen("qwen3", 36, 4096, 32, 8, 128, 12288, tied=False),
 }
-"""Source: Sheared LLaMA (arXiv:2310.06694), table 1 and appendix; LLaMA 2 (arXiv:2307.09288)."""
+"""Source: Sheared LLaMA (arXiv:2310.06694), table 1 and appendix; LLaMA 2 (arXiv:2307.09288); for
+the others the config.json of the models as released on Hugging Face."""

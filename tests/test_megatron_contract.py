@@ -227,6 +227,26 @@ def test_the_mlp_takes_the_gate_first_and_the_up_projection_second() -> None:
     assert relative_error(y, F.silu(x @ second.T) * (x @ first.T) @ fc2.T) > 0.1
 
 
+def test_rotary_tables_are_stretched_with_constants_of_megatron_core() -> None:
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.gpt import GPTModel
+
+    named = inspect.signature(GPTModel.__init__).parameters
+    assert [name for name in named if "scaling" in name] == ["rope_scaling", "rope_scaling_factor"]
+    constants = inspect.signature(RotaryEmbedding._apply_scaling).parameters
+    assert constants["original_max_position_embeddings"].default == 8192
+
+    def body(rank: int) -> None:
+        rotary = gpt_model(bf16=True).rotary_pos_emb
+        assert rotary.inv_freq.dtype == torch.float32
+        assert "inv_freq" not in dict(rotary.named_buffers())
+        before = rotary.get_emb(3)
+        rotary.inv_freq = rotary.inv_freq / 2
+        assert torch.equal(rotary.get_emb(3), before / 2)
+
+    run_ranks(1, body)
+
+
 def test_query_key_and_value_are_interleaved_by_group() -> None:
     def body(rank: int) -> tuple[Any, ...]:
         attention = gpt_model().decoder.layers[0].self_attention
@@ -293,6 +313,15 @@ def test_saving_needs_a_process_group(tmp_path: Path) -> None:
             dist_checkpointing.save(entries, str(tmp_path))
 
     run_ranks(1, body)
+
+
+def test_a_vocabulary_of_another_size_would_be_loaded() -> None:
+    def body(rank: int) -> set[str]:
+        entries = gpt_model().sharded_state_dict()
+        return {n for n, entry in entries.items() if getattr(entry, "allow_shape_mismatch", False)}
+
+    loose = {"embedding.word_embeddings.weight", "output_layer.weight"}
+    assert run_ranks(1, body) == [loose]
 
 
 def test_linears_add_empty_byte_entries_that_a_checkpoint_must_have_if_asked_for(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megashear.config import ParallelConfig
 from megashear.models.core import VocabularyPadding
+from tests.distributed.pruning_run import run
 from tests.distributed.test_masked_model import (
     BROKEN,
     OTHER_KERNELS,
@@ -20,8 +21,11 @@ from tests.distributed.test_masked_model import (
     worst,
 )
 from tests.families import FAMILIES, pruned
-from tests.tiny import layout, relative_error
+from tests.tiny import PAIRS, layout, relative_error
 
+FREE_RUNNING = 1e-4
+"""Relative, on weights after six steps: Adam divides small gradients, rounding and all, by their
+own size."""
 EVERYTHING = replace(
     FAMILIES["qwen3-tied"],
     rotary_base=500.0,
@@ -48,6 +52,26 @@ def test_every_part_of_every_family_keeps_the_laws(parallel: ParallelConfig) -> 
     masks = middle_of_pruning(EVERYTHING, pruned(EVERYTHING))
     found = sampled_pass(parallel, EVERYTHING, pruned(EVERYTHING), masks)
     assert worst(found, plain_pass(EVERYTHING, masks)) < OTHER_KERNELS
+
+
+@pytest.mark.parametrize(
+    "parallel", [layout(tp=2, pp=2, sp=True), layout(tp=4)], ids=["tp2-pp2-sp", "tp4"]
+)
+def test_six_steps_of_the_optimizer_stay_together(
+    parallel: ParallelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # norms of clipping count a tied matrix and the norms over heads once, at any layout
+    monkeypatch.setitem(PAIRS, "everything", (EVERYTHING, pruned(EVERYTHING)))
+    reference = run(layout(), steps=6, pair="everything")
+    found = run(parallel, steps=6, pair="everything")
+    for here, there in zip(found, reference):
+        assert here.loss == pytest.approx(there.loss, rel=OTHER_KERNELS)
+    for name, weight in reference[-1].weights.items():
+        rows = here.weights[name]
+        assert not rows[len(weight) :].any(), f"the padding of {name} learns"
+        assert relative_error(rows[: len(weight)], weight) < FREE_RUNNING, name
+        # the twin: far less than the steps have moved it
+        assert relative_error(reference[0].weights[name], weight) > FREE_RUNNING, name
 
 
 def broken_pass(parallel: ParallelConfig, broken: Callable[[], None]) -> tuple[Tensor, float]:

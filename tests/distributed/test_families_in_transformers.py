@@ -18,13 +18,15 @@ transformers = pytest.importorskip("transformers")
 
 from megashear.checkpoint.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from megashear.checkpoint.hf import HfWeights  # noqa: E402
+from megashear.checkpoint.hf_config import config_of_shape  # noqa: E402
 from megashear.checkpoint.sharded_hf import load_hf  # noqa: E402
 from megashear.checkpoint.store import load_weights  # noqa: E402
 from megashear.config import ModelConfig, ParallelConfig  # noqa: E402
 from megashear.models import layout as table  # noqa: E402
+from megashear.models.core import rotary_frequencies  # noqa: E402
 from megashear.models.llama import build_chunks  # noqa: E402
 from megashear.parallel.groups import ParallelGroups  # noqa: E402
-from megashear.shape import ModelShape  # noqa: E402
+from megashear.shape import PRESETS, ModelShape  # noqa: E402
 from tests.distributed.masked_model import (  # noqa: E402
     by_megatron_name,
     own_logits,
@@ -36,6 +38,8 @@ from tests.tiny import layout, microbatches, relative_error, set_weights  # noqa
 
 OTHER_KERNELS = 1e-5
 """Relative (law 3); float32 sums of other kernels, over at most 4 shards, in another order."""
+ROUNDING = 1e-6
+"""Relative; a few roundings of float32 in another order."""
 BROKEN = 0.01
 """Relative; whatever is broken here is off by more."""
 
@@ -154,6 +158,20 @@ def test_every_family_computes_at_any_layout_what_transformers_does(
     for name, model in fitting.items():
         logits = whole_logits([rank[name] for rank in ranks])[..., : model.shape.vocab_size]
         assert relative_error(logits, model.logits) < OTHER_KERNELS, name
+
+
+@pytest.mark.parametrize("preset", ["llama2-7b", "llama3-8b", "llama3.1-8b", "llama3.2-1b"])
+def test_rotary_tables_of_released_models_are_those_of_transformers(preset: str) -> None:
+    shape = PRESETS[preset]
+    config = transformers.AutoConfig.for_model(**config_of_shape(shape, dtype="bfloat16"))
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    assert rotary.attention_scaling == 1.0
+    found = rotary_frequencies(shape)
+    torch.testing.assert_close(found, rotary.inv_freq, rtol=ROUNDING, atol=0.0)
+    if shape.rope_scaling is not None:
+        plain = rotary_frequencies(replace(shape, rope_scaling=None))
+        assert (found / plain).min() == pytest.approx(1 / shape.rope_scaling.factor)
+        assert (found / plain).max() == 1.0
 
 
 @pytest.mark.parametrize("name", MODELS)

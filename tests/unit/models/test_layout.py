@@ -39,6 +39,27 @@ def test_sizes_add_up_to_the_parameter_count(shape: ModelShape) -> None:
         assert sum(sizes) == shape.num_params()
 
 
+@pytest.mark.parametrize(
+    ("preset", "published"),
+    [
+        ("llama2-7b", 6_738_415_616),
+        ("llama3-8b", 8_030_261_248),
+        ("llama3.1-8b", 8_030_261_248),
+        ("llama3.2-3b", 3_212_749_824),
+        ("llama3.2-1b", 1_235_814_400),
+        ("mistral-7b-v0.1", 7_241_732_096),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-8b", 8_190_735_360),
+    ],
+)
+def test_presets_have_as_many_parameters_as_the_released_models(
+    preset: str, published: int
+) -> None:
+    assert PRESETS[preset].num_params() == published
+
+
 @SHAPES
 def test_split_undoes_fuse_bit_by_bit(shape: ModelShape) -> None:
     weights = reference_llama.random_weights(shape)
