@@ -520,6 +520,23 @@ def test_a_checkpoint_of_another_stage(refusal: Refusal) -> None:
     assert "--load is not given; pruning starts from a checkpoint" in refusal.prune(load=None)
 
 
+def test_a_damaged_iteration_that_was_named(refusal: Refusal) -> None:
+    saved = Path(shutil.copytree(refusal.text.checkpoint, refusal.folder / "damaged"))
+    (directory,) = saved.glob("iter_*")
+    (directory / "common.pt").unlink()
+    for load in (saved, directory):
+        error = refusal.prune(load=load)
+        assert re.search(r"damaged/iter_0000000/common\.pt is missing; [0-9,]+ bytes were", error)
+
+
+def test_curves_of_another_run(refusal: Refusal) -> None:
+    events = refusal.folder / "curves"
+    events.mkdir()
+    (events / "events.out.tfevents.1.host").write_bytes(b"")
+    error = refusal.prune(tensorboard_dir=events)
+    assert f"--tensorboard-dir {events} has another run's curves in it; choose another" in error
+
+
 def test_a_hugging_face_directory_to_start_from(refusal: Refusal) -> None:
     directory, text = refusal.folder / "hf", refusal.text
     weights = random_weights(SHAPE, scale=0.1)

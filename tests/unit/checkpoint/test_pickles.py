@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from megashear.checkpoint.pickles import check_pickles
 from megashear.checkpoint.weights import CheckpointWeights
+from tests.ranks import run_ranks
 
 Harmed = Callable[[Callable[[Path], object]], Path]
 
@@ -66,6 +70,51 @@ def test_code_is_refused_and_not_run(tmp_path: Path, harmed: Harmed, where: str)
     checkpoint = harmed(harm)
     with pytest.raises(ValueError, match=r"wants to load posix\.mkdir .*refused"):
         CheckpointWeights(checkpoint)
+    assert not ran.exists()
+
+
+def add_to_tensors(directory: Path, value: Any) -> None:
+    """Put a pickle where the index says that the first tensor lies."""
+    stored = io.BytesIO()
+    torch.save(value, stored)
+
+    def add(metadata: Metadata) -> None:
+        place = metadata.storage_data[
+            next(index for index in metadata.storage_data if index.fqn == EMBEDDING)
+        ]
+        path = directory / place.relative_path
+        place.offset, place.length = path.stat().st_size, len(stored.getvalue())
+        path.write_bytes(path.read_bytes() + stored.getvalue())
+
+    change_metadata(directory, add)
+
+
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def test_code_in_the_place_of_a_tensor_is_refused_and_not_run(
+    tmp_path: Path, harmed: Harmed
+) -> None:
+    ran = tmp_path / "ran"
+    checkpoint = harmed(lambda directory: add_to_tensors(directory, Malicious(ran)))
+    weights = CheckpointWeights(checkpoint)
+    with pytest.raises(Exception, match=r"posix\.mkdir|Weights only load failed"):
+        weights["model.embed_tokens.weight"]
+    assert not ran.exists()
+
+
+def test_megatron_core_reads_tensors_without_running_code(tmp_path: Path, harmed: Harmed) -> None:
+    ran = tmp_path / "ran"
+    directory = harmed(lambda d: add_to_tensors(d, Malicious(ran))) / "iter_0000120"
+    check_pickles(directory)
+
+    def body(rank: int) -> None:
+        entry = FileSystemReader(directory).read_metadata().state_dict_metadata[EMBEDDING]
+        wanted = ShardedTensor.from_rank_offsets(EMBEDDING, torch.empty(entry.size))
+        with pytest.raises(BaseException, match=r"posix\.mkdir|Weights only load failed"):
+            dist_checkpointing.load({"x": wanted}, str(directory))
+
+    run_ranks(1, body)
     assert not ran.exists()
 
 
