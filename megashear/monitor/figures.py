@@ -19,7 +19,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7
 Universal Design", with grey for black."""
 DASHES = ("-", "--", ":")
 """One more for every time the colours come round."""
-SIZE, DPI = (9.0, 8.2), 110
+SIZE, DPI = (9.0, 8.0), 100
 """Inches, and pixels an inch."""
 
 
@@ -93,12 +93,18 @@ def plot_mixture(directories: Sequence[str | Path], output: str | Path, *, title
             "color": COLOURS[number % len(COLOURS)],
             "linestyle": DASHES[number // len(COLOURS) % len(DASHES)],
         }
-        _draw(panels[0], points.get(tags.mixture_weight(name), {}), {}, style, label=name)
+        # a weight holds for the steps of its log window and jumps between two
+        jumps = style | {"drawstyle": "steps-pre", "label": name}
+        _draw(panels[0], points.get(tags.mixture_weight(name), {}), {}, jumps)
         errors = points.get(tags.eval_error(name), {})
         _draw(panels[1], points.get(tags.eval_loss(name), {}), errors, style)
         if has_excess:
-            _draw(panels[2], points.get(tags.eval_excess(name), {}), errors, style)
-    labels = ["weight in the mixture", "held-out loss\nnats per token", "loss - reference"]
+            _draw(panels[2], points.get(tags.eval_excess(name), {}), {}, style)  # bands as above
+    labels = [
+        "weight in the mixture",
+        "held-out loss\nnats per token",
+        "loss - reference\nnats per token",
+    ]
     for panel, label in zip(panels, labels):
         panel.set_ylabel(label)
         panel.grid(alpha=0.3, linewidth=0.6)
@@ -120,11 +126,12 @@ def _draw(
     values: Mapping[int, float],
     errors: Mapping[int, float],
     style: Mapping[str, Any],
-    label: str | None = None,
 ) -> None:
     steps = list(values)
-    panel.plot(steps, list(values.values()), linewidth=1.5, label=label, **style)
+    panel.plot(steps, list(values.values()), linewidth=1.5, **style)
     known = [step for step in steps if step in errors]
+    if not known:
+        return
     panel.fill_between(
         known,
         [values[step] - errors[step] for step in known],
