@@ -376,11 +376,11 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a weight too much": (
         lambda folder: edit_weights(folder, lambda weights: weights.update(extra=torch.ones(2))),
-        "has 1 weights this model does not know: extra",
+        "index.json does not list extra of model-00002-of-00003.safetensors; .* download all of them",
     ),
     "a weight missing": (
         lambda folder: edit_weights(folder, lambda weights: weights.popitem()),
-        "lacks 1 weights of this model: model.layers",
+        r"index.json puts model.layers.* into model-00002-of-00003.safetensors, it is in none of them",
     ),
 }
 
