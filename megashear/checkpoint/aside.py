@@ -19,6 +19,7 @@ _WAY_OUT = {
     errno.EACCES: "this user may not write there; choose another output",
     errno.EPERM: "this user may not write there; choose another output",
     errno.EROFS: "the file system is read-only; choose another output",
+    errno.EEXIST: "a file is in the way of its parent directory; choose another output",
     errno.ENOTDIR: "a file is in the way of its parent directory; choose another output",
 }
 """Errors of writing that a user can mend."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pickle
 import threading
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -51,6 +52,8 @@ Witness = Callable[[str, Tensor, Tensor], None]
 """Told of a weight: its Hugging Face name, as it was given, and as it is stored."""
 
 _WHERE = "the model to be written"
+_UNREADABLE = (OSError, RuntimeError, EOFError, AssertionError, pickle.UnpicklingError)
+"""What torch's reader raises where bytes are not what they were."""
 
 
 def without_extra_state(sharded_state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,7 +235,20 @@ class CheckpointWeights(Mapping[str, Tensor]):
         )
         items = create_read_items_for_chunk_list(self._prefix + row.key, entry, [box])
         into = whole if layer is None else whole[None]  # [1, ...]
-        self._reader.read_data(LoadPlan(items), _IntoOneTensor(into)).wait()
+        if sum(item.lengths.numel() for item in items) < whole.numel():
+            # what no box covers would be whatever lay in memory before
+            raise ValueError(
+                f"checkpoint {self.directory} lacks part of {row.key}"
+                f"{'' if layer is None else f' of layer {layer}'}; copy it again"
+            )
+        try:
+            self._reader.read_data(LoadPlan(items), _IntoOneTensor(into)).wait()
+        except _UNREADABLE as error:
+            raise ValueError(
+                f"checkpoint {self.directory} is damaged: {row.key}"
+                f"{'' if layer is None else f' of layer {layer}'} cannot be read: {error}; copy it "
+                f"again"
+            ) from error
         return whole
 
 

@@ -14,6 +14,7 @@ from megashear.checkpoint import certificate, hf
 from megashear.checkpoint.certificate import CERTIFICATE, check
 from megashear.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megashear.models import layout
+from tests.families import FAMILIES
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.shapes import GROUPED
 
@@ -91,6 +92,19 @@ def test_a_wrong_order_inside_a_fused_weight_is_in_the_certificate(
 def test_what_was_converted_passes(made: Path, output: str, workers: int) -> None:
     found = check(made / output, workers=workers)
     assert (found["weights"], found["bytes"]) == (len(WEIGHTS), 4 * GROUPED.num_params())
+
+
+@pytest.mark.parametrize("family", ["qwen3-tied", "qwen2"])
+def test_other_families_pass(tmp_path: Path, family: str) -> None:
+    shape = FAMILIES[family]
+    hf.write_directory(tmp_path / "hf", random_weights(shape), shape)
+    hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint")
+    megatron_to_hf(tmp_path / "checkpoint", tmp_path / "back")
+    for output in ("checkpoint", "back"):
+        values = read(tmp_path / output)
+        assert (values["num_params"], values["family"]) == (shape.num_params(), shape.family)
+        assert values["equal_to_source"] is True
+        check(tmp_path / output)
 
 
 def flip_weights(directory: Path) -> None:
