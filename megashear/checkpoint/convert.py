@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from megashear.checkpoint import certificate, hf, tokenizer_files
 from megashear.checkpoint.aside import check_absent
-from megashear.checkpoint.description import Description
+from megashear.checkpoint.description import Description, find_iteration
 from megashear.checkpoint.formats import dtype_of, dtypes_of, stored_bytes
 from megashear.checkpoint.hf_config import read_config
 from megashear.checkpoint.weights import CheckpointWeights, Witness, write_weights
 from megashear.checkpoint.workers import byte_bar
 from megashear.shape import ModelShape
+
+logger = logging.getLogger(__name__)
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Fields of config.json that belong to the tokenizer and travel with it."""
@@ -118,12 +121,14 @@ def megatron_to_hf(
         As `hf_to_megatron`.
 
     Raises:
-        ValueError: the checkpoint has masks, which must be folded in first; logits differ; see
-            `weights.CheckpointWeights` and `hf.write_directory`.
+        ValueError: a file of the checkpoint is not what was written; it has masks, which must be
+            folded in first; logits differ; see `weights.CheckpointWeights` and
+            `hf.write_directory`.
     """
     check_absent(output)
     dtype_of(dtype)
-    weights = CheckpointWeights(checkpoint, iteration=iteration)
+    logger.info("holding %s to its checksums", checkpoint)
+    weights = CheckpointWeights(find_iteration(checkpoint, iteration, contents=True))
     if weights.description.stage == "prune":
         raise ValueError(
             f"checkpoint {weights.directory} is of a pruning run: its weights compute nothing "

@@ -4,6 +4,7 @@ loads but is wrong."""
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -18,9 +19,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megashear.checkpoint import aside as aside_module
-from megashear.checkpoint import certificate, hf, weights
+from megashear.checkpoint import certificate, hf, integrity, weights
 from megashear.checkpoint.aside import written_aside
 from megashear.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megashear.checkpoint.pickles import check_pickles
 from megashear.shape import ModelShape
 from tests.ranks import run_ranks
 from tests.reference_llama import random_weights
@@ -124,7 +126,7 @@ def test_what_a_killed_conversion_leaves_is_refused_by_readers(
         with pytest.raises(ValueError, match=r"has no certificate\.json"):
             certificate.check(moment)
         read: Callable[[Path], object] = weights.CheckpointWeights if kind == "hf" else hf.HfWeights
-        with pytest.raises(ValueError, match=r"has no (latest_checkpointed_iter|config\.json)"):
+        with pytest.raises(ValueError, match=r"has no (megashear|config)\.json"):
             read(moment)
 
 
@@ -293,11 +295,27 @@ def test_a_file_that_shrinks_while_it_is_read_leaves_nothing(
 
 def test_a_damaged_checkpoint_leaves_nothing(small: Path, tmp_path: Path) -> None:
     shutil.copytree(small / "checkpoint", tmp_path / "checkpoint")
-    path = tmp_path / "checkpoint" / "iter_0000000" / "__0_0.distcp"
+    iteration = tmp_path / "checkpoint" / "iter_0000000"
+    path = iteration / "__0_0.distcp"
     data = bytearray(path.read_bytes())
     at = data.index(b"PK\x05\x06")  # the directory of the first entry, a zip file
     data[at : at + 4] = b"XXXX"
     path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is damaged: its sha256 is"):
+        megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out", workers=2)
+    integrity.write(iteration)  # as if it had been written so
     with pytest.raises(ValueError, match=r"damaged: embedding\.word_embeddings\.weight cannot"):
         megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out", workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_checkpoint_with_a_hole_leaves_nothing(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small / "checkpoint", tmp_path / "checkpoint")
+    iteration = tmp_path / "checkpoint" / "iter_0000000"
+    index = check_pickles(iteration)
+    del index.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks[2]
+    (iteration / ".metadata").write_bytes(pickle.dumps(index))
+    integrity.write(iteration)
+    with pytest.raises(ValueError, match=r"lacks part of .*mlp\.linear_fc2\.weight of layer 2; c"):
+        megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -2,24 +2,22 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megashear.checkpoint import hf
 from megashear.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from megashear.checkpoint.weights import CheckpointWeights
-from megashear.models import layout
 from megashear.shape import ModelShape
 from tests.ranks import run_ranks
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.shapes import GROUPED
 
-DEEP = ModelShape(
-    **{**GROUPED.to_dict(), "num_layers": 12, "hidden_size": 512, "ffn_hidden_size": 1408}
-)
-MODEL = 4 * DEEP.num_params()  # 112 MB
-LARGEST = 4 * 2 * 1408 * 512  # gate and up of a layer, 5.8 MB
-FEW = 6 * LARGEST
-"""Bytes: one parameter as it was read, fused and taken apart again, and what the allocator keeps."""
+WIDTHS = {**GROUPED.to_dict(), "hidden_size": 512, "ffn_hidden_size": 1408}
+SHALLOW, DEEP = (ModelShape(**{**WIDTHS, "num_layers": layers}) for layers in (2, 14))
+GROWN = 4 * (DEEP.num_params() - SHALLOW.num_params())
+"""Bytes that twelve layers take, 127 MB."""
+LARGEST = 4 * 2 * 1408 * 512
+"""Bytes of gate and up of a layer, the largest parameter, 5.8 MB."""
 
 
 def status(field: str) -> int:
@@ -42,14 +40,19 @@ def growth(work: Callable[[], object]) -> int:
     return found
 
 
-def test_memory_is_that_of_a_few_weights(tmp_path: Path) -> None:
-    assert len(list(layout.tensors(DEEP))) > 50
-    hf.write_directory(tmp_path / "hf", random_weights(DEEP), DEEP)
-    assert growth(lambda: hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint")) < FEW
-    assert growth(lambda: megatron_to_hf(tmp_path / "checkpoint", tmp_path / "back")) < FEW
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    there, back, gathered = [], [], []
+    for name, shape in (("shallow", SHALLOW), ("deep", DEEP)):
+        folder = tmp_path / name
+        hf.write_directory(folder / "hf", random_weights(shape), shape)
+        there.append(growth(partial(hf_to_megatron, folder / "hf", folder / "checkpoint")))
+        back.append(growth(partial(megatron_to_hf, folder / "checkpoint", folder / "back")))
 
-    def gathered() -> None:  # the twin: a whole model is seen
-        pairs = CheckpointWeights(tmp_path / "checkpoint").items()
-        hf.write_directory(tmp_path / "twin", pairs, DEEP)
+        def gather(folder: Path = folder, shape: ModelShape = shape) -> None:
+            pairs = hf.HfWeights(folder / "hf").items()  # the twin: pairs are gathered first
+            hf.write_directory(folder / "twin", pairs, shape)
 
-    assert growth(gathered) > 0.9 * MODEL > 2 * FEW
+        gathered.append(growth(gather))
+    for shallow, deep in (there, back):
+        assert deep - shallow < 2 * LARGEST
+    assert gathered[1] - gathered[0] > 0.9 * GROWN > 10 * LARGEST
