@@ -55,4 +55,4 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         gathered.append(growth(gather))
     for shallow, deep in (there, back):
         assert deep - shallow < 2 * LARGEST
-    assert gathered[1] - gathered[0] > 0.9 * GROWN > 10 * LARGEST
+    assert gathered[1] - gathered[0] > 0.5 * GROWN > 8 * LARGEST
