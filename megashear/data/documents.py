@@ -224,7 +224,10 @@ def _text(record: Record, key: str, place: str) -> object:
             f"--json-key"
         )
     text = line[key]
-    if isinstance(text, str) and not text.isascii():
-        # JSON can escape half a surrogate pair, which no tokenizer accepts; web text has them.
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            # JSON can escape half a surrogate pair, which no tokenizer accepts; web text has them.
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
