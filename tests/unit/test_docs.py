@@ -34,6 +34,8 @@ RUNS = [
 OTHERS_FLAGS = {
     # torchrun, pip, tensorboard
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),
+    # tools/benchmarks
+    *("--rounds", "--copies"),
     "--json-keys",  # Megatron-LM's name of --json-key
     # what Megatron-LM is started with on a checkpoint of ours
     *("--use-checkpoint-args", "--ckpt-format", "--no-load-optim", "--no-load-rng"),

@@ -32,6 +32,8 @@ from megashear.data.indexed import token_dtype
 from megashear.data.inputs import find_domains
 from megashear.data.tokenizer import load_tokenizer
 
+SELF, CHILDREN = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
@@ -42,6 +44,8 @@ class Run:
     wall_s: float
     cpu_s: float
     """User and system time of all its processes, seconds."""
+    own_cpu_s: float
+    """Of it, the process that reads and writes: the part that more workers do not share."""
     load: float
     """Other work of the machine at the start: its load average over one minute."""
 
@@ -73,39 +77,42 @@ def megatron_loop(files: Sequence[Path], tokenizer_path: str, output: Path) -> i
 def measured(way: str, number: int, work: Callable[[], int]) -> tuple[Run, int]:
     """Run a way once; what it took, and the tokens it wrote."""
     load = os.getloadavg()[0]
-    wall, cpu = time.perf_counter(), _cpu_seconds()
+    wall, own, others = time.perf_counter(), _cpu_seconds(SELF), _cpu_seconds(CHILDREN)
     tokens = work()
+    own = _cpu_seconds(SELF) - own
     run = Run(
         way=way,
         round=number,
         wall_s=time.perf_counter() - wall,
-        cpu_s=_cpu_seconds() - cpu,
+        cpu_s=own + _cpu_seconds(CHILDREN) - others,
+        own_cpu_s=own,
         load=load,
     )
     print(f"round {number} {way}: {run.wall_s:.2f} s, CPU {run.cpu_s:.2f} s", file=sys.stderr)
     return run, tokens
 
 
-def _cpu_seconds() -> float:
-    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+def _cpu_seconds(whose: int) -> float:
+    usage = resource.getrusage(whose)
+    return usage.ru_utime + usage.ru_stime
 
 
 def table(runs: Sequence[Run], megabytes: float) -> str:
     """MB/s of each way, and its ratio to the loop: median, least and most over the rounds."""
     lines = [
-        "| way | MB/s | against the loop | CPU s per MB | CPU against the loop |",
-        "|---|---|---|---|---|",
+        "| way | MB/s | against the loop | CPU s per MB | CPU against the loop | of it, reader |",
+        "|---|---|---|---|---|---|",
     ]
     base = [run for run in runs if run.way == runs[0].way]
     for way in dict.fromkeys(run.way for run in runs):
         own = sorted((run for run in runs if run.way == way), key=lambda run: run.round)
         wall = [b.wall_s / run.wall_s for b, run in zip(base, own)]
         cpu = [run.cpu_s / b.cpu_s for b, run in zip(base, own)]
+        rate = megabytes / statistics.median(run.wall_s for run in own)
+        cost = statistics.median(run.cpu_s for run in own) / megabytes
+        reader = statistics.median(run.own_cpu_s for run in own) / megabytes
         lines.append(
-            f"| {way} | {megabytes / statistics.median(run.wall_s for run in own):.2f} "
-            f"| {_spread(wall)} | {statistics.median(run.cpu_s for run in own) / megabytes:.3f} "
-            f"| {_spread(cpu)} |"
+            f"| {way} | {rate:.2f} | {_spread(wall)} | {cost:.3f} | {_spread(cpu)} | {reader:.3f} |"
         )
     return "\n".join(lines)
 
