@@ -376,11 +376,11 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a weight too much": (
         lambda folder: edit_weights(folder, lambda weights: weights.update(extra=torch.ones(2))),
-        "index.json does not list extra of model-00002-of-00003.safetensors; .* download all of them",
+        "index.json does not list extra of model-00002-of-00003.safetensors;",
     ),
     "a weight missing": (
         lambda folder: edit_weights(folder, lambda weights: weights.popitem()),
-        r"index.json puts model.layers.* into model-00002-of-00003.safetensors, it is in none of them",
+        r"index.json puts model.layers.* into model-00002-of-.*, it is in none of them",
     ),
 }
 
