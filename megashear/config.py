@@ -120,8 +120,28 @@ class ModelConfig:
     """With --recompute-granularity: layers per chunk (uniform) or per stage (block)."""
     deterministic_mode: bool = False
     """Use deterministic kernels only, so that a resumed run repeats bit for bit on a GPU."""
+    reset_attention_mask: bool = False
+    """Keep the documents packed into a sequence apart: no token attends to another document. Takes
+    a mask of sequence length squared bytes for each sequence in flight."""
+    reset_position_ids: bool = False
+    """Count positions anew in every document. Needs --reset-attention-mask, and changes nothing
+    beside it but rounding: rotary positions act through their distances alone."""
+    eod_mask_loss: bool = False
+    """Leave the first token of every document out of the loss: what comes before it says nothing
+    about it."""
 
     def __post_init__(self) -> None:
+        if self.reset_position_ids and not self.reset_attention_mask:
+            raise ValueError(
+                "--reset-position-ids without --reset-attention-mask would let tokens of one "
+                "document take tokens of another for their neighbours; add "
+                "--reset-attention-mask, or drop the flag"
+            )
+        if self.reset_attention_mask and self.transformer_impl == "transformer_engine":
+            raise ValueError(
+                "--reset-attention-mask is not there with --transformer-impl transformer_engine, "
+                "whose causal attention would pass over the mask; use --transformer-impl local"
+            )
         if self.fp16:
             raise ValueError(
                 "--fp16 is refused: its loss scaling would reach the gradients of the gates; "

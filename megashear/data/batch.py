@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megashear.config import ModelConfig
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
@@ -21,9 +23,32 @@ class MicroBatch:
     """1 where a label counts, 0 in sequences that only fill up a batch; float32 [b, s]."""
     domains: Tensor
     """Domain of each sequence, int64 [b]."""
+    documents: Tensor | None = None
+    """Number of the document that each input belongs to, counted in its sequence, int64 [b, s];
+    None where attention runs through document borders."""
     positions: Tensor
     """Place of each sequence in the global batch (in an evaluation: among the chosen sequences;
     filling ones go on counting behind them), int64 [b]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentBorders:
+    """What the borders of documents packed into a sequence mean; nothing, by default."""
+
+    part_attention: bool = False
+    """No token attends to another document."""
+    mask_loss: bool = False
+    """The first label of each document does not count."""
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> DocumentBorders:
+        """As the flags say."""
+        return cls(part_attention=model.reset_attention_mask, mask_loss=model.eod_mask_loss)
+
+    @property
+    def are_read(self) -> bool:
+        """Whether a batch must know where documents begin."""
+        return self.part_attention or self.mask_loss
 
 
 def micro_batch(
@@ -32,6 +57,9 @@ def micro_batch(
     domains: Sequence[int],
     positions: Sequence[int],
     num_counted: int,
+    *,
+    borders: DocumentBorders,
+    documents: tuple[Tensor, Tensor] | None = None,
 ) -> MicroBatch:
     """A microbatch of sequences.
 
@@ -41,12 +69,20 @@ def micro_batch(
         domains: domain of each sequence.
         positions: place of each sequence in the global batch.
         num_counted: sequences whose labels count; those behind them only fill up.
+        borders: what document borders mean.
+        documents: numbers of the documents of tokens and of labels, int64 [b, s] each, where
+            ``borders`` are read.
     """
+    assert (documents is not None) == borders.are_read
     counted = torch.arange(len(tokens)) < num_counted  # [b]
+    loss_mask = counted[:, None].expand_as(labels).float()  # [b, s]
+    if documents is not None and borders.mask_loss:
+        loss_mask = loss_mask * (documents[0] == documents[1])
     return MicroBatch(
         tokens=tokens,
         labels=labels,
-        loss_mask=counted[:, None].expand_as(labels).float(),  # [b, s]
+        loss_mask=loss_mask,
+        documents=documents[0] if documents is not None and borders.part_attention else None,
         domains=torch.tensor(domains, dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int64),
     )

@@ -9,20 +9,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megashear.data.batch import MicroBatch, micro_batch
+from megashear.data.batch import DocumentBorders, MicroBatch, micro_batch
 from megashear.data.sequences import num_sequences, open_text
 
 
 class HeldOutSet:
     """Held-out text of a domain, cut in its own order into sequences that share a border token."""
 
-    def __init__(self, prefix: str | Path, sequence_length: int, *, domain_index: int = 0) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        sequence_length: int,
+        *,
+        domain_index: int = 0,
+        borders: DocumentBorders | None = None,
+    ) -> None:
         """Open a held-out set.
 
         Args:
             prefix: path of its ``.bin`` and ``.idx``, without these endings.
             sequence_length: tokens that the model sees of a sequence.
             domain_index: place of the domain among the domains.
+            borders: what document borders mean in its batches; nothing unless given.
 
         Raises:
             ValueError: no such files, or less text than one sequence.
@@ -30,6 +38,7 @@ class HeldOutSet:
         self.name = Path(prefix).name
         self.sequence_length = sequence_length
         self.domain_index = domain_index
+        self.borders = borders or DocumentBorders()
         self._text = open_text(prefix)
         self.num_tokens = int(self._text.sequence_lengths.sum(dtype=np.int64))
         """Tokens of the whole set."""
@@ -55,6 +64,16 @@ class HeldOutSet:
             offset=index * self.sequence_length * stored.dtype_size,
         )
         return torch.from_numpy(tokens.astype(np.int64))
+
+    def documents(self, index: int) -> Tensor:
+        """Number of the document that each token of a sequence belongs to, shaped like it.
+
+        Counted in the sequence, rising; borders are those that the ``.idx`` knows.
+        """
+        stored, start = self._text.index, index * self.sequence_length
+        places = np.arange(start, start + self.sequence_length + 1) * stored.dtype_size  # bytes
+        numbers = stored.sequence_pointers.searchsorted(places, side="right")
+        return torch.from_numpy(numbers - numbers[0])
 
     def subsample(self, num_sequences: int, seed: int) -> list[int]:
         """Indices of ``num_sequences`` sequences, or of all where there are no more; sorted.
@@ -87,12 +106,23 @@ class HeldOutSet:
         filling = torch.zeros(self.sequence_length + 1, dtype=torch.int64)
         for turn in range(0, len(indices), micro_batch_size * data_parallel_size):
             start = turn + data_parallel_rank * micro_batch_size
-            own = [self[index] for index in indices[start : start + micro_batch_size]]
-            text = torch.stack(own + [filling] * (micro_batch_size - len(own)))
+            chosen = indices[start : start + micro_batch_size]
+            num_filling = micro_batch_size - len(chosen)
+            text = torch.stack([self[index] for index in chosen] + [filling] * num_filling)
+            documents = None
+            if self.borders.are_read:
+                numbers = [self.documents(index) for index in chosen] + [filling] * num_filling
+                documents = _parts(torch.stack(numbers))
             yield micro_batch(
-                text[:, :-1].contiguous(),
-                text[:, 1:].contiguous(),
+                *_parts(text),
                 [self.domain_index] * micro_batch_size,
                 range(start, start + micro_batch_size),
-                len(own),
+                len(chosen),
+                borders=self.borders,
+                documents=documents,
             )
+
+
+def _parts(text: Tensor) -> tuple[Tensor, Tensor]:
+    """What belongs to inputs and what to labels, [b, s] each."""
+    return text[:, :-1].contiguous(), text[:, 1:].contiguous()

@@ -9,10 +9,10 @@ from typing import TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from megashear.data.batch import MicroBatch, micro_batch
+from megashear.data.batch import DocumentBorders, MicroBatch, micro_batch
 from megashear.data.held_out import HeldOutSet
 from megashear.data.mixture import DataExhausted, DomainMixture, MixtureState
-from megashear.data.read_ahead import Request, make_reader
+from megashear.data.read_ahead import Request, SequenceReader, make_reader
 from megashear.data.sequences import DomainSequences
 
 __all__ = ["DomainSequences", "HeldOutSet", "LoaderState", "MicroBatch", "MixtureLoader"]
@@ -56,6 +56,7 @@ class MixtureLoader:
         data_parallel_rank: int,
         data_parallel_size: int,
         num_workers: int = 0,
+        borders: DocumentBorders | None = None,
     ) -> None:
         """Take the domains in the order of the mixture's weights.
 
@@ -67,6 +68,7 @@ class MixtureLoader:
             data_parallel_rank: which replica this is.
             data_parallel_size: number of replicas.
             num_workers: processes that read ahead; 0 reads in this process.
+            borders: what document borders mean; nothing unless given.
 
         Raises:
             ValueError: the batch does not divide, or domains and mixture do not belong together.
@@ -99,7 +101,9 @@ class MixtureLoader:
         num_microbatches = replica_size // micro_batch_size
         at_once = -(-num_microbatches // (_READ_AT_ONCE * max(num_workers, 1)))
         self._request_size = at_once * micro_batch_size
-        self._reader = make_reader(self.domains, num_workers, self._expect)
+        self._borders = borders or DocumentBorders()
+        reader = SequenceReader(self.domains, with_documents=self._borders.are_read)
+        self._reader = make_reader(reader, num_workers, self._expect)
         self._is_open = False
 
     @property
@@ -128,13 +132,16 @@ class MixtureLoader:
         size, batches = self._micro_batch_size, []
         for request, block in zip(wanted, self._reader.read(wanted, self.mixture)):
             for at in range(0, len(request.samples), size):
+                tokens, labels, *documents = block[:, at : at + size]
                 batches.append(
                     micro_batch(
-                        block[0, at : at + size],
-                        block[1, at : at + size],
+                        tokens,
+                        labels,
                         [domain for domain, _ in request.samples[at : at + size]],
                         range(request.start + at, request.start + at + size),
                         size,
+                        borders=self._borders,
+                        documents=(documents[0], documents[1]) if documents else None,
                     )
                 )
         return batches

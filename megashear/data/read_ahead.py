@@ -52,14 +52,17 @@ class SequenceReader(Dataset[Tensor | None]):
 
     Args:
         domains: sequences of every domain.
+        with_documents: whether to tell the documents of tokens and labels, too.
     """
 
-    def __init__(self, domains: Sequence[DomainSequences]) -> None:
+    def __init__(self, domains: Sequence[DomainSequences], *, with_documents: bool = False) -> None:
         self._domains = domains
+        self._with_documents = with_documents
         self._newest = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __getitem__(self, numbered: tuple[int, Request]) -> Tensor | None:
-        """Text of a request unless newer ones have replaced it, int64 [2, b, s].
+        """Text of a request unless newer ones have replaced it, int64 [2, b, s]: tokens and labels;
+        [4, b, s] with the numbers of their documents.
 
         Raises:
             RuntimeError: a sequence cannot be read; names domain and sample.
@@ -69,18 +72,22 @@ class SequenceReader(Dataset[Tensor | None]):
             return None
         length = self._domains[0].sequence_length
         # one block of inputs and labels: one tensor to send between processes, and to pin
-        block = torch.empty(2, len(samples), length, dtype=torch.int64)
+        num_planes = 4 if self._with_documents else 2
+        block = torch.empty(num_planes, len(samples), length, dtype=torch.int64)
         for row, (number, sample) in enumerate(samples):
             domain = self._domains[number]
             try:
-                text = domain[sample]
+                parts = [domain[sample]]
+                if self._with_documents:
+                    parts.append(domain.documents(sample))
             except Exception as error:
                 raise RuntimeError(
                     f"sample {sample} of domain {domain.name} {_UNREADABLE}: "
                     f"{type(error).__name__}: {error}; copy the domain's files again, or look "
                     f"after the file system"
                 ) from error
-            block[0, row], block[1, row] = text[:-1], text[1:]
+            for plane, part in zip((0, 2), parts):
+                block[plane, row], block[plane + 1, row] = part[:-1], part[1:]
         return block
 
     def read(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
@@ -215,11 +222,11 @@ class ReadAhead:
                 return request, block
 
 
-def make_reader(domains: Sequence[DomainSequences], num_workers: int, expect: Expect) -> Reader:
+def make_reader(reader: SequenceReader, num_workers: int, expect: Expect) -> Reader:
     """A reader with worker processes, or one that reads in this process.
 
     Args:
-        domains: sequences of every domain.
+        reader: reads in this process.
         num_workers: processes that read ahead; 0 reads when asked, and so does a daemonic process,
             which may have no children.
         expect: see ``ReadAhead``.
@@ -229,7 +236,6 @@ def make_reader(domains: Sequence[DomainSequences], num_workers: int, expect: Ex
     """
     if num_workers < 0:
         raise ValueError(f"--num-workers is {num_workers}; wanted 0 (read in this process) or more")
-    reader = SequenceReader(domains)
     if num_workers == 0 or multiprocessing.current_process().daemon:
         return reader
     return ReadAhead(reader, num_workers, expect)

@@ -71,6 +71,21 @@ class DomainSequences:
         text, _ = self._of_epoch(epoch)._query_document_sample_shuffle_indices(place)
         return torch.from_numpy(text)
 
+    def documents(self, sample: int) -> Tensor:
+        """Number of the document that each token of a sample belongs to, int64, shaped like it.
+
+        Counted in the sample, rising; borders are those that the ``.idx`` knows.
+        """
+        epoch, place = divmod(sample, self.samples_per_epoch)
+        packed = self._of_epoch(epoch)
+        number = packed.shuffle_index[place]
+        first, offset = packed.sample_index[number]
+        last, _ = packed.sample_index[number + 1]
+        lengths = self._text.sequence_lengths[packed.document_index[first : last + 1]]
+        lengths[0] -= offset
+        numbers = np.arange(len(lengths), dtype=np.int64).repeat(lengths)
+        return torch.from_numpy(numbers[: self.sequence_length + 1])
+
     def prepare(self, sample: int) -> None:
         """Build the index of the epoch that a sample is in."""
         self._of_epoch(sample // self.samples_per_epoch)

@@ -36,7 +36,12 @@ class CausalAttention(MegatronModule):
         self.softmax_scale = softmax_scale
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *unused: Any, **unused_too: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **unused: Any,
     ) -> Tensor:
         """Attend.
 
@@ -44,15 +49,43 @@ class CausalAttention(MegatronModule):
             query: [s, b, heads/tp, d].
             key: [s, b, groups/tp, d].
             value: as ``key``.
+            attention_mask: what may be attended to, see :func:`document_mask`; None is everything
+                before.
 
         Returns:
             Context, [s, b, heads/tp * d].
         """
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
+        if attention_mask is not None:
+            # on CUDA no kernel takes both a mask and groups without materialising the scores
+            k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         context = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1)
+            q,
+            k,
+            v,
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=q.size(1) != k.size(1),
         )
         return context.permute(2, 0, 1, 3).flatten(-2)
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Which tokens attend to which, where documents packed into a sequence are kept apart.
+
+    Made once for a microbatch and shared by the layers that it passes: s^2 bytes a sequence.
+    (On a GPU, kernels for sequences of varying length would need none of it.)
+
+    Args:
+        documents: number of the document of each token, [b, s].
+
+    Returns:
+        bool [b, 1, s, s], true where a query (row) sees a key (column): of its own document, and
+        not behind it.
+    """
+    same = documents[:, :, None] == documents[:, None, :]
+    return same.tril()[:, None]
 
 
 class RMSNorm(torch.nn.Module):

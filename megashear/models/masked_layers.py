@@ -113,6 +113,8 @@ class MaskedTransformerLayer(TransformerLayer):
     Full recompute runs a layer again long after other microbatches have passed, so the stream
     must travel with the layer's arguments. Causal attention needs no mask tensor: the argument
     ``attention_mask``, which megatron-core carries through its recompute, is the stream's number.
+    ``context_mask``, carried in the same way and used by cross attention alone, which there is none
+    of, is the mask where documents are kept apart.
     """
 
     streams: dict[int, StreamGates] | None = None
@@ -120,14 +122,20 @@ class MaskedTransformerLayer(TransformerLayer):
     row: int = 0
     """Which of this rank's layers this is."""
 
-    def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        attention_mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As ``TransformerLayer``, gated by stream ``attention_mask`` (one int64 on the host)."""
         gates = None
         if self.streams is not None:
             assert attention_mask is not None
             gates = self.streams[int(attention_mask)]
         self._set(gates)
-        return super().forward(*args, attention_mask=None, **kwargs)
+        return super().forward(*args, attention_mask=context_mask, **kwargs)
 
     def _set(self, gates: StreamGates | None) -> None:
         def own(rows: Tensor | None) -> Tensor | None:

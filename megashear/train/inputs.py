@@ -20,6 +20,7 @@ from megashear.config import (
     PruneRun,
     TrainConfig,
 )
+from megashear.data.batch import DocumentBorders
 from megashear.data.held_out import HeldOutSet
 from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.mixture import DomainMixture, WhenExhausted, normalise_weights
@@ -130,7 +131,7 @@ def check_inputs(config: PruneRun | PretrainRun, start: Start) -> Inputs:
     limits = limits_of(data.domain_floor, data.domain_cap, manifest.names)
     weights = starting_weights(data, manifest, limits)
     training_sequences(manifest, train)
-    held_out_sets(manifest, train.seq_length)
+    held_out_sets(manifest, train.seq_length, config.model)
     if train.seq_length > start.shape.max_position_embeddings:
         logger.warning(
             "--seq-length %d is longer than the %d positions the model was made for",
@@ -214,10 +215,12 @@ def training_sequences(manifest: DataManifest, train: TrainConfig) -> list[Domai
     ]
 
 
-def held_out_sets(manifest: DataManifest, seq_length: int) -> list[HeldOutSet]:
-    """Held-out text of every domain, in sequences of ``seq_length`` tokens."""
+def held_out_sets(manifest: DataManifest, seq_length: int, model: ModelConfig) -> list[HeldOutSet]:
+    """Held-out text of every domain, in sequences of ``seq_length`` tokens, with the document
+    borders that ``model`` asks for."""
+    borders = DocumentBorders.of(model)
     return [
-        HeldOutSet(manifest.held_out_prefix(name), seq_length, domain_index=number)
+        HeldOutSet(manifest.held_out_prefix(name), seq_length, domain_index=number, borders=borders)
         for number, name in enumerate(manifest.names)
     ]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from megashear.checkpoint.description import (
 from megashear.checkpoint.sharded_hf import describe, load_hf
 from megashear.checkpoint.store import agree_on_iteration, load_weights
 from megashear.checkpoint.weights import CheckpointWeights
-from megashear.config import EvaluateRun, MaskConfig, ReferenceLossRun
+from megashear.config import EvaluateRun, MaskConfig, ModelConfig, ReferenceLossRun
 from megashear.data.held_out import HeldOutSet
 from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.reference_loss import MEASURED, PARAMETERS, Model, read_models
@@ -30,6 +32,8 @@ from megashear.train.evaluate import STANDARD_ERROR, evaluate_domains
 from megashear.train.inputs import check_sequence, check_vocabulary, check_window, held_out_sets
 from megashear.train.objectives import LanguageModelling
 from megashear.train.start import check_no_masks, read_shape, target_shape
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(config: EvaluateRun) -> dict[str, Any]:
@@ -142,7 +146,7 @@ class _Measured:
             description=description,
             manifest=manifest,
             seq_length=seq_length,
-            held_out=held_out_sets(manifest, seq_length),
+            held_out=held_out_sets(manifest, seq_length, _as_trained(config.model, description)),
         )
 
     def losses(self, groups: ParallelGroups) -> dict[str, Any]:
@@ -181,6 +185,17 @@ class _Measured:
             "mean": found.mean,
             "tokens": found.tokens,
         }
+
+
+def _as_trained(model: ModelConfig, description: Description) -> ModelConfig:
+    """With documents kept apart as the run did that made the checkpoint, or as flags ask for."""
+    saved = description.details.get("run", {}).get("model", {})
+    names = ("reset_attention_mask", "eod_mask_loss")
+    asked = {name: getattr(model, name) or saved.get(name, False) for name in names}
+    for name in names:
+        if asked[name] and not getattr(model, name):
+            logger.info("--%s, as the run that made the checkpoint", name.replace("_", "-"))
+    return dataclasses.replace(model, **asked)
 
 
 def _sequence_length(config: EvaluateRun, description: Description, directory: Path) -> int:

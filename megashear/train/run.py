@@ -15,6 +15,7 @@ from megashear.checkpoint.description import holds_iterations
 from megashear.checkpoint.sharded_hf import load_hf
 from megashear.checkpoint.store import load_run, load_weights
 from megashear.config import PretrainRun, PruneRun
+from megashear.data.batch import DocumentBorders
 from megashear.data.loader import MixtureLoader
 from megashear.data.manifest import DataManifest
 from megashear.masks.mask_set import exact_gates
@@ -154,7 +155,7 @@ class _Behind:
         """Cut the model where it lies and hand it on. Collective over the world."""
         config, objective = self.config, pruned.objective
         assert isinstance(objective, StructuredPruning)
-        held_out = held_out_sets(self.inputs.manifest, config.train.seq_length)
+        held_out = held_out_sets(self.inputs.manifest, config.train.seq_length, config.model)
         size = self.inputs.eval_sequences
         masked = losses_at_seam(
             objective, "exact", held_out, config.train, groups, num_sequences=size
@@ -283,6 +284,7 @@ def _trainer(
         data_parallel_rank=groups.data_rank,
         data_parallel_size=groups.data_size,
         num_workers=config.data.num_workers,
+        borders=DocumentBorders.of(config.model),
     )
     if start.continues:
         assert start.checkpoint is not None
@@ -317,7 +319,7 @@ def _trainer(
         data=RunData(
             manifest=manifest,
             loader=loader,
-            held_out=held_out_sets(manifest, train.seq_length),
+            held_out=held_out_sets(manifest, train.seq_length, config.model),
             references=inputs.references,
             reweighting=inputs.reweighting,
             phase_changes=inputs.changes(train, start),

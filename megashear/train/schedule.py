@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megashear.data.batch import MicroBatch
+from megashear.models.core import document_mask
 from megashear.parallel import device
 
 Select = Callable[[torch.nn.Module, int], Tensor]
@@ -56,15 +57,8 @@ def run_schedule(
         pending: Iterator[tuple[MicroBatch, int]], chunk: torch.nn.Module
     ) -> tuple[Tensor, Any]:
         batch, stream = next(pending)
-        to = device.device()
-        positions = torch.arange(batch.tokens.size(1), device=to).expand_as(batch.tokens)
-        per_token = chunk(
-            batch.tokens.to(to, non_blocking=True),
-            positions,
-            None if select is None else select(chunk, stream),
-            labels=batch.labels.to(to, non_blocking=True),
-        )  # last stage: cross entropy [b, s]
-        return per_token, partial(_loss, batch)
+        per_token = run_chunk(chunk, batch, stream=stream, select=select)
+        return per_token, partial(_loss, batch)  # last stage: cross entropy [b, s]
 
     pairs = list(zip(batches, streams if streams is not None else [0] * len(batches)))
     size, length = batches[0].tokens.shape
@@ -80,6 +74,42 @@ def run_schedule(
             micro_batch_size=size,
             forward_only=forward_only,
         )
+
+
+def run_chunk(
+    chunk: torch.nn.Module,
+    batch: MicroBatch,
+    *,
+    stream: int = 0,
+    select: Select | None = None,
+    with_labels: bool = True,
+) -> Tensor:
+    """Run a microbatch through one chunk.
+
+    Args:
+        chunk: of this rank, its input set by the schedule.
+        batch: the microbatch.
+        stream: its noise stream.
+        select: given for masked chunks, and only for them.
+        with_labels: whether to compute losses on the last stage, else logits.
+
+    Returns:
+        Cross entropy [b, s] or logits [b, s, v/tp] on the last stage; hidden states on others.
+    """
+    to = device.device()
+    positions = torch.arange(batch.tokens.size(1), device=to).expand_as(batch.tokens)
+    apart = None
+    if batch.documents is not None:
+        apart = document_mask(batch.documents.to(to, non_blocking=True))
+    output: Tensor = chunk(
+        batch.tokens.to(to, non_blocking=True),
+        positions,
+        apart if select is None else select(chunk, stream),
+        labels=batch.labels.to(to, non_blocking=True) if with_labels else None,
+        # masked layers take the stream for their mask, see MaskedTransformerLayer
+        extra_block_kwargs=None if select is None else {"context_mask": apart},
+    )
+    return output
 
 
 def _loss(batch: MicroBatch, per_token: Tensor) -> tuple[Tensor, SequenceLosses]:

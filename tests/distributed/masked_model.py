@@ -18,7 +18,7 @@ from megashear.models.layout import fuse, tensors
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
-from megashear.train.schedule import run_schedule
+from megashear.train.schedule import run_chunk, run_schedule
 from tests.ranks import run_ranks
 from tests.tiny import VOCABULARY, assemble, named_parameters, set_weights
 
@@ -63,6 +63,7 @@ def run_pass(
     batches: Sequence[MicroBatch],
     streams: Sequence[int],
     broken: Callable[[], None] | None = None,
+    model: ModelConfig | None = None,
 ) -> Pass:
     """Run the model of one replica at a layout; forward only where no gate wants a gradient.
 
@@ -76,6 +77,7 @@ def run_pass(
         batches: microbatches.
         streams: noise stream of each.
         broken: run first on every rank, to show that a comparison notices.
+        model: how it computes; the defaults unless given.
     """
     whole = by_megatron_name(weights, source)
 
@@ -83,7 +85,7 @@ def run_pass(
         if broken is not None:
             broken()
         groups = ParallelGroups.create(parallel)
-        chunks = build_llama(source, groups, parallel, ModelConfig(), variant="masked")
+        chunks = build_llama(source, groups, parallel, model or ModelConfig(), variant="masked")
         set_weights(chunks, whole, groups.tensor_rank, groups.tensor_size)
         masks = MaskSet(own_parts(whole_parts(source, target), own_layers(chunks), groups))
         binding = MaskBinding(chunks, masks, groups, sequence_parallel=parallel.sequence_parallel)
@@ -141,9 +143,8 @@ def own_logits(
         pending: Iterator[tuple[MicroBatch, int]], chunk: torch.nn.Module
     ) -> tuple[Tensor, Any]:
         batch, stream = next(pending)
-        positions = torch.arange(batch.tokens.size(1)).expand_as(batch.tokens)
-        mask = None if select is None else select(chunk, stream)
-        return chunk(batch.tokens, positions, mask), lambda output, non_loss_data: output
+        logits = run_chunk(chunk, batch, stream=stream, select=select, with_labels=False)
+        return logits, lambda output, non_loss_data: output
 
     pairs = list(zip(batches, streams if streams is not None else [0] * len(batches)))
     size, length = batches[0].tokens.shape

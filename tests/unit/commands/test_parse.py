@@ -181,6 +181,12 @@ def test_other_ranks_print_nothing(
         (["--no-lr"], r"unknown flag --no-lr; nearest known: "),
         (["--config", "none.yaml"], r"--config none.yaml cannot be read: .*No such file"),
         (["--micro-batch-size", "0"], r"^--micro-batch-size is 0; it must be at least 1$"),
+        (["--reset-position-ids"], r"^--reset-position-ids without --reset-attention-mask .*drop"),
+        (
+            ["--reset-attention-mask", "--transformer-impl", "transformer_engine"],
+            r"^--reset-attention-mask is not there .*use --transformer-impl local$",
+        ),
+        (["--num-workers", "-1"], r"^--num-workers is -1; wanted 0 \(read in the rank itself\)"),
         (["--sequence-parallel"], r"^--sequence-parallel splits .* or drop the flag$"),
     ],
 )

@@ -3,6 +3,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megashear.data.batch import DocumentBorders
 from megashear.data.loader import HeldOutSet
 
 LENGTH = 16
@@ -56,6 +57,29 @@ def test_replicas_share_the_chosen_and_run_in_step(
                 assert not batch.loss_mask[row].any()
                 assert position >= num_chosen
     assert {p: held_out[i].tolist() for p, i in enumerate(indices)} == counted
+
+
+def test_borders_are_those_of_the_index(data) -> None:
+    text = IndexedDataset(str(data.held_out_prefix("words")))
+    of_token = np.concatenate([np.full(len(text[i]), i) for i in range(len(text))])
+    borders = DocumentBorders(part_attention=True, mask_loss=True)
+    held_out = HeldOutSet(data.held_out_prefix("words"), LENGTH, borders=borders)
+    crossing = 0
+    for index in range(len(held_out)):
+        numbers = of_token[index * LENGTH : (index + 1) * LENGTH + 1]
+        assert held_out.documents(index).tolist() == (numbers - numbers[0]).tolist()
+        crossing += len(set(numbers)) > 1
+    assert crossing >= 2
+    indices = list(range(len(held_out)))
+    for batch in held_out.batches(indices, 5, 0, 1):
+        for row, index in enumerate(batch.positions.tolist()):
+            if index >= len(held_out):
+                assert not batch.loss_mask[row].any()
+                continue
+            documents = held_out.documents(index)
+            assert torch.equal(batch.documents[row], documents[:-1])
+            same = (documents[1:] == documents[:-1]).float()
+            assert torch.equal(batch.loss_mask[row], same)
 
 
 def test_text_shorter_than_a_sequence_is_refused(held_out: HeldOutSet, data) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megashear.data.batch import DocumentBorders
 from megashear.data.loader import DomainSequences, MicroBatch, MixtureLoader
 from megashear.data.mixture import DataExhausted, DomainMixture
 
@@ -27,6 +28,7 @@ def loader(
     length=LENGTH,
     workers=0,
     exhausted="repeat",
+    borders=None,
 ) -> MixtureLoader:
     domains = [
         DomainSequences(data.prefix(name), length, seed, i) for i, name in enumerate(data.names)
@@ -45,6 +47,7 @@ def loader(
         data_parallel_rank=rank,
         data_parallel_size=size,
         num_workers=workers,
+        borders=borders,
     )
 
 
@@ -77,6 +80,32 @@ def test_labels_are_the_next_tokens(data) -> None:
         assert batch.loss_mask.dtype == torch.float32
         assert batch.loss_mask.all()
     assert [p for batch in batches for p in batch.positions.tolist()] == list(range(12))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_borders_are_off_and_mark_what_they_are_asked_to(data, workers: int) -> None:
+    plain = loader(data, micro=3).next_batch()
+    assert all(batch.documents is None and batch.loss_mask.all() for batch in plain)
+    apart = loader(data, micro=3, workers=workers, borders=DocumentBorders(part_attention=True))
+    masked = loader(data, micro=3, workers=workers, borders=DocumentBorders(mask_loss=True))
+    num_borders, seen = 0, [0, 0, 0]
+    for batch, parted, uncounted in zip(plain, apart.next_batch(), masked.next_batch()):
+        assert torch.equal(parted.tokens, batch.tokens)
+        assert torch.equal(uncounted.labels, batch.labels)
+        assert parted.loss_mask.all()
+        assert uncounted.documents is None
+        for row, domain in enumerate(batch.domains.tolist()):
+            numbers = apart.domains[domain].documents(seen[domain])
+            seen[domain] += 1
+            assert torch.equal(parted.documents[row], numbers[:-1])
+            first = numbers[1:] != numbers[:-1]
+            assert torch.equal(uncounted.loss_mask[row] == 0, first)
+            # documents begin with BOS: it is the label that does not count
+            assert set(batch.labels[row][first].tolist()) <= {data.bos_id}
+            num_borders += int(first.sum())
+    assert num_borders > 5
+    apart.close()
+    masked.close()
 
 
 @pytest.fixture(scope="module")

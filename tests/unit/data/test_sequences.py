@@ -1,3 +1,4 @@
+import itertools
 import os
 from pathlib import Path
 
@@ -76,6 +77,28 @@ def test_a_sample_depends_on_nothing_read_before(data) -> None:
     jumping = open_domain(data)
     for i in (2 * n + 3, 1, n, 3 * n - 1, 0):
         assert jumping[i].tolist() == in_order[i]
+
+
+def test_documents_are_those_of_the_index(data) -> None:
+    sequences = open_domain(data, sequence_length=250)
+    text = IndexedDataset(str(data.prefix("numbers")))
+    whole = [text[i].tolist() for i in range(len(text))]
+    inner = 0
+    for sample in range(sequences.samples_per_epoch + 3):
+        tokens, numbers = sequences[sample].tolist(), sequences.documents(sample).tolist()
+        assert len(numbers) == len(tokens) == 251
+        parts = [
+            [token for token, number in zip(tokens, numbers) if number == n]
+            for n in range(numbers[-1] + 1)
+        ]
+        assert list(itertools.chain(*parts)) == tokens  # rising, from 0
+        for part in parts[1:-1]:  # neither cut at its beginning nor at its end
+            inner += 1
+            assert part in whole
+        if len(parts) > 1:
+            assert any(document[-len(parts[0]) :] == parts[0] for document in whole)
+            assert any(document[: len(parts[-1])] == parts[-1] for document in whole)
+    assert inner > 3
 
 
 def test_building_an_epoch_beforehand_changes_nothing(data, caplog) -> None:
