@@ -9,6 +9,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megashear.checkpoint.description import DESCRIPTION, TRACKER, Description, iteration_name
+from megashear.checkpoint.integrity import CHECKSUMS
 from megashear.checkpoint.megatron_lm_args import shape_of_arguments, vocab_size_of_arguments
 from megashear.checkpoint.pickles import COMMON, METADATA, check_index, read_common
 from megashear.checkpoint.weights import CheckpointWeights
@@ -47,7 +48,8 @@ def find_megatron_lm(checkpoint: Path | str) -> Path | None:
             f"let Megatron-LM load it and save it with --ckpt-format torch_dist (or --ckpt-convert-"
             f"format torch_dist)"
         )
-    if (directory / DESCRIPTION).exists():
+    # one of ours that lost its description has its list of checksums still, and is damaged
+    if (directory / DESCRIPTION).exists() or (directory / CHECKSUMS).exists():
         return None
     return directory if (directory / METADATA).is_file() else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import logging
@@ -40,6 +41,10 @@ SPARE_BYTES = 64 * 2**20
 """Free space to leave beside the tensors: their index, the tokenizer, what else a run writes."""
 _LONGEST_PAUSE_S = 0.5
 """Seconds between looks at a save that all ranks wait for; short beside any large one."""
+
+
+_GIVE_UP_S = 30.0
+"""Seconds that a process waits at its end for a tensor that is being written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +89,9 @@ class Saver:
         self.root, self._groups = Path(root), groups
         self._background, self._keep, self._protected = background, keep, protected
         self._pending: _Pending | None = None
+        # A thread that still writes while the interpreter is taken down ends the process with a
+        # signal instead of its exit code.
+        atexit.register(self._abandon)
 
     @property
     def in_flight(self) -> bool:
@@ -206,6 +214,12 @@ class Saver:
             finished += self.poll()
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         return finished
+
+    def _abandon(self) -> None:
+        """Give up a save in flight, for this process ends; collective over nothing."""
+        if self._pending is not None:
+            self._pending.write.cancel()
+            self._pending.task.wait(_GIVE_UP_S)
 
     def _results(self, pending: _Pending) -> list[Any]:
         """What the tasks of all ranks returned, once they are done."""

@@ -98,6 +98,7 @@ class ShardedWrite:
 
     def __init__(self, state: dict[str, Any], directory: Path, *, keep_copy: bool = False) -> None:
         self.directory = directory
+        self._cancelled = threading.Event()
         sharded, common = save_preprocess(state)
         self._common = io.BytesIO()
         torch.save(common, self._common)  # now: its plain values change with the next step
@@ -116,11 +117,16 @@ class ShardedWrite:
                 for item, data in entries
             ]
 
+    def cancel(self) -> None:
+        """Let `write` end soon, with an error."""
+        self._cancelled.set()
+
     def write(self) -> Written:
         """Write and sync this rank's files.
 
         Raises:
             OSError: a file cannot be written.
+            InterruptedError: it was cancelled.
         """
         rank = dist.get_rank()
         buckets: list[list[tuple[WriteItem, Any]]] = [[] for _ in range(FILES_PER_RANK)]
@@ -169,6 +175,8 @@ class ShardedWrite:
         results = []
         with HashingFile(self.directory / name) as file:
             for item, data in bucket:
+                if self._cancelled.is_set():
+                    raise InterruptedError(f"{self.directory / name}: the process ends")
                 start = file.tell()
                 if isinstance(data, io.BytesIO):
                     file.write(data.getbuffer())
