@@ -40,8 +40,9 @@ def harmed(
     def copy(harm: Callable[[Path], object]) -> Path:
         shutil.copytree(checkpoints["grouped"][0], tmp_path / "copy")
         harm(tmp_path / "copy" / "iter_0000120")
-        # whoever means harm lists it as well
-        integrity.write(tmp_path / "copy" / "iter_0000120")
+        if (tmp_path / "copy" / "iter_0000120" / integrity.CHECKSUMS).exists():
+            # whoever means harm lists it as well
+            integrity.write(tmp_path / "copy" / "iter_0000120")
         return tmp_path / "copy"
 
     return copy

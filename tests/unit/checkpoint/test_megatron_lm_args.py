@@ -146,7 +146,8 @@ class Malicious:
 
 def as_megatron_lm(directory: Path, **common: Any) -> None:
     """Make our checkpoint one of Megatron-LM, as far as its directory shows."""
-    (directory / "megashear.json").unlink()
+    for ours in ("megashear.json", "checksums.txt"):
+        (directory / ours).unlink()
     torch.save({"iteration": 120, **common}, directory / "common.pt")
 
 
@@ -210,6 +211,11 @@ def test_what_is_no_such_checkpoint(tmp_path: Path, harmed: Harmed) -> None:
     with pytest.raises(ValueError, match=r"for one layout only .*save it with --ckpt-format torch"):
         find_megatron_lm(checkpoint)
     assert find_megatron_lm(tmp_path / "nothing") is None
+
+
+def test_our_own_checkpoint_without_its_description_is_not_taken_for_one(harmed: Harmed) -> None:
+    checkpoint = harmed(lambda directory: (directory / "megashear.json").unlink())
+    assert find_megatron_lm(checkpoint) is None
 
 
 def test_our_own_checkpoint_is_not_taken_for_one(
