@@ -548,16 +548,32 @@ class PreprocessConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
-    """`megashear convert`: Hugging Face directory to checkpoint, or back."""
+    """`megashear convert`: a model of Hugging Face, Megatron-LM or LLM-Shearing to a checkpoint, or
+    a checkpoint back."""
 
     input: str | None = None
-    """Hugging Face directory or checkpoint directory; which of the two is found out."""
+    """Hugging Face directory, checkpoint, Megatron-LM checkpoint (torch_dist) or .pt file of
+    LLM-Shearing; which of them is found out."""
     output: str | None = None
     """Directory to write; must not exist."""
+    output_format: Literal["auto", "checkpoint", "hf"] = "auto"
+    """What to write: a checkpoint, or a Hugging Face directory (hf); auto makes the latter of a
+    checkpoint and the former of all else."""
     dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
     """Precision of the written weights."""
     tokenizer: str | None = None
     """Directory or file of the tokenizer to copy, where the input carries none."""
+    head_dim: int | None = None
+    """Width of one head of an LLM-Shearing model, whose file does not say it; 128 unless given."""
+    norm_epsilon: float | None = None
+    """Epsilon of the norms of an LLM-Shearing model; 1e-5 unless given."""
+    rotary_base: float | None = None
+    """Base of the rotary embedding of an LLM-Shearing model; 10000 unless given."""
+    max_position_embeddings: int | None = None
+    """Longest sequence of an LLM-Shearing model, tokens; 4096 unless given."""
+    vocab_size: int | None = None
+    """Tokens in the vocabulary of a Megatron-LM checkpoint whose arguments do not say it; rows
+    beyond are padding."""
     workers: int | None = None
     """Threads that convert, each holding a few weights in memory; one a core, at most 4, unless
     given."""
@@ -585,8 +601,12 @@ class ConvertConfig:
                     )
         if self.verify_tokens and not self.verify:
             raise ValueError("--verify-tokens is for --verify, which is not given")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"--workers is {self.workers}; it must be at least 1")
+        for name in ("workers", "head_dim", "max_position_embeddings", "vocab_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        for name in ("norm_epsilon", "rotary_base"):
+            if (number := getattr(self, name)) is not None and not 0 < number < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} is {number}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megashear.checkpoint import tokenizer_files
@@ -18,11 +18,13 @@ from megashear.checkpoint.formats import DTYPES, dtype_of, dtypes_of, name_of, s
 from megashear.checkpoint.hf_config import CONFIG, check_expressible, config_of_shape, read_shape
 from megashear.checkpoint.safetensors_file import (
     DTYPE_NAMES,
+    DTYPE_OF,
     Entry,
     SafetensorsWriter,
     read_header,
     read_tensor,
 )
+from megashear.checkpoint.torch_files import load_mapped, tensors_of
 from megashear.checkpoint.workers import run_all
 from megashear.models import layout
 from megashear.shape import ModelShape
@@ -31,6 +33,8 @@ __all__ = ["DTYPES", "MAX_SHARD_BYTES", "HfWeights", "dtype_of", "read_shape", "
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_OLD_SINGLE = "pytorch_model.bin"
+_OLD_INDEX = "pytorch_model.bin.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 """Largest weights file, bytes, unless one tensor alone is larger. Source: transformers."""
 
@@ -59,19 +63,36 @@ class HfWeights(Mapping[str, Tensor]):
         self.directory = Path(directory)
         self.shape = read_shape(directory) if shape is None else shape
         self._places: dict[str, tuple[Path, Entry]] = {}
-        index = _read_index(self.directory)
-        for path in _weight_files(self.directory, index):
-            for name, entry in read_header(path).items():
+        self._mapped: dict[str, Tensor] = {}  # of files that torch.save wrote
+        single, index_path = _names_of_files(self.directory)
+        index = _read_index(single, index_path)
+        for path in _weight_files(single, index_path, index):
+            for name, entry in self._header(path).items():
                 self._check_entry(name, entry, path)
                 self._places[name] = (path, entry)
         if index is not None:
-            self._check_index(index)
+            self._check_index(index, index_path)
         found = {name: entry.shape for name, (_, entry) in self._places.items()}
         if self.shape.tied_embeddings and found.keys() >= {_EMBEDDING, _OUTPUT}:
             self._check_tied()
             del found[_OUTPUT]
         layout.check_hf(found, self.shape, f"HF checkpoint {directory}")
         self._names = tuple(layout.hf_shapes(self.shape))
+
+    def _header(self, path: Path) -> dict[str, Entry]:
+        if path.suffix != ".bin":
+            return read_header(path)
+        mapped = tensors_of(load_mapped(path), str(path))
+        self._mapped |= mapped
+        return {
+            name: Entry(
+                DTYPE_OF.get(tensor.dtype, name_of(tensor.dtype)),
+                tuple(tensor.shape),
+                0,
+                tensor.nbytes,
+            )
+            for name, tensor in mapped.items()
+        }
 
     def _check_entry(self, name: str, entry: Entry, path: Path) -> None:
         if name in self._places:
@@ -97,9 +118,9 @@ class HfWeights(Mapping[str, Tensor]):
             f"its own, or remove {_OUTPUT}"
         )
 
-    def _check_index(self, index: Mapping[str, Any]) -> None:
+    def _check_index(self, index: Mapping[str, Any], path: Path) -> None:
         """Hold what the index says to what the files hold: they may be of two models."""
-        path, listed = self.directory / INDEX, index["weight_map"]
+        listed = index["weight_map"]
         way_out = "the files may be of two downloads: download all of them again"
         for name, file in listed.items():
             held_by = self._places[name][0].name if name in self._places else "none of them"
@@ -124,12 +145,24 @@ class HfWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
+        if name in self._mapped:
+            return self._mapped[name].clone()
         return read_tensor(*self._places[name])
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> Tensor:
-        """Part of a weight; the rest of it is not read."""
-        with safe_open(self._places[name][0], framework="pt", device="cpu") as file:
-            found: Tensor = file.get_slice(name)[slices]
+        """Part of a weight; the rest of it is not read.
+
+        Raises:
+            ValueError: the file cannot be read any longer.
+        """
+        if name in self._mapped:
+            return self._mapped[name][slices].clone()
+        path = self._places[name][0]
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                found: Tensor = file.get_slice(name)[slices]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; is it being changed?") from None
         return found
 
     def __iter__(self) -> Iterator[str]:
@@ -253,10 +286,19 @@ def _main_dtype(dtypes: Mapping[str, torch.dtype], shape: ModelShape) -> str:
     return name_of(max(by_dtype, key=by_dtype.__getitem__))
 
 
-def _read_index(directory: Path) -> dict[str, Any] | None:
+def _names_of_files(directory: Path) -> tuple[Path, Path]:
+    """The one file of weights, or the index of several; those of old releases of transformers
+    where there is no other."""
+    found = {name for name in (SINGLE, INDEX) if (directory / name).is_file()}
+    old = {name for name in (_OLD_SINGLE, _OLD_INDEX) if (directory / name).is_file()}
+    if old and not found:
+        return directory / _OLD_SINGLE, directory / _OLD_INDEX
+    return directory / SINGLE, directory / INDEX
+
+
+def _read_index(single: Path, path: Path) -> dict[str, Any] | None:
     """The index of several files; None where one file holds all."""
-    path = directory / INDEX
-    if (directory / SINGLE).is_file() or not path.is_file():
+    if single.is_file() or not path.is_file():
         return None
     try:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -267,27 +309,23 @@ def _read_index(directory: Path) -> dict[str, Any] | None:
     return index
 
 
-def _weight_files(directory: Path, index: Mapping[str, Any] | None) -> Sequence[Path]:
+def _weight_files(
+    single: Path, index_path: Path, index: Mapping[str, Any] | None
+) -> Sequence[Path]:
+    directory = single.parent
     if index is None:
-        if (directory / SINGLE).is_file():
-            return [directory / SINGLE]
-        if list(directory.glob("pytorch_model*.bin")):
-            raise ValueError(
-                f"HF checkpoint {directory} has pytorch_model.bin files only, which can run code "
-                f"when read; convert it with transformers' "
-                f"save_pretrained(..., safe_serialization=True)"
-            )
-        raise ValueError(f"HF checkpoint {directory} has neither {SINGLE} nor {INDEX}")
+        if single.is_file():
+            return [single]
+        raise ValueError(
+            f"HF checkpoint {directory} has neither {SINGLE} nor {INDEX}, nor {_OLD_SINGLE} nor "
+            f"{_OLD_INDEX}"
+        )
     names = sorted(set(index["weight_map"].values()))
     for name in names:
-        if Path(name).name != name:
-            raise ValueError(
-                f"{directory / INDEX} names {name}, which is not a file of its own directory"
-            )
+        if Path(name).name != name or Path(name).suffix != single.suffix:
+            raise ValueError(f"{index_path} names {name}, which is not a file of its own directory")
         if not (directory / name).is_file():
-            raise ValueError(
-                f"{directory / INDEX} names {name}, which is missing; download it again"
-            )
+            raise ValueError(f"{index_path} names {name}, which is missing; download it again")
     return [directory / name for name in names]
 
 

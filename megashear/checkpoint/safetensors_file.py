@@ -19,7 +19,8 @@ from torch import Tensor
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Number formats of weights by safetensors' names for them."""
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_OF = {dtype: name for name, dtype in _DTYPES.items()}
+"""Their names by format."""
 DTYPE_NAMES = tuple(sorted(_DTYPES))
 """The formats that can be read, as safetensors names them."""
 _ALIGNMENT = 8
@@ -113,7 +114,7 @@ class SafetensorsWriter:
             shape, dtype = entries[name]
             begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
             header[name] = {
-                "dtype": _NAMES[dtype],
+                "dtype": DTYPE_OF[dtype],
                 "shape": list(shape),
                 "data_offsets": [begin, end],
             }

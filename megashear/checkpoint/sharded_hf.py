@@ -14,10 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megashear.checkpoint import tokenizer_files
-from megashear.checkpoint.convert import TOKEN_IDS
 from megashear.checkpoint.description import Description
 from megashear.checkpoint.hf import HfWeights
-from megashear.checkpoint.hf_config import read_config
+from megashear.checkpoint.sources import open_hf
 from megashear.checkpoint.weights import without_extra_state
 from megashear.models import layout
 from megashear.models.llama import unwrap
@@ -34,15 +33,11 @@ def describe(directory: Path | str) -> Description:
     Raises:
         ValueError: see `hf.HfWeights`.
     """
-    weights, config = HfWeights(directory), read_config(directory)
-    files = tokenizer_files.find(directory)
-    named = {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
-    return Description(
-        shape=weights.shape,
-        iteration=0,
-        stage="converted",
+    description, files = open_hf(directory).described(), tokenizer_files.find(directory)
+    return dataclasses.replace(
+        description,
         tokenizer_sha256=tokenizer_files.fingerprint(files),
-        token_ids=tokenizer_files.token_ids(files) | named,
+        token_ids=tokenizer_files.token_ids(files) | description.token_ids,
     )
 
 

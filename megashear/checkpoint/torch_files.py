@@ -14,7 +14,6 @@ from torch import Tensor
 
 _ZIP = b"PK"
 """First bytes of the format that torch.save writes since release 1.6, which can be mapped."""
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Unread:
@@ -87,7 +86,7 @@ def load_mapped(path: Path, *, passed_over: Collection[str] = ()) -> Any:
             f"{path} {what} when it is read; only tensors and plain values are, because anything "
             f"else could run code; refused"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) is damaged: {str(error).splitlines()[0]}; it "
             f"may be truncated: download or write it again"
@@ -106,44 +105,3 @@ def tensors_of(found: Any, where: str) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{where}: {name} is a {type(tensor).__name__}, not a tensor")
     return {name: tensor.detach() for name, tensor in found.items()}
-
-
-class TorchFile:
-    """A file of weights by name, with the methods of an open safetensors file.
-
-    Raises:
-        ValueError: see `load_mapped` and `tensors_of`.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._tensors = tensors_of(load_mapped(path), str(path))
-
-    def keys(self) -> list[str]:
-        """Names, in the order of the file."""
-        return list(self._tensors)
-
-    def get_tensor(self, name: str) -> Tensor:
-        """A copy of a weight."""
-        return self._tensors[name].clone()
-
-    def get_slice(self, name: str) -> TorchSlice:
-        """A weight of which only what is asked for is read."""
-        return TorchSlice(self._tensors[name])
-
-
-class TorchSlice:
-    """One weight of a `TorchFile`."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def get_shape(self) -> list[int]:
-        """Its extents."""
-        return list(self._tensor.shape)
-
-    def get_dtype(self) -> str:
-        """Its number format, as safetensors spells it."""
-        return _NAMES.get(self._tensor.dtype, str(self._tensor.dtype).removeprefix("torch."))
-
-    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor:
-        return self._tensor[slices].clone()

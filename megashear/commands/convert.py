@@ -1,9 +1,8 @@
-"""Turn a Hugging Face directory into a Megatron checkpoint, or such a checkpoint back."""
+"""Turn a model of Hugging Face, Megatron-LM or LLM-Shearing into a checkpoint, or one back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from megashear.commands.parse import parse
 from megashear.commands.report import refuse_torchrun, report, user_errors
@@ -19,7 +18,9 @@ def main(argv: Sequence[str]) -> int:
     refuse_torchrun(PROG)
     # Here, not above: torch takes seconds that --help should not.
     from megashear.checkpoint import certificate
-    from megashear.checkpoint.convert import hf_to_megatron, megatron_to_hf
+    from megashear.checkpoint.aside import check_absent
+    from megashear.checkpoint.convert import to_checkpoint, to_hf
+    from megashear.checkpoint.sources import CHECKPOINT, SAYABLE, open_source
     from megashear.checkpoint.workers import default_workers
 
     workers = default_workers() if config.workers is None else config.workers
@@ -28,19 +29,24 @@ def main(argv: Sequence[str]) -> int:
         return 0
     assert config.input is not None, "held by the configuration"
     assert config.output is not None, "held by the configuration"
-    if not Path(config.input).is_dir():
-        raise ValueError(f"--input {config.input} is not a directory")
-    is_hf = (Path(config.input) / "config.json").is_file()  # every Hugging Face model has one
-    done = (hf_to_megatron if is_hf else megatron_to_hf)(
-        config.input,
+    check_absent(config.output)
+    source = open_source(config.input, **{name: getattr(config, name) for name in SAYABLE})
+    wanted = config.output_format
+    if wanted == "auto":
+        wanted = "hf" if source.kind == CHECKPOINT else "checkpoint"
+    done = (to_hf if wanted == "hf" else to_checkpoint)(
+        source,
         config.output,
         dtype=None if config.dtype == "as-is" else config.dtype,
         tokenizer=config.tokenizer,
         workers=workers,
         verify=config.verify_tokens if config.verify else None,
     )
-    kind = "checkpoint" if is_hf else "Hugging Face directory"
-    report(f"wrote {config.output}: {kind}, {done['bytes'] / 2**30:.2f} GiB of weights")
+    kind = "Hugging Face directory" if wanted == "hf" else "checkpoint"
+    report(
+        f"wrote {config.output}: {kind} of the {source.kind} {config.input}, "
+        f"{done['bytes'] / 2**30:.2f} GiB of weights"
+    )
     if (logits := done["logits"]) is not None:
         report(
             f"logits of megatron-core and transformers differ by {logits['relative_error']:.2g} "

@@ -281,7 +281,7 @@ def resave(directory: Path, change: Callable[[dict[str, torch.Tensor]], object])
         (lambda d: (d / "config.json").write_text("[]"), "holds a list, not a JSON object"),
         (lambda d: (d / hf.SINGLE).unlink(), "has neither model.safetensors nor model.safetensors"),
         (truncate, r"model.safetensors \([\d,]+ bytes\) cannot be read.*may be truncated"),
-        (foreign, r"pytorch_model.bin files only.*save_pretrained\(..., safe_serialization=True\)"),
+        (foreign, r"pytorch_model\.bin is not in the format that torch\.save writes since"),
         (
             lambda d: resave(d, lambda w: w.pop("lm_head.weight")),
             "lacks 1 weights of this model: lm_head.weight",

@@ -123,33 +123,45 @@ def test_convert_refuses_a_missing_input(
 ) -> None:
     assert main(["convert", "--input", f"{tmp_path}/none", "--output", f"{tmp_path}/out"]) == 2
     assert "--input" in (error := capsys.readouterr().err)
-    assert error.endswith("none is not a directory\n")
+    assert error.endswith("none is not a directory, nor a .pt or .pth file of LLM-Shearing\n")
 
 
 @pytest.mark.parametrize(
-    ("config_file", "function"), [(True, "hf_to_megatron"), (False, "megatron_to_hf")]
+    ("kind", "flags", "function"),
+    [
+        ("Hugging Face directory", [], "to_checkpoint"),
+        ("Megatron-LM checkpoint", [], "to_checkpoint"),
+        ("LLM-Shearing file", [], "to_checkpoint"),
+        ("checkpoint", [], "to_hf"),
+        ("LLM-Shearing file", ["--output-format", "hf"], "to_hf"),
+        ("checkpoint", ["--output-format", "checkpoint"], "to_checkpoint"),
+    ],
 )
 def test_convert_finds_out_the_direction(
-    config_file: bool,
+    kind: str,
+    flags: list[str],
     function: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if config_file:
-        (tmp_path / "config.json").write_text("{}")
     convert = importlib.import_module("megashear.checkpoint.convert")
+    sources = importlib.import_module("megashear.checkpoint.sources")
+    source = sources.Source(kind=kind, path=tmp_path, named=tmp_path, weights={}, shape=None)
+    monkeypatch.setattr(sources, "open_source", lambda path, **said: source)
     logits = {"relative_error": 2.34e-7, "bound": 1e-5}
     given: dict[str, object] = {}
 
-    def converted(source: str, output: str, **options: object) -> dict[str, object]:
+    def converted(found: object, output: str, **options: object) -> dict[str, object]:
+        assert found is source
         given.update(options)
         return {"bytes": 2**30, "logits": logits if options["verify"] is not None else None}
 
     monkeypatch.setattr(convert, function, converted)
-    needed = ["convert", "--input", str(tmp_path), "--output", "out"]
+    needed = ["convert", "--input", str(tmp_path), "--output", "out", *flags]
     assert main(needed) == 0
-    assert capsys.readouterr().out.startswith("wrote out: ")
+    written = "Hugging Face directory" if function == "to_hf" else "checkpoint"
+    assert capsys.readouterr().out.startswith(f"wrote out: {written} of the {kind} {tmp_path}, ")
     assert given["verify"] is None
     assert main([*needed, "--workers", "3", "--verify", "--verify-tokens", "5", "6"]) == 0
     assert capsys.readouterr().out.endswith(
