@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from megashear.config import (
 from megashear.models.llama import build_llama
 from megashear.models.specs import Variant
 from megashear.parallel.groups import ParallelGroups
+from megashear.shape import ModelShape
 from megashear.train import measure, run
 from tests import text_run
 from tests.distributed.test_resume import finished_tensors
@@ -67,6 +69,7 @@ def fill(
     variant: Variant = "local",
     model: ModelConfig | None = None,
     broken: Callable[[], None] | None = None,
+    shape: ModelShape = SOURCE,
 ) -> list[Filled]:
     """Fill a model on every rank in both ways, from fresh weights that differ."""
 
@@ -78,7 +81,7 @@ def fill(
 
         def filled(seed: int, load: Callable[[Any], None]) -> dict[str, Tensor]:
             config = model or ModelConfig()
-            chunks = build_llama(SOURCE, groups, parallel, config, variant=variant, seed=seed)
+            chunks = build_llama(shape, groups, parallel, config, variant=variant, seed=seed)
             load(chunks)
             return {n: p.detach().clone() for n, p in named_parameters(chunks).items()}
 
@@ -129,6 +132,35 @@ def test_a_rank_is_filled_as_from_the_converted_checkpoint(
             assert torch.equal(tensor, by_hand.to(tensor.dtype)), name
         names |= rank.from_hf.keys()
     assert names == whole.keys()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"family": "qwen3", "qk_norm": True, "tied_embeddings": True},
+        # Qwen2's heads are as wide as hidden size over heads
+        {"family": "qwen2", "qkv_bias": True, "tied_embeddings": True, "hidden_size": 64},
+    ],
+)
+def test_every_part_of_a_family_is_read_and_the_vocabulary_padded(
+    tmp_path: Path, parts: dict[str, Any]
+) -> None:
+    shape = replace(SOURCE, vocab_size=61, **parts)
+    weights = random_weights(shape)
+    hf.write_directory(tmp_path / "hf", weights, shape)
+    description = Description(shape=shape, iteration=0, stage="converted")
+    write_weights(tmp_path / "checkpoint", weights, description)
+    of_shape = (tmp_path / "hf", tmp_path / "checkpoint")
+    ranks = fill(of_shape, layout(tp=2, pp=2), shape=shape)
+    for rank in ranks:
+        assert rank.from_hf.keys() == rank.from_checkpoint.keys()
+        for name, tensor in rank.from_hf.items():
+            assert torch.equal(tensor, rank.from_checkpoint[name]), name
+    embeddings = [rank.from_hf["embedding.word_embeddings.weight"] for rank in ranks[:2]]
+    whole = torch.cat(embeddings)  # of both tensor ranks of the first stage
+    assert torch.equal(whole[:61], weights["model.embed_tokens.weight"])
+    assert whole.shape[0] == 62
+    assert not whole[61:].any()
 
 
 def test_slices_of_another_rank_are_noticed(stored: tuple[Path, Path]) -> None:

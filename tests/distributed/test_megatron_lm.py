@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.checkpoint.description import Description
+from megashear.__main__ import main
+from megashear.checkpoint.description import Description, read_description
+from megashear.checkpoint.hf import HfWeights
 from megashear.checkpoint.megatron_lm import MegatronLmWeights
 from megashear.checkpoint.megatron_lm_args import shape_of_arguments
 from megashear.checkpoint.pickles import read_common
-from megashear.checkpoint.weights import write_weights
+from megashear.checkpoint.weights import CheckpointWeights, write_weights
 from megashear.shape import ModelShape
 from tests import megatron_lm
 from tests.ranks import run_ranks
@@ -73,6 +75,26 @@ def test_a_checkpoint_of_megatron_lm_is_read(written: Callable[[str], Path], nam
     )
     ours = forward(dict(read), read.shape, TOKENS)
     assert relative_error(ours, theirs[..., :VOCAB]) < OTHER_KERNELS
+
+
+def test_convert_makes_a_checkpoint_or_a_directory_of_it(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, name = written("norms, stretched"), "model.layers.2.self_attn.q_norm.weight"
+    read = MegatronLmWeights(source)
+    outputs = {"checkpoint": tmp_path / "ours", "hf": tmp_path / "hf"}
+    for form, output in outputs.items():
+        words = ["convert", "--input", source, "--output", output, "--output-format", form]
+        assert main([str(word) for word in words]) == 0
+    description = read_description(outputs["checkpoint"] / "iter_0000000")
+    assert description.shape == read.shape
+    assert description.details == {"megatron_lm_iteration": 5}
+    found = CheckpointWeights(outputs["checkpoint"]), HfWeights(outputs["hf"])
+    assert found[1].shape == read.shape
+    for weights in found:
+        assert list(weights) == list(read)
+        assert all(torch.equal(weights[each], tensor) for each, tensor in read.items())
+        assert not torch.equal(weights[name], read[name.replace("q_norm", "k_norm")])
 
 
 @pytest.mark.parametrize("name", MODELS)

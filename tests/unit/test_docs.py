@@ -39,7 +39,8 @@ OTHERS_FLAGS = {
     "--json-keys",  # Megatron-LM's name of --json-key
     # what Megatron-LM is started with on a checkpoint of ours
     *("--use-checkpoint-args", "--ckpt-format", "--no-load-optim", "--no-load-rng"),
-    *("--norm-epsilon", "--qk-layernorm", "--use-rope-scaling", "--rope-scaling-factor"),
+    "--ckpt-convert-format",
+    *("--qk-layernorm", "--use-rope-scaling", "--rope-scaling-factor"),
     "--rotary-seq-len-interpolation-factor",
     *("--standalone", "--index-url", "--extra-index-url", "--logdir", "--help", "--version"),
 }
