@@ -203,6 +203,18 @@ class TrainConfig:
     """Directory for TensorBoard event files."""
     exit_interval: int = 0
     """Save and stop when the step is divisible by this; 0 is never."""
+    exit_duration_in_mins: int = 0
+    """Save and stop at the first step that ends this many minutes after the start; 0 is never."""
+    exit_signal_handler: bool = True
+    """On SIGTERM or SIGINT save after the step and leave, with 128 + the signal's number."""
+    max_skipped_steps: int = 3
+    """Steps in a row that may be skipped because loss or gradient is not finite, or the loss is a
+    spike; one more stops the run. 0 stops at the first."""
+    loss_spike_factor: float = 0.0
+    """Skip a step whose loss is above this many times the mean of the last ones; 0 takes all."""
+    distributed_timeout_minutes: float = 10.0
+    """Minutes without progress after which a rank counts as hung and the job ends, and after which
+    a collective that some rank does not enter fails."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -219,7 +231,28 @@ class TrainConfig:
         if self.resume and self.save is None:
             raise ValueError("--resume goes on from --save, and --save is not given")
         check_one_source(self.load, self.load_hf)
-        for name in ("eval_interval", "save_interval", "exit_interval", "keep"):
+        if not (math.isfinite(self.loss_spike_factor) and self.loss_spike_factor >= 0):
+            raise ValueError(f"--loss-spike-factor is {self.loss_spike_factor}; wanted 0 or more")
+        if 0 < self.loss_spike_factor <= 1:
+            raise ValueError(
+                f"--loss-spike-factor is {self.loss_spike_factor}: every second step is above its "
+                f"mean; wanted more than 1, say 2, or 0 to take all"
+            )
+        if not (math.isfinite(self.distributed_timeout_minutes)) or (
+            self.distributed_timeout_minutes <= 0
+        ):
+            raise ValueError(
+                f"--distributed-timeout-minutes is {self.distributed_timeout_minutes}; wanted "
+                f"more than 0"
+            )
+        for name in (
+            "eval_interval",
+            "save_interval",
+            "exit_interval",
+            "exit_duration_in_mins",
+            "max_skipped_steps",
+            "keep",
+        ):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; 0 turns it off")
 

@@ -159,6 +159,39 @@ def assert_replicated(
             )
 
 
+def assert_same_bits(
+    named: Mapping[str, Tensor], where: str, group: dist.ProcessGroup, what: str
+) -> None:
+    """As `assert_replicated` for tensors too large to hash on the host: their bits are summed.
+
+    Each tensor is read once where it lies and 16 bytes of it cross the network; a change of one
+    element always shows, several that cancel out in both of two sums do not. Collective over
+    ``group``.
+
+    Args:
+        named: tensors by the name to print; the same names on every rank.
+        where: what holds them, for the message.
+        group: the ranks that hold copies.
+        what: what the ranks of the group are, for the message ("data-parallel").
+
+    Raises:
+        RuntimeError: on every rank of the group alike, naming the first tensor that differs.
+    """
+    if not named or dist.get_world_size(group) == 1:
+        return
+    own = torch.stack([_bit_sums(tensor) for tensor in named.values()])  # [tensors, 2]
+    everyone = torch.stack(gather_tensors(own, group)).cpu()
+    same = (everyone == everyone[0]).all(dim=2)  # [ranks, tensors]
+    for number, name in enumerate(named):
+        odd = (~same[:, number]).nonzero().flatten().tolist()
+        if odd:
+            raise RuntimeError(
+                f"{where}: copies of {name} have drifted apart: {what} ranks {odd} differ from "
+                f"rank 0 of their group. Restart from the last checkpoint; if it comes again at "
+                f"another step, suspect the machine of one of them"
+            )
+
+
 @contextlib.contextmanager
 def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run a block without collectives; if it fails on any rank, fail on all of them.
@@ -184,6 +217,25 @@ def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
 def _on(group: dist.ProcessGroup, tensor: Tensor) -> torch.device:
     return device.device() if device.has_cuda() else tensor.device
+
+
+def _bit_sums(tensor: Tensor) -> Tensor:
+    """Two int64 sums over the bits of a tensor, which wrap around: of words and of odd multiples
+    of them by place, so that elements that changed places show."""
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().contiguous().reshape(-1).view(words)
+    plain = bits.sum(dtype=torch.int64)
+    # rows of a power of two keep the weights of places small and the temporary memory bounded
+    pieces = bits.split(_PIECE)
+    place = torch.arange(1, 2 * _PIECE, 2, device=bits.device, dtype=torch.int64)
+    weighted = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for number, piece in enumerate(pieces):
+        weighted = weighted + (2 * number + 1) * (piece * place[: len(piece)]).sum()
+    return torch.stack([plain, weighted])
+
+
+_PIECE = 1 << 20
+"""Elements that are multiplied at a time."""
 
 
 def _bytes(tensor: Tensor) -> bytes:

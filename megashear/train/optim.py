@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megashear.config import OptimizerConfig
@@ -75,6 +76,31 @@ def apply_flags(optimizer: MegatronOptimizer, config: OptimizerConfig) -> None:
         group["max_lr"], group["min_lr"] = config.lr, _floor(config)
         group["betas"] = (config.adam_beta1, config.adam_beta2)
         group["eps"] = config.adam_eps
+
+
+@torch.no_grad()
+def ready_gradients(optimizer: MegatronOptimizer) -> float:
+    """Hand reduced gradients to the optimizer and return their norm, before clipping.
+
+    Collective over the replica's model group. The first half of the optimizer's own ``step()``,
+    between whose halves a step can still be skipped: a norm that is not finite would go into every
+    weight.
+    """
+    found_inf = optimizer.prepare_grads()
+    assert not found_inf, "only loss scaling looks for infinities, and fp16 is refused"
+    return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def step_with_norm(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Clip by a norm that `ready_gradients` returned, and step: the second half."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = part.get_parameters()
+        if parameters:
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=norm
+            )
+    optimizer.step_with_ready_grads()
 
 
 def check_schedule(config: OptimizerConfig, train_iters: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megashear.parallel.agree import (
     assert_replicated,
+    assert_same_bits,
     broadcast_object,
     check_same,
     flat_all_reduce,
@@ -107,6 +108,34 @@ def test_the_last_bit_of_one_copy_is_noticed_on_every_rank_alike() -> None:
         "masks of step 7: copies of second have drifted apart; ranks [2] of their group differ "
         "from rank 0. Restart from the last checkpoint"
     }
+
+
+@pytest.mark.parametrize("drifted", [None, 0, 2])
+def test_sums_of_bits_notice_one_bit_and_places(drifted: int | None) -> None:
+    def body(rank: int) -> str:
+        named = copies(rank, drifted)
+        try:
+            assert_same_bits(named, "step 7", dist.group.WORLD, "data-parallel")
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    (message,) = set(run_ranks(3, body))
+    odd = {None: "", 0: "ranks [1, 2]", 2: "ranks [2]"}[drifted]
+    assert odd in message
+    assert bool(message) == (drifted is not None)
+    assert ("copies of second have drifted apart" in message) == bool(message)
+
+
+def test_sums_of_bits_notice_elements_that_changed_places() -> None:
+    def body(rank: int) -> bool:
+        tensor = torch.arange(10, dtype=torch.float32)
+        named = {"swapped": tensor.flip(0) if rank else tensor}
+        with pytest.raises(RuntimeError, match=r"data-parallel ranks \[1\] differ"):
+            assert_same_bits(named, "step 7", dist.group.WORLD, "data-parallel")
+        return True
+
+    assert all(run_ranks(2, body))
 
 
 def fail_on(rank: int, failing: int) -> None:

@@ -1,0 +1,153 @@
+"""A rank that makes no progress ends the job, and is named."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from types import FrameType, TracebackType
+
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+EXIT_HUNG = 70
+"""Exit status of a job in which a rank hung (EX_SOFTWARE of sysexits.h)."""
+
+_KEY = "megashear/hung"
+_WAITING = (
+    os.path.join("torch", "distributed", ""),
+    # where the host waits for a device that may wait for another rank
+    os.path.join("torch", "cuda", ""),
+    # waits for a neighbour's message in a method that has no frame of its own
+    os.path.join("pipeline_parallel", "p2p_communication.py"),
+)
+"""Parts of the path of a frame in which a rank waits for others."""
+_LAUNCHER = os.path.join("torch", "distributed", "elastic", "")
+"""Frames that the launcher puts around a whole run."""
+
+
+class Watchdog:
+    """Ends this process when nothing was reported for too long.
+
+    All ranks of a job that hangs stop making progress together: one does not come, the others wait
+    for it in a collective. So each tells the others, through the store they met by, where it
+    stands; those that wait for nobody are named, with their traceback, on every rank's stderr.
+
+    Args:
+        store: that the ranks met by.
+        rank: of this process.
+        world_size: number of processes.
+        timeout_s: seconds without a `beat` that make a rank hung.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.timeout_s = timeout_s
+        self._main = threading.get_ident()
+        self._ended = threading.Event()
+        self._beat = (time.monotonic(), "starting")
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def beat(self, doing: str) -> None:
+        """Say that progress is made, and what comes next ("step 12")."""
+        self._beat = (time.monotonic(), doing)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        # a tenth: late by no more than that, and idle the rest of the time
+        pause = min(self.timeout_s / 10, 10.0)
+        while not self._ended.wait(pause):
+            since, doing = self._beat
+            if time.monotonic() - since > self.timeout_s:
+                self._end(doing)
+
+    def _end(self, doing: str) -> None:
+        stack = _stack_of(self._main)
+        own = {"doing": doing, "waits": _waits(stack), "stack": _printed(stack)}
+        try:
+            hung = self._find_hung(own)
+        except Exception as error:  # the store's host may be what is gone
+            hung = [] if own["waits"] else [(self.rank, own)]
+            print(f"rank {self.rank} could not ask the others: {error}", file=sys.stderr)
+        where = f"rank {self.rank}: no progress for {self.timeout_s:g} s in {doing}"
+        if not hung:
+            where += "; every rank that answered waits for another one, this one here:\n"
+            where += str(own["stack"])
+        for rank, theirs in hung:
+            where += (
+                f"\nrank {rank} hung in {theirs['doing']}; it waits for no other rank and is "
+                f"at:\n{theirs['stack']}"
+            )
+        print(where, file=sys.stderr, flush=True)
+        # not sys.exit: the main thread would go on waiting
+        os._exit(EXIT_HUNG)
+
+    def _find_hung(self, own: dict[str, object]) -> list[tuple[int, dict[str, object]]]:
+        """Ranks that do not answer in time to say that they wait, or say that they do not."""
+        self.store.set(f"{_KEY}/{self.rank}", json.dumps(own))
+        # their clocks started at their last beats, which lie no further apart than this
+        deadline = time.monotonic() + self.timeout_s / 2 + 2
+        found: dict[int, dict[str, object]] = {}
+        while len(found) < self.world_size and time.monotonic() < deadline:
+            for rank in range(self.world_size):
+                key = f"{_KEY}/{rank}"
+                if rank not in found and self.store.check([key]):
+                    found[rank] = json.loads(self.store.get(key))
+            time.sleep(0.1)
+        for rank in range(self.world_size):
+            found.setdefault(
+                rank,
+                {"doing": "an unknown place", "waits": False, "stack": "  it does not answer\n"},
+            )
+        return [(rank, theirs) for rank, theirs in sorted(found.items()) if not theirs["waits"]]
+
+
+def watch(rank: int, world_size: int, timeout_s: float) -> Watchdog:
+    """A watchdog that asks the other ranks through the launcher's store.
+
+    Alone, or where no launcher says how to meet, it knows this process only.
+    """
+    host = os.environ.get("MASTER_ADDR")
+    if world_size == 1 or host is None:
+        return Watchdog(dist.HashStore(), 0, 1, timeout_s)
+    store = dist.TCPStore(
+        host,
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=datetime.timedelta(seconds=30),
+    )
+    # answers of the ranks that a restart replaced are not these ranks'
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Watchdog(dist.PrefixStore(attempt, store), rank, world_size, timeout_s)
+
+
+def _stack_of(thread: int) -> list[traceback.FrameSummary]:
+    frame: FrameType | None = sys._current_frames().get(thread)
+    return [] if frame is None else list(traceback.extract_stack(frame))
+
+
+def _waits(stack: list[traceback.FrameSummary]) -> bool:
+    paths = [entry.filename for entry in stack if _LAUNCHER not in entry.filename]
+    return any(part in path for path in paths for part in _WAITING)
+
+
+def _printed(stack: list[traceback.FrameSummary]) -> str:
+    return "".join(traceback.format_list(stack))

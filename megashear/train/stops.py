@@ -1,0 +1,88 @@
+"""Why a run ends before its last step: a signal, its time, its interval."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megashear.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""What a batch system, a launcher and a keyboard send to end a job."""
+
+
+@dataclass
+class Stops:
+    """What asked this rank to stop; ranks agree on it once a step.
+
+    Args:
+        train: the flags.
+    """
+
+    train: TrainConfig
+    received: int = 0
+    """Number of the first signal received; 0 is none."""
+    _started: float = field(default_factory=lambda: time.monotonic())
+
+    def __post_init__(self) -> None:
+        assert all(number < _SIGNAL_BASE for number in SIGNALS)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take signals for requests, so that the step is finished and saved."""
+        # only the main thread of a process may set handlers
+        if not self.train.exit_signal_handler or not _in_main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def request(self) -> float:
+        """What this rank asks for after a step; the greatest of all ranks' is what happens.
+
+        Time is read on every rank: clocks differ, and the first to be over counts.
+        """
+        if self.received:
+            return float(self.received)
+        limit = 60 * self.train.exit_duration_in_mins
+        over = bool(limit) and time.monotonic() - self._started >= limit
+        return _OVER if over else 0.0
+
+    def reason(self, request: float, step: int) -> str | None:
+        """Why the run ends after ``step`` steps, as agreed; None if it goes on."""
+        if request == _OVER:
+            return f"--exit-duration-in-mins {self.train.exit_duration_in_mins} is over"
+        if request:
+            return f"{signal.Signals(int(request)).name} was received"
+        if self.train.exit_interval and step % self.train.exit_interval == 0:
+            return f"--exit-interval {self.train.exit_interval} asks for it"
+        return None
+
+    def _receive(self, number: int, frame: object) -> None:
+        # launchers send more than one; the first counts
+        self.received = self.received or number
+
+
+def exit_status(request: float) -> int:
+    """What the process returns: 0, or 128 + the signal's number, as a shell would say it."""
+    return 0 if request in (0.0, _OVER) else 128 + int(request)
+
+
+_OVER = 0.5
+"""Request of a rank whose time is over: below every signal's number."""
+_SIGNAL_BASE = 128
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
