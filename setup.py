@@ -47,5 +47,5 @@ setup(
             "types-tqdm",
         ],
     },
-    entry_points={"console_scripts": ["megashear=megashear.__main__:main"]},
+    entry_points={"console_scripts": ["megashear=megashear.__main__:recorded_main"]},
 )

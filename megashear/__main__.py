@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -72,5 +73,15 @@ def usage() -> str:
     )
 
 
+def recorded_main() -> int:
+    """`main`, which leaves the traceback of an error where torchrun looks for it."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return main()
+    # only here: importing torch takes seconds that --help should not
+    from megashear.parallel.launch import recorded
+
+    return recorded(main)
+
+
 if __name__ == "__main__":  # worker processes re-import this module
-    raise SystemExit(main())
+    raise SystemExit(recorded_main())

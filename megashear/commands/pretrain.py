@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.commands.parse import parse
-from megashear.commands.report import report, user_errors
+from megashear.commands.report import report, status_of, user_errors
 from megashear.config import PretrainRun
 
 PROG = "megashear pretrain"
@@ -18,5 +18,6 @@ def main(argv: Sequence[str]) -> int:
     # Here, not above: torch and megatron-core take seconds that --help should not.
     from megashear.train.run import pretrain
 
-    report(pretrain(config))
-    return 0
+    reached = pretrain(config)
+    report(reached)
+    return status_of(reached)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.commands.parse import parse
-from megashear.commands.report import report, user_errors
+from megashear.commands.report import report, status_of, user_errors
 from megashear.config import PretrainRun, PruneRun
 
 PROG = "megashear prune"
@@ -26,5 +26,6 @@ def main(argv: Sequence[str]) -> int:
     # Here, not above: torch and megatron-core take seconds that --help should not.
     from megashear.train.run import prune
 
-    report(prune(config, then))
-    return 0
+    reached = prune(config, then)
+    report(reached)
+    return status_of(reached)

@@ -78,6 +78,13 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def status_of(summary: Mapping[str, object]) -> int:
+    """The exit status of a run that has reported: not 0 where a signal stopped it."""
+    status = summary.get("exit status", 0)
+    assert isinstance(status, int)
+    return status
+
+
 def report(summary: object) -> None:
     """Print what a command did, on rank 0: a mapping as JSON, None not at all."""
     if summary is None or not is_first_rank():

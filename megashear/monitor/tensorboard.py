@@ -40,6 +40,7 @@ SAVE_SECONDS = "system/save-seconds"
 """From the beginning of a save until the checkpoint is visible, at the step that was saved."""
 SAVE_STALL_SECONDS = "system/save-stall-seconds"
 """The part of it during which training stood still."""
+SKIPPED_STEPS = "train/skipped-steps"
 SECONDS_PER_STEP = "system/seconds-per-step"
 """Mean over the log window, training alone."""
 

@@ -28,6 +28,8 @@ class ParallelGroups:
     """Number of this process's replica."""
     data_size: int
     """Number of replicas."""
+    world: dist.ProcessGroup = field(repr=False)
+    """All processes."""
     tensor: dist.ProcessGroup = field(repr=False)
     pipeline: dist.ProcessGroup = field(repr=False)
     model: dist.ProcessGroup = field(repr=False)
@@ -43,6 +45,8 @@ class ParallelGroups:
         """
         parallel.data_parallel_size(dist.get_world_size())
         virtual = parallel.num_virtual_stages_per_pipeline_rank
+        world = dist.group.WORLD
+        assert world is not None, "torch.distributed is open"
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -59,6 +63,7 @@ class ParallelGroups:
             virtual_size=virtual,
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
+            world=world,
             tensor=parallel_state.get_tensor_model_parallel_group(),
             pipeline=parallel_state.get_pipeline_model_parallel_group(),
             model=parallel_state.get_model_parallel_group(),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.parallel import device
@@ -68,6 +72,68 @@ def distributed(
             groups.destroy()
 
 
+def recorded(main: Callable[[], int]) -> int:
+    """Run a process of torchrun; an error's traceback is in the agent's report of the failure."""
+    status = record(main)()
+    assert status is not None, "an error is raised again"
+    return status
+
+
+def fresh_store(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> dist.Store:
+    """A part of the launcher's store that holds nothing of an earlier attempt.
+
+    torchrun keeps one store over restarts and, since release 2.5, no prefix of its own for each:
+    a restarted rank may read where a process that is gone was to be found, and fail to connect.
+    Counts of restarts differ between hosts and cannot tell attempts apart. So every rank leaves a
+    new mark, rank 0 calls the marks it finds, and when all ranks have heard their own, the call's
+    name is the prefix.
+
+    Args:
+        store: torchrun's.
+        rank: of this process.
+        world_size: number of processes.
+        timeout_s: seconds to wait for the others.
+
+    Raises:
+        RuntimeError: not all came in time; rank 0 names those that did not.
+
+    Source: https://github.com/pytorch/pytorch/issues/135712
+    """
+    mark = uuid.uuid4().hex
+    store.set(f"{_MEETING}/mark/{rank}", mark)
+    deadline = time.monotonic() + timeout_s
+    call, called = "", [""] * world_size
+    while time.monotonic() < deadline:
+        if rank == 0:
+            marks = _read(store, [f"{_MEETING}/mark/{other}" for other in range(world_size)])
+            if marks != called:
+                call, called = uuid.uuid4().hex, marks
+                store.set(f"{_MEETING}/call", json.dumps([call, called]))
+            answers = _read(store, [f"{call}/{other}" for other in range(1, world_size)])
+            if all(answers):
+                store.set(f"{call}/go", "1")
+                return dist.PrefixStore(call, store)
+        elif found := _read(store, [f"{_MEETING}/call"])[0]:
+            call, called = json.loads(found)
+            if rank < len(called) and called[rank] == mark:
+                store.set(f"{call}/{rank}", "1")
+                if store.check([f"{call}/go"]):
+                    return dist.PrefixStore(call, store)
+        time.sleep(0.05)
+    if rank == 0:
+        missing = [other for other, answer in enumerate(["1", *answers]) if not answer]
+        raise RuntimeError(f"ranks {missing} did not come to the start in {timeout_s:g} s")
+    raise RuntimeError(f"rank {rank}: the start did not come about in {timeout_s:g} s")
+
+
+def _read(store: dist.Store, keys: list[str]) -> list[str]:
+    """Values of keys, "" where there is none yet; does not wait."""
+    return [store.get(key).decode() if store.check([key]) else "" for key in keys]
+
+
+_MEETING = "megashear/meeting"
+
+
 @contextlib.contextmanager
 def process_group(*, timeout_s: float = 600.0) -> Iterator[None]:
     """Hold torch.distributed open: torchrun's processes, or a private group of one.
@@ -80,7 +146,12 @@ def process_group(*, timeout_s: float = 600.0) -> Iterator[None]:
     timeout = datetime.timedelta(seconds=timeout_s)
     with tempfile.TemporaryDirectory(prefix="megashear-") as folder:
         if "RANK" in os.environ:
-            dist.init_process_group(device.backend(), timeout=timeout)
+            store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store = fresh_store(store, rank, world_size, timeout_s)
+            dist.init_process_group(
+                device.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout
+            )
             yield
             # not after an error: tearing nccl down waits for peers that wait for this rank, and
             # torchrun ends them only once this process is gone

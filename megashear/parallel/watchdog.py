@@ -10,9 +10,12 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from types import FrameType, TracebackType
 
 import torch.distributed as dist
+
+from megashear.parallel.agree import broadcast_object
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +123,13 @@ class Watchdog:
         return [(rank, theirs) for rank, theirs in sorted(found.items()) if not theirs["waits"]]
 
 
+def collective_timeout_s(minutes: float) -> float:
+    """Seconds that a collective waits for a rank: more than the watchdog, which can say who."""
+    return 90 * minutes + 30
+
+
 def watch(rank: int, world_size: int, timeout_s: float) -> Watchdog:
-    """A watchdog that asks the other ranks through the launcher's store.
+    """A watchdog that asks the other ranks through the launcher's store. Collective over the world.
 
     Alone, or where no launcher says how to meet, it knows this process only.
     """
@@ -134,9 +142,9 @@ def watch(rank: int, world_size: int, timeout_s: float) -> Watchdog:
         is_master=False,
         timeout=datetime.timedelta(seconds=30),
     )
-    # answers of the ranks that a restart replaced are not these ranks'
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Watchdog(dist.PrefixStore(attempt, store), rank, world_size, timeout_s)
+    # the launcher's store outlives a restart, and earlier ranks' answers are not these ranks'
+    name = broadcast_object(uuid.uuid4().hex, source=0)
+    return Watchdog(dist.PrefixStore(name, store), rank, world_size, timeout_s)
 
 
 def _stack_of(thread: int) -> list[traceback.FrameSummary]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,6 +96,7 @@ def evaluate_domains(
     *,
     micro_batch_size: int,
     step: int | None = None,
+    beat: Callable[[str], None] = lambda doing: None,
 ) -> DomainLosses:
     """Evaluate the chosen sequences of every domain. Collective over the world.
 
@@ -108,6 +109,7 @@ def evaluate_domains(
         groups: where this rank stands.
         micro_batch_size: sequences per forward pass.
         step: steps done, shown beside the progress bar.
+        beat: told of every few batches, see `Watchdog`.
     """
     sums = torch.zeros(len(names), _NUM_SUMS, dtype=torch.float64, device=device.device())
     per_pass = micro_batch_size * groups.data_size
@@ -116,6 +118,7 @@ def evaluate_domains(
     objective.begin_evaluation(mode)
     with progress(total, rank=groups.rank, desc=what, unit="batch", leave=False) as bar:
         for slab in _slabs(held_out, chosen, groups, micro_batch_size):
+            beat(what)
             for found in objective.evaluate(mode, slab):
                 terms = sums_of_sequences(found.sums, found.counts)
                 sums.index_add_(0, found.domains.to(sums.device), terms)

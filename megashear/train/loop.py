@@ -7,8 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -28,28 +30,36 @@ from megashear.data.loader import MixtureLoader
 from megashear.data.manifest import DataManifest
 from megashear.data.reweight import Reweighting
 from megashear.data.shares import Vector
+from megashear.models.llama import unwrap
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.console import format_evaluation, format_step, progress
 from megashear.monitor.throughput import Throughput
 from megashear.parallel import device
 from megashear.parallel.agree import (
     assert_replicated,
+    assert_same_bits,
     flat_all_reduce,
     gather_objects,
     raise_together,
 )
 from megashear.parallel.groups import ParallelGroups
+from megashear.parallel.watchdog import Watchdog
 from megashear.shape import ModelShape
 from megashear.train.evaluate import STANDARD_ERROR, DomainLosses, evaluate_domains
+from megashear.train.guard import StepGuard
 from megashear.train.inputs import EVAL_SEQUENCES
 from megashear.train.objectives import LanguageModelling, MaskMetrics, StructuredPruning
-from megashear.train.optim import schedule_fraction
+from megashear.train.optim import ready_gradients, schedule_fraction, step_with_norm
 from megashear.train.schedule import SequenceLosses
+from megashear.train.stops import EXIT_STATUS, REQUESTS, Stops, exit_status
 
 logger = logging.getLogger(__name__)
 
 EVALUATION = "evaluation"
 """Name of the time that evaluations within the run take."""
+
+GUARD = "step_guard"
+"""Key of the guard's state in a checkpoint's details."""
 
 HELD_OUT_LOSS = "held_out_loss"
 """What a finished run adds to the details of its last checkpoint: losses by mode and domain."""
@@ -72,6 +82,17 @@ class RunData:
     """Held-out sequences per domain in an evaluation within the run."""
 
 
+class _Step(NamedTuple):
+    """What a step gave."""
+
+    losses: list[SequenceLosses]
+    norm: float
+    """Of the weights' gradients."""
+    masks: MaskMetrics | None
+    request: float
+    """To stop, as `Stops` has it; equal on every rank."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
     """Everything one rank needs to train; :meth:`run` does it. Methods are collective over the
@@ -92,6 +113,10 @@ class Trainer:
     """Special tokens as the source's config.json has them."""
     tokenizer: Path
     """Directory of the tokenizer's files, which every checkpoint carries."""
+    guard: StepGuard
+    """Which steps are taken."""
+    watchdog: Watchdog
+    """Told of every step, evaluation and save."""
     source: Path | None = None
     """Iteration that the run starts from, or goes on from."""
     bf16: bool = False
@@ -101,12 +126,17 @@ class Trainer:
         """Train from ``first_step`` (steps done) to the end.
 
         Returns:
-            What was reached: step, held-out losses, where the checkpoint lies.
+            What was reached: step, held-out losses, where the checkpoint lies, why it was stopped.
 
         Raises:
-            RuntimeError: on every rank, when a gradient is not finite or copies drift apart.
+            RuntimeError: on every rank, when too many steps are skipped or copies drift apart.
             SaveError: on every rank, when a checkpoint cannot be written.
         """
+        stops = Stops(self.train)
+        with self.watchdog, stops.listening():
+            return self._run(first_step, stops)
+
+    def _run(self, first_step: int, stops: Stops) -> dict[str, Any]:
         train, last = self.train, self.train.train_iters
         saver = self._saver()
         if saver is not None and first_step < last:
@@ -120,7 +150,7 @@ class Trainer:
         saved: Path | None = None
         saved_step = first_step
         found: dict[str, DomainLosses] = {}
-        step = first_step
+        step, stop, request = first_step, None, 0.0
         # asked before each step, so that all ranks end together where text runs out
         ran_out = self.data.loader.ran_out() if step < last else None
         with progress(
@@ -129,7 +159,8 @@ class Trainer:
             while step < last and ran_out is None:
                 rate = self.schedule.get_lr({})
                 drawn = self.data.loader.consumed_samples
-                losses, norm, masks = self._step(step)
+                self.watchdog.beat(f"step {step + 1}")
+                losses, norm, masks, request = self._step(step, stops.request())
                 self._tell_phases(step, range(drawn, self.data.loader.consumed_samples))
                 window += losses
                 step += 1
@@ -143,16 +174,16 @@ class Trainer:
                     with meter.pause(EVALUATION):
                         self._reweight(step, self.evaluate(step, sink, whole=False))
                     sink.scalars(step, {tags.EVALUATION_SHARE: meter.share(EVALUATION)})
-                stop = bool(train.exit_interval) and step % train.exit_interval == 0
+                stop = stops.reason(request, step)
                 due = bool(train.save_interval) and step % train.save_interval == 0
                 if saver is not None:
                     self._report(saver.poll(), sink)
                 if saver is not None and step < last and (due or stop):
                     with meter.pause("checkpoint"):
-                        saved = self.save(step, saver, sink, wait=stop)
+                        saved = self.save(step, saver, sink, wait=stop is not None)
                     saved_step = step
-                if stop:
-                    logger.info("step %d: stopping as --exit-interval asks", step)
+                if stop is not None:
+                    logger.info("step %d: stopping, for %s", step, stop)
                     break
                 ran_out = self.data.loader.ran_out() if step < last else None
         self.data.loader.close()
@@ -176,9 +207,14 @@ class Trainer:
             found = self.evaluate(step, sink, whole=True)
             if saved is not None:
                 self._amend(saved, found)
+            # whoever goes on behind this run must hear of a signal that came meanwhile
+            _, request = self._agree([], stops.request())
+            stop = stops.reason(request, 1)
         sink.close()
         reached = {
             "step": step,
+            "stopped": stop,
+            EXIT_STATUS: exit_status(request),
             "held-out loss": {mode: losses.losses for mode, losses in found.items()},
             STANDARD_ERROR: {mode: losses.known_errors for mode, losses in found.items()},
             "evaluation": {
@@ -206,6 +242,7 @@ class Trainer:
         assert_replicated(
             {name: torch.from_numpy(values) for name, values in copies.items()}, f"step {step}"
         )
+        self._check_copies(step)
         if isinstance(self.objective, StructuredPruning):
             assert_replicated(self.objective.replicated_tensors(), f"step {step}")
             if not (whole and self._evaluates_after(step)):  # else it was written at this step
@@ -224,6 +261,7 @@ class Trainer:
                 self.groups,
                 micro_batch_size=self.train.micro_batch_size,
                 step=step,
+                beat=self.watchdog.beat,
             )
             for mode in self.objective.evaluation_modes()
         }
@@ -249,6 +287,21 @@ class Trainer:
             logger.info("%s%s", line, what)
         return found
 
+    def _check_copies(self, step: int) -> None:
+        """Hold the weights of replicas, and what tensor ranks have copies of, to each other."""
+        weights = {
+            f"chunk {number} {name}": parameter
+            for number, chunk in enumerate(self.chunks)
+            for name, parameter in unwrap(chunk).named_parameters()
+        }
+        assert_same_bits(weights, f"step {step}", self.groups.data, "data-parallel")
+        copies = {
+            name: parameter
+            for name, parameter in weights.items()
+            if not getattr(parameter, "tensor_model_parallel", False)
+        }
+        assert_same_bits(copies, f"step {step}", self.groups.tensor, "tensor-parallel")
+
     def save(
         self, step: int, saver: Saver, sink: tags.TensorBoardSink, *, wait: bool = False
     ) -> Path:
@@ -268,6 +321,7 @@ class Trainer:
             "loader": self.data.loader.state_dict(),
             "consumed_samples": self.data.loader.consumed_samples,
             EVAL_SEQUENCES: self.data.eval_sequences,
+            GUARD: self.guard.state_dict(),
         }
         if self.data.reweighting is not None:
             details["reweighting"] = self.data.reweighting.state_dict()
@@ -333,25 +387,57 @@ class Trainer:
     def _evaluates_after(self, step: int) -> bool:
         return bool(self.train.eval_interval) and step % self.train.eval_interval == 0
 
-    def _step(self, step: int) -> tuple[list[SequenceLosses], float, MaskMetrics | None]:
+    def _step(self, step: int, asked: float) -> _Step:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        drawn = self.data.loader.mixture.drawn.copy()
         losses = self.objective.forward_backward(self.data.loader.next_batch(), step)
         fraction = schedule_fraction(self.schedule, self.optimizer_config.lr)
-        _, norm, _ = self.optimizer.step()
-        masks = self.objective.update(step, fraction)
+        # before anything moves: what is not finite would go into every weight
+        norms = {"weights": ready_gradients(self.optimizer), "masks": self.objective.grad_norm()}
+        loss, request = self._agree(losses, asked)
+        reason = self.guard.judge(loss, norms)
+        if reason is None:
+            step_with_norm(self.optimizer, norms["weights"])
+        masks = self.objective.update(step, fraction, skip=reason is not None)
         self.schedule.step(1)
-        norms = {"weights": float(norm), "masks": masks.grad_norm if masks else 0.0}
-        for what, value in norms.items():
-            # both norms are reduced over all ranks, so that all of them stop here
-            if not math.isfinite(value):
-                raise RuntimeError(
-                    f"step {step + 1}: the gradient norm of {what} is {value}; nothing was saved "
-                    f"since. Lower --lr, or look at the samples of this step, and go on from the "
-                    f"last checkpoint with --resume"
-                )
-        return losses, float(norm), masks
+        if reason is not None:
+            self._skipped(step, reason, drawn)
+        return _Step(losses, norms["weights"], masks, request)
+
+    def _agree(self, losses: Sequence[SequenceLosses], asked: float) -> tuple[float, float]:
+        """Mean loss of the global batch, and what any rank asks for; equal on every rank."""
+        sums = torch.zeros(2 + len(REQUESTS), dtype=torch.float64, device=device.device())
+        for part in losses:  # on the last stage, by all tensor ranks alike
+            sums[0] += part.sums.double().sum()
+            sums[1] += part.counts.double().sum()
+        if asked:
+            sums[2 + REQUESTS.index(asked)] = 1.0
+        (sums,) = flat_all_reduce([sums], self.groups.world)
+        loss, tokens, *askers = sums.tolist()
+        requests = [request for request, count in zip(REQUESTS, askers) if count]
+        return loss / tokens if tokens else math.nan, max(requests, default=0.0)
+
+    def _skipped(self, step: int, reason: str, drawn: npt.NDArray[np.int64]) -> None:
+        after, domains = self.data.loader.mixture.drawn, self.data.loader.domains
+        samples = ", ".join(
+            f"{domain.name} {first} to {last - 1}"
+            for domain, first, last in zip(domains, drawn.tolist(), after.tolist())
+            if last > first
+        )
+        logger.warning(
+            "step %d is skipped (%d in a row, %d in all): %s; its samples: %s",
+            *(step + 1, self.guard.in_a_row, self.guard.skipped, reason, samples),
+        )
+        if self.guard.gives_up:
+            # equal on all ranks, so that all of them stop here
+            raise RuntimeError(
+                f"step {step + 1}: {reason}, and --max-skipped-steps "
+                f"{self.train.max_skipped_steps} in a row are used up; samples of this step: "
+                f"{samples}. The weights of the last checkpoint are from before: lower --lr, or "
+                f"look at these samples, and go on from it with --resume"
+            )
 
     def _log(
         self,
@@ -374,6 +460,7 @@ class Trainer:
             tags.TOKENS_PER_SECOND: pace.tokens_per_second,
             tags.TOKENS_PER_SECOND_PER_DEVICE: pace.tokens_per_second_per_device,
             tags.SECONDS_PER_STEP: pace.seconds_per_step,
+            tags.SKIPPED_STEPS: self.guard.skipped,
         }
         for number, name in enumerate(self.data.manifest.names):
             drawn = int(mixture.drawn[number])

@@ -68,7 +68,11 @@ class LanguageModelling:
         """
         return run_schedule(self.chunks, batches, forward_only=False)
 
-    def update(self, step: int, schedule_fraction: float) -> MaskMetrics | None:
+    def grad_norm(self) -> float:
+        """Norm of the gradients that the weights' optimizer does not know: there are none here."""
+        return 0.0
+
+    def update(self, step: int, schedule_fraction: float, *, skip: bool) -> MaskMetrics | None:
         """Step whatever the weights' optimizer does not know: nothing here."""
         return None
 
@@ -145,6 +149,7 @@ class StructuredPruning(LanguageModelling):
         self.binding = MaskBinding(chunks, self.masks, groups, sequence_parallel=sequence_parallel)
         self._penalty = torch.zeros((), dtype=torch.float64)
         self._closed: dict[str, Tensor] = {}
+        self._norm, self._scale = 0.0, 1.0
 
     def forward_backward(self, batches: Sequence[MicroBatch], step: int) -> list[SequenceLosses]:
         """Add the gradients of weights, log_alpha and multipliers. Collective over the world.
@@ -193,27 +198,34 @@ class StructuredPruning(LanguageModelling):
         assert bool((streams == streams[0]).all()), "a microbatch lies inside one stream"
         return int(streams[0])
 
-    def update(self, step: int, schedule_fraction: float) -> MaskMetrics:
-        """Clip and step log_alpha and the multipliers.
+    def grad_norm(self) -> float:
+        """Norm of the gradients of log_alpha and multipliers together, before clipping.
 
-        Collective over the replica's model group and the pipeline group.
+        Collective over the replica's model group and the pipeline group; once a step.
+        """
+        self._norm, self._scale = self.binding.clip(self.optimizer, self.clip_grad)
+        return self._norm
+
+    def update(self, step: int, schedule_fraction: float, *, skip: bool) -> MaskMetrics:
+        """Step log_alpha and the multipliers, clipped by what `grad_norm` found.
 
         Args:
             step: from 0.
             schedule_fraction: the weights' rate over its peak, this step.
+            skip: leave them where they are.
         """
         lr = self.config.mask_lr * schedule_fraction
-        norm, scale = self.binding.clip(self.optimizer, self.clip_grad)
         metrics = MaskMetrics(
             penalty=self._penalty.item(),
-            grad_norm=norm,
+            grad_norm=self._norm,
             learning_rate=lr,
             expected=self.constraint.expected_sparsity(self._closed),
             target=self.constraint.target_at(step),
             lambda1={kind: value.item() for kind, value in self.constraint.lambda1.items()},
             lambda2={kind: value.item() for kind, value in self.constraint.lambda2.items()},
         )
-        self.optimizer.step(lr, grad_scale=scale)
+        if not skip:
+            self.optimizer.step(lr, grad_scale=self._scale)
         return metrics
 
     @staticmethod

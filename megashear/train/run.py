@@ -23,7 +23,9 @@ from megashear.models.llama import build_llama
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
+from megashear.parallel.watchdog import collective_timeout_s, watch
 from megashear.shape import ModelShape
+from megashear.train.guard import StepGuard
 from megashear.train.in_flight import Optimized, cut_in_flight
 from megashear.train.inputs import (
     Inputs,
@@ -32,7 +34,7 @@ from megashear.train.inputs import (
     held_out_sets,
     training_sequences,
 )
-from megashear.train.loop import RunData, Trainer, mask_state
+from megashear.train.loop import GUARD, RunData, Trainer, mask_state
 from megashear.train.objectives import LanguageModelling, StructuredPruning
 from megashear.train.optim import apply_flags, build_optimizer, build_schedule
 from megashear.train.seam import (
@@ -50,6 +52,7 @@ from megashear.train.start import (
     settle,
     target_shape,
 )
+from megashear.train.stops import EXIT_STATUS
 
 logger = logging.getLogger(__name__)
 
@@ -90,16 +93,21 @@ def prune(config: PruneRun, then: PretrainRun | None = None) -> dict[str, Any]:
         check_inputs(config, older)
         check_masks(config.masks, train, older, target)
 
-    with distributed(config.parallel, config.model) as groups:
+    timeout_s = collective_timeout_s(config.train.distributed_timeout_minutes)
+    with distributed(config.parallel, config.model, timeout_s=timeout_s) as groups:
         start = settle(start, train, groups, stage=StructuredPruning.stage, check=check)
         trainer = _pruning_trainer(config, start, target, inputs, groups)
         reached = trainer.run(start.first_step)
-        if behind is None or reached["step"] < train.train_iters:
+        done = reached["step"] == train.train_iters and reached["stopped"] is None
+        if behind is None or not done:
             return reached
         following = behind.take_over(trainer, start, target, groups)
         del trainer  # the larger model is not needed any more
         gc.collect()
-        return {"pruning": reached, "continued pretraining": following.run(0)}
+        recovered = following.run(0)
+        status = recovered.pop(EXIT_STATUS)
+        del reached[EXIT_STATUS]
+        return {"pruning": reached, "continued pretraining": recovered, EXIT_STATUS: status}
 
 
 def _pruning_trainer(
@@ -217,7 +225,8 @@ def pretrain(config: PretrainRun) -> dict[str, Any]:
         fresh=fresh,
     )
     inputs = check_inputs(config, start)
-    with distributed(config.parallel, config.model) as groups:
+    timeout_s = collective_timeout_s(config.train.distributed_timeout_minutes)
+    with distributed(config.parallel, config.model, timeout_s=timeout_s) as groups:
         start = settle(
             start,
             config.train,
@@ -286,11 +295,13 @@ def _trainer(
         num_workers=config.data.num_workers,
         borders=DocumentBorders.of(config.model),
     )
+    guard = StepGuard(train)
     if start.continues:
         assert start.checkpoint is not None
         description = load_run(
             start.checkpoint, chunks, optimizer, groups, masks=mask_state(objective)
         )
+        guard.load_state_dict(description.details[GUARD])
         apply_flags(optimizer, config.optimizer)
         schedule.load_state_dict(description.details["scheduler"])
         loader.load_state_dict(description.details["loader"])
@@ -331,6 +342,8 @@ def _trainer(
         details=details | {"run": dataclasses.asdict(config)},
         token_ids=start.description.token_ids if start.description else {},
         tokenizer=_tokenizer(start, manifest),
+        guard=guard,
+        watchdog=watch(groups.rank, groups.world_size, 60 * train.distributed_timeout_minutes),
         source=start.checkpoint,
         bf16=config.model.bf16,
     )

@@ -16,6 +16,12 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What a batch system, a launcher and a keyboard send to end a job."""
+EXIT_STATUS = "exit status"
+"""Key of what the process shall return, in what a run reports."""
+_OVER = 0.5
+"""Request of a rank whose time is over: below every signal's number."""
+REQUESTS = (_OVER, *map(float, SIGNALS))
+"""All that a rank can ask for."""
 
 
 @dataclass
@@ -30,9 +36,6 @@ class Stops:
     received: int = 0
     """Number of the first signal received; 0 is none."""
     _started: float = field(default_factory=lambda: time.monotonic())
-
-    def __post_init__(self) -> None:
-        assert all(number < _SIGNAL_BASE for number in SIGNALS)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -77,11 +80,6 @@ class Stops:
 def exit_status(request: float) -> int:
     """What the process returns: 0, or 128 + the signal's number, as a shell would say it."""
     return 0 if request in (0.0, _OVER) else 128 + int(request)
-
-
-_OVER = 0.5
-"""Request of a rank whose time is over: below every signal's number."""
-_SIGNAL_BASE = 128
 
 
 def _in_main_thread() -> bool:

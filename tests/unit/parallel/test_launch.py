@@ -1,10 +1,14 @@
 """What the environment and the configuration get wrong is refused before processes meet."""
 
+import json
+import threading
+import time
+
 import pytest
 import torch.distributed as dist
 
 from megashear.config import ModelConfig, ParallelConfig
-from megashear.parallel.launch import distributed
+from megashear.parallel.launch import distributed, fresh_store
 
 
 @pytest.mark.parametrize(
@@ -27,3 +31,41 @@ def test_refusals_come_before_the_meeting(
     ):
         pass
     assert not dist.is_initialized()
+
+
+def meet_in(store: dist.Store, world_size: int) -> list[str]:
+    """What rank 0 left for all ranks of one attempt, threads here, in their part of a store."""
+    found = [""] * world_size
+
+    def rank_body(rank: int) -> None:
+        time.sleep(0.1 * rank)  # the last one's mark of before is read first
+        part = fresh_store(store, rank, world_size, timeout_s=20)
+        part.set(f"rank{rank}", "here")
+        part.wait([f"rank{other}" for other in range(world_size)])
+        found[rank] = part.get("rank0").decode()
+
+    threads = [threading.Thread(target=rank_body, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    return found
+
+
+def test_a_second_attempt_meets_in_the_store_that_a_first_one_left() -> None:
+    store, everyone = dist.HashStore(), ["here"] * 3
+    assert meet_in(store, 3) == everyone
+    first = json.loads(store.get("megashear/meeting/call"))
+    assert meet_in(store, 3) == everyone
+    second = json.loads(store.get("megashear/meeting/call"))
+    assert first[0] != second[0]
+    assert not set(first[1]) & set(second[1])  # no mark of the first attempt was taken for one
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    store = dist.HashStore()
+    store.set("megashear/meeting/mark/2", "of an earlier attempt")
+    with pytest.raises(RuntimeError, match=r"ranks \[1, 2\] did not come to the start in 0.3 s"):
+        fresh_store(store, 0, 3, timeout_s=0.3)
+    with pytest.raises(RuntimeError, match=r"rank 1: the start did not come about in 0.3 s"):
+        fresh_store(store, 1, 3, timeout_s=0.3)
