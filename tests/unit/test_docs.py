@@ -34,6 +34,7 @@ RUNS = [
 OTHERS_FLAGS = {
     # torchrun, pip, tensorboard
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),
+    "--max-restarts",
     # tools/benchmarks
     *("--rounds", "--copies"),
     "--json-keys",  # Megatron-LM's name of --json-key
