@@ -14,7 +14,13 @@ from megashear.masks.mask_set import expected_gates, whole_parts
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.objectives import StructuredPruning
-from megashear.train.optim import build_optimizer, build_schedule, schedule_fraction
+from megashear.train.optim import (
+    build_optimizer,
+    build_schedule,
+    ready_gradients,
+    schedule_fraction,
+    step_with_norm,
+)
 from tests.ranks import run_ranks
 from tests.tiny import (
     BATCH,
@@ -163,8 +169,9 @@ def _rank(
                 "expected_open": expected_gates(objective.binding.gather_log_alpha()),
             }
         )
-        optimizer.step()
-        objective.update(step, schedule_fraction(schedule, OPTIMIZER.lr))
+        step_with_norm(optimizer, ready_gradients(optimizer))
+        objective.grad_norm()
+        objective.update(step, schedule_fraction(schedule, OPTIMIZER.lr), skip=False)
         schedule.step(1)
     return results
 

@@ -17,7 +17,12 @@ from megashear.config import ModelConfig, OptimizerConfig
 from megashear.models import llama
 from megashear.models.llama import build_llama, unwrap
 from megashear.parallel.groups import ParallelGroups
-from megashear.train.optim import build_optimizer, build_schedule
+from megashear.train.optim import (
+    build_optimizer,
+    build_schedule,
+    ready_gradients,
+    step_with_norm,
+)
 from tests.ranks import run_ranks
 from tests.tiny import SOURCE, layout
 
@@ -155,6 +160,44 @@ def test_float32_masters_keep_the_old_weights_until_they_are_reloaded() -> None:
         return found[0], found[1]
 
     assert run_ranks(1, body) == [(1.0, 3.0)]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_step_in_two_halves_is_the_optimizer_s_own_step(bf16: bool) -> None:
+    """Where clipping acts: gradients are far above the norm."""
+
+    def after(step: Callable[[Any], object]) -> list[torch.Tensor]:
+        def body(rank: int) -> list[torch.Tensor]:
+            chunks = chunks_of(bf16=bf16)
+            optimizer = build_optimizer(chunks, OptimizerConfig(lr=1e-2, clip_grad=0.5), bf16=bf16)
+            generator = torch.Generator().manual_seed(1)
+            for _ in range(2):
+                for parameter in chunks[0].parameters():
+                    parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+                step(optimizer)
+            return [
+                value.clone()
+                for part in optimizer.chained_optimizers
+                for parameter, state in part.optimizer.state.items()
+                for value in (parameter.detach(), state["exp_avg"], state["exp_avg_sq"])
+            ]
+
+        (found,) = run_ranks(1, body)
+        return found
+
+    def in_halves(optimizer: Any) -> None:
+        norm = ready_gradients(optimizer)
+        assert norm > 10
+        step_with_norm(optimizer, norm)
+
+    def unclipped(optimizer: Any) -> None:  # the twin
+        ready_gradients(optimizer)
+        step_with_norm(optimizer, 0.1)
+
+    own, theirs = after(in_halves), after(lambda optimizer: optimizer.step())
+    assert own
+    assert all(torch.equal(a, b) for a, b in zip(own, theirs, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(own, after(unclipped), strict=True))
 
 
 def rates(style: str, warmup: int, steps: int = 7) -> list[float]:
