@@ -111,15 +111,21 @@ class TensorBoardSink:
             directory, not all.
         purge_step: first step that this process will write; points that an earlier process left
             at it or later are hidden, so that a resumed run does not overlap itself.
+        suffix: end of the event file's name.
     """
 
-    def __init__(self, directory: str | Path | None, *, purge_step: int | None = None) -> None:
+    def __init__(
+        self, directory: str | Path | None, *, purge_step: int | None = None, suffix: str = ""
+    ) -> None:
         self._writer: SummaryWriter | None = None
         if directory is not None:
             # Here, not above: it imports torch, and most commands log nothing.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(directory), purge_step=purge_step)
+            self._directory = Path(directory)
+            self._writer = SummaryWriter(
+                str(directory), purge_step=purge_step, filename_suffix=suffix
+            )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write points at ``step``, optimizer steps done, by tag; a NaN is shown as a gap."""
@@ -128,6 +134,27 @@ class TensorBoardSink:
         for tag, value in values.items():
             if not math.isnan(value):
                 self._writer.add_scalar(tag, value, step)
+
+    def replace(self, step: int, values: Mapping[str, float]) -> None:
+        """Write points that an earlier process may have written at this very step already.
+
+        `purge_step` cannot hide those alone: it hides all tags. They have a file of their own,
+        which takes the place of the earlier one.
+        """
+        if self._writer is None:
+            return
+        self.flush()  # a reader goes from file to file and not back
+        suffix = f".at-{step}"
+        for path in self._directory.glob(f"events.out.tfevents.*{suffix}"):
+            path.unlink()
+        again = TensorBoardSink(self._directory, suffix=suffix)
+        again.scalars(step, values)
+        again.close()
+
+    def flush(self) -> None:
+        """Write what is held back, which is lost if this process is killed."""
+        if self._writer is not None:
+            self._writer.flush()
 
     def close(self) -> None:
         """Write what is still held back; no scalars may follow."""

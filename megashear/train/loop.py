@@ -279,7 +279,11 @@ class Trainer:
                 points[tags.eval_excess(name)] = first.losses[name] - reference
             if "exact" in found:
                 points[tags.DISCRETISATION_GAP] = found["exact"].mean - first.mean
-        sink.scalars(step, points)
+        if whole:
+            # a run that is killed after its last save evaluates again
+            sink.replace(step, points)
+        else:
+            sink.scalars(step, points)
         for mode, losses in found.items():
             what = " [all held-out text]" if whole else ""
             what += "" if mode == "loss" else f" [{mode} masks]"
@@ -316,6 +320,8 @@ class Trainer:
         Returns:
             Where it lies, or will.
         """
+        # who goes on from this checkpoint writes no point up to it again
+        sink.flush()
         details = self.details | {
             "scheduler": self.schedule.state_dict(),
             "loader": self.data.loader.state_dict(),

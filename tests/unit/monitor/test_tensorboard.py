@@ -40,12 +40,38 @@ def test_a_resumed_run_does_not_overlap_itself(
     assert [value for _, value in points(tmp_path, "train/lm-loss")] == values
 
 
+def test_points_outlive_a_process_that_is_killed_once_they_are_flushed(tmp_path: Path) -> None:
+    held_back, flushed = (
+        TensorBoardSink(tmp_path / "held-back"),
+        TensorBoardSink(tmp_path / "flushed"),
+    )
+    for sink in (held_back, flushed):
+        sink.scalars(1, {tensorboard.LM_LOSS: 1.0})
+    flushed.flush()
+    assert points(tmp_path / "flushed", "train/lm-loss") == [(1, 1.0)]
+    with pytest.raises(KeyError):  # the twin: what a kill would have lost
+        points(tmp_path / "held-back", "train/lm-loss")
+
+
+def test_points_of_a_repeated_evaluation_replace_the_earlier_ones(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        sink = TensorBoardSink(tmp_path, purge_step=11)
+        if value == 1.0:
+            sink.scalars(10, {tensorboard.LM_LOSS: 3.0})
+        sink.replace(10, {tensorboard.FULL_MEAN_LOSS: value})
+        sink.close()
+    assert points(tmp_path, "eval/full-mean-loss") == [(10, 2.0)]
+    assert points(tmp_path, "train/lm-loss") == [(10, 3.0)]
+
+
 def test_without_a_directory_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     sink = TensorBoardSink(None)
     sink.scalars(1, {tensorboard.LM_LOSS: 1.0})
+    sink.replace(1, {tensorboard.LM_LOSS: 1.0})
+    sink.flush()
     sink.close()
     assert list(tmp_path.iterdir()) == []
 
