@@ -181,7 +181,7 @@ def _kill(ranks: list[BaseProcess], phases: Phases, kill: Kill) -> Outcome:
 
 
 def outlived(groups: tuple[int, ...], deadline: float) -> int:
-    """How many process groups have members at a time of the monotonic clock; none has after this."""
+    """How many process groups have members when the monotonic clock is there; then none."""
     while any(map(_lives, groups)) and time.monotonic() < deadline:
         time.sleep(0.05)
     found = [group for group in groups if _lives(group)]

@@ -1,5 +1,4 @@
-"""What a rank is doing, told to whoever kills it: by wrappers around the product's functions, not by
-hooks in it."""
+"""What a rank is doing, told to whoever kills it: by wrappers around functions of the product."""
 
 from __future__ import annotations
 
@@ -29,8 +28,8 @@ PHASES = (
 )
 """From the fork to the first step; steps; evaluations; a save's files of weights; its list of
 checksums; the rename that makes it visible; the pointer to the latest; deletion of older ones; the
-held-out losses that the last checkpoint is given. A later one hides an earlier one: what a save does
-in threads, beside the loop, is what a kill is counted for."""
+held-out losses that the last checkpoint is given. A later one hides an earlier one: a kill counts
+for what a save does in threads, not for what the loop does meanwhile."""
 OF_RANK_0 = frozenset(PHASES[4:])
 """Only rank 0 does these."""
 BRIEF = frozenset(PHASES[5:])

@@ -41,16 +41,25 @@ def test_a_resumed_run_does_not_overlap_itself(
 
 
 def test_points_outlive_a_process_that_is_killed_once_they_are_flushed(tmp_path: Path) -> None:
-    held_back, flushed = (
-        TensorBoardSink(tmp_path / "held-back"),
-        TensorBoardSink(tmp_path / "flushed"),
-    )
-    for sink in (held_back, flushed):
-        sink.scalars(1, {tensorboard.LM_LOSS: 1.0})
-    flushed.flush()
-    assert points(tmp_path / "flushed", "train/lm-loss") == [(1, 1.0)]
-    with pytest.raises(KeyError):  # the twin: what a kill would have lost
-        points(tmp_path / "held-back", "train/lm-loss")
+    found = {}
+    for flushes in (True, False):
+        folder = tmp_path / str(flushes)
+        sink = TensorBoardSink(folder)
+        for step in (1, 2):  # the first is written at once in any case
+            sink.scalars(step, {tensorboard.LM_LOSS: float(step)})
+        if flushes:
+            sink.flush()
+        found[flushes] = _steps(folder)
+        sink.close()
+    assert found[True] == [1, 2]
+    assert 2 not in found[False]  # the twin: what a kill would have lost
+
+
+def _steps(folder: Path) -> list[int]:
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    scalars = reader.Tags()["scalars"]
+    return [event.step for tag in scalars for event in reader.Scalars(tag)]
 
 
 def test_points_of_a_repeated_evaluation_replace_the_earlier_ones(tmp_path: Path) -> None:
