@@ -18,6 +18,7 @@ from megashear.config import DataConfig, ParallelConfig, PretrainRun, PruneRun
 from tests import text_run
 from tests.crash.attempt import Kill, attempt, outlived
 from tests.crash.phases import BRIEF, LINGER_S, OF_RANK_0, PHASES
+from tests.crash.restarts import restarted
 from tests.distributed.test_resume import (
     WHOLE,
     Finished,
@@ -112,21 +113,27 @@ class Crashes:
         self._never_killed: dict[tuple[str, str], Finished] = {}
 
     def run(self, num_kills: int) -> Iterator[Scenario]:
-        """Start jobs of all kinds in turn until so many kills fell; yields after each of them."""
-        turn = 0
-        # a job may end before its kill is due; jobs that never meet one must not go on for ever
-        while len(self.result.kills) < num_kills and turn < 4 * num_kills:
+        """Start jobs of all kinds in turn; yields after each kill.
+
+        Ends when so many kills fell and none of the phases was left out by them, or, since a kill
+        may miss the phase it is aimed at, when twice as many did.
+        """
+        for turn in range(4 * num_kills):  # a job may end before a kill is due
             scenario = SCENARIOS[turn % len(SCENARIOS)]
-            turn += 1
-            for _ in self.job(scenario, self._choose(scenario, num_kills)):
+            enough = len(self.result.kills) >= num_kills
+            if enough and not phases_missed(self.result, [scenario.cell]):
+                if not phases_missed(self.result, [other.cell for other in SCENARIOS]):
+                    return
+                continue
+            if len(self.result.kills) >= 2 * num_kills:
+                return
+            for _ in self.job(scenario, self._choose(scenario)):
                 yield scenario
 
     def job(self, scenario: Scenario, kills: Iterator[Kill]) -> Iterator[Kill]:
         """Start a job, kill it, start it again with --resume, and compare; yields each kill."""
         whole = self.never_killed(scenario)
-        folder = self.folder / f"job-{self.result.jobs}"
-        folder.mkdir(parents=True)
-        self.result.jobs += 1
+        folder = self._new_job()
         groups: list[int] = []
         for kill in _and_none(kills):
             outcome = attempt(
@@ -144,23 +151,55 @@ class Crashes:
                 break
             assert kill is not None
             groups += outcome.groups
-            self.result.resumes += 1
-            self.result.kills.append(
-                {
-                    "job": folder.name,
-                    "stage": scenario.stage,
-                    "layout": scenario.layout,
-                    "async save": scenario.background,
-                    "phase": outcome.fell,
-                    "aimed at": kill.phase,
-                    "ranks": list(kill.victims),
-                }
-            )
+            self._count(scenario, folder, kill, outcome.fell)
             yield kill
         if left := outlived(tuple(groups), time.monotonic() + ORPHANS_S):
             self._fail(scenario, folder, f"processes of {left} killed ranks did not end")
-        if not any(failure.startswith(folder.name) for failure in self.result.failures):
+        self._clear(folder)
+
+    def restarted_job(self, scenario: Scenario, kills: Sequence[Kill]) -> None:
+        """The same under torchrun, whose --max-restarts starts the job again by itself."""
+        whole = self.never_killed(scenario)
+        folder = self._new_job()
+        outcome = restarted(
+            self._configuration(scenario, folder),
+            LAYOUTS[scenario.layout][1],
+            folder / "log",
+            kills,
+            lambda kill, fell: self._count(scenario, folder, kill, fell, "torchrun"),
+        )
+        if outcome.error is not None:
+            self._fail(scenario, folder, f"torchrun failed: {outcome.error}")
+        else:
+            self._compare(scenario, folder, whole)
+        self._clear(folder)
+
+    def _new_job(self) -> Path:
+        folder = self.folder / f"job-{self.result.jobs}"
+        folder.mkdir(parents=True)
+        self.result.jobs += 1
+        return folder
+
+    def _clear(self, folder: Path) -> None:
+        if not any(failure.startswith(f"{folder.name},") for failure in self.result.failures):
             shutil.rmtree(folder)
+
+    def _count(
+        self, scenario: Scenario, folder: Path, kill: Kill, fell: str, launcher: str = "fork"
+    ) -> None:
+        self.result.resumes += 1
+        self.result.kills.append(
+            {
+                "job": folder.name,
+                "launcher": launcher,
+                "stage": scenario.stage,
+                "layout": scenario.layout,
+                "async save": scenario.background,
+                "phase": fell,
+                "aimed at": kill.phase,
+                "ranks": list(kill.victims),
+            }
+        )
 
     def never_killed(self, scenario: Scenario) -> Finished:
         """What a job leaves that is left alone, saves in the foreground and waits for each."""
@@ -185,10 +224,8 @@ class Crashes:
         )
         return replace(config, data=data)
 
-    def _choose(self, scenario: Scenario, num_kills: int) -> Iterator[Kill]:
+    def _choose(self, scenario: Scenario) -> Iterator[Kill]:
         for _ in range(self.choice.randint(1, MOST_KILLS)):
-            if len(self.result.kills) >= num_kills:
-                return
             yield self.kill(scenario, self._rarest(scenario))
 
     def _rarest(self, scenario: Scenario) -> str:
