@@ -92,6 +92,21 @@ def check_space(directory: Path, num_bytes: int) -> None:
         )
 
 
+def begin_writing(handle: int, offset: int, num_bytes: int) -> None:
+    """Have the kernel begin to put part of a file on the disk, and then forget it.
+
+    Left alone it gathers gigabytes before it begins, which the sync at the end then waits for,
+    and which push other programs' files out of memory.
+
+    Args:
+        handle: of the open file.
+        offset: where the part begins, bytes.
+        num_bytes: how long it is.
+    """
+    with contextlib.suppress(OSError):  # advice: some file systems take none
+        os.posix_fadvise(handle, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+
+
 @contextlib.contextmanager
 def _locked(aside: Path) -> Iterator[None]:
     """Make ``aside``, empty, and hold its lock; the kernel gives it back if the process dies."""

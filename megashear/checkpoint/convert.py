@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megashear.checkpoint import certificate, hf, tokenizer_files
+from megashear.checkpoint import certificate, hf, integrity, tokenizer_files
 from megashear.checkpoint.aside import check_absent
+from megashear.checkpoint.description import checksums
 from megashear.checkpoint.formats import dtype_of, dtypes_of, stored_bytes
 from megashear.checkpoint.sources import (
     CHECKPOINT,
@@ -158,6 +160,7 @@ def _convert(
     """Write under a bar and the eyes of a witness, whose certificate goes into the output."""
     witness = certificate.Witness()
     logits: dict[str, Any] | None = None
+    files = _ChecksumThread(source.path) if source.kind == CHECKPOINT else None
     with byte_bar(
         "converting", stored_bytes(dtypes_of(source.weights), source.shape), progress
     ) as advance:
@@ -168,6 +171,8 @@ def _convert(
 
         def finish(aside: Path) -> None:
             nonlocal logits
+            if files is not None:
+                files.finish()
             logits = compare(aside, witness.rounded_to)
             certificate.write(
                 aside,
@@ -178,8 +183,43 @@ def _convert(
                 iteration=iteration,
             )
 
-        num_bytes = write(watch, finish)
+        if files is not None:
+            files.start()
+        try:
+            num_bytes = write(watch, finish)
+        except ValueError:
+            if files is not None and files.error is not None:
+                raise files.error from None  # why a weight could not be read
+            raise
     return {"bytes": num_bytes, "logits": logits}
+
+
+class _ChecksumThread(threading.Thread):
+    """Holds a checkpoint's files to their checksums while its weights are converted: beside the
+    conversion, because hashing waits for the disk when that does not, and the other way round."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(name="checksums", daemon=True)  # a failed conversion need not wait for it
+        self.directory = directory
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            if checksums(self.directory) is not None:
+                integrity.verify(self.directory, threads=1)
+        except (ValueError, OSError) as error:
+            self.error = error
+
+    def finish(self) -> None:
+        """Wait for the last file.
+
+        Raises:
+            DamagedError: a file is not what was written.
+            OSError: a file cannot be read.
+        """
+        self.join()
+        if self.error is not None:
+            raise self.error
 
 
 def _comparison(

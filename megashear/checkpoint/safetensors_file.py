@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megashear.checkpoint.aside import begin_writing
+
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Number formats of weights by safetensors' names for them."""
 DTYPE_OF = {dtype: name for name, dtype in _DTYPES.items()}
@@ -144,6 +146,7 @@ class SafetensorsWriter:
             assert name in self._missing, f"{name} given twice"
             self._missing.remove(name)
         self._write(bytes_of(weight), len(self._header) + begin)
+        begin_writing(self._handle, len(self._header) + begin, num_bytes)
 
     def __exit__(
         self,

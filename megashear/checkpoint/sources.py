@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +17,12 @@ from megashear.checkpoint.composer import (
     SUFFIXES,
     ComposerWeights,
 )
-from megashear.checkpoint.description import Description, find_iteration
+from megashear.checkpoint.description import Description
 from megashear.checkpoint.hf import HfWeights
 from megashear.checkpoint.hf_config import CONFIG, read_config
 from megashear.checkpoint.megatron_lm import MegatronLmWeights, find_megatron_lm
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.shape import ModelShape
-
-logger = logging.getLogger(__name__)
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Fields of config.json that belong to the tokenizer and travel with it."""
@@ -122,15 +119,12 @@ def open_hf(directory: Path | str) -> Source:
 
 
 def open_checkpoint(directory: Path | str, iteration: int | None = None) -> Source:
-    """A checkpoint of ours: one iteration, by default the newest. All its files are read once, to
-    hold them to their checksums.
+    """A checkpoint of ours: one iteration, by default the newest whose files are there.
 
     Raises:
-        ValueError: a file is not what was written; it has masks, which must be folded in first; see
-            `weights.CheckpointWeights`.
+        ValueError: it has masks, which must be folded in first; see `weights.CheckpointWeights`.
     """
-    logger.info("holding %s to its checksums", directory)
-    weights = CheckpointWeights(find_iteration(directory, iteration, contents=True))
+    weights = CheckpointWeights(directory, iteration=iteration)
     if weights.description.stage == "prune":
         raise ValueError(
             f"checkpoint {weights.directory} is of a pruning run: its weights compute nothing "

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megashear.checkpoint.aside import begin_writing
 from megashear.checkpoint.integrity import FileSum, HashingFile
 from megashear.checkpoint.pickles import COMMON, METADATA
 
@@ -31,6 +32,8 @@ _FORMAT = {
     "common_backend_version": 1,
 }
 """metadata.json. Source: megatron-core 0.16.1, dist_checkpointing `CheckpointingConfig`."""
+_BEGIN_WRITING_BYTES = 2**20
+"""Pieces shorter than this, headers of entries, go to the disk with what comes after them."""
 
 
 class TorchDistWriter:
@@ -146,7 +149,10 @@ class _Stream(HashingFile):
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append ``data``; how many bytes it has."""
         try:
-            return super().write(data)
+            length = super().write(data)
         except OSError as error:
             self.error = error
             raise
+        if length >= _BEGIN_WRITING_BYTES:
+            begin_writing(self._file.fileno(), self.tell() - length, length)
+        return length

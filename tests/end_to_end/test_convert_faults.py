@@ -301,10 +301,20 @@ def test_a_damaged_checkpoint_leaves_nothing(small: Path, tmp_path: Path) -> Non
     at = data.index(b"PK\x05\x06")  # the directory of the first entry, a zip file
     data[at : at + 4] = b"XXXX"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"__0_0\.distcp is damaged: its sha256 is"):
-        megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out", workers=2)
     integrity.write(iteration)  # as if it had been written so
     with pytest.raises(ValueError, match=r"damaged: embedding\.word_embeddings\.weight cannot"):
+        megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out", workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_changed_bit_in_a_checkpoint_leaves_nothing(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small / "checkpoint", tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "iter_0000000" / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    row = random_weights(GROUPED)[FIRST][7].numpy().tobytes()
+    data[data.index(row)] ^= 1  # a weight that can be read, and is wrong
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is damaged: its sha256 is"):
         megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out", workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 

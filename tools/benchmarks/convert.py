@@ -23,6 +23,9 @@ class Step:
 
     name: str
     seconds: float
+    """Wall time."""
+    cpu_seconds: float
+    """Time on processors, of all threads, in the process and in the kernel for it."""
     peak_bytes: int
     """Largest resident set as the kernel counts it (ru_maxrss), pages of mapped files too."""
 
@@ -41,7 +44,12 @@ def measured(name: str, command: Sequence[str], reads: Path) -> Step:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{name} failed: {' '.join(command)}")
-    step = Step(name=name, seconds=seconds, peak_bytes=usage.ru_maxrss * 2**10)
+    step = Step(
+        name=name,
+        seconds=seconds,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        peak_bytes=usage.ru_maxrss * 2**10,
+    )
     print(f"{name}: {seconds:.1f} s, peak {step.peak_bytes / 2**30:.2f} GiB", flush=True)
     return step
 
@@ -100,14 +108,16 @@ def main(argv: Sequence[str]) -> int:
     finally:
         shutil.rmtree(work)
     print(f"\n{num_bytes / 2**30:.2f} GiB of weights, every bit the same at the end\n")
-    print("| step | seconds | peak resident memory, GiB | time over the copies around it |")
-    print("|---|---|---|---|")
+    print("| step | seconds | CPU seconds | peak resident memory, GiB | seconds over the copies' |")
+    print("|---|---|---|---|---|")
     for number, step in enumerate(steps):
         ratio = ""
         if step.name != "copy":
             around = (steps[number - 1].seconds + steps[number + 1].seconds) / 2
             ratio = f"{step.seconds / around:.2f}"
-        print(f"| {step.name} | {step.seconds:.1f} | {step.peak_bytes / 2**30:.2f} | {ratio} |")
+        peak = f"{step.peak_bytes / 2**30:.2f}"
+        row = [step.name, f"{step.seconds:.1f}", f"{step.cpu_seconds:.1f}", peak, ratio]
+        print(f"| {' | '.join(row)} |")
     return 0
 
 
