@@ -45,8 +45,8 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split the sequence over tensor ranks outside attention and MLP. Needs tensor parallelism."""
     use_distributed_optimizer: bool = False
-    """Shard optimizer state over data-parallel ranks. Refused for now: its state does not resume
-    exactly as megatron-core 0.16.1 ships it."""
+    """Shard moments and float32 masters over data-parallel ranks, each of which steps its part.
+    Checkpoints are the same with and without it."""
     overlap_p2p_communication: bool = False
     """Overlap pipeline sends with compute (interleaved schedule only)."""
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 from tqdm import tqdm
 
-from megashear.checkpoint import tokenizer_files
+from megashear.checkpoint import optimizer_state, tokenizer_files
 from megashear.checkpoint.description import Description
 from megashear.checkpoint.hf import HfWeights
 from megashear.checkpoint.sources import open_hf
@@ -45,6 +44,7 @@ def load_hf(
     directory: Path | str,
     chunks: Sequence[torch.nn.Module],
     groups: ParallelGroups,
+    optimizer: MegatronOptimizer | None = None,
     *,
     progress: bool | None = None,
 ) -> None:
@@ -58,6 +58,7 @@ def load_hf(
         directory: safetensors with their config.json.
         chunks: this rank's model chunks.
         groups: where this rank stands.
+        optimizer: whose float32 masters of bfloat16 weights are filled too, unrounded.
         progress: show a bar on rank 0; None shows it when stderr is a terminal.
 
     Raises:
@@ -66,24 +67,23 @@ def load_hf(
     with raise_together():
         weights = HfWeights(directory)
         shards = [shard for chunk in chunks for shard in _shards(chunk)]
+        own = {} if optimizer is None else optimizer_state.stepped(optimizer)
         disable = groups.rank != 0 or (None if progress is None else not progress)
         with torch.no_grad():
-            for shard in tqdm(shards, desc="reading", unit="tensor", disable=disable):
+            for shard, parameter in tqdm(shards, desc="reading", unit="tensor", disable=disable):
                 row, layer, start = _place(shard, weights.shape)
-                _fill(shard.data, weights, row, layer, start)
+                exact = torch.empty_like(shard.data, dtype=torch.float32)
+                _fill(exact, weights, row, layer, start)
+                shard.data.copy_(exact)
+                optimizer_state.fill_master(shard.data, parameter, own, exact)
 
 
-def _shards(chunk: torch.nn.Module) -> list[ShardedTensor]:
-    """Every parameter of a chunk, live, with its place in the whole model."""
-    entries: dict[str, Any] = without_extra_state(unwrap(chunk).sharded_state_dict())
-    # gate and up are one parameter in memory, and two stretches of rows of the whole
-    apply_factories(entries)
-    found = [
-        shard
-        for entry in entries.values()
-        for shard in (entry if isinstance(entry, list) else [entry])
-    ]
-    assert all(isinstance(shard, ShardedTensor) for shard in found), "an entry is no tensor"
+def _shards(chunk: torch.nn.Module) -> list[tuple[ShardedTensor, Tensor]]:
+    """Every parameter of a chunk, live, with its place in the whole model; gate and up, which are
+    one parameter, each for itself."""
+    entries = without_extra_state(unwrap(chunk).sharded_state_dict())
+    found = [(shard, parameter) for _, shard, parameter in optimizer_state.shards({"": entries})]
+    assert all(isinstance(shard, ShardedTensor) for shard, _ in found), "an entry is no tensor"
     return found
 
 

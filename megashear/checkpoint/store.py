@@ -19,7 +19,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megashear.checkpoint import integrity
+from megashear.checkpoint import integrity, optimizer_state
 from megashear.checkpoint.description import (
     Description,
     add_details,
@@ -49,14 +49,6 @@ from megashear.parallel.launch import process_group
 from megashear.shape import ModelShape
 
 logger = logging.getLogger(__name__)
-
-
-def _metadata() -> dict[str, Any]:
-    """How dist_checkpointing shapes optimizer state; the same for saving and loading.
-
-    A new one each time: megatron-core puts the data-parallel group of the day into it.
-    """
-    return {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +96,7 @@ def run_state(
     """
     model = _model_entries(chunks)
     state: dict[str, Any] = dict(model)
-    state["optimizer"] = optimizer.sharded_state_dict(model, metadata=_metadata())
+    state |= optimizer_state.entries(optimizer, model)
     if masks is not None:
         state["masks"] = _mask_entries(masks, groups)
     else:  # without its masks a pruning run's model is none that Megatron-LM should load
@@ -190,18 +182,40 @@ def agree_on_iteration(
     raise none_whole(checkpoint, damage)
 
 
-def load_weights(checkpoint: Path | str, chunks: Sequence[torch.nn.Module]) -> None:
+def load_weights(
+    checkpoint: Path | str,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None = None,
+) -> None:
     """Fill the model from a checkpoint of its shape, whatever layout wrote it.
 
-    Collective over the world. Optimizer states and masks in the checkpoint are left alone.
+    Collective over the world. Moments and masks in the checkpoint are left alone.
+
+    Args:
+        checkpoint: a checkpoint's directory, or one iteration's.
+        chunks: this rank's model chunks.
+        optimizer: whose float32 masters of bfloat16 weights are filled too: from the checkpoint's
+            masters where it has them, else from its weights, unrounded.
 
     Raises:
         ValueError: on every rank, if the checkpoint is damaged, or could run code.
     """
     with raise_together():
         directory = find_iteration(checkpoint)
-        check_pickles(directory)
-    _fill(chunks, _read(_model_entries(chunks), directory, unwrap(chunks[0]).num_tokens))
+        stored = check_pickles(directory).state_dict_metadata
+    model, num_tokens = _model_entries(chunks), unwrap(chunks[0]).num_tokens
+    _fill(chunks, _read(dict(model), directory, num_tokens))
+    if optimizer is None:
+        return
+    prefix = optimizer_state.MASTERS
+    if not any(key.startswith(prefix) for key in stored):
+        prefix = ""
+    # read anew: what went into bfloat16 weights is rounded
+    masters = optimizer_state.master_shards(optimizer, _model_entries(chunks), prefix)
+    loaded = _read({name: shard for name, (shard, _) in masters.items()}, directory, num_tokens)
+    with torch.no_grad():
+        for name, (_, target) in masters.items():
+            target.copy_(loaded[name])
 
 
 def load_run(
@@ -229,13 +243,12 @@ def load_run(
         description = read_description(directory)
     model = _model_entries(chunks)
     state: dict[str, Any] = dict(model)
-    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata())
+    state |= optimizer_state.entries(optimizer, model, is_loading=True)
     if masks is not None:
         state["masks"] = _mask_entries(masks, groups)
     loaded = _read(state, directory, unwrap(chunks[0]).num_tokens)
     _fill(chunks, loaded)
-    with torch.no_grad():
-        optimizer.load_state_dict(loaded["optimizer"])
+    optimizer_state.load(optimizer, model, loaded)
     if masks is not None:
         _fill_masks(masks, loaded["masks"])
         masks.optimizer.num_steps = int(description.details["mask_optimizer_steps"])
@@ -359,7 +372,7 @@ def _without_padding(state: Any, num_tokens: int) -> list[tuple[tuple[Any, ...],
                 entry,
                 data=entry.data[:kept],
                 local_shape=(kept, width),
-                global_shape=(num_tokens, width),
+                global_shape=(num_tokens, entry.global_shape[1]),
                 axis_fragmentations=None,  # shards of unequal size
             )
             shortened.append(((name,), num_rows))
@@ -369,7 +382,7 @@ def _without_padding(state: Any, num_tokens: int) -> list[tuple[tuple[Any, ...],
 def _model_entries(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     return {
         f"model{number}": without_extra_state(
-            unwrap(chunk).sharded_state_dict(metadata=_metadata())
+            unwrap(chunk).sharded_state_dict(metadata=optimizer_state.metadata())
         )
         for number, chunk in enumerate(chunks)
     }

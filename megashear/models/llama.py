@@ -163,7 +163,10 @@ def build_llama(
         seed=seed,
     )
     config = unwrap(chunks[0]).config
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=model.bf16)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=model.bf16,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
     wrapped = [
         DistributedDataParallel(config=config, ddp_config=ddp, module=chunk) for chunk in chunks
     ]

@@ -156,12 +156,6 @@ def check_settings(parallel: ParallelConfig, model: ModelConfig) -> None:
     Raises:
         ValueError: names the flag and the way out.
     """
-    if parallel.use_distributed_optimizer:
-        raise ValueError(
-            "--use-distributed-optimizer is refused: megatron-core 0.16.1 gives every parameter "
-            "one shared step count when it loads such a state without Transformer Engine or Apex, "
-            "so a resumed run would differ in silence; drop the flag"
-        )
     if model.transformer_impl == "transformer_engine":
         if not has_cuda():
             raise ValueError(

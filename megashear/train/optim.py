@@ -14,7 +14,7 @@ from megashear.config import OptimizerConfig
 
 
 def build_optimizer(
-    chunks: Sequence[torch.nn.Module], config: OptimizerConfig, *, bf16: bool
+    chunks: Sequence[torch.nn.Module], config: OptimizerConfig, *, bf16: bool, sharded: bool = False
 ) -> MegatronOptimizer:
     """AdamW over the weights of this rank's chunks; float32 masters under bf16.
 
@@ -22,6 +22,8 @@ def build_optimizer(
         chunks: wrapped for data parallelism.
         config: betas, weight decay, clip norm. The learning rate comes from the schedule.
         bf16: whether the weights are bfloat16.
+        sharded: whether replicas share the state, each holding its part; the chunks' gradients
+            must be sharded too.
     """
     megatron = MegatronOptimizerConfig(
         optimizer="adam",
@@ -34,7 +36,7 @@ def build_optimizer(
         clip_grad=config.clip_grad,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=sharded,
     )
     return get_megatron_optimizer(megatron, list(chunks), use_gloo_process_groups=False)
 

@@ -277,7 +277,12 @@ def _trainer(
         }
     )
     train, chunks, manifest = config.train, objective.chunks, inputs.manifest
-    optimizer = build_optimizer(chunks, config.optimizer, bf16=config.model.bf16)
+    optimizer = build_optimizer(
+        chunks,
+        config.optimizer,
+        bf16=config.model.bf16,
+        sharded=config.parallel.use_distributed_optimizer,
+    )
     schedule = build_schedule(optimizer, config.optimizer, train.train_iters)
     domains = training_sequences(manifest, train)
     loader = MixtureLoader(
@@ -312,11 +317,9 @@ def _trainer(
         logger.info("continuing %s at step %d", start.checkpoint, description.iteration)
     elif fill and (start.checkpoint is not None or start.hf is not None):
         if start.hf is not None:
-            load_hf(start.hf, chunks, groups)
+            load_hf(start.hf, chunks, groups, optimizer)
         elif start.checkpoint is not None:
-            load_weights(start.checkpoint, chunks)
-        # float32 masters were made from the fresh weights
-        optimizer.reload_model_params()
+            load_weights(start.checkpoint, chunks, optimizer)
         logger.info("starting from the weights of %s", start.hf or start.checkpoint)
     elif fill:
         logger.info("starting from fresh weights, seed %d", train.seed)

@@ -388,9 +388,9 @@ def finished(folder: Path) -> Finished:
 
 
 def adam_steps(common: Any) -> list[int]:
-    """Every value under a key ``step``, in order."""
+    """Every count of steps, in order."""
     if isinstance(common, dict):
-        own = [int(common["step"])] if "step" in common else []
+        own = [int(common[key]) for key in ("step", "common_step") if key in common]
         return own + [step for value in common.values() for step in adam_steps(value)]
     if isinstance(common, list):
         return [step for value in common for step in adam_steps(value)]

@@ -56,11 +56,6 @@ def test_a_broken_transformer_engine_is_told_with_a_way_out(
         device._check_megatron_core.__wrapped__()
 
 
-def test_distributed_optimizer_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--use-distributed-optimizer is refused.*drop the flag"):
-        device.check_settings(ParallelConfig(use_distributed_optimizer=True), ModelConfig())
-
-
 @WITHOUT_CUDA
 def test_transformer_engine_without_cuda_is_refused() -> None:
     with pytest.raises(ValueError, match=r"needs a CUDA device.*--transformer-impl local"):

@@ -15,7 +15,6 @@ from megashear.parallel.launch import distributed, fresh_store
     ("parallel", "message"),
     [
         (ParallelConfig(tensor_model_parallel_size=2), "world size 3 is not a multiple of"),
-        (ParallelConfig(use_distributed_optimizer=True), "--use-distributed-optimizer is refused"),
     ],
 )
 def test_refusals_come_before_the_meeting(
