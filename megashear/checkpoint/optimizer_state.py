@@ -21,8 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from torch import Tensor
 
-MASTERS = "optimizer.state.fp32_param."
-"""Before a weight's key, that of its float32 master in a checkpoint."""
+from megashear.checkpoint.weights import MASTERS
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SHARDS = "optimizer_shards"
@@ -77,6 +76,20 @@ def stepped(optimizer: MegatronOptimizer) -> dict[int, Stepped]:
     }
 
 
+def start_state(optimizer: MegatronOptimizer, num_steps: int) -> None:
+    """Zero moments where there are none, as if ``num_steps`` steps had been made."""
+    part = _only(optimizer)
+    part.init_state_fn(part.optimizer, part.config)
+    _set_counts(part, num_steps)
+
+
+def count_steps(optimizer: MegatronOptimizer) -> int:
+    """Steps made, as far as this rank's share of the parameters tells."""
+    part = _only(optimizer)
+    counted = [*part.optimizer.state.values(), *part.optimizer.param_groups]
+    return max((int(each["step"]) for each in counted if "step" in each), default=0)
+
+
 def entries(
     optimizer: MegatronOptimizer, model: Mapping[str, Any], *, is_loading: bool = False
 ) -> dict[str, Any]:
@@ -128,14 +141,7 @@ def load(optimizer: MegatronOptimizer, model: Mapping[str, Any], loaded: Mapping
         theirs = saved[_identity(group)]
         group.update({name: value for name, value in theirs.items() if name != "params"})
     groups_step = next((int(g["step"]) for g in values["param_groups"] if "step" in g), 0)
-    step = float(values["state"].get("common_step", groups_step))
-    for each in part.optimizer.state.values():
-        if _counts_by_parameter(part):
-            each["step"] = torch.tensor(step)  # its own: torch counts in place
-    for group in part.optimizer.param_groups:
-        group.pop("step", None)
-        if not _counts_by_parameter(part):
-            group["step"] = int(step)
+    _set_counts(part, int(values["state"].get("common_step", groups_step)))
 
 
 def shards(model: Mapping[str, Any]) -> Iterator[tuple[str, ShardedTensor, Tensor]]:
@@ -208,6 +214,16 @@ def _start_counts(part: Any) -> None:
     if _counts_by_parameter(part):
         for each in part.optimizer.state.values():
             each.setdefault("step", torch.zeros(()))
+
+
+def _set_counts(part: Any, num_steps: int) -> None:
+    for each in part.optimizer.state.values():
+        if _counts_by_parameter(part):
+            each["step"] = torch.tensor(float(num_steps))  # its own: torch counts in place
+    for group in part.optimizer.param_groups:
+        group.pop("step", None)
+        if not _counts_by_parameter(part):
+            group["step"] = num_steps
 
 
 def _identity(group: Mapping[str, Any]) -> tuple[Any, ...]:

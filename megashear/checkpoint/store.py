@@ -35,7 +35,7 @@ from megashear.checkpoint.integrity import DamagedError, FileSum
 from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
 from megashear.checkpoint.saver import Saver
-from megashear.checkpoint.weights import without_extra_state
+from megashear.checkpoint.weights import MASTERS, without_extra_state
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import MaskPart, MaskSet, by_layer
 from megashear.masks.optimizer import MaskOptimizer
@@ -207,7 +207,7 @@ def load_weights(
     _fill(chunks, _read(dict(model), directory, num_tokens))
     if optimizer is None:
         return
-    prefix = optimizer_state.MASTERS
+    prefix = MASTERS
     if not any(key.startswith(prefix) for key in stored):
         prefix = ""
     # read anew: what went into bfloat16 weights is rounded

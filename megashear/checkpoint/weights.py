@@ -46,6 +46,9 @@ FILE_BYTES = 2**31
 """A file of a checkpoint ends with the parameter that makes it this long, bytes: some files of any
 large model, so that several are written and read at a time, and not one for every layer."""
 
+MASTERS = "optimizer.state.fp32_param."
+"""Before a weight's key, that of its float32 master in a checkpoint of a bfloat16 run."""
+
 Row = tuple[layout.MegatronTensor, int | None]
 """A Megatron parameter and its layer."""
 Witness = Callable[[str, Tensor, Tensor], None]
@@ -131,7 +134,8 @@ class CheckpointWeights(Mapping[str, Tensor]):
 
     Pickles, names and shapes are checked at once; no weight is read before it is asked for. What
     Megatron fuses is read together: ask for q, k, v one after the other, in one thread. Several
-    threads may read. Optimizer states and masks beside the weights are passed over.
+    threads may read. Moments and masks beside the weights are passed over; of a bfloat16 run the
+    float32 masters are read, which its weights round.
 
     Args:
         checkpoint: a checkpoint's directory, or one iteration's.
@@ -153,7 +157,10 @@ class CheckpointWeights(Mapping[str, Tensor]):
         description = read_description(directory)
         if shape is not None:
             description = dataclasses.replace(description, shape=shape)
-        self._open(directory, check_pickles(directory), description)
+        metadata = check_pickles(directory)
+        # a bfloat16 run's weights are its float32 masters, rounded
+        has_masters = any(key.startswith(MASTERS) for key in metadata.state_dict_metadata)
+        self._open(directory, metadata, description, prefix=MASTERS if has_masters else "")
 
     def _open(
         self,
@@ -180,6 +187,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
             key.removeprefix(prefix): entry
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
+            if key.startswith(prefix)
             if key.removeprefix(prefix) in wanted or self._is_weight(key.removeprefix(prefix))
         }
         found = {key: tuple(entry.size) for key, entry in self._stored.items()}

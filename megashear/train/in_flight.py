@@ -11,9 +11,15 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megashear.checkpoint.cut import cut
+from megashear.checkpoint.optimizer_state import Stepped, count_steps, start_state, stepped
 from megashear.models import layout
 from megashear.models.llama import unwrap
-from megashear.parallel.agree import broadcast_tensor, gather_objects, gather_tensors
+from megashear.parallel.agree import (
+    broadcast_tensor,
+    flat_all_reduce,
+    gather_objects,
+    gather_tensors,
+)
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 
@@ -59,42 +65,41 @@ def cut_in_flight(old: Optimized, new: Optimized, gates: Mapping[str, Tensor]) -
         ValueError: on every rank alike, if a row of gates keeps another number of units than the
             target has.
     """
-    had, gets = _parameters(old), _parameters(new)
-    _start_state(gets, had)
+    had = _parameters(old)
+    _start_state(new.optimizer, old)
+    gets = _parameters(new)
     for quantity, power in POWERS.items():
-        whole = _Replica(_tensors(had, quantity), old.shape, old.groups)
+        whole = _Replica(_Whole(had, quantity, old.groups), old.shape, old.groups)
         smaller = cut(whole, gates, old.shape, new.shape, power=power)
-        _fill(_tensors(gets, quantity), smaller, new.shape, new.groups)
-    with torch.no_grad():
-        for parameter, main, _ in gets.values():
-            if main is not parameter:
-                parameter.copy_(main)  # rounds to bfloat16
+        _fill(gets, quantity, smaller, new.shape, new.groups)
 
 
-_Parameters = dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""By Megatron name with global layer numbers: parameter, what the optimizer steps (its float32
-master, or itself), and the optimizer's state of it."""
+class _Parameter(NamedTuple):
+    """What this rank holds of a parameter."""
+
+    live: Tensor
+    steps: Stepped | None
+    """What its optimizer steps of it, and the state of that; None where other replicas' do."""
+
+    def quantity(self, name: str) -> Tensor | None:
+        """A quantity of `POWERS`, of the elements that this rank steps."""
+        if self.steps is None:
+            return None
+        return (self.steps.main if name == WEIGHT else self.steps.state[name]).detach()
+
+
+_Parameters = dict[str, _Parameter]
+"""By Megatron name with global layer numbers."""
 
 
 def _parameters(model: Optimized) -> _Parameters:
-    masters: dict[int, Tensor] = {}
-    states: dict[int, dict[str, Tensor]] = {}
-    for part in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
-        pairs = zip(
-            getattr(part, "float16_groups", []), getattr(part, "fp32_from_float16_groups", [])
-        )
-        for halves, mains in pairs:
-            masters |= {id(half): main for half, main in zip(halves, mains)}
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                states[id(parameter)] = part.optimizer.state[parameter]
+    steps = stepped(model.optimizer)
     found: _Parameters = {}
     for chunk in model.chunks:
         for name, parameter in _named(unwrap(chunk)):
             if model.shape.tied_embeddings and name == _OUTPUT:
                 name = _EMBEDDING  # the last stage's copy of the first one's matrix
-            main = masters.get(id(parameter), parameter)
-            found[name] = (parameter, main, states[id(main)])
+            found[name] = _Parameter(parameter, steps.get(id(parameter)))
     return found
 
 
@@ -111,22 +116,47 @@ def _named(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield ".".join(parts), parameter
 
 
-def _start_state(new: _Parameters, old: _Parameters) -> None:
-    """Give every new parameter an optimizer state of the old ones' keys and step."""
-    _, _, like = next(iter(old.values()))
-    assert like, "the optimizer has not stepped yet"
-    for _, main, state in new.values():
-        assert not state, "the new optimizer has stepped already"
-        for key, value in like.items():
-            # moments are shaped like the parameter; what else there is counts steps
-            state[key] = torch.zeros_like(main) if key in POWERS else value.clone()
+def _start_state(optimizer: MegatronOptimizer, old: Optimized) -> None:
+    """Give every new parameter an optimizer state, and the old one's step."""
+    assert not any(each.state for each in stepped(optimizer).values()), "it has stepped already"
+    # a rank of a sharded optimizer may step nothing of a small model
+    num_steps = max(gather_objects(count_steps(old.optimizer), old.groups.data))
+    assert num_steps > 0, "the optimizer has not stepped yet"
+    start_state(optimizer, num_steps)
 
 
-def _tensors(parameters: _Parameters, quantity: str) -> dict[str, Tensor]:
-    return {
-        name: main.detach() if quantity == WEIGHT else state[quantity]
-        for name, (_, main, state) in parameters.items()
-    }
+class _Whole(Mapping[str, Tensor]):
+    """One quantity of this rank's parameters, put together where replicas share the state.
+
+    Ranks of a data-parallel group must ask for the same names in the same order.
+    """
+
+    def __init__(self, own: _Parameters, quantity: str, groups: ParallelGroups) -> None:
+        self._own, self._quantity, self._groups = own, quantity, groups
+        everywhere = all(
+            parameter.steps is not None and parameter.steps.main.shape == parameter.live.shape
+            for parameter in own.values()
+        )
+        self._shared = not all(gather_objects(everywhere, groups.data))
+
+    def __getitem__(self, name: str) -> Tensor:
+        parameter = self._own[name]
+        held = parameter.quantity(self._quantity)
+        if not self._shared:
+            assert held is not None, "without sharing every rank steps all it has"
+            return held
+        whole = torch.zeros_like(parameter.live, dtype=torch.float32)
+        if held is not None and parameter.steps is not None:
+            start = parameter.steps.start
+            whole.view(-1)[start : start + held.numel()] = held.reshape(-1)
+        (whole,) = flat_all_reduce([whole], self._groups.data)  # one has it, the others zeros
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
 
 
 class _Replica(Mapping[str, Tensor]):
@@ -179,8 +209,10 @@ class _Replica(Mapping[str, Tensor]):
         ]
 
 
+@torch.no_grad()
 def _fill(
-    own: Mapping[str, Tensor],
+    own: _Parameters,
+    quantity: str,
     wholes: Iterable[tuple[str, Tensor]],
     shape: ModelShape,
     groups: ParallelGroups,
@@ -198,9 +230,16 @@ def _fill(
         parts = pending.setdefault(fused, [])
         part = row.parts[len(parts)]
         assert part.hf_name.format(layer=layer) == name, "parts come in the table's order"
-        parts.append(_slice(part, whole, own[fused], groups))
+        live = own[fused].live
+        parts.append(_slice(part, whole, live, groups))
         if len(parts) == len(row.parts):
-            own[fused].copy_(layout.fuse(row, pending.pop(fused), local))
+            value = layout.fuse(row, pending.pop(fused), local).to(live.device)
+            held, steps = own[fused].quantity(quantity), own[fused].steps
+            if held is not None and steps is not None:
+                stretch = value.reshape(-1)[steps.start : steps.start + held.numel()]
+                held.copy_(stretch.view_as(held))
+            if quantity == WEIGHT:
+                live.copy_(value)  # rounds to bfloat16
             filled.add(fused)
     assert filled == set(own), sorted(set(own) - filled)
 

@@ -1,4 +1,4 @@
-"""--use-distributed-optimizer: the plain optimizer's steps and checkpoints, in a share of memory."""
+"""--use-distributed-optimizer: the plain optimizer's steps and checkpoints, in less memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megashear.checkpoint import optimizer_state
+from megashear.checkpoint.weights import MASTERS
 from megashear.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
@@ -128,7 +129,7 @@ def test_it_steps_as_the_plain_optimizer(runs: Runs, stage: str, place: Place, b
     assert {name: tensor.dtype for name, tensor in here.tensors.items()} == {
         name: tensor.dtype for name, tensor in there.tensors.items()
     }
-    assert bf16 == any(name.startswith(optimizer_state.MASTERS) for name in here.tensors)
+    assert bf16 == any(name.startswith(MASTERS) for name in here.tensors)
 
 
 @pytest.mark.parametrize(

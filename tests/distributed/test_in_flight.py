@@ -43,6 +43,7 @@ REDUCTION_ORDER = 1e-5
 """Relative; float32 sums over other shards in another order (law 1 b)."""
 WHOLE, SPLIT, REPLICAS = (layout(), 1), (layout(tp=2, pp=2), 1), (layout(), 2)
 INTERLEAVED = (layout(pp=2, vpp=2), 1)
+SHARDED = (layout(use_distributed_optimizer=True), 2)
 
 
 def jobs(
@@ -153,12 +154,16 @@ def same_weights(sheared: Sheared, offline: dict[str, Tensor]) -> list[str]:
     return [name for name, weight in offline.items() if not torch.equal(at_seam[name], weight)]
 
 
-@pytest.mark.parametrize("at", [WHOLE, REPLICAS, INTERLEAVED], ids=["whole", "dp2", "pp2-vpp2"])
+@pytest.mark.parametrize(
+    "at", [WHOLE, SHARDED, INTERLEAVED], ids=["whole", "sharded-dp2", "pp2-vpp2"]
+)
 def test_weights_equal_the_offline_path_s(
     text: TextRun, tmp_path: Path, at: tuple[ParallelConfig, int]
 ) -> None:
     job = shear(text, tmp_path, at)
     assert same_weights(job, weights_offline(tmp_path / "pruned", tmp_path / "cut")) == []
+    if at == SHARDED:
+        check_moments(job)
 
 
 def test_weights_equal_the_offline_path_s_at_tp2_pp2(sheared: Sheared, tmp_path: Path) -> None:
@@ -178,6 +183,10 @@ def in_hf_names(tensors: dict[str, Tensor], prefix: str, shape: ModelShape) -> d
 
 
 def test_moments_are_those_of_the_cut_weights(sheared: Sheared) -> None:
+    check_moments(sheared)
+
+
+def check_moments(sheared: Sheared) -> None:
     pruned = finished_tensors(sheared.folder / "pruned", PRUNED)
     at_seam = finished_tensors(sheared.seam, 0)
     source = text_run.SHAPE
@@ -255,8 +264,11 @@ def test_a_job_is_resumed_on_either_side_of_the_seam(
         assert different == []
 
 
-def test_float32_masters_are_cut_under_bf16(text: TextRun, tmp_path: Path) -> None:
-    job = shear(text, tmp_path, (layout(tp=2), 1), bf16=True)
+@pytest.mark.parametrize("at", [(layout(tp=2), 1), SHARDED], ids=["tp2", "sharded-dp2"])
+def test_float32_masters_are_cut_under_bf16(
+    text: TextRun, tmp_path: Path, at: tuple[ParallelConfig, int]
+) -> None:
+    job = shear(text, tmp_path, at, bf16=True)
     found = finished_tensors(job.seam, 0)
     masters = {
         name.removeprefix("optimizer.state.fp32_param."): tensor
@@ -267,6 +279,10 @@ def test_float32_masters_are_cut_under_bf16(text: TextRun, tmp_path: Path) -> No
     for name, master in masters.items():
         assert torch.equal(found[name], master.bfloat16()), name
     assert any(not torch.equal(master, master.bfloat16().float()) for master in masters.values())
+    # offline too it is the masters that are cut
+    offline = weights_offline(tmp_path / "pruned", tmp_path / "cut")
+    assert offline.keys() == masters.keys()
+    assert [name for name in offline if not torch.equal(offline[name], masters[name])] == []
 
 
 @pytest.mark.parametrize(
