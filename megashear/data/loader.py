@@ -33,6 +33,8 @@ class LoaderState(TypedDict):
     sequence_length: int
     seed: int
     mixture: MixtureState
+    origins: list[list[int]]
+    """`DomainSequences.origin` of every domain."""
 
 
 class MixtureLoader:
@@ -176,8 +178,9 @@ class MixtureLoader:
         }[self.mixture.when_exhausted]
         for domain, share, drawn in zip(self.domains, self.mixture.shares, self.mixture.drawn):
             size = domain.samples_per_epoch
-            wanted = drawn + share * num_samples
-            left = size - int(drawn)
+            drawn_here = int(drawn) - domain.origin[0]
+            wanted = drawn_here + share * num_samples
+            left = size - drawn_here
             if wanted > size and left >= 0:
                 logger.warning(
                     "domain %s: at its weight %.3f the run wants %.1f times its %d sequences "
@@ -234,9 +237,10 @@ class MixtureLoader:
         if self.mixture.when_exhausted != "repeat":
             return  # nothing is read twice
         for domain, old, new in zip(self.domains, before, self.mixture.drawn):
-            size = domain.samples_per_epoch
+            size, origin = domain.samples_per_epoch, domain.origin[0]
             # epoch of the sample drawn last; the first one, 0, is not worth a word
-            first, last = max(int(old) - 1, 0) // size + 1, (int(new) - 1) // size
+            first, last = (domain.place(max(int(at) - 1, origin))[0] for at in (old, new))
+            first += 1
             if last < first:
                 continue
             # Loud as often as the number of epochs doubles: a tiny domain starts thousands.
@@ -256,21 +260,29 @@ class MixtureLoader:
             "sequence_length": self.domains[0].sequence_length,
             "seed": self.domains[0].seed,
             "mixture": self.mixture.state_dict(),
+            "origins": [list(domain.origin) for domain in self.domains],
         }
 
     def load_state_dict(self, state: LoaderState) -> None:
         """Go on where the loader that gave ``state`` stood, with its weights.
 
-        The batch sizes and the data-parallel size may differ from the saved run's.
+        The batch sizes and the data-parallel size may differ from the saved run's. The sequence
+        length may as well, where domains repeat: another length cuts and shuffles the text anew,
+        so a domain whose epoch is partly read begins its next epoch, which is said.
 
         Raises:
-            ValueError: the text, the seed or the sequence length differ, so that going on would
-                repeat some samples and skip others.
+            ValueError: the text or the seed differ, or the sequence length where domains do not
+                repeat, so that going on would repeat some samples and skip others.
         """
         here = self.state_dict()
+        length = here["sequence_length"]
+        # as the saved run would have counted this text
+        here["sequence_length"] = state["sequence_length"]
+        here["samples_per_epoch"] = [
+            (domain.num_tokens - 1) // state["sequence_length"] for domain in self.domains
+        ]
         for key, way_out in (
             ("domains", "resume with the data of the saved run"),
-            ("sequence_length", "resume with the saved --seq-length"),
             ("samples_per_epoch", "resume with the data of the saved run"),
             ("seed", "resume with the saved --seed"),
         ):
@@ -280,4 +292,43 @@ class MixtureLoader:
                     f"{here[key]} now, which would repeat and skip samples; {way_out}, "  # type: ignore[literal-required]
                     f"or start a new run from its weights"
                 )
+        # checkpoints of before sequence lengths could change have none
+        origins = state.get("origins", [[0, 0] for _ in self.domains])
+        moved = length != state["sequence_length"]
+        if (moved or any(first for first, _ in origins)) and self.mixture.when_exhausted != (
+            "repeat"
+        ):
+            raise ValueError(
+                f"cannot resume the data: --seq-length is {length} and samples of another length "
+                f"({state['sequence_length']} last) were read, so what is left of an epoch is not "
+                f"known, and --data-exhausted {self.mixture.when_exhausted} needs it; resume with "
+                f"the saved --seq-length and --data-exhausted, or start a new run from its weights"
+            )
+        for domain, (first, epoch) in zip(self.domains, origins):
+            domain.origin = (first, epoch)
+        if moved:
+            self._begin_epochs(state)
         self.mixture.load_state_dict(state["mixture"])
+
+    def _begin_epochs(self, state: LoaderState) -> None:
+        """Let every domain go on at the beginning of an epoch of its new sequences."""
+        old = state["sequence_length"]
+        logger.warning(
+            "--seq-length was %d in the saved run and is %d now: steps go on, and samples are "
+            "counted whatever their length; held-out losses of before do not compare with later "
+            "ones",
+            *(old, self.domains[0].sequence_length),
+        )
+        for domain, drawn, size in zip(
+            self.domains, state["mixture"]["drawn"], state["samples_per_epoch"]
+        ):
+            first, epoch = domain.origin
+            later, place = divmod(drawn - first, size)
+            epoch += later + (place > 0)
+            if place:
+                logger.warning(
+                    "domain %s: %d of the %d tokens of its epoch %d are read; it begins epoch %d, "
+                    "in which these come again among all others",
+                    *(domain.name, place * old, domain.num_tokens, epoch - 1, epoch),
+                )
+            domain.origin = (drawn, epoch)

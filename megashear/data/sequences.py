@@ -60,13 +60,14 @@ class DomainSequences:
             way_out="add text to this domain, leave it out,",
         )
         """Sequences of one epoch."""
+        self.origin = (0, 0)
+        """A sample that begins an epoch, and that epoch; samples before it are none of this."""
         self._epoch = -1
         self._sequences: GPTDataset | None = None
 
     def __getitem__(self, sample: int) -> Tensor:
         """Tokens of a sample, int64 [sequence_length + 1]; any number >= 0 is one."""
-        assert sample >= 0, sample
-        epoch, place = divmod(sample, self.samples_per_epoch)
+        epoch, place = self.place(sample)
         # Its __getitem__ would also make masks and positions, which nobody asks for.
         text, _ = self._of_epoch(epoch)._query_document_sample_shuffle_indices(place)
         return torch.from_numpy(text)
@@ -76,7 +77,7 @@ class DomainSequences:
 
         Counted in the sample, rising; borders are those that the ``.idx`` knows.
         """
-        epoch, place = divmod(sample, self.samples_per_epoch)
+        epoch, place = self.place(sample)
         packed = self._of_epoch(epoch)
         number = packed.shuffle_index[place]
         first, offset = packed.sample_index[number]
@@ -88,7 +89,19 @@ class DomainSequences:
 
     def prepare(self, sample: int) -> None:
         """Build the index of the epoch that a sample is in."""
-        self._of_epoch(sample // self.samples_per_epoch)
+        self._of_epoch(self.place(sample)[0])
+
+    def place(self, sample: int) -> tuple[int, int]:
+        """Epoch of a sample, and its place in it."""
+        first, epoch = self.origin
+        assert sample >= first, (sample, first)
+        later, place = divmod(sample - first, self.samples_per_epoch)
+        return epoch + later, place
+
+    def epochs(self, num_drawn: int) -> float:
+        """Epochs read when ``num_drawn`` samples are drawn, 1.5 for one and a half."""
+        first, epoch = self.origin
+        return epoch + (num_drawn - first) / self.samples_per_epoch
 
     def _of_epoch(self, epoch: int) -> GPTDataset:
         """Sequences of one epoch; the last asked for is kept."""

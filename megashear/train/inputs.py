@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,13 +95,30 @@ class Inputs:
         """Weights of the phases by their first sample; nothing where there are no phases."""
         if self.phases is None:
             return {}
-        drawn = start.description.details["consumed_samples"] if start.continues else 0  # type: ignore[union-attr]  # a run that continues has one
+        drawn = 0
+        if start.continues:
+            assert start.description is not None
+            drawn = start.description.details["consumed_samples"]
+            self._check_tokens(train, start.description.details["loader"])
         return self.phases.changes(
             seq_length=train.seq_length,
             global_batch_size=train.global_batch_size,
             first_step=start.first_step,
             first_sample=drawn,
         )
+
+    def _check_tokens(self, train: TrainConfig, saved: Mapping[str, Any]) -> None:
+        """Refuse phases that count tokens where samples were of several lengths."""
+        assert self.phases is not None
+        changed = any(first for first, _ in saved.get("origins", []))
+        if self.phases.unit == "start_token" and (
+            changed or saved["sequence_length"] != train.seq_length
+        ):
+            raise ValueError(
+                f"--domain-phases begin at tokens and --seq-length is {train.seq_length}, but the "
+                f"saved run read samples of another length ({saved['sequence_length']} last); give "
+                f"start_step or start_sample in the file, or the saved --seq-length"
+            )
 
 
 def check_inputs(config: PruneRun | PretrainRun, start: Start) -> Inputs:

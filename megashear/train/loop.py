@@ -472,7 +472,7 @@ class Trainer:
             drawn = int(mixture.drawn[number])
             points[tags.mixture_weight(name)] = float(mixture.shares[number])
             points[tags.mixture_share(name)] = drawn / mixture.num_drawn
-            epochs = drawn / self.data.loader.domains[number].samples_per_epoch
+            epochs = self.data.loader.domains[number].epochs(drawn)
             points[tags.mixture_epoch(name)] = epochs
         if masks is not None:
             points[tags.PENALTY] = masks.penalty

@@ -11,10 +11,10 @@ from typing import Any
 
 from megashear.checkpoint import tokenizer_files
 from megashear.checkpoint.cut import rounding_changes
-from megashear.checkpoint.description import holds_iterations
+from megashear.checkpoint.description import Description, holds_iterations
 from megashear.checkpoint.sharded_hf import load_hf
 from megashear.checkpoint.store import load_run, load_weights
-from megashear.config import PretrainRun, PruneRun
+from megashear.config import PretrainRun, PruneRun, TrainConfig
 from megashear.data.batch import DocumentBorders
 from megashear.data.loader import MixtureLoader
 from megashear.data.manifest import DataManifest
@@ -248,6 +248,20 @@ def pretrain(config: PretrainRun) -> dict[str, Any]:
         return trainer.run(start.first_step)
 
 
+def _tell_batch(description: Description, train: TrainConfig) -> None:
+    """Say what a changed global batch does to what is counted."""
+    before = description.details["run"]["train"]["global_batch_size"]
+    if before != train.global_batch_size:
+        left = train.train_iters - description.iteration
+        logger.warning(
+            "--global-batch-size was %d in the saved run and is %d now: steps are counted, by "
+            "--train-iters and by the schedule of the rate, and go on from %d; %d samples are "
+            "read, %d more will be in the %d steps to come",
+            *(before, train.global_batch_size, description.iteration),
+            *(description.details["consumed_samples"], left * train.global_batch_size, left),
+        )
+
+
 def _trainer(
     config: PruneRun | PretrainRun,
     start: Start,
@@ -314,6 +328,7 @@ def _trainer(
             inputs.reweighting.load_state_dict(description.details.get("reweighting", {}))
         if config.data.domain_weights:
             logger.info("--domain-weights are the saved run's from here on, not the flag's")
+        _tell_batch(description, train)
         logger.info("continuing %s at step %d", start.checkpoint, description.iteration)
     elif fill and (start.checkpoint is not None or start.hf is not None):
         if start.hf is not None:

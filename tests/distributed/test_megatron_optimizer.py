@@ -13,8 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 
-from megashear.config import ModelConfig, OptimizerConfig
-from megashear.models import llama
+from megashear.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megashear.models.llama import build_llama, unwrap
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.optim import (
@@ -33,20 +32,15 @@ METADATA = {
 }
 
 
-def chunks_of(*, bf16: bool = False) -> list[Any]:
-    groups = ParallelGroups.create(layout())
-    return list(build_llama(SOURCE, groups, layout(), ModelConfig(bf16=bf16), variant="local"))
+def chunks_of(parallel: ParallelConfig | None = None, *, bf16: bool = False) -> list[Any]:
+    parallel = parallel or layout()
+    groups = ParallelGroups.create(parallel)
+    return list(build_llama(SOURCE, groups, parallel, ModelConfig(bf16=bf16), variant="local"))
 
 
 def distributed_optimizers() -> tuple[list[Any], Callable[[], Any]]:
     """Chunks whose gradients are sharded, and a maker of DistributedOptimizers over them."""
-    real = llama.DistributedDataParallelConfig
-
-    def sharded(**options: Any) -> Any:
-        return real(use_distributed_optimizer=True, **options)
-
-    llama.DistributedDataParallelConfig = sharded
-    chunks = chunks_of()
+    chunks = chunks_of(layout(use_distributed_optimizer=True))
     config = MegatronOptimizerConfig(lr=1e-2, use_distributed_optimizer=True)
 
     def make() -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -143,6 +146,65 @@ def test_flags_of_a_resumed_run_count(runs: Runs, tmp_path: Path) -> None:
     name = "output_layer.weight"
     moved = [(run.tensors[name] - start[name]).norm() for run in (here, whole)]
     assert moved[0] < moved[1] / 5
+
+
+def disturb_generators() -> None:
+    """Leave every global generator in a state that no run has saved."""
+    load = store.load_run
+
+    def disturbing(*args: Any, **more: Any) -> Any:
+        description = load(*args, **more)
+        torch.manual_seed(987)
+        np.random.seed(987)
+        random.seed(987)
+        return description
+
+    run.load_run = disturbing
+
+
+def test_no_generator_needs_to_be_saved(runs: Runs, tmp_path: Path) -> None:
+    whole = runs.uninterrupted("prune", *ALONE)
+    resumed = go_on(runs.stopped("prune", *ALONE), tmp_path, broken=disturb_generators)
+    assert differences(resumed, whole) == set()
+
+
+def test_batch_and_sequence_may_change(runs: Runs, tmp_path: Path) -> None:
+    interrupted = runs.stopped("pretrain", *SPLIT)
+
+    def changed(at: ParallelConfig, here: Path) -> PruneRun | PretrainRun:
+        config = interrupted.config(at, here)
+        train = replace(config.train, global_batch_size=4, seq_length=text_run.SEQUENCE // 2)
+        return replace(config, train=train)
+
+    def listen() -> None:
+        log = logging.FileHandler(tmp_path / f"log-{os.environ['RANK']}")
+        logging.getLogger("megashear").addHandler(log)
+
+    here = go_on(interrupted._replace(config=changed), tmp_path, broken=listen)
+    assert here.counts["consumed_samples"] == HALF * 8 + HALF * 4
+    assert here.adam_steps == [WHOLE]
+    # steps are what the schedule counts
+    whole = runs.uninterrupted("pretrain", *SPLIT)
+    assert here.points["train/learning-rate"] == whole.points["train/learning-rate"]
+    told = (tmp_path / "log-0").read_text()
+    assert "--global-batch-size was 8 in the saved run and is 4 now" in told
+    assert f"go on from {HALF}; 24 samples are read, 12 more will be in the 3 steps" in told
+    assert f"--seq-length was {text_run.SEQUENCE} in the saved run" in told
+
+
+def test_phases_that_count_tokens_want_one_sequence_length(runs: Runs, tmp_path: Path) -> None:
+    interrupted = runs.stopped("pretrain", *SPLIT)
+    phases = tmp_path / "phases.yaml"
+    weights = {"words": 0.5, "paths": 0.25, "numbers": 0.25}
+    phases.write_text(json.dumps([{"start_token": 0, "weights": weights}]))
+    config = interrupted.config(SPLIT[0], tmp_path)
+    shutil.copytree(interrupted.saved, tmp_path / "saved")
+    data = DataConfig(
+        data_path=config.data.data_path, domain_phases=str(phases), reweight="schedule"
+    )
+    train = replace(config.train, seq_length=text_run.SEQUENCE // 2)
+    with pytest.raises(AssertionError, match=r"--domain-phases begin at tokens.*start_step or"):
+        start(replace(config, data=data, train=train), SPLIT[1])
 
 
 @pytest.mark.parametrize("stage", ["prune", "pretrain"])

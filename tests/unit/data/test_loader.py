@@ -350,7 +350,7 @@ def test_weights_of_other_domains_are_refused(data) -> None:
     ("change", "message"),
     [
         ({"domains": ["cc"]}, r"domains was \['cc'\] in the saved run.*data of the saved run"),
-        ({"sequence_length": 4096}, "sequence_length was 4096 .* and is 250 now.*--seq-length"),
+        ({"sequence_length": 4096}, "samples_per_epoch was .*repeat and skip samples"),
         ({"samples_per_epoch": [1, 2, 3]}, "samples_per_epoch was .*repeat and skip samples"),
         ({"seed": 42}, "seed was 42 in the saved run and is 5 now.*--seed"),
     ],
@@ -359,3 +359,70 @@ def test_state_of_another_run_is_refused(data, change: dict, message: str) -> No
     each = loader(data)
     with pytest.raises(ValueError, match=message):
         each.load_state_dict({**each.state_dict(), **change})
+
+
+SHORTER = 100
+"""Tokens of a sequence after the change."""
+
+
+def with_length(data, state: dict, length: int, **more) -> MixtureLoader:
+    """A loader of another sequence length that goes on from a state."""
+    each = loader(data, length=length, **more)
+    each.load_state_dict(json.loads(json.dumps(state)))
+    return each
+
+
+def test_another_sequence_length_begins_the_next_epochs(
+    data, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = loader(data)
+    for _ in range(9):
+        before.next_batch()
+    drawn, sizes = before.mixture.drawn.tolist(), [d.samples_per_epoch for d in before.domains]
+    assert any(count > size for count, size in zip(drawn, sizes)), "none was read twice"
+    after = with_length(data, before.state_dict(), SHORTER)
+    assert after.consumed_samples == before.consumed_samples
+    batches = [row for _ in range(4) for row in rows(after.next_batch())]
+    # by an independent count: the first epoch of which nothing was read, from its beginning
+    for number, domain in enumerate(after.domains):
+        epoch, partly = divmod(drawn[number], sizes[number])
+        epoch += partly > 0
+        fresh = DomainSequences(data.prefix(domain.name), SHORTER, 5, number)
+        found = [row[2:] for row in batches if row[1] == number]
+        wanted = [
+            tuple(fresh[epoch * fresh.samples_per_epoch + n][:-1].tolist())
+            for n in range(len(found))
+        ]
+        assert found == wanted, domain.name
+        read = partly * LENGTH
+        if partly:
+            assert f"{read} of the {domain.num_tokens} tokens of its epoch {epoch - 1}" in (
+                caplog.text
+            )
+        assert domain.epochs(drawn[number]) == epoch
+    assert f"--seq-length was {LENGTH} in the saved run and is {SHORTER} now" in caplog.text
+
+
+def test_a_run_of_two_sequence_lengths_is_resumed(data) -> None:
+    before = loader(data)
+    before.next_batch()
+    whole = with_length(data, before.state_dict(), SHORTER)
+    halves = with_length(data, before.state_dict(), SHORTER)
+    for _ in range(3):
+        whole.next_batch()
+        halves.next_batch()
+    resumed = with_length(data, halves.state_dict(), SHORTER, size=2)  # replica 0 of 2
+    for _ in range(12):
+        assert rows(resumed.next_batch()) == rows(whole.next_batch())[:6]
+    # the twin: a state that forgets where the epochs begin reads other text
+    state = halves.state_dict() | {"origins": [[0, 0] for _ in halves.domains]}
+    again, right = (with_length(data, each, SHORTER) for each in (state, halves.state_dict()))
+    assert rows(again.next_batch()) != rows(right.next_batch())
+
+
+@pytest.mark.parametrize("policy", ["redistribute", "stop"])
+def test_what_is_left_of_an_epoch_of_another_length_is_refused(data, policy: str) -> None:
+    before = loader(data, exhausted=policy)
+    before.next_batch()
+    with pytest.raises(ValueError, match=rf"is 100 and samples of another.*{policy} needs it"):
+        with_length(data, before.state_dict(), SHORTER, exhausted=policy)
