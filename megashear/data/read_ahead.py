@@ -58,23 +58,21 @@ class SequenceReader(Dataset[Tensor | None]):
     def __init__(self, domains: Sequence[DomainSequences], *, with_documents: bool = False) -> None:
         self._domains = domains
         self._with_documents = with_documents
-        self._newest = torch.zeros(1, dtype=torch.int64).share_memory_()
 
-    def __getitem__(self, numbered: tuple[int, Request]) -> Tensor | None:
-        """Text of a request unless newer ones have replaced it, int64 [2, b, s]: tokens and labels;
-        [4, b, s] with the numbers of their documents.
+    def __getitem__(self, request: Request) -> Tensor | None:
+        """Text of a request, int64 [2, b, s]: tokens and labels; [4, b, s] with the numbers of
+        their documents. None of an empty request.
 
         Raises:
             RuntimeError: a sequence cannot be read; names domain and sample.
         """
-        generation, (_, samples) = numbered
-        if not samples or generation < int(self._newest):
+        if not request.samples:
             return None
         length = self._domains[0].sequence_length
         # one block of inputs and labels: one tensor to send between processes, and to pin
         num_planes = 4 if self._with_documents else 2
-        block = torch.empty(num_planes, len(samples), length, dtype=torch.int64)
-        for row, (number, sample) in enumerate(samples):
+        block = torch.empty(num_planes, len(request.samples), length, dtype=torch.int64)
+        for row, (number, sample) in enumerate(request.samples):
             domain = self._domains[number]
             try:
                 parts = [domain[sample]]
@@ -92,16 +90,10 @@ class SequenceReader(Dataset[Tensor | None]):
 
     def read(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
         """Text of requests, in this process; see ``Reader``."""
-        blocks = [self[int(self._newest), request] for request in wanted]
-        return [block for block in blocks if block is not None]
+        return [block for block in map(self.__getitem__, wanted) if block is not None]
 
     def close(self) -> None:
         """Nothing is held."""
-
-    def replace_requests(self) -> int:
-        """Let workers pass over all requests made so far; the number of the new ones."""
-        self._newest += 1
-        return int(self._newest)
 
 
 class _Expected:
@@ -110,39 +102,38 @@ class _Expected:
     An iterator for the ``DataLoader``, which asks for the next request whenever one was answered.
     """
 
-    def __init__(self, expect: Expect, reader: SequenceReader) -> None:
+    def __init__(self, expect: Expect) -> None:
         self._expect = expect
-        self._reader = reader
         self._mixture: DomainMixture | None = None
         self._pending: deque[Request] = deque()
-        self.generation = 0
-        self.issued: deque[tuple[int, Request]] = deque()
-        """Generation and request of what was asked for and not answered yet, in order."""
+        self.issued: deque[Request] = deque()
+        """What was asked for and not answered yet, in order."""
 
     def restart(self, pending: Sequence[Request], mixture: DomainMixture) -> None:
         """Ask for ``pending`` next, then for what ``mixture`` will draw."""
-        self.generation = self._reader.replace_requests()
         self._pending = deque(pending)
         self._mixture = mixture.copy()
 
-    def __iter__(self) -> Iterator[tuple[int, Request]]:
+    def __iter__(self) -> Iterator[Request]:
         return self
 
-    def __next__(self) -> tuple[int, Request]:
+    def __next__(self) -> Request:
         if not self._pending:
             assert self._mixture is not None
             # an empty request where text ran out: other weights may bring some after all
             self._pending.extend(self._expect(self._mixture) or [Request(0, ())])
-        self.issued.append((self.generation, self._pending.popleft()))
+        self.issued.append(self._pending.popleft())
         return self.issued[-1]
 
 
 class ReadAhead:
     """Reads the batches to come in worker processes while the model computes.
 
-    What will be drawn is expected, not known: the weights may change. So every answer is compared
-    with what was drawn in the end, and where they differ, what was read in vain is dropped and
-    reading begins anew from there. Reading ahead can therefore change the speed and nothing else.
+    What will be drawn is expected, not known: the weights may change. So every request made ahead
+    is compared with what was drawn in the end. Where they differ, the batch is put together from
+    what was read or is on its way, for each domain's samples are drawn in their order whatever the
+    weights are; only what is missing is read then, and what will follow is expected anew. Reading
+    ahead can therefore change the speed and nothing else.
 
     The workers are torch's: they end with their parent, however it ends, and one that ends alone
     raises here. They are forked at the first read, so that they share the domains' indices with
@@ -160,23 +151,20 @@ class ReadAhead:
         assert num_workers >= 1, num_workers
         self._reader = reader
         self._num_workers = num_workers
-        self._expected = _Expected(expect, reader)
+        self._expected = _Expected(expect)
         self._answers: Iterator[Tensor | None] | None = None
 
     def read(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
-        """Text of requests, which waits where it was not expected; see ``Reader``.
+        """Text of requests, which waits for what was not read ahead; see ``Reader``.
 
         Raises:
             RuntimeError: a sequence cannot be read, or a worker died.
         """
-        blocks = []
+        blocks: list[Tensor] = []
         for number, request in enumerate(wanted):
-            found, block = self._next() if self._answers is not None else (None, None)
-            if found != request:
-                self._expected.restart(wanted[number:], mixture)
-                self._start()
-                found, block = self._next()
-                assert found == request, (found, request)
+            if not self._expected.issued or self._expected.issued[0] != request:
+                return blocks + self._read_unexpected(wanted[number:], mixture)
+            _, block = self._next()
             assert block is not None
             blocks.append(block)
         return blocks
@@ -185,6 +173,22 @@ class ReadAhead:
         """End the workers; the next read starts others."""
         self._answers = None
         self._expected.issued.clear()
+
+    def _read_unexpected(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
+        ahead = {sample for request in self._expected.issued for sample in request.samples}
+        missing = [s for request in wanted for s in request.samples if s not in ahead]
+        # a piece for each worker's turn
+        size = max(1, -(-len(missing) // (2 * self._num_workers)))
+        pieces = [Request(0, tuple(missing[at : at + size])) for at in range(0, len(missing), size)]
+        answers = len(self._expected.issued) + len(pieces)
+        self._expected.restart(pieces, mixture)
+        self._start()
+        rows: dict[tuple[int, int], Tensor] = {}
+        for _ in range(answers):
+            request, block = self._next()
+            if block is not None:
+                rows |= zip(request.samples, block.unbind(1))
+        return [torch.stack([rows[s] for s in request.samples], dim=1) for request in wanted]
 
     def _start(self) -> None:
         if self._answers is None:
@@ -203,23 +207,20 @@ class ReadAhead:
             )
 
     def _next(self) -> tuple[Request, Tensor | None]:
-        """The next answer to a request that still counts."""
+        """The oldest request that is not answered, and its answer."""
         assert self._answers is not None
-        while True:
-            try:
-                block = next(self._answers)
-            except (RuntimeError, OSError, EOFError) as error:
-                if _UNREADABLE in str(error):
-                    raise
-                # the connection to a dead worker breaks before torch looks after it
-                what = str(error) if "worker" in str(error) else f"DataLoader worker lost: {error}"
-                raise RuntimeError(
-                    f"{what} (a process that reads training sequences ahead; --num-workers 0 reads "
-                    f"in the rank itself)"
-                ) from error
-            generation, request = self._expected.issued.popleft()
-            if generation == self._expected.generation:
-                return request, block
+        try:
+            block = next(self._answers)
+        except (RuntimeError, OSError, EOFError) as error:
+            if _UNREADABLE in str(error):
+                raise
+            # the connection to a dead worker breaks before torch looks after it
+            what = str(error) if "worker" in str(error) else f"DataLoader worker lost: {error}"
+            raise RuntimeError(
+                f"{what} (a process that reads training sequences ahead; --num-workers 0 reads "
+                f"in the rank itself)"
+            ) from error
+        return self._expected.issued.popleft(), block
 
 
 def make_reader(reader: SequenceReader, num_workers: int, expect: Expect) -> Reader:

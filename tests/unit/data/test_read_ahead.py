@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megashear.data.loader import MixtureLoader
-from megashear.data.read_ahead import ReadAhead, SequenceReader
+from megashear.data.read_ahead import ReadAhead, _Expected
 from megashear.data.sequences import DomainSequences
 from tests.unit.data.test_loader import OTHER_WEIGHTS, WEIGHTS, loader, rows
 
@@ -61,12 +61,25 @@ def test_a_batch_read_under_old_weights_is_noticed(data, monkeypatch: pytest.Mon
         assert rows(ahead.next_batch()) != rows(plain.next_batch())
 
 
-def test_what_was_read_in_vain_is_passed_over_unread(data) -> None:
-    reader = SequenceReader(loader(data).domains)
-    stale = (0, next(iter(loader(data)._draw(loader(data).mixture))))
-    assert reader[stale] is not None
-    assert reader.replace_requests() == 1
-    assert reader[stale] is None
+def test_what_was_read_ahead_under_old_weights_is_used(
+    data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    restart = _Expected.restart
+
+    def noted(self: _Expected, pending, mixture) -> None:
+        asked.append(sum(len(request.samples) for request in pending))
+        restart(self, pending, mixture)
+
+    monkeypatch.setattr(_Expected, "restart", noted)
+    with opened(data, batch=40) as each:
+        for _ in range(3):
+            each.next_batch()
+        each.mixture.set_weights([0.4, 0.3, 0.3])  # a tenth of a batch moves
+        each.next_batch()
+        each.next_batch()
+    assert asked[0] == 40  # at the start there is nothing
+    assert asked[1:] == [pytest.approx(4, abs=2)]
 
 
 def test_state_loaded_while_reading_ahead_counts(data) -> None:
