@@ -74,8 +74,8 @@ def micro_batch(
             ``borders`` are read.
     """
     assert (documents is not None) == borders.are_read
-    counted = torch.arange(len(tokens)) < num_counted  # [b]
-    loss_mask = counted[:, None].expand_as(labels).float()  # [b, s]
+    loss_mask = torch.ones(labels.shape)  # [b, s]
+    loss_mask[num_counted:] = 0.0
     if documents is not None and borders.mask_loss:
         loss_mask = loss_mask * (documents[0] == documents[1])
     return MicroBatch(

@@ -101,7 +101,9 @@ class MixtureLoader:
         start = data_parallel_rank * replica_size
         self._own = range(start, start + replica_size)
         num_microbatches = replica_size // micro_batch_size
-        at_once = -(-num_microbatches // (_READ_AT_ONCE * max(num_workers, 1)))
+        # without workers there is nobody to keep busy
+        num_requests = _READ_AT_ONCE * num_workers or num_microbatches
+        at_once = -(-num_microbatches // num_requests)
         self._request_size = at_once * micro_batch_size
         self._borders = borders or DocumentBorders()
         reader = SequenceReader(self.domains, with_documents=self._borders.are_read)
