@@ -8,6 +8,8 @@ from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from megashear.data.batch import DocumentBorders, MicroBatch, micro_batch
 from megashear.data.held_out import HeldOutSet
@@ -59,6 +61,7 @@ class MixtureLoader:
         data_parallel_size: int,
         num_workers: int = 0,
         borders: DocumentBorders | None = None,
+        is_read: bool = True,
     ) -> None:
         """Take the domains in the order of the mixture's weights.
 
@@ -71,6 +74,9 @@ class MixtureLoader:
             data_parallel_size: number of replicas.
             num_workers: processes that read ahead; 0 reads in this process.
             borders: what document borders mean; nothing unless given.
+            is_read: whether this rank needs the text. A stage in the middle of a pipeline does
+                not, unless documents are kept apart: it draws as all do, reads nothing, and has
+                microbatches of token 0.
 
         Raises:
             ValueError: the batch does not divide, or domains and mixture do not belong together.
@@ -107,7 +113,8 @@ class MixtureLoader:
         self._request_size = at_once * micro_batch_size
         self._borders = borders or DocumentBorders()
         reader = SequenceReader(self.domains, with_documents=self._borders.are_read)
-        self._reader = make_reader(reader, num_workers, self._expect)
+        self._is_read = is_read
+        self._reader = make_reader(reader, num_workers if is_read else 0, self._expect)
         self._is_open = False
 
     @property
@@ -134,7 +141,7 @@ class MixtureLoader:
         self._tell_epochs(before.drawn)
         self._tell_exhausted(before.exhausted)
         size, batches = self._micro_batch_size, []
-        for request, block in zip(wanted, self._reader.read(wanted, self.mixture)):
+        for request, block in zip(wanted, self._blocks(wanted)):
             for at in range(0, len(request.samples), size):
                 tokens, labels, *documents = block[:, at : at + size]
                 batches.append(
@@ -196,8 +203,17 @@ class MixtureLoader:
         self._reader.close()
         self._is_open = False
 
+    def _blocks(self, wanted: Sequence[Request]) -> list[Tensor]:
+        if self._is_read:
+            return self._reader.read(wanted, self.mixture)
+        length = self.domains[0].sequence_length
+        num_planes = 4 if self._borders.are_read else 2
+        # one zero, seen everywhere
+        zero = torch.zeros((), dtype=torch.int64)
+        return [zero.expand(num_planes, len(request.samples), length) for request in wanted]
+
     def _open(self) -> None:
-        if not self._is_open:
+        if not self._is_open and self._is_read:
             for domain, drawn in zip(self.domains, self.mixture.drawn.tolist()):
                 if self.mixture.shares[domain.domain_index]:
                     domain.prepare(drawn)  # here, for workers share what there is before they start

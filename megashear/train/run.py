@@ -299,6 +299,7 @@ def _trainer(
     )
     schedule = build_schedule(optimizer, config.optimizer, train.train_iters)
     domains = training_sequences(manifest, train)
+    borders = DocumentBorders.of(config.model)
     loader = MixtureLoader(
         domains,
         inputs.mixture(
@@ -312,7 +313,8 @@ def _trainer(
         data_parallel_rank=groups.data_rank,
         data_parallel_size=groups.data_size,
         num_workers=config.data.num_workers,
-        borders=DocumentBorders.of(config.model),
+        borders=borders,
+        is_read=groups.is_first_stage or groups.is_last_stage or borders.part_attention,
     )
     guard = StepGuard(train)
     if start.continues:

@@ -40,7 +40,7 @@ from tests.distributed.test_masked_model import (
 )
 from tests.distributed.test_resume import configuration, start
 from tests.ranks import run_ranks
-from tests.text_run import TextRun
+from tests.text_run import TextRun, scalars
 from tests.tiny import (
     SEQUENCE,
     SOURCE,
@@ -245,3 +245,18 @@ def test_a_run_and_the_evaluation_of_its_checkpoint_keep_documents_apart_alike(
     monkeypatch.setattr(measure, "_as_trained", lambda model, description: model)
     crossing = losses(ModelConfig())
     assert max(abs(crossing[name] / of_run[name] - 1) for name in of_run) > 1e-3
+
+
+@pytest.mark.parametrize("flags", [ModelConfig(), ModelConfig(reset_attention_mask=True)])
+def test_stages_in_the_middle_read_what_they_need(
+    text: TextRun, tmp_path: Path, flags: ModelConfig
+) -> None:
+    losses = []
+    for parallel in (layout(), layout(pp=4)):
+        folder = tmp_path / f"pp{parallel.pipeline_model_parallel_size}"
+        config = configuration(text, "prune", parallel, folder)
+        config = replace(config, model=flags, train=replace(config.train, train_iters=4))
+        start(config, 1)
+        losses.append(scalars(folder / "events")["train/lm-loss"])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=OTHER_KERNELS)

@@ -210,9 +210,11 @@ def weight_change(sizes: Sizes, workers: int, changes: int, step_s: float) -> di
 
 
 def start_up(sizes: Sizes, way: str, workers: int, epoch: int, pipe: Any) -> None:
-    """Seconds and private memory to the first batch, in a process of its own."""
-    own = psutil.Process()
-    before, start = own.memory_full_info().uss, time.perf_counter()
+    """Seconds to the first batch, and memory then, in a process of its own.
+
+    Of this process its own memory, not what files are mapped; of workers what they do not share.
+    """
+    before, start = _anonymous_mib(), time.perf_counter()
     if way == MEGASHEAR:
         loader = mixture(sizes, workers)
         loader.next_batch()
@@ -221,13 +223,13 @@ def start_up(sizes: Sizes, way: str, workers: int, epoch: int, pipe: Any) -> Non
         batches = blended_batches(sizes, data, workers)
         next(batches)
     seconds = time.perf_counter() - start
-    children = [each.memory_full_info().uss for each in own.children()]
+    mib = _anonymous_mib() - before
+    children = [each.memory_full_info().uss for each in psutil.Process().children()]
     pipe.send(
         {
             "way": way,
             "seconds": seconds,
-            "mib": (own.memory_full_info().uss - before) / 2**20,
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+            "mib": mib,
             "workers_mib": [size / 2**20 for size in children],
         }
     )
@@ -245,6 +247,15 @@ def measure_start_up(sizes: Sizes, workers: int, epoch: int, rounds: int) -> lis
             print(f"round {number}, start of {way}: {found[-1]}", file=sys.stderr)
             process.join()
     return found
+
+
+def _anonymous_mib() -> float:
+    (line,) = (
+        line
+        for line in Path("/proc/self/smaps_rollup").read_text().splitlines()
+        if line.startswith("Anonymous:")
+    )
+    return int(line.split()[1]) / 2**10
 
 
 def _cpu_seconds(whose: int) -> float:
@@ -315,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for found in changes:
         medians = [statistics.median(found[key]) for key in list(found)[1:]]
         print(f"| {found['workers']} | {' | '.join(f'{value:.3f}' for value in medians)} |")
-    print("\n| way | start to first batch, s | private memory, MiB | of each worker, MiB |")
+    print("\n| way | start to first batch, s | memory, MiB | of each worker alone, MiB |")
     print("|---|---|---|---|")
     for way in (BLENDED, MEGASHEAR):
         in_workers = statistics.median(

@@ -29,6 +29,7 @@ def loader(
     workers=0,
     exhausted="repeat",
     borders=None,
+    is_read=True,
 ) -> MixtureLoader:
     domains = [
         DomainSequences(data.prefix(name), length, seed, i) for i, name in enumerate(data.names)
@@ -48,6 +49,7 @@ def loader(
         data_parallel_size=size,
         num_workers=workers,
         borders=borders,
+        is_read=is_read,
     )
 
 
@@ -204,6 +206,26 @@ def test_only_own_samples_are_read(data, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(DomainSequences, "__getitem__", noted)
     loader(data, rank=1, size=4).next_batch()
     assert len(read) == 3
+
+
+@pytest.mark.parametrize("borders", [None, DocumentBorders(mask_loss=True)])
+def test_a_rank_that_needs_no_text_draws_alike_and_reads_nothing(
+    data, monkeypatch: pytest.MonkeyPatch, borders: DocumentBorders | None
+) -> None:
+    reading = loader(data, micro=3, borders=borders)
+    wanted = [reading.next_batch() for _ in range(3)]
+    monkeypatch.delattr(DomainSequences, "__getitem__")
+    drawing = loader(data, micro=3, workers=2, borders=borders, is_read=False)
+    for batches in wanted:
+        for found, batch in zip(drawing.next_batch(), batches, strict=True):
+            assert torch.equal(found.positions, batch.positions)
+            assert torch.equal(found.domains, batch.domains)
+            assert found.tokens.shape == batch.tokens.shape
+            assert found.loss_mask.shape == batch.loss_mask.shape
+            assert not found.tokens.any()
+    assert drawing.state_dict() == reading.state_dict()
+    assert drawing._reader is not None
+    assert all(domain._sequences is None for domain in drawing.domains)
 
 
 @pytest.fixture
