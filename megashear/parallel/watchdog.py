@@ -23,6 +23,8 @@ EXIT_HUNG = 70
 """Exit status of a job in which a rank hung (EX_SOFTWARE of sysexits.h)."""
 
 _KEY = "megashear/hung"
+_SLACK_S = 1.0
+"""Seconds that the last questions may take."""
 _WAITING = (
     os.path.join("torch", "distributed", ""),
     # where the host waits for a device that may wait for another rank
@@ -85,13 +87,14 @@ class Watchdog:
     def _end(self, doing: str) -> None:
         stack = _stack_of(self._main)
         own = {"doing": doing, "waits": _waits(stack), "stack": _printed(stack)}
-        try:
-            hung = self._find_hung(own)
-        except Exception as error:  # the store's host may be what is gone
+        hung, silence = self._ask(own)
+        if silence is not None:
             hung = [] if own["waits"] else [(self.rank, own)]
-            print(f"rank {self.rank} could not ask the others: {error}", file=sys.stderr)
+            print(f"rank {self.rank} could not ask the others: {silence}", file=sys.stderr)
         where = f"rank {self.rank}: no progress for {self.timeout_s:g} s in {doing}"
-        if not hung:
+        if not hung and silence is not None:
+            where += f"; it waits for a rank on the other side, here:\n{own['stack']}"
+        elif not hung:
             where += "; every rank that answered waits for another one, this one here:\n"
             where += str(own["stack"])
         for rank, theirs in hung:
@@ -103,11 +106,37 @@ class Watchdog:
         # not sys.exit: the main thread would go on waiting
         os._exit(EXIT_HUNG)
 
+    def _ask(
+        self, own: dict[str, object]
+    ) -> tuple[list[tuple[int, dict[str, object]]], str | None]:
+        """What `_find_hung` found, or why it could not."""
+        found: list[list[tuple[int, dict[str, object]]]] = []
+        errors: list[str] = []
+
+        def ask() -> None:
+            try:
+                found.append(self._find_hung(own))
+            except Exception as error:  # the store's host may be what is gone
+                errors.append(str(error))
+
+        # beside: where the network is gone, a call of the store does not come back
+        asking = threading.Thread(target=ask, name="asks where the others are", daemon=True)
+        asking.start()
+        asking.join(self._patience_s() + _SLACK_S)
+        if found:
+            return found[0], None
+        unheard = "no answer from where the ranks met; this host may be cut off from the first one"
+        return [], next(iter(errors), unheard)
+
+    def _patience_s(self) -> float:
+        """Seconds in which all ranks that live notice, too: their clocks started at their last
+        beats, which lie no further apart than this."""
+        return self.timeout_s / 2 + 2
+
     def _find_hung(self, own: dict[str, object]) -> list[tuple[int, dict[str, object]]]:
         """Ranks that do not answer in time to say that they wait, or say that they do not."""
         self.store.set(f"{_KEY}/{self.rank}", json.dumps(own))
-        # their clocks started at their last beats, which lie no further apart than this
-        deadline = time.monotonic() + self.timeout_s / 2 + 2
+        deadline = time.monotonic() + self._patience_s()
         found: dict[int, dict[str, object]] = {}
         while len(found) < self.world_size and time.monotonic() < deadline:
             for rank in range(self.world_size):
