@@ -125,9 +125,10 @@ class CutOff:
     """What happened to a job whose second host was cut off."""
 
     seconds: tuple[float, float]
-    """From the cut until torchrun of each host had ended."""
-    codes: tuple[int, int]
-    """Exit codes of both torchruns after the cut."""
+    """From the cut until all ranks of each host had ended."""
+    code: int
+    """Exit code of the first host's torchrun after the cut. The other's waits for the store on the
+    first host, however long, and is ended as a batch system would."""
     said: tuple[str, str]
     """All output of each host until then."""
     went_on: tuple[int, int]
@@ -159,29 +160,38 @@ def cut_off(
             time.sleep(0.01)
         hosts.cut()
         begin, ended = time.monotonic(), [0.0, 0.0]
-        while not all(ended):
+        ranks = [[phases.pids[host * processes + n] for n in range(processes)] for host in (0, 1)]
+        while not all(ended) or jobs[0].poll() is None:
             phases.read()  # or the ranks would wait for room in it
-            for host, job in enumerate(jobs):
-                if not ended[host] and job.poll() is not None:
+            for host, pids in enumerate(ranks):
+                if not ended[host] and not any(map(_runs, pids)):
                     ended[host] = time.monotonic() - begin
-            assert time.monotonic() - begin < 300, [log.read_text() for log in logs]
+            assert time.monotonic() - begin < 150, [log.read_text() for log in logs]
             time.sleep(0.05)
-        codes = (jobs[0].returncode, jobs[1].returncode)
         said = (logs[0].read_text(), logs[1].read_text())
         hosts.end()  # as a batch system does when a job has failed
         hosts.mend()
-        jobs = [hosts.torchrun(host, processes, logs[host], *words) for host in range(2)]
         for job in jobs:
+            job.wait()
+        again = [hosts.torchrun(host, processes, logs[host], *words) for host in range(2)]
+        for job in again:
             while job.poll() is None:
                 phases.read()
-                assert time.monotonic() - begin < 600, [log.read_text() for log in logs]
+                assert time.monotonic() - begin < 300, [log.read_text() for log in logs]
                 time.sleep(0.05)
     return CutOff(
         seconds=(ended[0], ended[1]),
-        codes=codes,
+        code=jobs[0].returncode,
         said=said,
-        went_on=(jobs[0].returncode, jobs[1].returncode),
+        went_on=(again[0].returncode, again[1].returncode),
     )
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _ip(*words: str) -> None:

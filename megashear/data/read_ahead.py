@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +19,8 @@ from megashear.data.mixture import DomainMixture
 from megashear.data.sequences import DomainSequences
 from megashear.parallel import device
 
+_LOOK_S = 5.0
+"""Seconds between looks at whether the parent is there, as torch's workers look."""
 _UNREADABLE = "cannot be read"
 """Tells an error of reading from one of the processes that read."""
 
@@ -200,6 +206,7 @@ class ReadAhead:
                     num_workers=self._num_workers,
                     collate_fn=_as_it_is,
                     multiprocessing_context="fork",
+                    worker_init_fn=functools.partial(_end_with, os.getpid()),
                     pin_memory=device.has_cuda(),
                     # its own, or starting would draw from torch's global generator
                     generator=torch.Generator(),
@@ -221,6 +228,21 @@ class ReadAhead:
                 f"in the rank itself)"
             ) from error
         return self._expected.issued.popleft(), block
+
+
+def _end_with(parent: int, worker: int) -> None:
+    """End this worker when its parent is gone, also where it went before torch's worker looked.
+
+    That takes whoever is its parent when it is ready to work for the one to wait for; an orphan by
+    then would stay for ever.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def make_reader(reader: SequenceReader, num_workers: int, expect: Expect) -> Reader:

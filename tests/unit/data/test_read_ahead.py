@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megashear.data import read_ahead
 from megashear.data.loader import MixtureLoader
 from megashear.data.read_ahead import ReadAhead, _Expected
 from megashear.data.sequences import DomainSequences
@@ -204,3 +205,20 @@ def test_a_killed_rank_leaves_no_workers(data) -> None:
     while any(map(is_running, pids)):
         assert time.monotonic() < deadline, f"workers {pids} outlived their parent"
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_worker_ends_that_was_an_orphan_before_it_looked(
+    is_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_ahead, "_LOOK_S", 0.01)
+    parent = os.getpid() if is_there else os.getpid() + 1
+
+    def worker() -> None:
+        read_ahead._end_with(parent, 0)
+        time.sleep(0.5 if is_there else 60.0)
+
+    process = multiprocessing.get_context("fork").Process(target=worker)
+    process.start()
+    process.join(PATIENCE_S)
+    assert process.exitcode == (0 if is_there else 1)
