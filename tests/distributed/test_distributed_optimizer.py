@@ -12,10 +12,14 @@ import pytest
 import torch
 
 from megashear.checkpoint import optimizer_state
+from megashear.checkpoint.description import Description
+from megashear.checkpoint.store import load_run, save_run
 from megashear.checkpoint.weights import MASTERS
 from megashear.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
+from megashear.shape import ModelShape
+from megashear.train.objectives import LanguageModelling
 from megashear.train.optim import build_optimizer
 from tests.distributed.test_resume import (
     FREE_RUNNING,
@@ -25,11 +29,12 @@ from tests.distributed.test_resume import (
     configuration,
     differences,
     finished,
+    finished_tensors,
     start,
 )
 from tests.ranks import run_ranks
 from tests.text_run import TextRun
-from tests.tiny import SOURCE, layout
+from tests.tiny import SOURCE, layout, megatron_weights, microbatches, set_weights
 
 NORM_ORDER = 1e-6
 """Relative; the norm that gradients are clipped by is summed over other shards."""
@@ -189,6 +194,70 @@ def test_one_count_of_steps_for_all_parameters_is_noticed(runs: Runs, tmp_path: 
     broken = runs.resumed("prune", here, here, tmp_path, broken=one_count_for_all)
     assert broken.adam_steps != whole.adam_steps
     assert errors(broken, whole)["output_layer.weight"] > 10 * REDUCTION_ORDER
+
+
+TIED = replace(SOURCE, tied_embeddings=True)
+ODD = replace(SOURCE, vocab_size=61)
+"""A vocabulary that is padded at TP 2, so that one rank's stretch ends in padding."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "place", "after"),
+    [
+        pytest.param(TIED, sharded(2, pp=2), plain(sharded(2)), id="tied-pp2"),
+        pytest.param(ODD, sharded(2, tp=2), sharded(2), id="padded-tp2"),
+    ],
+)
+def test_shared_and_padded_embeddings(
+    tmp_path: Path, shape: ModelShape, place: Place, after: Place
+) -> None:
+    def steps(at: Place, numbers: range, load: str | None = None, save: str | None = None) -> None:
+        parallel, replicas = at
+
+        def body(rank: int) -> None:
+            groups = ParallelGroups.create(parallel)
+            chunks = build_llama(shape, groups, parallel, ModelConfig(), variant="local")
+            optimizer = build_optimizer(
+                chunks,
+                OptimizerConfig(lr=1e-3),
+                bf16=False,
+                sharded=parallel.use_distributed_optimizer,
+            )
+            if load is None:
+                whole = megatron_weights(shape)
+                set_weights(chunks, whole, groups.tensor_rank, groups.tensor_size)
+            else:
+                load_run(tmp_path / load, chunks, optimizer, groups)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3
+            objective = LanguageModelling(chunks)
+            for number in numbers:
+                for chunk in chunks:
+                    chunk.zero_grad_buffer()
+                optimizer.zero_grad()
+                batches = microbatches(
+                    number,
+                    data_rank=groups.data_rank,
+                    data_size=groups.data_size,
+                    vocab=shape.vocab_size,
+                )
+                objective.forward_backward(batches, number)
+                optimizer.step()
+            description = Description(shape=shape, iteration=0, stage="pretrain")
+            save_run(tmp_path / str(save), description, chunks, optimizer, groups)
+
+        run_ranks(parallel.model_parallel_size * replicas, body)
+
+    steps(plain(after), range(4), save="whole")
+    steps(place, range(2), save="half")
+    steps(after, range(2, 4), load="half", save="resumed")
+    steps(place, range(2, 4), load="half", save="again")
+    whole = finished_tensors(tmp_path / "whole", 0)
+    for name in ("resumed", "again"):
+        found = finished_tensors(tmp_path / name, 0)
+        assert found.keys() == whole.keys()
+        for key, tensor in whole.items():
+            assert float((found[key] - tensor).norm() / tensor.norm()) < REDUCTION_ORDER, key
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
