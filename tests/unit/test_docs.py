@@ -35,6 +35,8 @@ OTHERS_FLAGS = {
     # torchrun, pip, tensorboard
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),
     "--max-restarts",
+    # tools/crash_test.py; Slurm
+    *("--seed", "--kill-on-bad-exit", "--requeue", "--max-restarts"),
     # tools/benchmarks
     *("--rounds", "--copies"),
     "--json-keys",  # Megatron-LM's name of --json-key
