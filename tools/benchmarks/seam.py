@@ -27,6 +27,8 @@ from megashear.checkpoint.description import find_iteration, read_description
 
 RANKS = 2
 WAYS = ("carried", "reset")
+_PARTS = ("parallel", "model", "train", "optimizer", "data", "masks")
+"""Parts of a run whose keys a YAML file has side by side."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,12 +88,7 @@ def flat(run: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of a run as YAML takes them, those at rest left out."""
     values: dict[str, Any] = {}
     for name, value in run.items():
-        if (
-            isinstance(value, Mapping) and name in ("parallel", "model", "train", "optimizer")
-        ) or name in ("data", "masks"):
-            values |= value
-        else:
-            values[name] = value
+        values |= value if name in _PARTS else {name: value}
     return {name: value for name, value in values.items() if value not in (None, (), [], {})}
 
 
