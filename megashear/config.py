@@ -511,9 +511,9 @@ class ReferenceLossRun:
     """What the model shall become, for the fit: a preset or a JSON file of extents; or --params."""
     params: int | None = None
     """Parameters of what the model shall become, embeddings included; in place of --target."""
-    method: Literal["auto", "scaling-law", "own-loss"] = "auto"
-    """Fit L(N) = a N^-b + c through three or more sizes, or take the loss of the smallest model as
-    it is; auto fits where it can."""
+    method: Literal["auto", "scaling-law", "power-law", "own-loss"] = "auto"
+    """Fit L(N) = a N^-b + c through three or more sizes, a N^-b through two, or take the loss of
+    the smallest model as it is; auto fits where it can."""
     data_path: str | None = None
     """With --load: directory that `megashear preprocess` wrote."""
     seq_length: int | None = None

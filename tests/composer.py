@@ -28,16 +28,18 @@ COMPOSER_NAMES = [
 ]
 
 
-def state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by the names of LLM-Shearing, with the rotary tables that it stores beside them."""
+def state_dict(
+    weights: Mapping[str, Tensor], rotary_table: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Weights by the names of LLM-Shearing, with the rotary table that it stores in every layer."""
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():
         theirs = name
         for ours, composer in COMPOSER_NAMES:
             theirs = re.sub(ours, composer, theirs)
         found[theirs] = weight
-        if theirs.endswith("attn.wq.weight"):
-            found[theirs.replace("wq.weight", "rotary_emb.inv_freq")] = torch.ones(4)
+        if theirs.endswith("attn.wq.weight") and rotary_table is not None:
+            found[theirs.replace("wq.weight", "rotary_emb.inv_freq")] = rotary_table
     return found
 
 

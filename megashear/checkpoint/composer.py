@@ -39,8 +39,8 @@ _NAMES = {
 }
 """Composer name by Hugging Face name. Source: llmshearing/utils/composer_to_hf.py, ibid."""
 _MASKS = "model.l0_module."
-_IGNORED = re.compile(r"model\.transformer\.blocks\.\d+\.attn\.rotary_emb\.inv_freq")
-"""Rotary tables, which follow from the base."""
+_TABLES = re.compile(r"model\.transformer\.blocks\.\d+\.attn\.rotary_emb\.inv_freq")
+"""Rotary tables, which follow from head width and base and are held to them."""
 _PASSED_OVER = (
     "_codecs",
     "collections",
@@ -87,7 +87,9 @@ class ComposerWeights(Mapping[str, Tensor]):
         self.path = Path(path)
         where = f"Composer checkpoint {path}"
         found = _state_dict(self.path, where)
+        tables = {name: found.pop(name) for name in list(found) if _TABLES.fullmatch(name)}
         _check_pruned(found, self.path)
+        _check_tables(tables, head_dim, rotary_base, where)
         self.shape = _shape(
             found,
             where,
@@ -133,7 +135,31 @@ def _state_dict(path: Path, where: str) -> dict[str, Tensor]:
             f"{where} has no model.transformer.wte.weight, with which a model of LLM-Shearing "
             f"begins; of other models give the Hugging Face directory"
         )
-    return {name: tensor for name, tensor in tensors.items() if not _IGNORED.fullmatch(name)}
+    return tensors
+
+
+def _check_tables(
+    tables: Mapping[str, Tensor], head_dim: int, rotary_base: float, where: str
+) -> None:
+    """Hold the file's rotary tables to the head width and base it is read with.
+
+    No shape of a weight would tell: heads times their width stay what they are.
+    """
+    wanted = 1.0 / rotary_base ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    for name, table in tables.items():
+        if 2 * len(table) != head_dim:
+            raise ValueError(
+                f"{where}: {name} has {len(table)} frequencies, which heads of width "
+                f"{2 * len(table)} have, and --head-dim is {head_dim}; give --head-dim "
+                f"{2 * len(table)}"
+            )
+        # bfloat16 keeps 8 bits; the first frequency is 1 whatever the base
+        if not torch.allclose(table.float(), wanted, rtol=2**-7, atol=0.0):
+            base = float(table[-1].double() ** (-head_dim / (head_dim - 2)))
+            raise ValueError(
+                f"{where}: {name} is not the table of --rotary-base {rotary_base:g}; its last "
+                f"frequency is that of a base of about {base:.4g}: give the model's own"
+            )
 
 
 def _check_pruned(found: Mapping[str, Tensor], path: Path) -> None:

@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ class Saver:
         keep: newest iterations to keep; older ones are deleted once a new one is visible. 0 keeps
             all.
         protected: an iteration that is never deleted: the one that the run started from.
+        beat: told while a save is waited for and goes on, see `Watchdog`; not of a disk that
+            hangs.
     """
 
     def __init__(
@@ -85,8 +87,9 @@ class Saver:
         background: bool = False,
         keep: int = 0,
         protected: Path | None = None,
+        beat: Callable[[str], None] = lambda doing: None,
     ) -> None:
-        self.root, self._groups = Path(root), groups
+        self.root, self._groups, self._beat = Path(root), groups, beat
         self._background, self._keep, self._protected = background, keep, protected
         self._pending: _Pending | None = None
         # A thread that still writes while the interpreter is taken down ends the process with a
@@ -206,10 +209,13 @@ class Saver:
 
     def wait(self) -> list[Saved]:
         """Wait until nothing is in flight any more; as `poll`."""
-        pause = 1e-3
+        pause, written = 1e-3, -1
         finished: list[Saved] = []
         while self._pending is not None:
-            self._pending.task.wait(pause)
+            pending = self._pending
+            if pending.task.wait(pause) or pending.write.num_written != written:
+                written = pending.write.num_written
+                self._beat(f"saving step {pending.description.iteration}")
             # not one long collective: those time out, and a large checkpoint takes long
             finished += self.poll()
             pause = min(2 * pause, _LONGEST_PAUSE_S)

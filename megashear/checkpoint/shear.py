@@ -53,6 +53,8 @@ def cut_checkpoint(
                 "source_shape": source.to_dict(),
                 "pruned_for": weights.description.iteration,
                 "rounding": {kind: change.num_changed for kind, change in changes.items()},
+                # how it was trained: `megashear evaluate` asks for lengths and borders of documents
+                **({"run": details["run"]} if "run" in details else {}),
             },
         ),
         tokenizer=weights.tokenizer,

@@ -99,6 +99,7 @@ class ShardedWrite:
     def __init__(self, state: dict[str, Any], directory: Path, *, keep_copy: bool = False) -> None:
         self.directory = directory
         self._cancelled = threading.Event()
+        self._written: dict[str, int] = {}  # by file, for each has a thread of its own
         sharded, common = save_preprocess(state)
         self._common = io.BytesIO()
         torch.save(common, self._common)  # now: its plain values change with the next step
@@ -116,6 +117,11 @@ class ShardedWrite:
                 (item, data if isinstance(data, io.BytesIO) else data.to("cpu", copy=True))
                 for item, data in entries
             ]
+
+    @property
+    def num_written(self) -> int:
+        """Bytes that this rank has written so far."""
+        return sum(list(self._written.values()))
 
     def cancel(self) -> None:
         """Let `write` end soon, with an error."""
@@ -183,6 +189,7 @@ class ShardedWrite:
                 else:
                     torch.save(_alone(data), file)  # type: ignore[arg-type]  # writes, no more
                 length = file.tell() - start
+                self._written[name] = file.tell()
                 place = _StorageInfo(name, start, length)
                 results.append(WriteResult(item.index, length, place))
         return results, file.sum

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -198,6 +200,7 @@ class ReadAhead:
 
     def _start(self) -> None:
         if self._answers is None:
+            before = set(multiprocessing.active_children())
             self._answers = iter(
                 DataLoader(
                     self._reader,
@@ -206,12 +209,15 @@ class ReadAhead:
                     num_workers=self._num_workers,
                     collate_fn=_as_it_is,
                     multiprocessing_context="fork",
-                    worker_init_fn=functools.partial(_end_with, os.getpid()),
+                    worker_init_fn=functools.partial(_begin_worker, os.getpid()),
                     pin_memory=device.has_cuda(),
                     # its own, or starting would draw from torch's global generator
                     generator=torch.Generator(),
                 )
             )
+            workers = set(multiprocessing.active_children()) - before
+            # before multiprocessing's own, which sends SIGTERM and waits
+            atexit.register(_kill, workers)
 
     def _next(self) -> tuple[Request, Tensor | None]:
         """The oldest request that is not answered, and its answer."""
@@ -262,6 +268,19 @@ def make_reader(reader: SequenceReader, num_workers: int, expect: Expect) -> Rea
     if num_workers == 0 or multiprocessing.current_process().daemon:
         return reader
     return ReadAhead(reader, num_workers, expect)
+
+
+def _begin_worker(rank: int, worker: int) -> None:
+    # signals to a whole job are for the ranks, which still read until they have saved
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    _end_with(rank, worker)
+
+
+def _kill(workers: set[Any]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 def _as_it_is(block: Any) -> Any:

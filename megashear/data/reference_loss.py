@@ -61,6 +61,8 @@ GRID = 401
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Ratio of the golden section."""
 
+SEQUENCE_LENGTH = "sequence length"
+"""Key of the tokens per sequence in what `megashear evaluate --output` wrote."""
 MEASURED = "held-out loss"
 """Key under which ``megashear evaluate`` writes the losses it measured, by domain."""
 PARAMETERS = "parameters"
@@ -88,6 +90,8 @@ class Model:
     """Of the whole model, embeddings included."""
     losses: Mapping[str, float]
     """Loss by domain, nats per token."""
+    sequence_length: int | None = None
+    """Tokens per sequence of the evaluation, where it is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +298,8 @@ def find_references(models: Sequence[Model], *, method: str, params: int | None)
             }
             for name, law in laws.items()
         }
+    if (length := models[0].sequence_length) is not None:
+        found[SEQUENCE_LENGTH] = length
     found["models"] = [
         {"name": m.name, PARAMETERS: m.parameters, MEASURED: dict(m.losses)} for m in models
     ]
@@ -301,6 +307,12 @@ def find_references(models: Sequence[Model], *, method: str, params: int | None)
 
 
 def _check_models(models: Sequence[Model], domains: Sequence[str]) -> None:
+    lengths = {m.name: m.sequence_length for m in models if m.sequence_length is not None}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"the models were evaluated on sequences of different length, tokens: {lengths}; no "
+            f"law goes through such losses: evaluate all with the same --seq-length"
+        )
     for one, other in itertools.pairwise(models):
         if one.parameters == other.parameters:
             raise ValueError(
@@ -341,7 +353,14 @@ def read_models(files: Sequence[str | Path]) -> list[Model]:
                 )
             for name, value in losses.items():
                 _check_loss(value, name, f"{file}, {size:.0f} parameters")
-            models.append(Model(name=str(file), parameters=int(size), losses=losses))
+            models.append(
+                Model(
+                    name=str(file),
+                    parameters=int(size),
+                    losses=losses,
+                    sequence_length=values.get(SEQUENCE_LENGTH),
+                )
+            )
     return models
 
 

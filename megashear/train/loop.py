@@ -359,6 +359,7 @@ class Trainer:
             background=self.train.async_save,
             keep=self.train.keep,
             protected=self.source,
+            beat=self.watchdog.beat,
         )
 
     def _report(self, finished: Sequence[Saved], sink: tags.TensorBoardSink) -> None:

@@ -22,7 +22,7 @@ from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import EvaluateRun, MaskConfig, ModelConfig, ReferenceLossRun
 from megashear.data.held_out import HeldOutSet
 from megashear.data.manifest import DataManifest, read_manifest
-from megashear.data.reference_loss import MEASURED, PARAMETERS, Model, read_models
+from megashear.data.reference_loss import MEASURED, PARAMETERS, SEQUENCE_LENGTH, Model, read_models
 from megashear.models.llama import build_chunks, check_layout
 from megashear.parallel.agree import check_same, raise_together
 from megashear.parallel.groups import ParallelGroups
@@ -83,7 +83,10 @@ def measure_models(config: ReferenceLossRun) -> tuple[list[Model], int | None]:
             found = run.losses(groups)
             known.append(
                 Model(
-                    name=found["checkpoint"], parameters=found[PARAMETERS], losses=found[MEASURED]
+                    name=found["checkpoint"],
+                    parameters=found[PARAMETERS],
+                    losses=found[MEASURED],
+                    sequence_length=found[SEQUENCE_LENGTH],
                 )
             )
     return known, params

@@ -99,6 +99,12 @@ def prune(config: PruneRun, then: PretrainRun | None = None) -> dict[str, Any]:
         trainer = _pruning_trainer(config, start, target, inputs, groups)
         reached = trainer.run(start.first_step)
         done = reached["step"] == train.train_iters and reached["stopped"] is None
+        if behind is not None and not done:
+            logger.warning(
+                "pruning ended at step %d of %d: neither the cut nor what --then-pretrain %s "
+                "describes was begun",
+                *(reached["step"], train.train_iters, config.then_pretrain),
+            )
         if behind is None or not done:
             return reached
         following = behind.take_over(trainer, start, target, groups)
@@ -285,8 +291,14 @@ def _trainer(
             "first step": start.first_step,
             "stage of the checkpoint": start.description and start.description.stage,
             "files of --load-hf": start.hf
-            and sorted((path.name, path.stat().st_size) for path in start.hf.glob("*.safetensors")),
+            and sorted(
+                (path.name, path.stat().st_size)
+                for path in start.hf.iterdir()
+                if path.suffix in (".safetensors", ".bin")
+            ),
             "run": dataclasses.asdict(config),
+            "shape of the model": start.shape.to_dict(),
+            "target of the run": details,
             **inputs.replicated(),
         }
     )
@@ -322,7 +334,8 @@ def _trainer(
         description = load_run(
             start.checkpoint, chunks, optimizer, groups, masks=mask_state(objective)
         )
-        guard.load_state_dict(description.details[GUARD])
+        if GUARD in description.details:  # older releases took every step
+            guard.load_state_dict(description.details[GUARD])
         apply_flags(optimizer, config.optimizer)
         schedule.load_state_dict(description.details["scheduler"])
         loader.load_state_dict(description.details["loader"])

@@ -14,6 +14,7 @@ from megashear.parallel.groups import ParallelGroups
 from megashear.train.evaluate import evaluate_domains
 from megashear.train.inputs import check_sequence
 from megashear.train.objectives import LanguageModelling
+from megashear.train.start import check_events
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,15 @@ def check_then(config: PruneRun, then: PretrainRun) -> None:
         raise ValueError(
             f"{where}: save is {then.train.save}, the directory of pruning; choose another"
         )
+    curves = then.train.tensorboard_dir
+    if curves is not None:
+        if config.train.tensorboard_dir is not None and _same(curves, config.train.tensorboard_dir):
+            raise ValueError(
+                f"{where}: tensorboard_dir is {curves}, that of pruning, whose curves begin at the "
+                f"same steps; choose another"
+            )
+        if not config.train.resume:
+            check_events(then.train)
     if not config.train.resume and holds_iterations(then.train.save):
         raise ValueError(
             f"{where}: save {then.train.save} holds a run already; add --resume to go on with it, "

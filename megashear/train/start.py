@@ -100,7 +100,8 @@ def find_start(
         start = Start(shape=fresh, checkpoint=None, description=None, continues=False)
     else:
         raise ValueError(without)
-    _check_events(train, start)
+    if not train.resume and not start.continues:
+        check_events(train)
     return start
 
 
@@ -172,9 +173,13 @@ def _start_at(directory: Path, source: str, resumed: bool, train: TrainConfig, s
     )
 
 
-def _check_events(train: TrainConfig, start: Start) -> None:
-    """Refuse to draw a new run over another's curves."""
-    if train.tensorboard_dir is None or train.resume or start.continues:
+def check_events(train: TrainConfig) -> None:
+    """Refuse to draw a new run over another's curves.
+
+    Raises:
+        ValueError: --tensorboard-dir has some.
+    """
+    if train.tensorboard_dir is None:
         return
     if any(Path(train.tensorboard_dir).glob("events.out.tfevents.*")):
         raise ValueError(

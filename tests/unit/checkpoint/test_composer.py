@@ -49,6 +49,25 @@ def test_what_the_tensors_do_not_say_counts(tmp_path: Path) -> None:
         assert (error == 0) == (not changes), changes
 
 
+def table(head_dim: int, base: float) -> Tensor:
+    return torch.tensor([base ** (-2 * pair / head_dim) for pair in range(head_dim // 2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rotary_table_of_the_file_must_be_that_of_the_flags(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(state_dict(WEIGHTS, table(8, 500.0).to(dtype)), path)
+    assert ComposerWeights(path, **READ).shape == SHAPE
+    with pytest.raises(ValueError, match=r"--rotary-base 10000; .* of a base of about (49|50)"):
+        ComposerWeights(path, **READ | {"rotary_base": 10000.0})
+    # twice as many heads of half the width: every weight has the same shape
+    message = r"4 frequencies, which heads of width 8 have, and --head-dim is 4; give --head-dim 8"
+    with pytest.raises(ValueError, match=message):
+        ComposerWeights(path, **READ | {"head_dim": 4})
+
+
 def test_names_of_two_weights_swapped_are_noticed(tmp_path: Path) -> None:
     at = "model.layers.1.mlp."
     swapped = dict(WEIGHTS)

@@ -84,7 +84,7 @@ def test_reading_holds_chunks_not_files(suffix: str, tmp_path) -> None:
 
 def test_the_measure_notices_a_file_that_is_held(tmp_path) -> None:
     file = write_text(tmp_path / "x.jsonl")
-    assert growth(lambda: list(read_chunks(file))) > 192 * MIB
+    assert growth(lambda: list(read_chunks(file))) > 4 * BOUND
 
 
 DOCUMENTS, CHUNKS = 200_000, 12
