@@ -305,6 +305,13 @@ def test_float32_masters_are_cut_under_bf16(
             r"load is x, but it begins with the model that was pruned",
         ),
         (
+            lambda prune, then: (
+                replace(prune, train=replace(prune.train, tensorboard_dir="same")),
+                replace(then, train=replace(then.train, tensorboard_dir="./same")),
+            ),
+            r"tensorboard_dir is ./same, that of pruning",
+        ),
+        (
             lambda prune, then: (replace(prune, train=replace(prune.train, save=None)), then),
             r"needs --save",
         ),

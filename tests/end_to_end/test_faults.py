@@ -65,7 +65,7 @@ def command(text: TextRun, folder: Path, how: str, steps: int, *agent: str) -> l
         "reweight": "constant",
         "seq-length": SEQUENCE,
         "global-batch-size": 4,
-        "num-workers": 0,
+        "num-workers": 2,
     }
     flags = [word for key, value in run.items() for word in (f"--{key}", str(value))]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -111,12 +111,15 @@ def test_an_error_that_is_not_restarted_ends_the_job_and_names_the_rank(
     assert "ZeroDivisionError: this rank has had enough" in report
 
 
-def test_a_signal_to_the_launcher_saves_before_the_job_ends(
+def test_a_signal_to_every_process_of_a_job_saves_before_it_ends(
     text: TextRun, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     with (tmp_path / "stderr").open("w") as stderr:
         job = subprocess.Popen(
-            command(text, tmp_path, "slowly", 500), stderr=stderr, env=environment
+            command(text, tmp_path, "slowly", 500),
+            stderr=stderr,
+            env=environment,
+            start_new_session=True,
         )
         try:
             deadline = time.monotonic() + 200
@@ -124,7 +127,7 @@ def test_a_signal_to_the_launcher_saves_before_the_job_ends(
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
             before = latest_iteration(tmp_path / "saved")
-            job.send_signal(signal.SIGTERM)
+            os.killpg(job.pid, signal.SIGTERM)  # launcher, ranks and their readers
             job.wait(timeout=100)
         finally:
             job.kill()

@@ -277,3 +277,16 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path, text: str, message
     (tmp_path / "m.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_models([tmp_path / "m.yaml"])
+
+
+def test_models_evaluated_at_different_lengths_are_refused(tmp_path: Path) -> None:
+    files = []
+    for size, length in ((1000, 128), (2000, 4096)):
+        files.append(tmp_path / f"{size}.json")
+        values = {"parameters": size, "held-out loss": {"wiki": 3.0}, "sequence length": length}
+        files[-1].write_text(json.dumps(values))
+    models = read_models(files)
+    with pytest.raises(ValueError, match=r"different length, tokens: .*128.*4096.* same --seq-len"):
+        find_references(models, method="auto", params=500)
+    own = find_references(models[:1], method="own-loss", params=None)
+    assert own["sequence length"] == 128
