@@ -122,7 +122,6 @@ def errors(here: Finished, there: Finished) -> dict[str, float]:
     ("stage", "place", "bf16"),
     [
         pytest.param("prune", sharded(2), False, id="prune-dp2"),
-        pytest.param("pretrain", sharded(4), False, id="pretrain-dp4"),
         pytest.param("pretrain", sharded(2, tp=2), False, id="pretrain-tp2-dp2"),
         pytest.param("pretrain", sharded(2, pp=2), True, id="pretrain-pp2-dp2-bf16"),
     ],
