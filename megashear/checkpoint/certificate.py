@@ -242,6 +242,8 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same bits; several times as fast as hashing the second."""
     if one.dtype != other.dtype:
         return False
+    if (one.data_ptr(), one.stride()) == (other.data_ptr(), other.stride()):
+        return True
     wide = torch.int64 if one.nbytes % 8 == 0 else torch.uint8
     bits = (tensor.detach().cpu().contiguous().view(-1).view(wide) for tensor in (one, other))
     return torch.equal(*bits)
