@@ -42,7 +42,7 @@ from megashear.shape import ModelShape
 
 EXTRA_STATE = "_extra_state"
 """Last part of the names of megatron-core's byte entries, which hold nothing of ours."""
-FILE_BYTES = 2**31
+FILE_BYTES = 2**30
 """A file of a checkpoint ends with the parameter that makes it this long, bytes: some files of any
 large model, so that several are written and read at a time, and not one for every layer."""
 
