@@ -92,19 +92,24 @@ def check_space(directory: Path, num_bytes: int) -> None:
         )
 
 
-def begin_writing(handle: int, offset: int, num_bytes: int) -> None:
-    """Have the kernel begin to put part of a file on the disk, and then forget it.
+def begin_writing(handle: int, begin: int, num_bytes: int) -> None:
+    """Have the kernel begin to put part of a file on the disk.
 
-    Left alone it gathers gigabytes before it begins, which the sync at the end then waits for,
-    and which push other programs' files out of memory.
+    Left alone it gathers gigabytes before it begins, which the sync at the end then waits for.
 
     Args:
         handle: of the open file.
-        offset: where the part begins, bytes.
+        begin: where the part begins, bytes.
         num_bytes: how long it is.
     """
+    forget(handle, begin, num_bytes)
+
+
+def forget(handle: int, begin: int, num_bytes: int) -> None:
+    """Have the kernel drop its copy of part of a file that will not be read again, or it drops
+    other files', and slowly, when the memory is full of it. Arguments as of `begin_writing`."""
     with contextlib.suppress(OSError):  # advice: some file systems take none
-        os.posix_fadvise(handle, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(handle, begin, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
 @contextlib.contextmanager

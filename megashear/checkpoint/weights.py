@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import pickle
 import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megashear.checkpoint import integrity, tokenizer_files
@@ -35,7 +32,13 @@ from megashear.checkpoint.description import (
 from megashear.checkpoint.formats import dtypes_of, stored_bytes
 from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
-from megashear.checkpoint.torch_dist import TorchDistFile, TorchDistWriter
+from megashear.checkpoint.torch_dist import (
+    UNREADABLE,
+    TorchDistFile,
+    TorchDistWriter,
+    read_entry,
+    without_crc32,
+)
 from megashear.checkpoint.workers import run_all
 from megashear.models import layout
 from megashear.shape import ModelShape
@@ -55,8 +58,6 @@ Witness = Callable[[str, Tensor, Tensor], None]
 """Told of a weight: its Hugging Face name, as it was given, and as it is stored."""
 
 _WHERE = "the model to be written"
-_UNREADABLE = (OSError, RuntimeError, EOFError, AssertionError, pickle.UnpicklingError)
-"""What torch's reader raises where bytes are not what they were."""
 
 
 def without_extra_state(sharded_state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,10 +115,11 @@ def write_weights(
         directory = aside / iteration_name(description.iteration)
         directory.mkdir()
         model = _Model(TorchDistWriter(directory), shape, dtype, witness)
-        if isinstance(weights, Mapping):
-            num_bytes = model.write_by_name(weights, workers)
-        else:
-            num_bytes = model.write_pairs(weights)
+        with without_crc32():
+            if isinstance(weights, Mapping):
+                num_bytes = model.write_by_name(weights, workers)
+            else:
+                num_bytes = model.write_pairs(weights)
         model.writer.finish(common_state(shape, description.iteration))
         (directory / TOKENIZER).mkdir()
         tokenizer_files.copy(files, directory / TOKENIZER)
@@ -195,9 +197,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
             if key in found and key in wanted and found[key][0] > wanted[key][0]:
                 found[key] = (wanted[key][0], *found[key][1:])
         layout.check_stored(found, self.shape, f"checkpoint {directory}")
-        # The metadata that was checked is the one that is used: torch does not read it again.
-        self._reader = FileSystemReader(directory)
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._places = metadata.storage_data
         self._owners = layout.owners(self.shape)
         self._last = threading.local()  # of each thread's last parameter, what was not asked for
 
@@ -235,50 +235,44 @@ class CheckpointWeights(Mapping[str, Tensor]):
     def _read(self, row: layout.MegatronTensor, layer: int | None) -> Tensor:
         extents = row.extents(self.shape)
         entry = self._stored[row.key]
-        whole = torch.empty(extents, dtype=entry.properties.dtype)
         first: list[int] = [] if layer is None else [layer]
         box = ChunkStorageMetadata(
             offsets=torch.Size([*first, *[0] * len(extents)]),
             sizes=torch.Size([*[1 for _ in first], *extents]),
         )
+        where = row.key if layer is None else f"{row.key} of layer {layer}"
         items = create_read_items_for_chunk_list(self._prefix + row.key, entry, [box])
-        into = whole if layer is None else whole[None]  # [1, ...]
-        if sum(item.lengths.numel() for item in items) < whole.numel():
-            # what no box covers would be whatever lay in memory before
-            raise ValueError(
-                f"checkpoint {self.directory} lacks part of {row.key}"
-                f"{'' if layer is None else f' of layer {layer}'}; copy it again"
-            )
-        try:
-            self._reader.read_data(LoadPlan(items), _IntoOneTensor(into)).wait()
-        except _UNREADABLE as error:
-            raise ValueError(
-                f"checkpoint {self.directory} is damaged: {row.key}"
-                f"{'' if layer is None else f' of layer {layer}'} cannot be read: {error}; copy it "
-                f"again"
-            ) from error
-        return whole
+        if sum(item.lengths.numel() for item in items) < box.sizes.numel():
+            # what no part covers would be whatever lay in memory before
+            raise ValueError(f"checkpoint {self.directory} lacks part of {where}; copy it again")
+        whole: Tensor | None = None
+        for item in items:
+            try:
+                saved = read_entry(self.directory, self._places[item.storage_index])
+            except UNREADABLE as error:
+                raise ValueError(
+                    f"checkpoint {self.directory} is damaged: {where} cannot be read: {error}; "
+                    f"copy it again"
+                ) from error
+            part = _box(saved, item.storage_offsets, item.lengths)
+            if part.dtype != entry.properties.dtype or part.shape != item.lengths:
+                raise ValueError(
+                    f"checkpoint {self.directory} is damaged: {where} holds {part.dtype} "
+                    f"{list(part.shape)} where its index says {entry.properties.dtype} "
+                    f"{list(item.lengths)}; copy it again"
+                )
+            if part.shape == box.sizes:  # as a converted checkpoint has it: nothing to put together
+                return part.reshape(extents)
+            if whole is None:
+                whole = torch.empty(box.sizes, dtype=part.dtype)
+            _box(whole, item.dest_offsets, item.lengths).copy_(part)
+        assert whole is not None, "an empty parameter"
+        return whole.reshape(extents)
 
 
-class _IntoOneTensor(LoadPlanner):
-    """Lets torch's reader fill one tensor; the plan is made already, and no rank is asked."""
-
-    def __init__(self, into: Tensor) -> None:
-        self.into = into
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        target = self.into
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths)):
-            target = target.narrow(dim, start, length)
-        return target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
-
-    def _unused(self, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("plans are made by CheckpointWeights, and byte entries are not read")
-
-    set_up_planner = create_local_plan = create_global_plan = finish_plan = load_bytes = _unused
+def _box(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """The part of a tensor that begins at ``offsets``; shorter where the tensor ends."""
+    return tensor[tuple(slice(at, at + length) for at, length in zip(offsets, lengths))]
 
 
 class _Model:
@@ -309,7 +303,7 @@ class _Model:
             size += dtype.itemsize * torch.Size(row.extents(self.shape)).numel()
 
         def fill(number: int, rows: list[Row]) -> Generator[int, None, None]:
-            with self.writer.file(number) as file:
+            with without_crc32(), self.writer.file(number) as file:
                 for row, layer in rows:
                     parts = {name: weights[name] for name in _names(row, layer)}
                     yield self._add(file, row, layer, parts)
