@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from megashear.checkpoint import aside as aside_module
@@ -33,6 +34,7 @@ DIRECTIONS: dict[str, Convert] = {"hf": hf_to_megatron, "checkpoint": megatron_t
 """What converts each kind of directory."""
 KILLS = 12
 FIRST = "model.embed_tokens.weight"
+FC2 = "decoder.layers.mlp.linear_fc2.weight"
 MIDDLE = ModelShape(
     **{**GROUPED.to_dict(), "hidden_size": 256, "ffn_hidden_size": 704, "vocab_size": 4000}
 )
@@ -319,13 +321,40 @@ def test_a_changed_bit_in_a_checkpoint_leaves_nothing(small: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_a_checkpoint_with_a_hole_leaves_nothing(small: Path, tmp_path: Path) -> None:
+def drop_part(index: Any) -> None:
+    del index.state_dict_metadata[FC2].chunks[2]
+
+
+def claim_half(index: Any) -> None:
+    index.state_dict_metadata[FC2].properties.dtype = torch.float16
+
+
+def claim_transformed(index: Any) -> None:
+    for box, place in index.storage_data.items():
+        if box.fqn == FC2:
+            place.transform_descriptors = ["zstd"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (drop_part, r"lacks part of .*mlp\.linear_fc2\.weight of layer 2; copy it again"),
+        (claim_half, r"of layer 0 holds torch.float32 \[1, 40, 96\] where its index says torch.fl"),
+        (
+            claim_transformed,
+            r"of layer 0 cannot be read: it is transformed by \['zstd'\], wh",
+        ),
+    ],
+)
+def test_a_checkpoint_that_contradicts_its_index_leaves_nothing(
+    small: Path, tmp_path: Path, harm: Callable[[Any], None], message: str
+) -> None:
     shutil.copytree(small / "checkpoint", tmp_path / "checkpoint")
     iteration = tmp_path / "checkpoint" / "iter_0000000"
     index = check_pickles(iteration)
-    del index.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks[2]
+    harm(index)
     (iteration / ".metadata").write_bytes(pickle.dumps(index))
     integrity.write(iteration)
-    with pytest.raises(ValueError, match=r"lacks part of .*mlp\.linear_fc2\.weight of layer 2; c"):
+    with pytest.raises(ValueError, match=message):
         megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
