@@ -34,7 +34,7 @@ RUNS = [
 OTHERS_FLAGS = {
     # torchrun, pip, tensorboard
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),
-    *("--max-restarts", "--work"),
+    *("--max-restarts", "--work", "--quickstart", "--steps", "--seeds", "--warmups"),
     # tools/crash_test.py; Slurm
     *("--seed", "--kill-on-bad-exit", "--requeue", "--max-restarts"),
     # tools/benchmarks
