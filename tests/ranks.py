@@ -43,7 +43,8 @@ def run_ranks(world_size: int, body: Callable[[int], Any], timeout_s: float = 12
     """
     device.install()
     context = multiprocessing.get_context("fork")
-    reports, results = context.Queue(), {}
+    reports = context.Queue()
+    results: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         rest = (world_size, f"{folder}/store", body, reports)
         ranks = [context.Process(target=_rank_main, args=(r, *rest)) for r in range(world_size)]
@@ -56,6 +57,7 @@ def run_ranks(world_size: int, body: Callable[[int], Any], timeout_s: float = 12
                 results[rank] = pickle.loads(result)
         finally:
             for process in ranks:
+                assert process.pid is not None  # it was started
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.kill()

@@ -174,7 +174,7 @@ def check(
         "bytes": certificate["bytes"],
         "files beside the weights": len(certificate["files"]),
         "equal to the source": certificate["equal_to_source"],
-        "logits": certificate["logits"],
+        "relative error of logits": (certificate["logits"] or {}).get("relative_error"),
     }
 
 

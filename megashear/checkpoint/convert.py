@@ -204,6 +204,7 @@ class _ChecksumThread(threading.Thread):
         self.error: Exception | None = None
 
     def run(self) -> None:
+        """Compare every file; what is wrong waits in ``error``."""
         try:
             if checksums(self.directory) is not None:
                 integrity.verify(self.directory, threads=1)

@@ -103,6 +103,7 @@ class _Gates:
         self.groups = self.heads if source.heads_per_group == 1 else self.of["group"]  # [L, G]
 
     def kept_layers(self) -> list[int]:
+        """Numbers of the open layers, from 0, rising."""
         return _open(self.of["layer"][0]).tolist()
 
     def kept(self, axis: str, layer: int | None) -> Tensor | None:

@@ -153,6 +153,11 @@ class _Restricted(pickle.Unpickler):
         self.where = where
 
     def find_class(self, module: str, name: str) -> Any:
+        """What a pickle asks for by name.
+
+        Raises:
+            ValueError: it is not on the allow-list.
+        """
         if name not in _ALLOWED.get(module, ()):
             raise ValueError(
                 f"{self.where} wants to load {module}.{name} when it is read, which no checkpoint "
@@ -161,6 +166,11 @@ class _Restricted(pickle.Unpickler):
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
+        """Refuse what lies outside of the pickle.
+
+        Raises:
+            ValueError: always; no checkpoint has such a thing.
+        """
         raise ValueError(f"{self.where} refers to something outside of itself ({pid}); refused")
 
 

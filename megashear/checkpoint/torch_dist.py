@@ -181,7 +181,7 @@ class TorchDistFile:
 
 
 class _Window(io.RawIOBase):
-    """Part of a file as a file."""
+    """Part of a file as a file; its methods are those of ``io.RawIOBase``."""
 
     def __init__(self, file: io.RawIOBase, begin: int, length: int) -> None:
         self._file, self._begin, self._length = file, begin, length

@@ -64,6 +64,7 @@ class Watchdog:
         self._beat = (time.monotonic(), doing)
 
     def __enter__(self) -> Watchdog:
+        self.beat("starting")  # what came between making and entering it is not watched
         self._thread.start()
         return self
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megashear.config import TrainConfig
 
@@ -24,6 +24,10 @@ REQUESTS = (_OVER, *map(float, SIGNALS))
 """All that a rank can ask for."""
 
 
+_STARTED = time.monotonic()
+"""When this process began, about: a job's time limit counts what it loads, too."""
+
+
 @dataclass
 class Stops:
     """What asked this rank to stop; ranks agree on it once a step.
@@ -35,7 +39,8 @@ class Stops:
     train: TrainConfig
     received: int = 0
     """Number of the first signal received; 0 is none."""
-    _started: float = field(default_factory=lambda: time.monotonic())
+    started: float = _STARTED
+    """When the job began, seconds of `time.monotonic`; both parts of a job have one beginning."""
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -59,7 +64,7 @@ class Stops:
         if self.received:
             return float(self.received)
         limit = 60 * self.train.exit_duration_in_mins
-        over = bool(limit) and time.monotonic() - self._started >= limit
+        over = bool(limit) and time.monotonic() - self.started >= limit
         return _OVER if over else 0.0
 
     def reason(self, request: float, step: int) -> str | None:

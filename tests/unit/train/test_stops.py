@@ -36,7 +36,7 @@ def test_signals_are_left_alone_where_the_flag_says_so() -> None:
 def test_time_is_over_after_the_minutes_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(stops.time, "monotonic", lambda: now[0])
-    asked = Stops(TrainConfig(exit_duration_in_mins=2))
+    asked = Stops(TrainConfig(exit_duration_in_mins=2), started=1000.0)
     now[0] += 119
     assert asked.request() == 0
     now[0] += 1
