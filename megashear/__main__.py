@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from megashear import __version__
-from megashear.commands.report import USAGE, is_first_rank
+from megashear.commands.outcome import USAGE, is_first_rank
 from megashear.commands.settings import nearest
 
 COMMANDS = {

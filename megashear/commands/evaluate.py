@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megashear.commands.outcome import report, user_errors
 from megashear.commands.parse import parse
-from megashear.commands.report import report, user_errors
 from megashear.config import EvaluateRun
 
 PROG = "megashear evaluate"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 import yaml
 
-from megashear.commands.report import UsageError, is_first_rank
+from megashear.commands.outcome import UsageError, is_first_rank
 from megashear.commands.settings import (
     Setting,
     build,

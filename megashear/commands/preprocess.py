@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megashear.commands.outcome import refuse_torchrun, report, user_errors
 from megashear.commands.parse import parse
-from megashear.commands.report import refuse_torchrun, report, user_errors
 from megashear.config import PreprocessConfig
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megashear.commands.outcome import report, status_of, user_errors
 from megashear.commands.parse import parse
-from megashear.commands.report import report, status_of, user_errors
 from megashear.config import PretrainRun
 
 PROG = "megashear pretrain"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megashear.commands.outcome import refuse_torchrun, user_errors
 from megashear.commands.parse import parse
-from megashear.commands.report import refuse_torchrun, user_errors
 from megashear.config import QuickstartConfig
 
 PROG = "megashear quickstart"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megashear.commands.outcome import is_first_rank, refuse_torchrun, report, user_errors
 from megashear.commands.parse import parse
-from megashear.commands.report import is_first_rank, refuse_torchrun, report, user_errors
 from megashear.config import ReferenceLossRun
 
 PROG = "megashear reference-loss"

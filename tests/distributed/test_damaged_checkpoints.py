@@ -25,7 +25,7 @@ from megashear.__main__ import main
 from megashear.checkpoint.description import TRACKER, find_iteration, latest_iteration
 from megashear.checkpoint.integrity import DamagedError
 from megashear.checkpoint.store import agree_on_iteration
-from megashear.commands.report import CANNOT_SAVE
+from megashear.commands.outcome import CANNOT_SAVE
 from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
 from megashear.train import loop

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from megashear.__main__ import main
 from megashear.checkpoint import hf, integrity
-from megashear.commands.report import USAGE
+from megashear.commands.outcome import USAGE
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.parallel import launch
 from tests import text_run

@@ -12,7 +12,7 @@ import pytest
 
 import megashear
 from megashear.__main__ import COMMANDS, main
-from megashear.commands import report
+from megashear.commands import outcome
 from megashear.commands.preprocess import format_manifest
 from megashear.data.manifest import DataManifest, DomainCounts
 
@@ -99,14 +99,14 @@ def test_usage_errors_are_printed_once_and_others_with_their_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "3")
-    assert _failing(report.UsageError("unknown flag"))([]) == 2
+    assert _failing(outcome.UsageError("unknown flag"))([]) == 2
     assert capsys.readouterr().err == ""
     assert _failing(ValueError("no such data"))([]) == 2
     assert capsys.readouterr().err == "megashear prune: error on rank 3: no such data\n"
 
 
-def _failing(error: Exception) -> report.Main:
-    @report.user_errors("megashear prune")
+def _failing(error: Exception) -> outcome.Main:
+    @outcome.user_errors("megashear prune")
     def fail(argv: Sequence[str]) -> int:
         raise error
 

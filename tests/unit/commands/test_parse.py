@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megashear.commands.outcome import UsageError
 from megashear.commands.parse import parse, to_yaml
-from megashear.commands.report import UsageError
 from megashear.commands.settings import Setting, build, flatten, groups_of, settings_of
 from megashear.config import NamedNumbers, PreprocessConfig, PruneRun
 from tests.unit.commands.test_settings import RUNS
