@@ -28,6 +28,7 @@ setup(
         "pyyaml>=6.0",
         "tqdm>=4.66",
         "zstandard>=0.22",
+        "pillow>=10.1",  # images of masks; TensorBoard needs it too
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch,core_cu12]>=2.0"],
