@@ -7,6 +7,7 @@ from the configuration alone is judged here, before any process meets another.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -620,10 +621,15 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         if self.check is not None:
-            given = [f"--{n}" for n in ("input", "output", "verify") if getattr(self, n)]
+            given = [
+                f"--{field.name.replace('_', '-')}"
+                for field in dataclasses.fields(self)
+                if field.name not in ("check", "workers")
+                and getattr(self, field.name) != field.default
+            ]
             if given:
                 raise ValueError(
-                    f"--check {self.check} converts nothing: leave {' and '.join(given)} out"
+                    f"--check {self.check} converts nothing: leave {', '.join(given)} out"
                 )
         else:
             for name in ("input", "output"):

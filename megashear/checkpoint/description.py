@@ -29,6 +29,8 @@ FORMAT = 2
 may not trust it: from 2 on there is a list of checksums."""
 FIRST_FORMAT = 1
 
+_LINEAGE = ("source_shape", "pruned_for", "rounding")
+
 _ITERATION = re.compile(r"iter_([0-9]{7,})")
 
 
@@ -48,6 +50,11 @@ class Description:
     """``bos_token_id`` and the like, as Hugging Face's config.json has them."""
     details: dict[str, Any] = field(default_factory=dict)
     """Plain values that the stage adds."""
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """What ``details`` say of the pruning that a model came from; later stages carry it on."""
+        return {name: self.details[name] for name in _LINEAGE if name in self.details}
 
 
 def iteration_name(iteration: int) -> str:

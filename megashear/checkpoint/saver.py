@@ -157,6 +157,8 @@ class Saver:
                 _make_way(self.root, final, description.iteration)
                 _forget_partial(self.root)
                 aside.mkdir(parents=True)
+        with _fail_together(f"{final} cannot be written"):
+            carried = tokenizer_files.find(tokenizer)
         write = ShardedWrite(state, aside, keep_copy=self._background)
         total = sum(gather_objects(write.num_bytes))
         with _fail_together(f"{final} cannot be written"):
@@ -164,7 +166,7 @@ class Saver:
                 _check_space(self.root, total)
         self._pending = _Pending(
             description=description,
-            tokenizer=tokenizer_files.find(tokenizer),
+            tokenizer=carried,
             write=write,
             final=final,
             num_bytes=total,

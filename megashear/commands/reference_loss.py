@@ -23,6 +23,7 @@ def main(argv: Sequence[str]) -> int:
     # Here, not above: torch and megatron-core take seconds that --help should not.
     import yaml
 
+    from megashear.checkpoint import integrity
     from megashear.data.reference_loss import REFERENCE, find_references
     from megashear.train.measure import measure_models
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
         head = f"# {PROG}; for --reference-loss of megashear prune and megashear pretrain\n"
-        Path(config.output).write_text(head + text, encoding="utf-8")
+        integrity.replace(Path(config.output), head + text)
     losses = "  ".join(f"{name} {loss:.4f}" for name, loss in found[REFERENCE].items())
     report(f"{found['method']}: {found['meaning']}\n{losses}\nwrote {config.output}")
     return 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from megashear.data.indexed import check_pair, read_documents
 from megashear.data.mds import is_mds, read_mds, shards_of
 from megashear.data.text_files import CHUNK_BYTES, Chunk, Record, read_jsonl, read_parquet
+
+logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd", ".parquet")
 SHARD_SUFFIXES = (".mds", ".mds.zstd", ".mds.gz")
@@ -49,6 +52,8 @@ def find_domains(directory: str | Path, json_key: str = "text") -> dict[str, lis
             continue
         files = _files_below(entry) if entry.is_dir() else _data_files([entry])
         if not files:
+            if entry.is_dir():
+                logger.warning("%s holds no %s: it is no domain", entry, KINDS)
             continue
         name = entry.name if entry.is_dir() else _domain_name(entry, json_key)
         if name in domains:

@@ -160,6 +160,14 @@ def check_inputs(config: PruneRun | PretrainRun, start: Start) -> Inputs:
     if data.domain_phases is not None:
         phases = read_phases(data.domain_phases, manifest.names, limits)
         weights = phases.weights[0]
+    shares = np.max(phases.weights if phases else [weights], axis=0)
+    for name, share in zip(manifest.names, shares):
+        if share > data.dominant_share and not start.continues:
+            logger.warning(
+                "%s takes %.1f %% of the mixture by its given weight, more than "
+                "--dominant-share %g",
+                *(name, 100 * share, data.dominant_share),
+            )
     references = _references(data, manifest, is_evaluated=train.eval_interval > 0)
     policy = make_policy(data.reweight, eta=data.reweight_eta)
     reweighting = None
@@ -284,7 +292,10 @@ def check_window(shape: ModelShape, seq_length: int) -> None:
 
 def _references(data: DataConfig, manifest: DataManifest, *, is_evaluated: bool) -> Vector | None:
     if data.reference_loss is not None:
-        return read_reference(data.reference_loss, manifest.names)
+        try:
+            return read_reference(data.reference_loss, manifest.names)
+        except ValueError as error:
+            raise ValueError(f"--reference-loss: {error}") from None
     if data.reweight in ("constant", "schedule") or not is_evaluated:
         return None
     raise ValueError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megashear.checkpoint import integrity
 from megashear.checkpoint.description import (
     TOKENIZER,
     Description,
@@ -53,7 +54,7 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
         summary = measured.losses(groups)
         if config.output is not None and groups.rank == 0:
             Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(config.output).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            integrity.replace(Path(config.output), json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -78,7 +79,14 @@ def measure_models(config: ReferenceLossRun) -> tuple[list[Model], int | None]:
     if not runs:
         return known, params
     with distributed(config.parallel, config.model) as groups:
-        check_same({"models of --losses": known, "--load": [run.directory for run in runs]})
+        check_same(
+            {
+                "models of --losses": known,
+                "--load": [run.directory for run in runs],
+                "shapes of the models": [run.description.shape.to_dict() for run in runs],
+                "data": [run.manifest.names for run in runs],
+            }
+        )
         for run in runs:
             found = run.losses(groups)
             known.append(

@@ -250,7 +250,8 @@ def pretrain(config: PretrainRun) -> dict[str, Any]:
             seed=config.train.seed,
         )
         objective = LanguageModelling(chunks)
-        trainer = _trainer(config, start, objective, inputs, groups, {})
+        lineage = {} if start.description is None else start.description.lineage
+        trainer = _trainer(config, start, objective, inputs, groups, lineage)
         return trainer.run(start.first_step)
 
 

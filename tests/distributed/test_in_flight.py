@@ -262,6 +262,10 @@ def test_a_job_is_resumed_on_either_side_of_the_seam(
         assert found.keys() == wanted.keys()
         different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
         assert different == []
+        lineage = read_description(folder / "recovered" / f"iter_{RECOVERED:07d}").lineage
+        assert lineage["source_shape"] == text_run.SHAPE.to_dict()
+        assert lineage["pruned_for"] == PRUNED
+        assert lineage["rounding"].keys() == {"group", "head", "intermediate", "hidden", "layer"}
 
 
 @pytest.mark.parametrize("at", [(layout(tp=2), 1), SHARDED], ids=["tp2", "sharded-dp2"])

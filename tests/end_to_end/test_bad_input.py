@@ -232,13 +232,19 @@ def test_a_setting_that_would_fail_later(
     assert wanted in refusal.prune(**changes)
 
 
-def test_weights_that_make_no_mixture(refusal: Refusal) -> None:
+def test_weights_that_make_no_mixture(refusal: Refusal, caplog: pytest.LogCaptureFixture) -> None:
     error = refusal.prune("--domain-weights", "words=.5", "paths=.4", "numbers=.2")
     assert "--domain-weights sum to 1.1, wanted 1; in the same proportions: 0.45" in error
     error = refusal.prune(
         *("--domain-weights", "words=.6", "paths=.2", "numbers=.2"), domain_cap="words=.5"
     )
     assert "--domain-weights: words 0.6 is above 0.5, its --domain-floor or --domain-cap" in error
+    error = refusal.prune(
+        *("--domain-weights", "words=.8", "paths=.1", "numbers=.1"), reference_loss="gone.yaml"
+    )
+    assert "words takes 80.0 % of the mixture by its given weight, more than --domin" in caplog.text
+    assert "paths takes" not in caplog.text
+    assert "--reference-loss: losses gone.yaml do not exist" in error
 
 
 def test_references_of_other_domains(refusal: Refusal) -> None:
@@ -246,7 +252,10 @@ def test_references_of_other_domains(refusal: Refusal) -> None:
     reference.write_text("words: 3.0\npaths: 3.5\nwiki: 2.0\n")
     for policy in ("signed", "constant"):
         error = refusal.prune(reference_loss=reference, reweight=policy)
-        assert "reference.yaml: no domain 'wiki'; the data have ['words', 'paths'" in error
+        assert re.search(
+            r"--reference-loss: .*reference.yaml: no domain 'wiki'; the data have \['words', ",
+            error,
+        )
 
 
 def test_references_that_cannot_be_made(refusal: Refusal) -> None:

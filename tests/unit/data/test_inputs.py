@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def test_parquet_of_other_text_types_and_nulls(tmp_path, sentencepiece_file) -> 
     assert data.domains[0].skipped == {"not a string": 1}
 
 
-def test_domains_are_files_or_folders_of_any_depth(tmp_path) -> None:
+def test_domains_are_files_or_folders_of_any_depth(tmp_path, caplog) -> None:
     for path in ("wiki.jsonl.zst", "cc/2/b.jsonl", "cc/a.parquet", "notes/readme.txt", ".x.jsonl"):
         (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / path).touch()
@@ -119,6 +120,8 @@ def test_domains_are_files_or_folders_of_any_depth(tmp_path) -> None:
         "wiki": [tmp_path / "wiki.jsonl.zst"],
     }
     assert list(found) == ["cc", "code", "shards", "wiki"]
+    assert re.search(r"/notes holds no \*\.jsonl, .*: it is no domain", caplog.text)
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(
