@@ -133,6 +133,8 @@ class CutOff:
     """All output of each host until then."""
     went_on: tuple[int, int]
     """Exit codes of both after the second start."""
+    steps_again: int
+    """Steps that the second start took."""
 
 
 def cut_off(
@@ -174,16 +176,19 @@ def cut_off(
         for job in jobs:
             job.wait()
         again = [hosts.torchrun(host, processes, logs[host], *words) for host in range(2)]
+        steps = 0
         for job in again:
             while job.poll() is None:
-                phases.read()
+                steps += phases.read().count((0, "training"))
                 assert time.monotonic() - begin < 300, [log.read_text() for log in logs]
                 time.sleep(0.05)
+        steps += phases.read().count((0, "training"))
     return CutOff(
         seconds=(ended[0], ended[1]),
         code=jobs[0].returncode,
         said=said,
         went_on=(again[0].returncode, again[1].returncode),
+        steps_again=steps,
     )
 
 
