@@ -556,6 +556,32 @@ class PlotMixtureConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig:
+    """`megashear inspect`: what a checkpoint keeps and drops, or how two differ."""
+
+    load: str
+    """Checkpoint directory (its newest whole iteration) or one iteration's, of any stage; a Hugging
+    Face directory; or whatever else `megashear convert` reads. Also the first word after the
+    command."""
+    compare: str | None = None
+    """Another one to hold it to: descriptions, masks gate by gate, weights by distance. Also the
+    second word after the command."""
+    mode: Literal["exact", "expected"] = "exact"
+    """Which gates the map, --image and a comparison show: exact, the target's number in every row,
+    which is cut; or expected, as many as the masks ask for."""
+    image: str | None = None
+    """Figure to write of a pruning run's masks, .png, .svg or .pdf; must not exist."""
+    json: str | None = None
+    """JSON file to write everything to, unabridged: kept units by number, log_alpha, all
+    differences; must not exist."""
+    weights: bool = True
+    """With --compare, measure the distance of every weight; reads both models, one weight at a
+    time."""
+    verify_checkpoint: bool = False
+    """Compare every file of a checkpoint with its checksum first; without, only names and sizes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PreprocessConfig:
     """`megashear preprocess`: text per domain to Megatron .bin/.idx and held-out sets."""
 

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "checkpoint": {"models", "masks", "parallel", "shape", "config"},
     "data": {"parallel", "config"},
     "monitor": {"parallel", "config"},
+    "report": {"checkpoint", "models", "masks", "monitor", "parallel", "shape", "config"},
     "train": {"checkpoint", "models", "masks", "data", "monitor", "parallel", "shape", "config"},
 }
 """Parts of megashear that each part may import besides itself; those on top may import all."""

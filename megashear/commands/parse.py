@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_origin
 
 import tyro
 import yaml
@@ -41,7 +41,14 @@ DRY_RUN = Setting(
 )
 
 
-def parse(config_type: type[Config], argv: Sequence[str], *, prog: str, description: str) -> Config:
+def parse(
+    config_type: type[Config],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    positional: Sequence[str] = (),
+) -> Config:
     """Read a run from flags and from the YAML file that ``--config`` names.
 
     Flags are flat, dashes and underscores are the same, the last one given wins. ``--help`` and
@@ -52,16 +59,20 @@ def parse(config_type: type[Config], argv: Sequence[str], *, prog: str, descript
         argv: arguments after the command's name.
         prog: the command as the user typed it, for help and errors.
         description: first lines of the help.
+        positional: keys that words before the first flag stand for, in this order; the last one
+            takes all words left where it is a list.
 
     Raises:
-        UsageError: an unknown key or flag (names the nearest), a value of another type in the
-            file, or values that the configuration refuses.
+        UsageError: too many words before the first flag, an unknown key or flag (names the
+            nearest), a value of another type in the file, or values that the configuration
+            refuses.
         SystemExit: 0 after --help and --dry-run; 2 where tyro refused a flag's value or misses
             one, and has said so on stderr.
     """
     settings = settings_of(config_type)
     assert not {"config", "dry_run"} & settings.keys()
     asks_help = not {"-h", "--help"}.isdisjoint(argv)
+    argv = _named(argv, [settings[key] for key in positional], prog)
     argv = _without_aliases(argv, settings)
     if not asks_help:
         _check_flags(argv, settings)
@@ -146,6 +157,25 @@ def _check_flags(argv: Sequence[str], settings: Mapping[str, Setting]) -> None:
             raise UsageError(
                 f"unknown flag {flag}; nearest known: {nearest(flag, known)}; --help lists all"
             )
+
+
+def _named(argv: Sequence[str], positional: Sequence[Setting], prog: str) -> list[str]:
+    """The same arguments, with each word before the first flag behind the flag it stands for."""
+    first_flag = next((n for n, word in enumerate(argv) if word.startswith("-")), len(argv))
+    words, rest = argv[:first_flag], argv[first_flag:]
+    if not positional or not words:
+        return list(argv)
+    takes_all = get_origin(positional[-1].wanted) is tuple
+    if len(words) > len(positional) and not takes_all:
+        raise UsageError(
+            f"{len(words)} words before the first flag ({' '.join(words)}); {prog} takes at most "
+            f"{len(positional)}: {', '.join(setting.flag for setting in positional)}"
+        )
+    named = []
+    for number, setting in enumerate(positional[: len(words)]):
+        last = number == len(positional) - 1
+        named += [setting.flag, *(words[number:] if last else words[number : number + 1])]
+    return [*named, *rest]
 
 
 def _without_aliases(argv: Sequence[str], settings: Mapping[str, Setting]) -> list[str]:

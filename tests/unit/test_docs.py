@@ -25,6 +25,7 @@ RUNS = [
     config.PretrainRun,
     config.EvaluateRun,
     config.ReferenceLossRun,
+    config.InspectConfig,
     config.PlotMixtureConfig,
     config.PreprocessConfig,
     config.ConvertConfig,

@@ -1,0 +1,35 @@
+"""Say what a checkpoint keeps and drops, or how two differ: megashear inspect CKPT [OTHER]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megashear.commands.outcome import refuse_torchrun, report, user_errors
+from megashear.commands.parse import parse
+from megashear.config import InspectConfig
+
+PROG = "megashear inspect"
+
+
+@user_errors(PROG)
+def main(argv: Sequence[str]) -> int:
+    """Run the command on the arguments after its name; the exit status."""
+    config = parse(
+        InspectConfig, argv, prog=PROG, description=__doc__ or "", positional=("load", "compare")
+    )
+    refuse_torchrun(PROG)
+    # Here, not above: torch and megatron-core take seconds that --help should not.
+    from megashear.report.inspection import inspect
+
+    report(
+        inspect(
+            config.load,
+            config.compare,
+            mode=config.mode,
+            image=config.image,
+            json_file=config.json,
+            weights=config.weights,
+            contents=config.verify_checkpoint,
+        )
+    )
+    return 0

@@ -1,0 +1,156 @@
+"""What `megashear inspect` does: open one model or two, say what is in them, write it down."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megashear.checkpoint.formats import dtypes_of, name_of
+from megashear.models import layout
+from megashear.monitor.console import progress
+from megashear.report import tables
+from megashear.report.comparison import (
+    check_comparable,
+    differing_fields,
+    differing_gates,
+    same_shapes,
+    weight_distances,
+)
+from megashear.report.drawing import check_image, save
+from megashear.report.kept import Mode
+from megashear.report.mask_map import mask_map
+from megashear.report.opened import Opened, open_model
+
+
+def inspect(
+    load: Path | str,
+    compare: Path | str | None = None,
+    *,
+    mode: Mode = "exact",
+    image: Path | str | None = None,
+    json_file: Path | str | None = None,
+    weights: bool = True,
+    contents: bool = False,
+) -> str:
+    """Look into a model, or hold two to each other.
+
+    Args:
+        load: what `open_model` takes.
+        compare: another one.
+        mode: gates that the map, the picture and the comparison of masks are about.
+        image: figure to write of a pruning run's masks.
+        json_file: where to write everything, unabridged.
+        weights: with ``compare``, measure the distance of every weight.
+        contents: compare every file of a checkpoint with its checksum first.
+
+    Returns:
+        The text for the terminal.
+
+    Raises:
+        ValueError: an output exists; nothing to draw; see `open_model`.
+    """
+    if image is not None:
+        check_image(Path(image), "--image")
+    if json_file is not None and Path(json_file).exists():
+        raise ValueError(f"--json {json_file} exists; choose another or remove it first")
+    first = open_model(load, contents=contents)
+    if image is not None and first.masks is None:
+        raise ValueError(
+            f"--image {image} draws masks, and {first.path} ({first.title}) has none; give a "
+            f"checkpoint that megashear prune wrote"
+        )
+    if compare is None:
+        text, found = tables.describe(first, mode=mode), as_values(first)
+    else:
+        text, found = _compare(first, open_model(compare, contents=contents), mode, weights)
+    written = []
+    if image is not None:
+        assert first.masks is not None, "checked above"
+        save(mask_map(first.masks.kept(mode), title=f"{first.title}, {mode} masks"), Path(image))
+        written.append(f"wrote {image}")
+    if json_file is not None:
+        path = Path(json_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_plain(found), indent=2) + "\n", encoding="utf-8")
+        written.append(f"wrote {json_file}")
+    return "\n\n".join([text, *(["\n".join(written)] if written else [])])
+
+
+def as_values(opened: Opened) -> dict[str, Any]:
+    """All that is known of a model as plain values."""
+    values: dict[str, Any] = {
+        "path": str(opened.path),
+        "kind": opened.kind,
+        "shape": opened.shape.to_dict(),
+        "parameters": opened.shape.num_params(),
+        "formats": sorted({name_of(dtype) for dtype in dtypes_of(opened.weights).values()}),
+    }
+    if opened.description is not None:
+        said = dataclasses.asdict(opened.description)
+        values |= {name: said[name] for name in ("stage", "iteration", "token_ids", "details")}
+    if (masks := opened.masks) is not None:
+        values["masks"] = {
+            "target": masks.target.to_dict(),
+            "kinds": {kind: dataclasses.asdict(one) for kind, one in masks.kinds.items()},
+            "expected": masks.expected.to_dict(),
+            "exact": masks.exact.to_dict(),
+            "log_alpha": {kind: rows.tolist() for kind, rows in masks.log_alpha.items()},
+        }
+    return values
+
+
+def _compare(
+    first: Opened, second: Opened, mode: Mode, with_weights: bool
+) -> tuple[str, dict[str, Any]]:
+    notes = []
+    fields = differing_fields(first, second)
+    gates = weights = None
+    if first.masks is not None and second.masks is not None:
+        reason = check_comparable(first.masks, second.masks)
+        if reason is None:
+            gates = differing_gates(first.masks, second.masks, mode)
+        else:
+            notes.append(f"masks are not compared: {reason}")
+    elif (first.masks is None) is not (second.masks is None):
+        other = first if first.masks is None else second
+        notes.append(f"masks are not compared: {other.path} has none")
+    if not same_shapes(first.shape, second.shape):
+        notes.append(
+            f"weights are not compared: the models are of different shapes, "
+            f"{first.shape.num_params():,} and {second.shape.num_params():,} parameters"
+        )
+    elif with_weights:
+        total = len(layout.hf_shapes(first.shape))
+        with progress(total, desc="comparing", unit="weight", leave=False) as bar:
+            weights = weight_distances(
+                first.weights, second.weights, first.shape, progress=bar.update
+            )
+    head = f"first   {first.path}: {first.title}\nsecond  {second.path}: {second.title}"
+    text = tables.compare_text(fields, gates, weights, notes)
+    found = {
+        "first": str(first.path),
+        "second": str(second.path),
+        "fields": [dataclasses.asdict(field) for field in fields],
+        "mode": mode,
+        "gates": None if gates is None else [dataclasses.asdict(row) for row in gates],
+        "weights": None
+        if weights is None
+        else [dataclasses.asdict(w) | {"relative": w.relative} for w in weights],
+        "notes": notes,
+    }
+    return f"{head}\n\n{text}", found
+
+
+def _plain(value: Any) -> Any:
+    """The same with what JSON cannot say as text: what is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value

@@ -1,0 +1,145 @@
+"""One picture of what stays of a model: layers, heads, neurons, hidden dimensions."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megashear.report.drawing import FAINT, INK, KEPT, PAPER, new_figure, style
+from megashear.report.kept import KeptUnits
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_COLUMNS = 160
+"""Cells in a row of neurons; where there are more neurons, neighbours share a cell."""
+HIDDEN_COLUMNS = 256
+"""Cells of the strip of hidden dimensions."""
+
+Cells = npt.NDArray[np.float64]
+
+
+def mask_map(kept: KeptUnits, *, title: str = "") -> Figure:
+    """A row for each layer, its heads and its neurons, and below the hidden dimensions.
+
+    What stays is blue; what goes is blank; where a cell stands for several neighbours it is the
+    paler the fewer of them stay. A layer that goes takes its heads and neurons along.
+
+    Args:
+        kept: what stays.
+        title: above; with what the colours mean, for a picture that stands alone.
+    """
+    source = kept.source
+    heads, neurons, hidden = cells(kept)
+    num_layers = source.num_layers
+    figure = new_figure(1.9 + max(1.6, min(0.3 * num_layers, 7.0)))
+    wide = max(0.9, min(2.6, 0.14 * source.num_attention_heads))
+    panels = figure.subplot_mosaic(
+        [["heads", "neurons"], ["hidden", "hidden"]],
+        width_ratios=[wide, 6.0],
+        height_ratios=[max(1.6, min(0.3 * num_layers, 7.0)), 0.3],
+    )
+    _cells(panels["heads"], heads, grid=source.num_attention_heads <= 48)
+    _cells(panels["neurons"], neurons)
+    _cells(panels["hidden"], hidden)
+    if source.heads_per_group > 1:  # key/value groups apart
+        for group in range(1, source.num_query_groups):
+            panels["heads"].axvline(group * source.heads_per_group - 0.5, color=FAINT, linewidth=1)
+    panels["heads"].set_xlabel("query head", color=INK, fontsize=9.5)
+    panels["heads"].set_ylabel("layer", color=INK, fontsize=9.5)
+    for name, what, num_units, painted in (
+        ("neurons", "neuron of the MLP", source.ffn_hidden_size, neurons),
+        ("hidden", "hidden dimension", source.hidden_size, hidden),
+    ):
+        each = num_units / painted.shape[1]
+        shared = "" if each == 1 else f", {each:.3g} to a cell"
+        panels[name].set_xlabel(what + shared, color=INK, fontsize=9.5)
+    panels["hidden"].set_yticks([])
+    for name in ("heads", "neurons"):
+        every = max(1, num_layers // 16)
+        panels[name].set_yticks(range(0, num_layers, every))
+        for layer in kept.removed_layers:
+            panels[name].axhline(layer, color=FAINT, linewidth=1)
+    if num_layers <= 40:
+        for layer in kept.removed_layers:
+            panels["neurons"].text(
+                (neurons.shape[1] - 1) / 2,
+                layer,
+                f" layer {layer} goes ",
+                color=INK,
+                fontsize=8,
+                ha="center",
+                va="center",
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+            )
+    panels["neurons"].set_yticklabels([])
+    _units(panels["heads"], source.num_attention_heads, heads.shape[1], most=8)
+    _units(panels["neurons"], source.ffn_hidden_size, neurons.shape[1])
+    _units(panels["hidden"], source.hidden_size, hidden.shape[1])
+    if title:
+        figure.suptitle(
+            f"{title}\nblue stays, blank goes; paler: only some of the neighbours in a cell stay",
+            color=INK,
+            fontsize=10,
+        )
+    return figure
+
+
+def cells(kept: KeptUnits) -> tuple[Cells, Cells, Cells]:
+    """Share of kept units in every cell of the three fields.
+
+    Returns:
+        Heads [L, H], neurons [L, at most ``MAX_COLUMNS``], hidden [1, at most
+        ``HIDDEN_COLUMNS``]; rows of layers that go are 0.
+    """
+    stays = kept.layers[:, None].numpy()
+    heads = (kept.heads.numpy() & stays).astype(float)
+    neurons = shares(kept.neurons.numpy() & stays, MAX_COLUMNS)
+    return heads, neurons, shares(kept.hidden.numpy()[None], HIDDEN_COLUMNS)
+
+
+def shares(is_kept: npt.NDArray[np.bool_], max_columns: int) -> Cells:
+    """Share of kept units among neighbours, [rows, columns]; columns have as many units as others
+    or one more or less."""
+    num_units = is_kept.shape[1]
+    num_columns = round(num_units / math.ceil(num_units / max_columns))
+    bounds = np.arange(num_columns + 1) * num_units // num_columns
+    counts = np.diff(np.pad(np.cumsum(is_kept, axis=1), ((0, 0), (1, 0)))[:, bounds], axis=1)
+    found: Cells = counts / np.diff(bounds)
+    return found
+
+
+def _cells(panel: Axes, values: Cells, *, grid: bool = False) -> None:
+    """Paint cells: opaque where all is kept, nothing where all goes."""
+    from matplotlib.colors import to_rgb
+
+    painted = np.empty((*values.shape, 4))
+    painted[..., :3] = to_rgb(KEPT)
+    painted[..., 3] = values
+    # none: cells as they are, one pixel each, for a browser to enlarge
+    panel.imshow(painted, aspect="auto", interpolation="none")
+    style(panel, grid=False)
+    panel.spines[["top", "right"]].set_visible(True)
+    if grid:
+        panel.set_xticks(np.arange(values.shape[1] - 1) + 0.5, minor=True)
+        panel.set_yticks(np.arange(values.shape[0] - 1) + 0.5, minor=True)
+        panel.grid(which="minor", color=FAINT, linewidth=0.5)
+        panel.tick_params(which="minor", length=0)
+
+
+def _units(panel: Axes, num_units: int, num_columns: int, *, most: int = 12) -> None:
+    """Number columns by the units they stand for, at round numbers."""
+    steps: list[Any] = [m * 10**e for e in range(7) for m in (1, 2, 5)]
+    every = next(step for step in steps if num_units / step <= most)
+    numbers = list(range(0, num_units, every))
+    panel.set_xticks(
+        [
+            unit * num_columns / num_units - (0.5 if num_columns < num_units else 0)
+            for unit in numbers
+        ],
+        [f"{unit:,}" for unit in numbers],
+    )

@@ -1,0 +1,318 @@
+"""What was found out about a checkpoint, as text for a terminal."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from megashear.checkpoint.formats import dtypes_of, name_of
+from megashear.models import layout
+from megashear.report.comparison import Difference, GateDifference, WeightDistance
+from megashear.report.kept import KeptUnits, MaskReading, Mode
+from megashear.report.opened import Opened
+from megashear.shape import ModelShape
+
+EXTENT_NAMES = {
+    "num_layers": "layers",
+    "hidden_size": "hidden dimensions",
+    "num_attention_heads": "query heads per layer",
+    "num_query_groups": "key/value heads per layer",
+    "head_dim": "width of a head",
+    "ffn_hidden_size": "neurons per layer",
+    "vocab_size": "vocabulary",
+}
+"""Extents of a model that a table lists, as a person says them."""
+KIND_NAMES = {
+    "hidden": "hidden dimensions",
+    "head": "query heads",
+    "group": "key/value heads",
+    "intermediate": "neurons",
+    "layer": "layers",
+}
+"""Kinds of mask as a person says them."""
+BINS = 24
+"""Characters in which the neurons of a layer are drawn."""
+SHADES = " .:-=+*#"
+"""Share of kept units in a bin, from none to all."""
+LISTED = 20
+"""Lines of a list that a terminal gets; JSON has all."""
+
+
+def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Rows of cells as aligned text, the first row a head.
+
+    Args:
+        rows: equally long.
+        left: how many columns, from the first, are aligned to the left; the others to the right.
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def describe(opened: Opened, *, mode: Mode = "exact") -> str:
+    """A model in words and tables: extents, parameters, masks where it has some.
+
+    Args:
+        opened: the model.
+        mode: gates that the map by layer shows.
+    """
+    parts = [f"{opened.path}: {opened.title}", _extents(opened)]
+    if opened.masks is not None:
+        parts += [mask_table(opened.masks), layer_map(opened.masks, mode)]
+    parts.append(_facts(opened))
+    return "\n\n".join(part for part in parts if part)
+
+
+def mask_table(masks: MaskReading) -> str:
+    """One line for each kind of mask: target, what is kept, what is open to change."""
+    rows = [
+        ["masks", "of", "target", "expected", "exact", "undecided", "changed by rounding"],
+    ]
+    for kind, summary in masks.kinds.items():
+        fewest, most = summary.fewest_open, summary.most_open
+        each = " in each group" if kind == "head" and masks.source.heads_per_group > 1 else ""
+        rows.append(
+            [
+                KIND_NAMES[kind] + each,
+                f"{summary.num_units:,}",
+                f"{summary.target:,}",
+                f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}",
+                f"{summary.target:,}",
+                f"{summary.num_undecided:,} of {summary.num_gates:,}",
+                f"{summary.num_changed:,} of {summary.num_gates:,}",
+            ]
+        )
+    whole = masks.source.num_params()
+    rows.append(
+        [
+            "parameters",
+            f"{whole:,}",
+            f"{masks.target.num_params():,}",
+            f"{masks.expected.num_params():,}",
+            f"{masks.exact.num_params():,}",
+            "",
+            "",
+        ]
+    )
+    return table(rows)
+
+
+def layer_map(masks: MaskReading, mode: Mode) -> str:
+    """Which units of which layer stay: heads one by one, neurons in bins."""
+    kept = masks.kept(mode)
+    source = masks.source
+    rows = [["layer", "heads", "kept", f"neurons, {BINS} bins", "kept"]]
+    for layer in range(source.num_layers):
+        if not kept.layers[layer]:
+            rows.append([f"{layer}", "the layer goes", "", "", ""])
+            continue
+        rows.append(
+            [
+                f"{layer}",
+                heads_as_text(kept, layer),
+                f"{int(kept.heads[layer].sum())} of {source.num_attention_heads}",
+                "|" + shares_as_text(kept.neurons[layer]) + "|",
+                f"{int(kept.neurons[layer].sum()):,} of {source.ffn_hidden_size:,}",
+            ]
+        )
+    text = table(rows, left=4)
+    goes = kept.removed_layers
+    lines = [
+        f"in {mode} mode (# kept, . goes; bins from ' ' none to '{SHADES[-1]}' all kept):",
+        text,
+        f"hidden |{shares_as_text(kept.hidden, 2 * BINS)}| {int(kept.hidden.sum()):,} of "
+        f"{source.hidden_size:,}",
+    ]
+    if goes:
+        lines.append(f"layers that go: {', '.join(map(str, goes))}")
+    return "\n".join(lines)
+
+
+def heads_as_text(kept: KeptUnits, layer: int) -> str:
+    """A layer's query heads, ``#`` kept and ``.`` gone, key/value groups apart."""
+    width = kept.source.heads_per_group
+    signs = "".join("#" if is_kept else "." for is_kept in kept.heads[layer].tolist())
+    if width == 1:
+        return signs
+    return " ".join(signs[at : at + width] for at in range(0, len(signs), width))
+
+
+def shares_as_text(row: Tensor, bins: int = BINS) -> str:
+    """How many of a row's units are kept, bin by bin; blank is none and ``#`` is all."""
+    text = ""
+    bins = min(bins, len(row))
+    for number in range(bins):
+        part = row[len(row) * number // bins : len(row) * (number + 1) // bins]
+        share = float(part.double().mean())
+        # none and all have signs of their own
+        inner = 1 + min(int(share * (len(SHADES) - 2)), len(SHADES) - 3)
+        text += SHADES[0] if share == 0 else SHADES[-1] if share == 1 else SHADES[inner]
+    return text
+
+
+def compare_text(
+    fields: Sequence[Difference],
+    gates: Sequence[GateDifference] | None,
+    weights: Sequence[WeightDistance] | None,
+    notes: Sequence[str],
+) -> str:
+    """What differs between two models.
+
+    Args:
+        fields: of their descriptions.
+        gates: of their masks; None where there was nothing to compare.
+        weights: distances of all weights; None where they were not compared.
+        notes: why something was not compared.
+    """
+    parts = [_fields_text(fields)]
+    if gates is not None:
+        parts.append(_gates_text(gates))
+    if weights is not None:
+        parts.append(_weights_text(weights))
+    return "\n\n".join([*parts, *notes])
+
+
+def _extents(opened: Opened) -> str:
+    shapes: dict[str, ModelShape] = {"model": opened.shape}
+    details = {} if opened.description is None else opened.description.details
+    if "source_shape" in details:
+        shapes = {"source": ModelShape(**details["source_shape"]), "model": opened.shape}
+    elif opened.masks is not None:
+        shapes = {"model": opened.shape, "target": opened.masks.target}
+    rows = [["", *shapes]]
+    for field, name in EXTENT_NAMES.items():
+        rows.append([name, *(f"{getattr(shape, field):,}" for shape in shapes.values())])
+    for name, wanted in PARTS.items():
+        rows.append([name, *(f"{part_params(shape, wanted):,}" for shape in shapes.values())])
+    rows.append(["parameters", *(f"{shape.num_params():,}" for shape in shapes.values())])
+    return table(rows)
+
+
+PARTS = {
+    "parameters of the embedding": r"model\.embed_tokens\..*|lm_head\..*",
+    "parameters of attention": r".*\.self_attn\..*",
+    "parameters of the MLPs": r".*\.mlp\..*",
+    "parameters of the norms": r".*layernorm\..*|model\.norm\..*",
+}
+"""Parts of a model by the names of their weights; together they are all of it."""
+
+
+def part_params(shape: ModelShape, wanted: str) -> int:
+    """Parameters of the weights whose names a pattern matches."""
+    return sum(
+        math.prod(extents)
+        for name, extents in layout.hf_shapes(shape).items()
+        if re.fullmatch(wanted, name)
+    )
+
+
+def _facts(opened: Opened) -> str:
+    shape = opened.shape
+    lines = [f"family {shape.family}, rotary base {shape.rotary_base:g}"]
+    lines[0] += ", tied embeddings" if shape.tied_embeddings else ""
+    formats = sorted({name_of(dtype) for dtype in dtypes_of(opened.weights).values()})
+    lines.append(f"weights in {', '.join(formats)}")
+    if opened.description is None:
+        return "\n".join(lines)
+    details = opened.description.details
+    if "pruned_for" in details:
+        lines.append(f"pruned for {details['pruned_for']:,} steps")
+    if "rounding" in details:
+        changed = ", ".join(f"{n:,} {KIND_NAMES[kind]}" for kind, n in details["rounding"].items())
+        lines.append(f"gates that rounding to the target changed: {changed}")
+    if "consumed_samples" in details:
+        length = details["loader"]["sequence_length"]
+        lines.append(f"{details['consumed_samples']:,} sequences read, of {length:,} tokens now")
+    for mode, losses in details.get("held_out_loss", {}).items():
+        what = "held-out loss" if mode == "loss" else f"held-out loss under {mode} masks"
+        mean = sum(losses.values()) / len(losses)
+        lines.append(
+            f"{what}: {mean:.4f} ({', '.join(f'{n} {loss:.4f}' for n, loss in losses.items())})"
+        )
+    return "\n".join(lines)
+
+
+def _fields_text(fields: Sequence[Difference]) -> str:
+    if not fields:
+        return "descriptions: the same"
+    rows = [["descriptions differ in", "first", "second"]]
+    rows += [[f.field, _short(f.first), _short(f.second)] for f in fields[: 3 * LISTED]]
+    more = len(fields) - 3 * LISTED
+    return table(rows, left=3) + (f"\n... and {more} more, see --json" if more > 0 else "")
+
+
+def _gates_text(gates: Sequence[GateDifference]) -> str:
+    if not gates:
+        return "masks: the same gates open"
+    rows = [["gates that differ", "row", "kept by the first alone", "kept by the second alone"]]
+    for found in gates[:LISTED]:
+        rows.append(
+            [
+                KIND_NAMES[found.kind],
+                str(found.row),
+                _numbers(found.only_first),
+                _numbers(found.only_second),
+            ]
+        )
+    more = len(gates) - LISTED
+    total: dict[str, int] = {}
+    for found in gates:
+        num = len(found.only_first) + len(found.only_second)
+        total[found.kind] = total.get(found.kind, 0) + num
+    sums = ", ".join(f"{num:,} {KIND_NAMES[kind]}" for kind, num in total.items())
+    text = table(rows, left=4)
+    text += f"\n... and {more} more rows, see --json" if more > 0 else ""
+    return f"{text}\nin all: {sums}"
+
+
+def _weights_text(weights: Sequence[WeightDistance]) -> str:
+    equal = sum(weight.distance == 0 for weight in weights)
+    if equal == len(weights):
+        return f"weights: all {equal} are equal, bit for bit or as values"
+    rows = [["weights that differ, by kind", "equal", "differ", "mean", "largest", "of"]]
+    kinds: dict[str, list[WeightDistance]] = {}
+    for weight in weights:
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", weight.name), []).append(weight)
+    for kind, members in kinds.items():
+        # what is not a number counts as farther than all else
+        worst = max(members, key=lambda w: math.inf if math.isnan(w.relative) else w.relative)
+        same = sum(weight.distance == 0 for weight in members)
+        mean = sum(weight.relative for weight in members) / len(members)
+        rows.append(
+            [
+                kind,
+                str(same),
+                str(len(members) - same),
+                f"{mean:.3g}",
+                f"{worst.relative:.3g}",
+                worst.name if len(members) > 1 else "",
+            ]
+        )
+    return (
+        table(rows)
+        + "\ndistances are relative, ||a - b|| / ||a|| of each weight; --json lists every one"
+    )
+
+
+def _short(value: Any, most: int = 60) -> str:
+    text = "-" if value is None else str(value)
+    if isinstance(value, Mapping):
+        text = f"({len(value)} fields)"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _numbers(units: Sequence[int], most: int = 12) -> str:
+    text = ", ".join(map(str, units[:most]))
+    return text + (f" and {len(units) - most:,} more" if len(units) > most else "")
