@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megashear.config import ModelConfig, ParallelConfig
-from megashear.parallel.launch import distributed, fresh_store
+from megashear.parallel.launch import distributed, fresh_store, recorded
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,20 @@ def test_refusals_come_before_the_meeting(
     ):
         pass
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_process_of_torchrun_ends_as_its_command_does(status: int) -> None:
+    def leaves() -> int:
+        raise SystemExit(status)  # --help and --dry-run, or a flag that is refused
+
+    assert recorded(lambda: status) == status
+    if status:
+        with pytest.raises(SystemExit) as end:
+            recorded(leaves)
+        assert end.value.code == status
+    else:
+        assert recorded(leaves) == 0
 
 
 def meet_in(store: dist.Store, world_size: int) -> list[str]:
