@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Knobs of the scripts in this folder, sourced by each; set one in the environment to change it.
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -25,17 +26,10 @@ WORKERS="${WORKERS:-8}"
 # Precision of the checkpoint that pruning starts from.
 DTYPE="${DTYPE:-bfloat16}"
 
-# Processes of the training scripts.
-PYTHON="${PYTHON:-python3}"
-NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
-NNODES="${NNODES:-1}"
-NODE_RANK="${NODE_RANK:-0}"
-MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
-MASTER_PORT="${MASTER_PORT:-29500}"
-LAUNCH="${LAUNCH:-torchrun --nproc-per-node $NPROC_PER_NODE --nnodes $NNODES \
-  --node-rank $NODE_RANK --master-addr $MASTER_ADDR --master-port $MASTER_PORT}"
-# As Megatron-LM wants it under tensor parallelism.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+# Who runs the commands, and who starts the processes of the training scripts: nodes, processes a
+# node and NCCL are set in ../launch, for all recipes alike.
+export PYTHON="${PYTHON:-python3}"
+LAUNCH="${LAUNCH:-$HERE/../launch/torchrun.sh}"
 
 # Flags for the end of every megashear command: EXTRA=--dry-run starts nothing.
 EXTRA="${EXTRA:-}"

@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
-# shellcheck disable=SC2086  # LAUNCH and EXTRA are lists of words
-exec $LAUNCH -m megashear pretrain --config "$HERE/pretrain.yaml" \
+# shellcheck disable=SC2086  # EXTRA is a list of words
+exec "$LAUNCH" -m megashear pretrain --config "$HERE/pretrain.yaml" \
   --data-path "$DATA" --reference-loss "$HERE/reference_loss.yaml" \
   --load "$CUT" --save "$SMALL" --resume --tensorboard-dir "$TENSORBOARD/pretrain" $EXTRA

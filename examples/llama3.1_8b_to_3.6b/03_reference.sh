@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
-# shellcheck disable=SC2086  # LAUNCH and EXTRA are lists of words
-exec $LAUNCH -m megashear evaluate --load "$SOURCE" --data-path "$DATA" \
+# shellcheck disable=SC2086  # EXTRA is a list of words
+exec "$LAUNCH" -m megashear evaluate --load "$SOURCE" --data-path "$DATA" \
   --tensor-model-parallel-size 4 --bf16 --seq-length 4096 --micro-batch-size 1 \
   --output "$REFERENCE_LOSS" $EXTRA

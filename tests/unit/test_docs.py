@@ -37,7 +37,7 @@ OTHERS_FLAGS = {
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),
     *("--max-restarts", "--work", "--quickstart", "--steps", "--seeds", "--warmups"),
     # tools/crash_test.py; Slurm
-    *("--seed", "--kill-on-bad-exit", "--requeue", "--max-restarts"),
+    *("--seed", "--kill-on-bad-exit", "--requeue", "--signal", "--nodes"),
     # tools/benchmarks
     *("--rounds", "--copies", "--shape", "--work"),
     "--json-keys",  # Megatron-LM's name of --json-key

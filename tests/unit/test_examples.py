@@ -27,7 +27,9 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 FOLDERS = sorted(EXAMPLES.glob("llama2_*"))
 SCRIPTS = sorted(EXAMPLES.glob("*/*.sh"))
-STEPS = [script for script in SCRIPTS if script.name != "settings.sh"]
+STEPS = [script for script in SCRIPTS if script.name.startswith("0")]
+SETTINGS = [script for script in SCRIPTS if script.name in ("settings.sh", "environment.sh")]
+"""Sourced by others."""
 RUNS = {"prune": PruneRun, "pretrain": PretrainRun}
 YAMLS = [path for path in sorted(EXAMPLES.glob("*/*.yaml")) if path.stem in RUNS]
 PUBLISHED = [path for path in YAMLS if path.parent in FOLDERS]
@@ -152,12 +154,16 @@ def test_a_layout_that_does_not_divide_is_noticed() -> None:
 def test_scripts_parse_and_stop_at_the_first_error(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     text = script.read_text()
-    if script in STEPS:
+    if script not in SETTINGS:
+        assert text.startswith("#!/usr/bin/env bash\n# ")
         assert "\nset -euo pipefail\n" in text
         assert os.access(script, os.X_OK)
     else:
+        assert text.startswith("# shellcheck shell=bash\n# ")
         knobs = re.findall(r"^(?:export )?([A-Z_]+)=(.*)$", text, flags=re.MULTILINE)
-        assert [name for name, value in knobs if not value.startswith(f'"${{{name}:-')] == ["HERE"]
+        assert [name for name, value in knobs if not value.startswith(f'"${{{name}:-')] == (
+            ["HERE"] if script.name == "settings.sh" else []
+        )
 
 
 @pytest.mark.parametrize("script", STEPS, ids=in_folders)

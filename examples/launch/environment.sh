@@ -1,0 +1,16 @@
+# shellcheck shell=bash
+# What processes of a job find in their environment; sourced by torchrun.sh on every node. A value
+# that is set already stays. docs/cluster.md has the reasons and sources.
+
+# Kernels start in the order in which they were queued, so that communication of tensor ranks comes
+# before the computation that hides it.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+# Blocks of GPU memory grow instead of leaving gaps between them.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+# Errors of NCCL are said, and nothing else.
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+
+# For hosts with several networks, where NCCL or gloo chooses the wrong one. Not set unless you do:
+#   NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME   interface over which processes find each other
+#   NCCL_IB_HCA                              InfiniBand or RoCE adapters, mlx5_0,mlx5_1
+#   NCCL_IB_GID_INDEX                        RoCE with several addresses a port

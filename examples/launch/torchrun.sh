@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Start this node's processes of a job; run it on every node, with what torchrun shall run:
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 .../torchrun.sh -m megashear prune --config prune.yaml ...
+set -euo pipefail
+
+# How many nodes, which of them this one is (from 0), and where the first one is reached.
+NNODES="${NNODES:-1}"
+if ((NNODES > 1)); then
+  : "${NODE_RANK:?which of the $NNODES nodes is this? set it to 0 on the first, 1 on the next, ...}"
+  : "${MASTER_ADDR:?set it, the same on all nodes, to the address of the one with NODE_RANK 0}"
+fi
+NODE_RANK="${NODE_RANK:-0}"
+MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
+MASTER_PORT="${MASTER_PORT:-29500}"
+JOB="${JOB:-megashear}"
+# Processes of each node, one a GPU.
+NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
+# How often all processes are started anew after one has failed; with --resume they go on. For wrong
+# flags, too: 0 until a job has started well.
+MAX_RESTARTS="${MAX_RESTARTS:-0}"
+# Seconds that processes have to save when torchrun is told to end them; its own default is 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
+PYTHON="${PYTHON:-python3}"
+
+# shellcheck source=environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+# c10d, not static: when a process fails, the agents of all nodes start theirs anew at once. Ranks
+# then follow the names of the hosts, and NODE_RANK says only which node keeps the meeting place:
+# torchrun's guess fails where a host has several names.
+IS_HOST="$( ((NODE_RANK == 0)) && echo true || echo false)"
+exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" \
+  --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$JOB" \
+  --rdzv-conf "is_host=$IS_HOST" --max-restarts "$MAX_RESTARTS" "$@"

@@ -1,0 +1,200 @@
+"""The scripts of examples/launch as a cluster runs them: two agents on this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megashear.checkpoint.weights import CheckpointWeights
+from tests.end_to_end.torchrun import ROOT
+from tests.text_run import SEQUENCE, TARGET, TextRun
+
+LAUNCH = ROOT / "examples/launch"
+STEPS = 4
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def environment(**knobs: object) -> dict[str, str]:
+    """A clean one, with the knobs of a script; nothing of a job that these tests may run in."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+    here = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return kept | here | {name: str(value) for name, value in knobs.items()}
+
+
+def pruning(text: TextRun, save: Path) -> list[str]:
+    flags = {
+        "load": text.checkpoint,
+        "data-path": text.data,
+        "reference-loss": text.reference,
+        "save": save,
+        "train-iters": STEPS,
+        "sparsity-warmup-iters": 2,
+        "lr": 1e-3,
+        "eval-interval": 2,
+        "eval-sequences": 2,
+        "seq-length": SEQUENCE,
+        "global-batch-size": 4,
+        "num-workers": 0,
+        "pipeline-model-parallel-size": 2,
+        **{key.replace("_", "-"): value for key, value in TARGET.items()},
+    }
+    words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    return [str(LAUNCH / "torchrun.sh"), "-m", "megashear", "prune", *words]
+
+
+def test_two_nodes_do_what_one_does(text: TextRun, tmp_path: Path) -> None:
+    """A stage on each of two nodes, which are two agents; and both stages on one, at once."""
+    ports = free_port(), free_port()
+    nodes = [
+        {"NNODES": 2, "NODE_RANK": node, "MASTER_PORT": ports[0], "NPROC_PER_NODE": 1}
+        | {"MASTER_ADDR": "127.0.0.1"}
+        for node in range(2)
+    ]
+    alone = {"MASTER_PORT": ports[1], "NPROC_PER_NODE": 2}
+    jobs = [
+        subprocess.Popen(
+            pruning(text, tmp_path / ("one" if knobs is alone else "two")),
+            env=environment(**knobs),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        # the second node before the first: whoever comes early waits
+        for knobs in (nodes[1], nodes[0], alone)
+    ]
+    try:
+        said = [job.communicate(timeout=200)[0] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [job.returncode for job in jobs] == [0, 0, 0], "\n".join(said)
+    # rank 0 speaks, once: two nodes are one job
+    met = "2 processes on cpu: tensor 1, pipeline 2, data 1"
+    assert [(said[0] + said[1]).count(met), said[2].count(met)] == [1, 1]
+    start, one, two = map(CheckpointWeights, (text.checkpoint, tmp_path / "one", tmp_path / "two"))
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert [name for name in start if torch.equal(start[name], two[name])] == []  # it has trained
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, "NODE_RANK: which of the 2 nodes is this?"),
+        ({"NODE_RANK": 1}, "MASTER_ADDR: set it, the same on all nodes"),
+    ],
+)
+def test_a_node_that_does_not_know_its_place_starts_nothing(
+    given: dict[str, object], wanted: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [LAUNCH / "torchrun.sh", "-m", "megashear", "--version"],
+        env=environment(NNODES=2, **given),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert wanted in done.stderr
+    assert done.stdout == ""
+
+
+SCONTROL = """#!/bin/sh
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> {calls}; fi
+"""
+
+
+@pytest.fixture
+def slurm_job(tmp_path: Path) -> dict[str, str]:
+    """What sbatch sets for a job of one node; scontrol names this host and notes other calls."""
+    stand_in = tmp_path / "bin" / "scontrol"
+    stand_in.parent.mkdir()
+    stand_in.write_text(SCONTROL.format(calls=tmp_path / "calls"))
+    stand_in.chmod(0o755)
+    found = environment(
+        SLURM_JOB_ID=4711,
+        SLURM_JOB_NUM_NODES=1,
+        SLURM_JOB_NODELIST="here",
+        SLURM_GPUS_ON_NODE=1,
+        SRUN="env SLURM_NODEID=0",
+    )
+    return found | {"PATH": f"{stand_in.parent}:{found['PATH']}"}
+
+
+def slurm(job: dict[str, str], *words: object, **knobs: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", LAUNCH / "slurm.sh", *map(str, words)],
+        env=job | {name: str(value) for name, value in knobs.items()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+LAUNCHER = """#!/bin/sh
+echo "$NNODES $NODE_RANK $MASTER_ADDR $MASTER_PORT $JOB $NPROC_PER_NODE $MAX_RESTARTS"
+exec "$PYTHON" "$@"
+"""
+
+
+def test_a_batch_script_runs_a_recipe_on_its_nodes(
+    slurm_job: dict[str, str], tmp_path: Path
+) -> None:
+    launcher = tmp_path / "bin" / "launcher"  # in torchrun.sh's place: says what it is given
+    launcher.write_text(LAUNCHER)
+    launcher.chmod(0o755)
+    recipe = ROOT / "examples/llama2_7b_to_2.7b/03_prune.sh"
+    done = slurm(slurm_job, recipe, EXTRA="--dry-run", LAUNCH=launcher)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:3] == [
+        "job 4711, start 1: 127.0.0.1",
+        "1 0 127.0.0.1 24711 4711 1 3",
+        "# megashear prune --config <this file>",
+    ]
+    assert "target: llama2-2.7b" in lines
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said", "calls"),
+    [
+        ({}, "status 143 after", []),
+        ({"SHORTEST": 0}, "queued again, to go on", ["requeue 4711"]),
+        ({"SHORTEST": 0, "SLURM_RESTART_COUNT": 50}, "50 times already, no more", []),
+    ],
+    ids=["too soon", "stopped", "too often"],
+)
+def test_a_job_that_was_stopped_is_queued_again(
+    slurm_job: dict[str, str], tmp_path: Path, knobs: dict[str, object], said: str, calls: list[str]
+) -> None:
+    done = slurm(slurm_job, "sh", "-c", "exit 143", **knobs)
+    noted = tmp_path / "calls"
+    assert (noted.read_text().splitlines() if noted.exists() else []) == calls
+    assert said in done.stdout + done.stderr
+    assert done.returncode == (0 if calls else 143)
+
+
+def test_a_job_that_is_done_is_not(slurm_job: dict[str, str], tmp_path: Path) -> None:
+    done = slurm(slurm_job, "true", SHORTEST=0)
+    assert done.returncode == 0
+    assert "done after" in done.stdout
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_batch_script_without_a_script_says_how(slurm_job: dict[str, str]) -> None:
+    done = slurm(slurm_job)
+    assert done.returncode == 2
+    assert "usage: sbatch" in done.stderr
