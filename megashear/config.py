@@ -48,6 +48,14 @@ class ParallelConfig:
     use_distributed_optimizer: bool = False
     """Shard moments and float32 masters over data-parallel ranks, each of which steps its part.
     Checkpoints are the same with and without it."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass still computes others."""
+    overlap_param_gather: bool = False
+    """Gather stepped weights of other data-parallel ranks while the forward pass computes. Needs
+    --use-distributed-optimizer and --overlap-grad-reduce."""
+    ddp_bucket_size: int | None = None
+    """Weights whose gradients are reduced together under --overlap-grad-reduce; the larger of 40
+    million and a million a data-parallel rank unless given."""
     overlap_p2p_communication: bool = False
     """Overlap pipeline sends with compute (interleaved schedule only)."""
 
@@ -75,6 +83,26 @@ class ParallelConfig:
                 "--sequence-parallel splits the sequence over tensor ranks and "
                 "--tensor-model-parallel-size is 1; raise it to 2 or more, or drop the flag"
             )
+        if self.overlap_param_gather and not (
+            self.use_distributed_optimizer and self.overlap_grad_reduce
+        ):
+            missing = (
+                "overlap-grad-reduce"
+                if self.use_distributed_optimizer
+                else ("use-distributed-optimizer")
+            )
+            raise ValueError(
+                f"--overlap-param-gather gathers what sharded optimizers stepped, as gradients are "
+                f"reduced; give --{missing} too, or drop the flag"
+            )
+        if self.ddp_bucket_size is not None and not self.overlap_grad_reduce:
+            raise ValueError(
+                f"--ddp-bucket-size {self.ddp_bucket_size} divides gradients that are reduced "
+                f"during the backward pass, and --overlap-grad-reduce is not given; give both or "
+                f"neither"
+            )
+        if self.ddp_bucket_size is not None and self.ddp_bucket_size < 1:
+            raise ValueError(f"--ddp-bucket-size is {self.ddp_bucket_size}; it must be at least 1")
         if self.overlap_p2p_communication and self.num_virtual_stages_per_pipeline_rank == 1:
             raise ValueError(
                 "--overlap-p2p-communication needs --num-virtual-stages-per-pipeline-rank of at "
@@ -178,6 +206,9 @@ class TrainConfig:
     eval_share: float | None = None
     """The same as a share of the run's training compute, a forward pass counted as a third of a
     training pass: 0.02 lets evaluations cost 2 percent. Settled at the start, by no clock."""
+    eval_micro_batch_size: int | None = None
+    """Sequences per replica and forward pass of an evaluation, which keeps no activations and has
+    room for more; --micro-batch-size unless given."""
     save: str | None = None
     """Directory for checkpoints."""
     save_interval: int = 0
@@ -225,6 +256,7 @@ class TrainConfig:
             "seq_length",
             "log_interval",
             "eval_sequences",
+            "eval_micro_batch_size",
         ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")

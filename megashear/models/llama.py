@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -166,9 +168,20 @@ def build_llama(
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=model.bf16,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.ddp_bucket_size,
     )
     wrapped = [
-        DistributedDataParallel(config=config, ddp_config=ddp, module=chunk) for chunk in chunks
+        DistributedDataParallel(
+            config=config,
+            ddp_config=ddp,
+            module=chunk,
+            # later chunks of an interleaved schedule reduce while earlier ones still compute;
+            # cutting them up gains nothing. Source: Megatron-LM's get_model.
+            disable_bucketing=number > 0,
+        )
+        for number, chunk in enumerate(chunks)
     ]
     for chunk in wrapped:
         # fresh weights that the layout replicates must be the same in every replica
@@ -199,6 +212,18 @@ def build_chunks(
         _build_chunk(shape, groups, config, variant, number if groups.virtual_size > 1 else None)
         for number in range(groups.virtual_size)
     ]
+
+
+def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Bring the weights that other replicas stepped here, where a forward pass of training would.
+
+    Collective over the data group under --overlap-param-gather, else nothing: megatron-core has
+    gathered them in the step. Whoever reads weights after a step, other than in the next step's
+    forward pass, calls it first: megatron-core would evaluate and save the old ones in silence.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def padded_vocab_size(shape: ModelShape, tensor_size: int) -> int:

@@ -30,7 +30,7 @@ from megashear.data.loader import MixtureLoader
 from megashear.data.manifest import DataManifest
 from megashear.data.reweight import Reweighting
 from megashear.data.shares import Vector
-from megashear.models.llama import unwrap
+from megashear.models.llama import gather_weights, unwrap
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.console import format_evaluation, format_step, progress
 from megashear.monitor.throughput import Throughput
@@ -236,6 +236,7 @@ class Trainer:
             sink: where points go.
             whole: read all held-out sequences, not the run's subsample.
         """
+        gather_weights(self.chunks)
         points: dict[str, float] = {}
         mixture = self.data.loader.mixture
         copies = {"domain weights": mixture.weights, "samples owed": mixture.owed}
@@ -259,7 +260,7 @@ class Trainer:
                 self.data.held_out,
                 chosen,
                 self.groups,
-                micro_batch_size=self.train.micro_batch_size,
+                micro_batch_size=self.train.eval_micro_batch_size or self.train.micro_batch_size,
                 step=step,
                 beat=self.watchdog.beat,
             )
@@ -320,6 +321,7 @@ class Trainer:
         Returns:
             Where it lies, or will.
         """
+        gather_weights(self.chunks)
         # who goes on from this checkpoint writes no point up to it again
         sink.flush()
         details = self.details | {

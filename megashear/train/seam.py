@@ -113,7 +113,7 @@ def losses_at_seam(
         held_out,
         [part.subsample(num_sequences, train.seed) for part in held_out],
         groups,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=train.eval_micro_batch_size or train.micro_batch_size,
     ).losses
 
 

@@ -97,15 +97,17 @@ def test_a_resumed_run_evaluates_as_much_as_before(text: TextRun, tmp_path: Path
 
 def test_standard_errors_do_not_depend_on_the_layout(text: TextRun, tmp_path: Path) -> None:
     found = {}
-    for name, parallel, replicas in (
-        ("alone", layout(), 1),
-        ("split", layout(tp=2), 1),
-        ("replicas", layout(pp=2), 2),
+    for name, parallel, replicas, micro_batch in (
+        ("alone", layout(), 1, None),
+        ("split", layout(tp=2), 1, 3),
+        ("replicas", layout(pp=2), 2, 1),
     ):
-        config = configuration(text, "pretrain", parallel, tmp_path / name)
+        config = configuration(
+            text, "pretrain", parallel, tmp_path / name, eval_micro_batch_size=micro_batch
+        )
         start(replace(config, train=replace(config.train, train_iters=3)), replicas)
         points = text_run.scalars(tmp_path / name / "events")
         found[name] = [points[f"eval/standard-error/{d}"][2] for d in text_run.REFERENCE]
-    for name in ("split", "replicas"):
+    for name in ("split", "replicas"):  # nor on how many sequences go through together
         assert found[name] == pytest.approx(found["alone"], rel=REDUCTION_ORDER), name
     assert min(found["alone"]) > 0
