@@ -20,6 +20,7 @@ COMMANDS = {
     "pretrain": "train on, from a checkpoint or from fresh weights",
     "evaluate": "held-out loss of a checkpoint, per domain",
     "reference-loss": "what each domain's loss should be, from one model or several",
+    "report": "a finished or running run as one HTML page",
     "inspect": "what a checkpoint keeps and drops, or how two differ",
     "plot-mixture": "weights and losses per domain over a run, as a figure",
 }

@@ -588,6 +588,27 @@ class PlotMixtureConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """`megashear report`: a finished or running run as one HTML page."""
+
+    run: tuple[str, ...]
+    """--save directories of runs that belong together, in their order; or a quickstart's folder.
+    Also the words after the command. Of a run that has saved nothing yet: its TensorBoard
+    directory."""
+    tensorboard_dir: tuple[str, ...] = ()
+    """Directories of event files, where they are not where the run says: all of one run, or one for
+    each."""
+    output: str | None = None
+    """HTML file to write; report.html in the first of --run unless given."""
+    overwrite: bool = False
+    """Replace --output if it is there, as for a run that goes on."""
+    images: str | None = None
+    """Directory to write every figure to as a PNG, too; must not exist."""
+    title: str | None = None
+    """Title of the page; what the runs are, unless given."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class InspectConfig:
     """`megashear inspect`: what a checkpoint keeps and drops, or how two differ."""
 

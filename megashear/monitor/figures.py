@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megashear.monitor import tensorboard as tags
+from megashear.monitor.drawing import INK, check_image, legend, new_figure, save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Points = Mapping[str, Mapping[int, float]]
 """Values by tag and step."""
@@ -19,21 +21,31 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7
 Universal Design", with grey for black."""
 DASHES = ("-", "--", ":")
 """One more for every time the colours come round."""
-SIZE, DPI = (9.0, 8.0), 100
-"""Inches, and pixels an inch."""
+HEIGHTS = {2: 5.4, 3: 8.0}
+"""Of a figure by its number of panels, inches."""
+EVENT_FILES = "events.out.tfevents.*"
+"""Names of event files."""
 
 
-def read_points(directories: Sequence[str | Path]) -> dict[str, dict[int, float]]:
-    """Points of every tag in directories of event files; where two have a step, the later counts.
+class Point(NamedTuple):
+    """One value of a tag."""
+
+    value: float
+    wall_time: float
+    """When it was written, seconds since 1970."""
+
+
+def read_events(directories: Sequence[str | Path]) -> dict[str, dict[int, Point]]:
+    """Every tag's points by step in directories of event files; of two at a step the later counts.
 
     Raises:
         ValueError: a directory does not exist or holds no event file.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    points: dict[str, dict[int, float]] = {}
+    points: dict[str, dict[int, Point]] = {}
     for directory in directories:
-        if not any(Path(directory).glob("events.out.tfevents.*")):
+        if not any(Path(directory).glob(EVENT_FILES)):
             raise ValueError(
                 f"--tensorboard-dir {directory} holds no event files; give the directory that the "
                 f"run wrote"
@@ -42,9 +54,17 @@ def read_points(directories: Sequence[str | Path]) -> dict[str, dict[int, float]
         reader = EventAccumulator(str(directory), size_guidance={"scalars": 0})
         reader.Reload()
         for tag in reader.Tags()["scalars"]:
-            events = reader.Scalars(tag)
-            points.setdefault(tag, {}).update({event.step: event.value for event in events})
+            found = {e.step: Point(e.value, e.wall_time) for e in reader.Scalars(tag)}
+            points.setdefault(tag, {}).update(found)
     return {tag: dict(sorted(of_tag.items())) for tag, of_tag in points.items()}
+
+
+def read_points(directories: Sequence[str | Path]) -> dict[str, dict[int, float]]:
+    """Values of `read_events`, without their times."""
+    return {
+        tag: {step: point.value for step, point in of_tag.items()}
+        for tag, of_tag in read_events(directories).items()
+    }
 
 
 def plot_mixture(directories: Sequence[str | Path], output: str | Path, *, title: str = "") -> None:
@@ -63,72 +83,71 @@ def plot_mixture(directories: Sequence[str | Path], output: str | Path, *, title
             kind; matplotlib is not installed.
     """
     path = Path(output)
-    if path.exists():
-        raise ValueError(f"--output {path} exists; choose another or remove it first")
-    if path.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--output {path} ends in {path.suffix!r}; wanted .png, .pdf or .svg")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError(
-            "matplotlib is not installed, which figures are drawn with; "
-            'pip install "megashear[report]"'
-        ) from None
+    check_image(path, "--output", formats=(".png", ".pdf", ".svg"))
     points = read_points(directories)
+    if not domains_of(points):
+        raise ValueError(
+            f"{', '.join(map(str, directories))}: no {tags.mixture_weight('')}<domain> among the "
+            f"{len(points)} tags of the event files; give the directory of a prune or pretrain run"
+        )
+    save(mixture_figure(points, title=title), path)
+
+
+def domains_of(points: Points) -> list[str]:
+    """Domains of a mixture, the heaviest at the end first; none where a run logged no mixture."""
     prefix = tags.mixture_weight("")
     domains = [tag.removeprefix(prefix) for tag in points if tag.startswith(prefix)]
-    if not domains:
-        raise ValueError(
-            f"{', '.join(map(str, directories))}: no {prefix}<domain> among the {len(points)} tags "
-            f"of the event files; give the directory of a prune or pretrain run"
-        )
+    return sorted(domains, key=lambda name: -list(points[prefix + name].values())[-1])
+
+
+def mixture_figure(points: Points, *, title: str = "") -> Figure:
+    """The figure of `plot_mixture`, of points that are read already and have a mixture."""
     # the heaviest first, so that the legend reads from the top of the first panel
-    domains.sort(key=lambda name: -list(points[prefix + name].values())[-1])
+    domains = domains_of(points)
     has_excess = any(tags.eval_excess(name) in points for name in domains)
-    size = SIZE if has_excess else (SIZE[0], SIZE[1] * 2 / 3)
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    panels: list[Any] = list(figure.subplots(3 if has_excess else 2, 1, sharex=True))
+    has_losses = has_excess or any(tags.eval_loss(name) in points for name in domains)
+    num_panels = 1 + has_losses + has_excess
+    figure = new_figure(HEIGHTS.get(num_panels, 3.0))
+    panels: list[Any] = list(figure.subplots(num_panels, 1, sharex=True, squeeze=False)[:, 0])
     for number, name in enumerate(domains):
-        style = {
+        line = {
             "color": COLOURS[number % len(COLOURS)],
             "linestyle": DASHES[number // len(COLOURS) % len(DASHES)],
         }
         # a weight holds for the steps of its log window and jumps between two
-        jumps = style | {"drawstyle": "steps-pre", "label": name}
+        jumps = line | {"drawstyle": "steps-pre", "label": name}
         _draw(panels[0], points.get(tags.mixture_weight(name), {}), {}, jumps)
         errors = points.get(tags.eval_error(name), {})
-        _draw(panels[1], points.get(tags.eval_loss(name), {}), errors, style)
+        if has_losses:
+            _draw(panels[1], points.get(tags.eval_loss(name), {}), errors, line)
         if has_excess:
-            _draw(panels[2], points.get(tags.eval_excess(name), {}), {}, style)  # bands as above
+            _draw(panels[2], points.get(tags.eval_excess(name), {}), {}, line)  # bands as above
     labels = [
         "weight in the mixture",
         "held-out loss\nnats per token",
         "loss - reference\nnats per token",
     ]
     for panel, label in zip(panels, labels):
-        panel.set_ylabel(label)
-        panel.grid(alpha=0.3, linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
+        style(panel, ylabel=label)
     panels[0].set_ylim(bottom=0)
     if has_excess:
-        panels[2].axhline(0, color="black", linewidth=0.8)
+        panels[2].axhline(0, color=INK, linewidth=0.8)
     panels[-1].set_xlabel("step")
     figure.align_ylabels(panels)
-    figure.legend(loc="outside right upper", frameon=False)
+    legend(figure, loc="outside right upper")
     if title:
-        figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+        figure.suptitle(title, color=INK)
+    return figure
 
 
 def _draw(
     panel: Axes,
     values: Mapping[int, float],
     errors: Mapping[int, float],
-    style: Mapping[str, Any],
+    line: Mapping[str, Any],
 ) -> None:
     steps = list(values)
-    panel.plot(steps, list(values.values()), linewidth=1.5, **style)
+    panel.plot(steps, list(values.values()), linewidth=1.5, **line)
     known = [step for step in steps if step in errors]
     if not known:
         return
@@ -136,7 +155,7 @@ def _draw(
         known,
         [values[step] - errors[step] for step in known],
         [values[step] + errors[step] for step in known],
-        color=style["color"],
+        color=line["color"],
         alpha=0.15,
         linewidth=0,
     )

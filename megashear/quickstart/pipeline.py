@@ -186,9 +186,20 @@ class Quickstart:
         print(
             f"\nsheared model (Hugging Face): {self._path('sheared-hf')}\n"
             f"figures: tensorboard --logdir {self._path('tensorboard')}\n"
-            f"this table: {path}",
+            f"this table: {path}\n"
+            f"{self._report()}",
             flush=True,
         )
+
+    def _report(self) -> str:
+        """Write the report of pruning and recovery; a line that says where it lies."""
+        from megashear.report.write import NAME, write_report
+
+        try:
+            (page,) = write_report([self.output])
+        except ValueError as error:  # the models are there, whatever becomes of the page
+            return f"no {NAME}: {error}"
+        return f"report, for a browser: {page}"
 
     def _pretrain(
         self, name: str, *, iters: int, lr: float, micro_batch_size: int, init: ModelShape

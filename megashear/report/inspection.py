@@ -12,6 +12,7 @@ from typing import Any
 from megashear.checkpoint.formats import dtypes_of, name_of
 from megashear.models import layout
 from megashear.monitor.console import progress
+from megashear.monitor.drawing import check_image, save
 from megashear.report import tables
 from megashear.report.comparison import (
     check_comparable,
@@ -20,7 +21,6 @@ from megashear.report.comparison import (
     same_shapes,
     weight_distances,
 )
-from megashear.report.drawing import check_image, save
 from megashear.report.kept import Mode
 from megashear.report.mask_map import mask_map
 from megashear.report.opened import Opened, open_model

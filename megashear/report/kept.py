@@ -21,8 +21,9 @@ Mode = Literal["expected", "exact"]
 """expected: as many gates of a row as it is expected to keep, which training evaluates.
 exact: the target's number in every row, which is cut."""
 
-UNDECIDED = (0.05, 0.95)
-"""Chance to be open between which a gate has not settled on a side."""
+UNDECIDED = (0.1, 0.9)
+"""Chance to be open between which a gate has not settled on a side. The lower clamp of log_alpha
+gives .047: a bound just above it would count nearly every gate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from megashear.report.drawing import FAINT, INK, KEPT, PAPER, new_figure, style
+from megashear.monitor.drawing import FAINT, INK, KEPT, PAPER, new_figure, style
+from megashear.monitor.mask_pictures import shares
 from megashear.report.kept import KeptUnits
 
 if TYPE_CHECKING:
@@ -20,14 +21,14 @@ MAX_COLUMNS = 160
 HIDDEN_COLUMNS = 256
 """Cells of the strip of hidden dimensions."""
 
-Cells = npt.NDArray[np.float64]
+Cells = npt.NDArray[np.floating]
 
 
 def mask_map(kept: KeptUnits, *, title: str = "") -> Figure:
     """A row for each layer, its heads and its neurons, and below the hidden dimensions.
 
     What stays is blue; what goes is blank; where a cell stands for several neighbours it is the
-    paler the fewer of them stay. A layer that goes takes its heads and neurons along.
+    fainter the fewer of them stay. A layer that goes takes its heads and neurons along.
 
     Args:
         kept: what stays.
@@ -82,7 +83,7 @@ def mask_map(kept: KeptUnits, *, title: str = "") -> Figure:
     _units(panels["hidden"], source.hidden_size, hidden.shape[1])
     if title:
         figure.suptitle(
-            f"{title}\nblue stays, blank goes; paler: only some of the neighbours in a cell stay",
+            f"{title}\nblue stays, blank goes; fainter: only some of the neighbours in a cell stay",
             color=INK,
             fontsize=10,
         )
@@ -98,19 +99,17 @@ def cells(kept: KeptUnits) -> tuple[Cells, Cells, Cells]:
     """
     stays = kept.layers[:, None].numpy()
     heads = (kept.heads.numpy() & stays).astype(float)
-    neurons = shares(kept.neurons.numpy() & stays, MAX_COLUMNS)
-    return heads, neurons, shares(kept.hidden.numpy()[None], HIDDEN_COLUMNS)
+    neurons = shares(
+        kept.neurons.numpy() & stays, columns_for(kept.source.ffn_hidden_size, MAX_COLUMNS)
+    )
+    hidden = shares(kept.hidden.numpy()[None], columns_for(kept.source.hidden_size, HIDDEN_COLUMNS))
+    return heads, neurons, hidden
 
 
-def shares(is_kept: npt.NDArray[np.bool_], max_columns: int) -> Cells:
-    """Share of kept units among neighbours, [rows, columns]; columns have as many units as others
-    or one more or less."""
-    num_units = is_kept.shape[1]
-    num_columns = round(num_units / math.ceil(num_units / max_columns))
-    bounds = np.arange(num_columns + 1) * num_units // num_columns
-    counts = np.diff(np.pad(np.cumsum(is_kept, axis=1), ((0, 0), (1, 0)))[:, bounds], axis=1)
-    found: Cells = counts / np.diff(bounds)
-    return found
+def columns_for(num_units: int, most: int) -> int:
+    """Cells of a row, at most about ``most``, so that each stands for a whole number of units
+    where one divides them."""
+    return round(num_units / math.ceil(num_units / most))
 
 
 def _cells(panel: Axes, values: Cells, *, grid: bool = False) -> None:

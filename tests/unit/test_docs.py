@@ -26,6 +26,7 @@ RUNS = [
     config.EvaluateRun,
     config.ReferenceLossRun,
     config.InspectConfig,
+    config.ReportConfig,
     config.PlotMixtureConfig,
     config.PreprocessConfig,
     config.ConvertConfig,

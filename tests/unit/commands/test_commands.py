@@ -25,6 +25,7 @@ NEEDED = {
     "pretrain": ["--data-path", "data"],
     "evaluate": ["--load", "in", "--data-path", "data"],
     "reference-loss": ["--losses", "losses.json", "--output", "out"],
+    "report": ["run", "--images", "figures"],
     "inspect": ["checkpoint", "other", "--image", "masks.png"],
     "plot-mixture": ["--tensorboard-dir", "in", "--output", "out.png"],
 }

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from megashear.report.drawing import as_svg, check_image, save
-from megashear.report.kept import MaskReading
-from megashear.report.mask_map import cells, mask_map, shares
+from megashear.monitor.drawing import as_svg, check_image, save
+from megashear.report.kept import KeptUnits, MaskReading
+from megashear.report.mask_map import cells, columns_for, mask_map
 from tests.tiny import PAIRS
 from tests.unit.report.test_kept import half_open
 
@@ -64,15 +65,19 @@ def test_another_gate_is_another_map(reading: MaskReading) -> None:
     assert (cells(other)[0] != cells(reading.exact)[0]).sum() == 1
 
 
-def test_shares_of_many_units_add_up() -> None:
-    is_kept = np.random.default_rng(0).random((3, 1000)) < 0.4
-    found = shares(is_kept, 160)
-    assert found.shape == (3, 143)  # seven to a cell, or six
+def test_cells_of_many_units_are_their_shares() -> None:
+    source = dataclasses.replace(PAIRS["multi-head"][0], ffn_hidden_size=1000)
+    is_kept = torch.rand(source.num_layers, 1000, generator=torch.Generator().manual_seed(0)) < 0.4
+    kept = dataclasses.replace(KeptUnits.of({}, source), neurons=is_kept)
+    heads, neurons, hidden = cells(kept)
+    assert heads.all()
+    assert hidden.all()
+    assert neurons.shape == (source.num_layers, 143)  # seven to a cell, or six
     bounds = [1000 * n // 143 for n in range(144)]
-    for row in range(3):
-        parts = [is_kept[row, a:b].mean() for a, b in itertools.pairwise(bounds)]
-        assert found[row] == pytest.approx(parts)
-    assert (shares(is_kept, 1000) == is_kept).all()
+    for row in range(source.num_layers):
+        parts = [float(is_kept[row, a:b].double().mean()) for a, b in itertools.pairwise(bounds)]
+        assert neurons[row] == pytest.approx(parts)
+    assert [columns_for(n, 160) for n in (96, 512, 11008, 14336)] == [96, 128, 160, 159]
 
 
 def test_a_figure_for_a_page_is_xml_without_addresses(reading: MaskReading) -> None:

@@ -30,7 +30,7 @@ def require_matplotlib() -> None:
         ValueError: matplotlib is not installed.
     """
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ValueError(
             "matplotlib is not installed, which figures are drawn with; "
@@ -87,6 +87,7 @@ def as_svg(figure: Figure, name: str, alt: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
     text = text.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
+    text = text.replace(KEPT.lower(), "var(--kept)")
     text = text.replace(PAPER, "var(--card)")
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit-face", text)
     text = text.replace("inherit-face", "system-ui, sans-serif")

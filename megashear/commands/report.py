@@ -1,0 +1,31 @@
+"""Write a finished or running run as one HTML page: megashear report RUN [RUN ...]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megashear.commands.outcome import refuse_torchrun, report, user_errors
+from megashear.commands.parse import parse
+from megashear.config import ReportConfig
+
+PROG = "megashear report"
+
+
+@user_errors(PROG)
+def main(argv: Sequence[str]) -> int:
+    """Run the command on the arguments after its name; the exit status."""
+    config = parse(ReportConfig, argv, prog=PROG, description=__doc__ or "", positional=("run",))
+    refuse_torchrun(PROG)
+    # Here, not above: torch and megatron-core take seconds that --help should not.
+    from megashear.report.write import write_report
+
+    written = write_report(
+        config.run,
+        tensorboard_dirs=config.tensorboard_dir,
+        output=config.output,
+        overwrite=config.overwrite,
+        images=config.images,
+        title=config.title,
+    )
+    report("\n".join(f"wrote {path}" for path in written))
+    return 0

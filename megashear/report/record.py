@@ -1,0 +1,363 @@
+"""What is left of a run to tell its story: checkpoints, event files, its own words."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megashear.checkpoint.description import (
+    Description,
+    find_iteration,
+    holds_iterations,
+    iterations,
+    read_description,
+)
+from megashear.checkpoint.store import read_log_alpha
+from megashear.monitor import tensorboard as tags
+from megashear.monitor.figures import EVENT_FILES, Point, read_events
+from megashear.report.kept import MaskReading
+from megashear.shape import ModelShape
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "results.json"
+"""What the quickstart writes at its end, beside its runs."""
+QUICKSTART_RUNS = ("pruned", "sheared")
+"""Runs of a quickstart that a report tells of, where they are there."""
+ALIVE_S = 900.0
+"""Seconds since the last point for which a run that is not at its end counts as running."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedIteration:
+    """A checkpoint of a run."""
+
+    step: int
+    path: Path | None
+    """Where it lies; None where it was deleted since."""
+    saved_at: float | None
+    """When it was whole, seconds since 1970; None where only the files' own times would say it."""
+    num_bytes: int
+    """On disk now."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """From one start of the run to the last that it logged before it ended or was started again."""
+
+    began: float
+    """Seconds since 1970."""
+    ended: float
+    first_step: int
+    last_step: int
+
+    @property
+    def seconds(self) -> float:
+        """How long it lasted, as far as the event files know."""
+        return self.ended - self.began
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run, as far as its files tell; fields are empty where they do not."""
+
+    name: str
+    save: Path | None
+    """Where its checkpoints lie."""
+    tensorboard: tuple[Path, ...] = ()
+    """Where its event files lie."""
+    description: Description | None = None
+    """Of the newest whole iteration."""
+    masks: MaskReading | None = None
+    iterations: tuple[SavedIteration, ...] = ()
+    """Oldest first."""
+    events: Mapping[str, Mapping[int, Point]] = field(default_factory=dict)
+    """Points by tag and step."""
+    sessions: tuple[Session, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What is missing and why, for the reader."""
+    source_shape: ModelShape | None = None
+    """Of the model before pruning, where it is known."""
+    now: float = field(default_factory=time.time)
+    """When it was read, seconds since 1970."""
+
+    @property
+    def points(self) -> dict[str, dict[int, float]]:
+        """Values by tag and step."""
+        return {tag: {step: p.value for step, p in of.items()} for tag, of in self.events.items()}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Settings of the run by group; empty before the first checkpoint."""
+        found = {} if self.description is None else self.description.details.get("run", {})
+        return dict(found)
+
+    @property
+    def stage(self) -> str | None:
+        """ "prune" or "pretrain"; None where nothing is known."""
+        if self.description is not None:
+            return self.description.stage
+        if tags.PENALTY in self.events:
+            return "prune"
+        return "pretrain" if self.events else None
+
+    @property
+    def step(self) -> int:
+        """Steps done, as far as checkpoints and points know."""
+        logged = max(self.events.get(tags.LM_LOSS, {}), default=0)
+        return max(logged, 0 if self.description is None else self.description.iteration)
+
+    @property
+    def train_iters(self) -> int | None:
+        """Steps of the whole run."""
+        found: int | None = self.config.get("train", {}).get("train_iters")
+        return found
+
+    @property
+    def state(self) -> str:
+        """ "finished", "running" or "stopped"; "unknown" where no file says anything."""
+        iteration = None if self.description is None else self.description.iteration
+        if iteration is not None and iteration == self.train_iters:
+            return "finished"
+        if not self.sessions:
+            return "unknown" if iteration is None else "stopped"
+        return "running" if self.now - self.sessions[-1].ended < ALIVE_S else "stopped"
+
+    @property
+    def num_processes(self) -> int | None:
+        """Processes of the run, from the two rates that it logs."""
+        rates, per_process = (
+            self.events.get(tag, {})
+            for tag in (tags.TOKENS_PER_SECOND, tags.TOKENS_PER_SECOND_PER_DEVICE)
+        )
+        for step in sorted(rates.keys() & per_process.keys(), reverse=True):
+            if per_process[step].value > 0:
+                return round(rates[step].value / per_process[step].value)
+        return None
+
+    @property
+    def tokens(self) -> int | None:
+        """Training tokens read up to the newest checkpoint, or the last point where none is."""
+        if self.description is None:
+            return None
+        details = self.description.details
+        length = self.config.get("train", {}).get("seq_length")
+        samples = details.get("consumed_samples")
+        return None if samples is None or length is None else int(samples) * int(length)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all sessions together."""
+        return sum(session.seconds for session in self.sessions)
+
+    @property
+    def target_shape(self) -> ModelShape | None:
+        """Of the model after pruning."""
+        if self.description is None:
+            return None
+        if "target_shape" in self.description.details:
+            return ModelShape(**self.description.details["target_shape"])
+        return self.description.shape if self.source_shape is not None else None
+
+
+def read_runs(
+    run: Sequence[Path | str], tensorboard_dirs: Sequence[Path | str] = ()
+) -> list[RunRecord]:
+    """Read the runs that a report is to be about, in their order.
+
+    Args:
+        run: --save directories; TensorBoard directories of runs that have saved nothing yet; or a
+            quickstart's folder, which stands for its pruning and its recovery. A pruning run with
+            --then-pretrain brings its continued pretraining along.
+        tensorboard_dirs: where event files lie, if not where the run says: all of one run, or one
+            for each.
+
+    Raises:
+        ValueError: nothing of a run there, or no whole checkpoint.
+    """
+    paths = [Path(path) for path in run]
+    for path in paths:
+        if not path.is_dir() and not tensorboard_dirs:
+            raise ValueError(f"no run at {path}: it is not a directory; give a run's --save")
+    folders = [folder for path in paths for folder in _runs_of(path)]
+    given = [Path(path) for path in tensorboard_dirs]
+    if len(folders) > 1 and given and len(given) != len(folders):
+        raise ValueError(
+            f"{len(given)} of --tensorboard-dir for {len(folders)} runs "
+            f"({', '.join(map(str, folders))}); give one for each, or none"
+        )
+    records = []
+    for number, folder in enumerate(folders):
+        own = given if len(folders) == 1 else given[number : number + 1]
+        record = read_run(folder, own)
+        records.append(record)
+        following = _then(record)
+        if following is not None and following.resolve() not in {f.resolve() for f in folders}:
+            records.append(read_run(following))
+    return records
+
+
+def read_run(folder: Path, tensorboard_dirs: Sequence[Path] = ()) -> RunRecord:
+    """Read one run.
+
+    Args:
+        folder: its --save directory, or one with its event files.
+        tensorboard_dirs: where event files lie, if not where the run says.
+
+    Raises:
+        ValueError: nothing of a run there; every checkpoint is damaged.
+    """
+    description, masks, notes = None, None, []
+    if holds_iterations(folder):
+        directory = find_iteration(folder)
+        description = read_description(directory)
+        if description.stage not in ("prune", "pretrain"):
+            raise ValueError(
+                f"{folder} is a checkpoint of stage {description.stage!r} and no run; "
+                f"`megashear inspect {folder}` looks into it"
+            )
+        if "mask_extents" in description.details:
+            target = ModelShape(**description.details["target_shape"])
+            masks = MaskReading.of(read_log_alpha(directory), description.shape, target)
+    directories = list(tensorboard_dirs) or _tensorboard_of(folder, description)
+    if description is None and not directories:
+        raise ValueError(
+            f"no run at {folder}: it holds no checkpoint and no event files; give the --save of a "
+            f"run, its --tensorboard-dir if it has saved nothing yet, or a quickstart's folder"
+        )
+    if description is None:
+        notes.append(
+            "The run has saved no checkpoint yet. Its shape, its settings and its masks will be "
+            "known with the first one; until then there are its curves."
+        )
+    if not directories:
+        notes.append(
+            "There are no TensorBoard files, so there are no curves, no times and no costs; a run "
+            "writes them with --tensorboard-dir, and a report finds files that were moved with "
+            "the flag of the same name."
+        )
+    events = read_events(directories) if directories else {}
+    lying = iterations(folder) if description is not None else {}
+    return RunRecord(
+        name=folder.resolve().name,
+        save=folder if description is not None else None,
+        tensorboard=tuple(directories),
+        description=description,
+        masks=masks,
+        iterations=tuple(_saved(lying, events.get(tags.SAVE_SECONDS, {}))),
+        events=events,
+        sessions=tuple(sessions(directories)),
+        notes=tuple(notes),
+        source_shape=_source_shape(description),
+    )
+
+
+def sessions(directories: Sequence[Path]) -> list[Session]:
+    """The starts of a run, oldest first: every process that trained wrote an event file of its own.
+
+    Files of repeated evaluations (`TensorBoardSink.replace`) are no starts.
+    """
+    # not EventFileLoader, which turns every value into a tensor
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    found = []
+    for path in sorted(file for directory in directories for file in directory.glob(EVENT_FILES)):
+        if ".at-" in path.name:
+            continue
+        times, steps = [], []
+        for event in LegacyEventFileLoader(str(path)).Load():
+            times.append(event.wall_time)
+            if event.HasField("summary"):
+                steps.append(event.step)
+        if steps:
+            found.append(
+                Session(
+                    began=min(times),
+                    ended=max(times),
+                    first_step=min(steps),
+                    last_step=max(steps),
+                )
+            )
+    return sorted(found, key=lambda session: session.began)
+
+
+def _runs_of(path: Path) -> list[Path]:
+    """The runs that a folder stands for: itself, or those of a quickstart."""
+    if holds_iterations(path):
+        return [path]
+    inside = [path / name for name in QUICKSTART_RUNS if holds_iterations(path / name)]
+    return inside or [path]
+
+
+def _saved(lying: Mapping[int, Path], logged: Mapping[int, Point]) -> Iterator[SavedIteration]:
+    """Checkpoints that lie there, and those that were logged and deleted since, oldest first.
+
+    Times come from the event files: those of the files change when they are copied.
+    """
+    for step in sorted(lying.keys() | logged.keys()):
+        path = lying.get(step)
+        files = [] if path is None else [f.stat() for f in path.rglob("*") if f.is_file()]
+        yield SavedIteration(
+            step=step,
+            path=path,
+            saved_at=logged[step].wall_time if step in logged else None,
+            num_bytes=sum(file.st_size for file in files),
+        )
+
+
+def _tensorboard_of(folder: Path, description: Description | None) -> list[Path]:
+    """Where a run's event files are found without being told."""
+    train = {} if description is None else description.details.get("run", {}).get("train", {})
+    said, saved = train.get("tensorboard_dir"), train.get("save")
+    tried = [folder, folder / "tensorboard"]
+    if said is not None:
+        tried.append(Path(said))
+        if saved is not None:  # a run's folders were moved together
+            tried.append(folder / os.path.relpath(said, saved))
+    for directory in reversed(tried):
+        if directory.is_dir() and any(directory.glob(EVENT_FILES)):
+            return [directory]
+    return []
+
+
+def _source_shape(description: Description | None) -> ModelShape | None:
+    """The model before pruning: the run's own, or that of the cut it went on from."""
+    if description is None:
+        return None
+    if description.stage == "prune":
+        return description.shape
+    if "source_shape" in description.details:
+        return ModelShape(**description.details["source_shape"])
+    load = description.details.get("run", {}).get("train", {}).get("load")
+
+    def shape_before() -> ModelShape | None:
+        before = read_description(find_iteration(load)).details.get("source_shape")
+        return None if before is None else ModelShape(**before)
+
+    return None if load is None else _if_there(shape_before)
+
+
+def _then(record: RunRecord) -> Path | None:
+    """Where the continued pretraining of --then-pretrain saves, if it has."""
+    file = record.config.get("then_pretrain")
+    if record.stage != "prune" or file is None:
+        return None
+    read = _if_there(lambda: yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+    save = read.get("save") if isinstance(read, Mapping) else None
+    return Path(save) if save is not None and holds_iterations(save) else None
+
+
+def _if_there(read: Callable[[], Any]) -> Any:
+    """What ``read`` gives; None where the files it needs are gone by now."""
+    try:
+        return read()
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        logger.info("left out of the report: %s", error)
+        return None
