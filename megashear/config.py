@@ -31,6 +31,25 @@ def check_one_source(load: str | None, load_hf: str | None) -> None:
         )
 
 
+def check_streams(num_streams: int, *, global_batch_size: int, micro_batch_size: int) -> None:
+    """Refuse noise streams that would split a microbatch.
+
+    Raises:
+        ValueError: with numbers and the nearest that divide.
+    """
+    fits = [
+        n
+        for n in range(1, global_batch_size // micro_batch_size + 1)
+        if global_batch_size % (n * micro_batch_size) == 0
+    ]
+    if num_streams not in fits:
+        raise ValueError(
+            f"--mask-noise-streams {num_streams} does not divide --global-batch-size "
+            f"{global_batch_size} into whole microbatches of {micro_batch_size}; possible: "
+            f"{', '.join(map(str, fits))}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
     """How processes are divided; data parallelism takes what tensor and pipeline leave over."""
@@ -129,6 +148,33 @@ class ParallelConfig:
                 f"of the two"
             )
         return world_size // self.model_parallel_size
+
+    def check_microbatches(self, num_microbatches: int) -> None:
+        """Refuse microbatches of a replica that the interleaved schedule cannot share out.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        stages = self.pipeline_model_parallel_size
+        if self.num_virtual_stages_per_pipeline_rank > 1 and num_microbatches % stages:
+            raise ValueError(
+                f"the interleaved schedule wants a multiple of --pipeline-model-parallel-size "
+                f"{stages} microbatches per replica, found {num_microbatches}; change "
+                f"--global-batch-size or --micro-batch-size"
+            )
+
+    def check_sequence(self, seq_length: int) -> None:
+        """Refuse a sequence that sequence parallelism cannot split.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        tensor = self.tensor_model_parallel_size
+        if self.sequence_parallel and seq_length % tensor:
+            raise ValueError(
+                f"--seq-length {seq_length} is not a multiple of --tensor-model-parallel-size "
+                f"{tensor}, over which --sequence-parallel splits it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -132,6 +132,57 @@ class ModelShape:
             + self.ffn_hidden_size * per_neuron
         )
 
+    def training_flops(self, seq_length: int) -> int:
+        """Floating-point operations of one token's forward and backward pass.
+
+        Six for each parameter of a matrix that multiplies, the output layer's included and the
+        embedding's, which is looked up, not; and those of attention over the whole square of a
+        sequence, 12 L H d s, which a causal kernel need not all do.
+
+        Args:
+            seq_length: tokens per sequence.
+
+        Source: Chowdhery et al. 2022 (arXiv:2204.02311), appendix B; Megatron-LM counts alike.
+        """
+        multiplied = self.num_layers * self.layer_params() + self.vocab_size * self.hidden_size
+        width = self.num_attention_heads * self.head_dim
+        return 6 * multiplied + 12 * self.num_layers * width * seq_length
+
+    def check_division(
+        self, *, tensor: int, pipeline: int, virtual: int = 1, role: str = "model"
+    ) -> None:
+        """Refuse tensor ranks or stages that do not divide the model.
+
+        Args:
+            tensor: tensor-parallel ranks.
+            pipeline: stages.
+            virtual: model chunks of a stage.
+            role: what the shape is, for the message: model, source, target.
+
+        Raises:
+            ValueError: names the extent, the size that does not divide it and sizes that do.
+        """
+        split = ("num_query_groups", "num_attention_heads", "ffn_hidden_size")
+        for extent in split:
+            value = getattr(self, extent)
+            if value % tensor:
+                fitting = [
+                    n
+                    for n in range(1, tensor)
+                    if all(getattr(self, other) % n == 0 for other in split)
+                ]
+                raise ValueError(
+                    f"{role} {extent} {value} is not a multiple of --tensor-model-parallel-size "
+                    f"{tensor}; the {role} divides by {', '.join(map(str, fitting))}"
+                )
+        if self.num_layers % (pipeline * virtual):
+            fitting = [n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0]
+            raise ValueError(
+                f"{role} num_layers {self.num_layers} is not a multiple of "
+                f"--pipeline-model-parallel-size * --num-virtual-stages-per-pipeline-rank = "
+                f"{pipeline} * {virtual}; their product may be {', '.join(map(str, fitting))}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field name, for JSON; ``ModelShape(**values)`` is the way back."""
         return asdict(self)
@@ -205,6 +256,7 @@ PRESETS: dict[str, ModelShape] = {
     "llama2-370m": _llama2(24, 1024, 8, 2816),
     "llama3-8b": _llama3(32, 4096, 32, 128, 14336, factor=None),
     "llama3.1-8b": _llama3(32, 4096, 32, 128, 14336, factor=8.0),
+    "llama3.1-70b": _llama3(80, 8192, 64, 128, 28672, factor=8.0),
     "llama3.2-3b": _llama3(28, 3072, 24, 128, 8192, factor=32.0),
     "llama3.2-1b": _llama3(16, 2048, 32, 64, 8192, factor=32.0),
     "mistral-7b-v0.1": ModelShape(

@@ -36,40 +36,12 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, *, role: str = "mo
     Raises:
         ValueError: names the extent, the size that does not divide it and sizes that do.
     """
-    tp = parallel.tensor_model_parallel_size
-    stages = parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank
-    for extent in (
-        "num_query_groups",
-        "num_attention_heads",
-        "ffn_hidden_size",
-    ):
-        value = getattr(shape, extent)
-        if value % tp:
-            fitting = [
-                n
-                for n in range(1, tp)
-                if all(
-                    getattr(shape, other) % n == 0
-                    for other in (
-                        "num_query_groups",
-                        "num_attention_heads",
-                        "ffn_hidden_size",
-                    )
-                )
-            ]
-            raise ValueError(
-                f"{role} {extent} {value} is not a multiple of --tensor-model-parallel-size {tp}; "
-                f"the {role} divides by {', '.join(map(str, fitting))}"
-            )
-    if shape.num_layers % stages:
-        fitting = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
-        raise ValueError(
-            f"{role} num_layers {shape.num_layers} is not a multiple of "
-            f"--pipeline-model-parallel-size * --num-virtual-stages-per-pipeline-rank = "
-            f"{parallel.pipeline_model_parallel_size} * "
-            f"{parallel.num_virtual_stages_per_pipeline_rank}; their product may be "
-            f"{', '.join(map(str, fitting))}"
-        )
+    shape.check_division(
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        virtual=parallel.num_virtual_stages_per_pipeline_rank,
+        role=role,
+    )
 
 
 def transformer_config(

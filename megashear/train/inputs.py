@@ -136,8 +136,8 @@ def check_inputs(config: PruneRun | PretrainRun, start: Start) -> Inputs:
     if start.checkpoint is not None:
         # names and shapes, from the index: a rank that found out while loading would be late
         CheckpointWeights(start.checkpoint)
-    _check_batches(parallel, train, replicas)
-    check_sequence(parallel, train.seq_length)
+    parallel.check_microbatches(train.num_microbatches(replicas))
+    parallel.check_sequence(train.seq_length)
     check_window(start.shape, train.seq_length)
     _check_recompute(parallel, config.model, start.shape)
     if train.save is None:
@@ -249,31 +249,6 @@ def held_out_sets(manifest: DataManifest, seq_length: int, model: ModelConfig) -
         HeldOutSet(manifest.held_out_prefix(name), seq_length, domain_index=number, borders=borders)
         for number, name in enumerate(manifest.names)
     ]
-
-
-def _check_batches(parallel: ParallelConfig, train: TrainConfig, replicas: int) -> None:
-    microbatches = train.num_microbatches(replicas)
-    stages = parallel.pipeline_model_parallel_size
-    if parallel.num_virtual_stages_per_pipeline_rank > 1 and microbatches % stages:
-        raise ValueError(
-            f"the interleaved schedule wants a multiple of --pipeline-model-parallel-size {stages} "
-            f"microbatches per replica, found {microbatches}; change --global-batch-size or "
-            f"--micro-batch-size"
-        )
-
-
-def check_sequence(parallel: ParallelConfig, seq_length: int) -> None:
-    """Refuse a sequence that sequence parallelism cannot split.
-
-    Raises:
-        ValueError: with both numbers.
-    """
-    tensor = parallel.tensor_model_parallel_size
-    if parallel.sequence_parallel and seq_length % tensor:
-        raise ValueError(
-            f"--seq-length {seq_length} is not a multiple of --tensor-model-parallel-size "
-            f"{tensor}, over which --sequence-parallel splits it"
-        )
 
 
 def check_window(shape: ModelShape, seq_length: int) -> None:

@@ -30,7 +30,7 @@ from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.shape import PRESETS
 from megashear.train.evaluate import STANDARD_ERROR, evaluate_domains
-from megashear.train.inputs import check_sequence, check_vocabulary, check_window, held_out_sets
+from megashear.train.inputs import check_vocabulary, check_window, held_out_sets
 from megashear.train.objectives import LanguageModelling
 from megashear.train.start import check_no_masks, read_shape, target_shape
 
@@ -149,7 +149,7 @@ class _Measured:
         manifest = read_manifest(config.data_path)
         check_vocabulary(manifest, description.shape, tokenizer)
         seq_length = _sequence_length(config, description, directory)
-        check_sequence(config.parallel, seq_length)
+        config.parallel.check_sequence(seq_length)
         check_window(description.shape, seq_length)
         return cls(
             config=config,

@@ -266,22 +266,3 @@ class StructuredPruning(LanguageModelling):
         if "hidden" in self.masks.log_alpha:
             copies["log_alpha of hidden"] = self.masks.log_alpha["hidden"].detach()
         return copies
-
-
-def check_streams(num_streams: int, *, global_batch_size: int, micro_batch_size: int) -> None:
-    """Refuse noise streams that would split a microbatch.
-
-    Raises:
-        ValueError: with numbers and the nearest that divide.
-    """
-    fits = [
-        n
-        for n in range(1, global_batch_size // micro_batch_size + 1)
-        if global_batch_size % (n * micro_batch_size) == 0
-    ]
-    if num_streams not in fits:
-        raise ValueError(
-            f"--mask-noise-streams {num_streams} does not divide --global-batch-size "
-            f"{global_batch_size} into whole microbatches of {micro_batch_size}; possible: "
-            f"{', '.join(map(str, fits))}"
-        )

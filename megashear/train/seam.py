@@ -12,7 +12,6 @@ from megashear.config import PretrainRun, PruneRun, TrainConfig
 from megashear.data.held_out import HeldOutSet
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.evaluate import evaluate_domains
-from megashear.train.inputs import check_sequence
 from megashear.train.objectives import LanguageModelling
 from megashear.train.start import check_events
 
@@ -37,7 +36,7 @@ def check_then(config: PruneRun, then: PretrainRun) -> None:
             f"carried along keeps its precision; set it to {config.model.bf16}, or end the job, "
             f"`megashear cut` and pretrain in another"
         )
-    check_sequence(config.parallel, then.train.seq_length)
+    config.parallel.check_sequence(then.train.seq_length)
     if then.model.transformer_impl != "local":
         raise ValueError(
             f"{where}: transformer_impl is {then.model.transformer_impl}; the model is cut into "

@@ -19,14 +19,14 @@ from megashear.checkpoint.description import (
 )
 from megashear.checkpoint.saver import name_latest
 from megashear.checkpoint.store import agree_on_iteration, check_save_directory
-from megashear.config import MaskConfig, PretrainRun, PruneRun, TrainConfig
+from megashear.config import MaskConfig, PretrainRun, PruneRun, TrainConfig, check_streams
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import target_units, whole_parts
 from megashear.masks.targets import EXTENTS, target_flag
 from megashear.parallel.agree import raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import PRESETS, ModelShape
-from megashear.train.objectives import StructuredPruning, check_streams
+from megashear.train.objectives import StructuredPruning
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,11 @@ import yaml
 
 from megashear.__main__ import COMMANDS, main
 from megashear.commands.settings import build, settings_of
-from megashear.config import PretrainRun, PruneRun
+from megashear.config import PretrainRun, PruneRun, check_streams
 from megashear.data.reference_loss import PUBLISHED_DOMAINS, REFERENCE_LOSSES, read_reference
 from megashear.masks.mask_set import whole_parts
 from megashear.models.llama import check_layout
 from megashear.shape import PRESETS, ModelShape
-from megashear.train.objectives import check_streams
 from megashear.train.start import check_target_layout, target_shape
 from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)
 

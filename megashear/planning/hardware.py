@@ -1,0 +1,74 @@
+"""What GPUs have: memory, arithmetic, links."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+GIB = 2**30
+"""Bytes of a GiB."""
+GB = 10**9
+"""Bytes of a GB, of which links are sold so many a second."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One kind of GPU in the server it is usually sold in."""
+
+    name: str
+    memory_gib: float
+    """What torch finds, GiB, rounded down."""
+    peak_flops: float
+    """Dense bfloat16 arithmetic, FLOP/s."""
+    node_link: float
+    """To the other GPUs of its node, bytes a second in each direction."""
+    network: float
+    """To other nodes, bytes a second in each direction, its share of the node's adapters."""
+
+
+_KINDS = (
+    # name, GiB, TFLOP/s, GB/s in the node, GB/s between nodes
+    ("A100-40G", 39.3, 312.0, 300, 25.0),
+    ("A100-80G", 79.1, 312.0, 300, 25.0),
+    ("A800-80G", 79.1, 312.0, 200, 25.0),
+    ("H100-80G", 79.1, 989.0, 450, 50.0),
+    ("H800-80G", 79.1, 989.0, 200, 50.0),
+    ("H200-141G", 139.7, 989.0, 450, 50.0),
+    ("B200-180G", 178.3, 2250.0, 900, 50.0),
+    ("L40S-48G", 44.4, 362.0, 32, 12.5),
+)
+
+GPUS: dict[str, Gpu] = {
+    name: Gpu(
+        name=name,
+        memory_gib=memory,
+        peak_flops=tera * 1e12,
+        node_link=link * GB,
+        network=network * GB,
+    )
+    for name, memory, tera, link, network in _KINDS
+}
+"""By name; the SXM or HGX variant where there are several.
+
+Source: NVIDIA's data sheets of A100, A800, H100, H800, H200, HGX B200 and L40S. Arithmetic is
+without sparsity, half of what the sheets print where they count it. NVLink is half of the total
+they print, which counts both directions; L40S has PCIe 4.0 x16. Between nodes: 200 Gbit/s a GPU as
+in DGX A100, 400 as in DGX H100 and DGX B200, and 100 assumed beside L40S. Memory is what torch
+reports on such a GPU when it runs out of it, less than the name says."""
+
+
+def find_gpu(name: str) -> Gpu:
+    """The kind of GPU of this name, in whatever case.
+
+    Raises:
+        ValueError: none is called so; names the nearest, and all there are.
+    """
+    by_upper = {known.upper(): gpu for known, gpu in GPUS.items()}
+    if name.upper() in by_upper:
+        return by_upper[name.upper()]
+    # "H100" begins one name: that one, rather than the one that shares most letters
+    nearest = [known for upper, known in zip(by_upper, GPUS) if upper.startswith(name.upper())]
+    nearest += difflib.get_close_matches(name.upper(), list(by_upper), n=2, cutoff=0.0)
+    raise ValueError(
+        f"--gpu {name} is not known; nearest: {nearest[0]}; all there are: {', '.join(GPUS)}"
+    )

@@ -1,0 +1,347 @@
+"""Which layouts of so many GPUs divide a job and fit, and what is nearest where none does."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from megashear.config import ModelConfig, ParallelConfig, TrainConfig, check_streams
+from megashear.planning.hardware import GIB, GPUS
+from megashear.planning.memory import Memory, Work, rank_memory
+from megashear.planning.time import Cluster, StepTime, step_time
+from megashear.shape import ModelShape
+
+MOST_CHUNKS = 8
+"""Virtual stages tried; each makes a microbatch cross the pipeline once more."""
+MOST_SEQUENCES = 16
+"""Largest microbatch tried, sequences."""
+MOST_GPUS = 4096
+"""Up to how many GPUs are looked for where those given do not do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Pruning, or continued pretraining: what is to be trained, and on how much."""
+
+    name: str
+    """For messages: pruning, continued pretraining."""
+    batch_flag: str
+    """What its user calls the global batch."""
+    shape: ModelShape
+    masks: frozenset[str]
+    """Kinds of mask."""
+    tokens: float
+    """To train on."""
+    global_batch_size: int
+    """Sequences."""
+    seq_length: int
+    """Tokens per sequence."""
+    noise_streams: int
+    mfu: float
+    """Share of the peak that is reached while computing."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return math.ceil(self.tokens / (self.global_batch_size * self.seq_length))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fixed:
+    """What the user has chosen; None leaves it open."""
+
+    tensor: int | None = None
+    pipeline: int | None = None
+    virtual: int | None = None
+    micro_batch_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A layout of a job, what its fullest ranks hold, and how long a step takes."""
+
+    work: Work
+    stage: int
+    """Whose ranks hold most, from 0."""
+    memory: Memory
+    time: StepTime
+
+    @property
+    def needed_gib(self) -> float:
+        """Memory of the fullest rank, GiB."""
+        return self.memory.total / GIB
+
+    def flags(self) -> str:
+        """What `prune` or `pretrain` is started with."""
+        parallel, model = self.work.parallel, self.work.model
+        words = [f"--tensor-model-parallel-size {self.work.tensor}"]
+        if parallel.sequence_parallel:
+            words.append("--sequence-parallel")
+        if self.work.pipeline > 1:
+            words.append(f"--pipeline-model-parallel-size {self.work.pipeline}")
+        if self.work.virtual > 1:
+            words.append(f"--num-virtual-stages-per-pipeline-rank {self.work.virtual}")
+        if parallel.use_distributed_optimizer:
+            words.append("--use-distributed-optimizer")
+        words.append(f"--micro-batch-size {self.work.micro_batch_size}")
+        if model.recompute_granularity is not None:
+            words.append(
+                f"--recompute-granularity full --recompute-method {model.recompute_method} "
+                f"--recompute-num-layers {model.recompute_num_layers}"
+            )
+        return " ".join([*words, "--bf16"])
+
+
+class NothingFits(ValueError):
+    """No layout divides the job, or none fits; the message says what would."""
+
+
+def plan(
+    job: Job, cluster: Cluster, fixed: Fixed, *, reserve_gib: float, fused_adam: bool = False
+) -> list[Candidate]:
+    """Layouts that fit, the fastest first: of each tensor, pipeline and virtual size the best.
+
+    Args:
+        job: what is trained.
+        cluster: what there is.
+        fixed: what the user has chosen.
+        reserve_gib: memory of each GPU that tensors may not take, GiB.
+        fused_adam: see `rank_memory`.
+
+    Raises:
+        NothingFits: none does.
+    """
+    room = cluster.gpu.memory_gib - reserve_gib
+    divided = list(divisions(job, cluster, fixed))
+    if not divided:
+        raise NothingFits(_nothing_divides(job, cluster, fixed))
+    best: dict[tuple[int, int, int], Candidate] = {}
+    for work in divided:
+        found = _first_that_fits(work, job, cluster, room, fused_adam)
+        if found is None:
+            continue
+        place = (work.tensor, work.pipeline, work.virtual)
+        if place not in best or _order(found) < _order(best[place]):
+            best[place] = found
+    if not best:
+        raise NothingFits(_nothing_fits(job, cluster, fixed, divided, reserve_gib, fused_adam))
+    return sorted(best.values(), key=_order)
+
+
+def divisions(job: Job, cluster: Cluster, fixed: Fixed) -> Iterator[Work]:
+    """Every division of the GPUs that the job's shape and batch allow, without recompute."""
+    for tensor in _choices(fixed.tensor, _divisors(cluster.gpus_per_node)):
+        for pipeline in _choices(fixed.pipeline, _divisors(job.shape.num_layers)):
+            virtual_sizes = [n for n in _divisors(job.shape.num_layers) if n <= MOST_CHUNKS]
+            for virtual in _choices(fixed.virtual, virtual_sizes if pipeline > 1 else [1]):
+                sizes = [2**n for n in range(MOST_SEQUENCES.bit_length())]
+                for size in _choices(fixed.micro_batch_size, sizes):
+                    try:
+                        yield division(
+                            job,
+                            cluster.num_gpus,
+                            tensor=tensor,
+                            pipeline=pipeline,
+                            virtual=virtual,
+                            micro_batch_size=size,
+                        )
+                    except ValueError:
+                        continue
+
+
+def division(
+    job: Job, num_gpus: int, *, tensor: int, pipeline: int, virtual: int, micro_batch_size: int
+) -> Work:
+    """One division of the GPUs.
+
+    The sequence is split over tensor ranks wherever there are any, for the work outside attention
+    and MLP is then split too; optimizer state is shared wherever there are replicas.
+
+    Raises:
+        ValueError: it is none: in the words of the run that would refuse it.
+    """
+    replicated = num_gpus > tensor * pipeline
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        num_virtual_stages_per_pipeline_rank=virtual,
+        sequence_parallel=tensor > 1,
+        use_distributed_optimizer=replicated,
+    )
+    replicas = parallel.data_parallel_size(num_gpus)
+    job.shape.check_division(tensor=tensor, pipeline=pipeline, virtual=virtual)
+    train = TrainConfig(
+        micro_batch_size=micro_batch_size,
+        global_batch_size=job.global_batch_size,
+        seq_length=job.seq_length,
+    )
+    microbatches = train.num_microbatches(replicas)
+    parallel.check_microbatches(microbatches)
+    parallel.check_sequence(job.seq_length)
+    if job.masks:
+        check_streams(
+            job.noise_streams,
+            global_batch_size=job.global_batch_size,
+            micro_batch_size=micro_batch_size,
+        )
+    return Work(
+        shape=job.shape,
+        parallel=parallel,
+        model=ModelConfig(bf16=True),
+        seq_length=job.seq_length,
+        micro_batch_size=micro_batch_size,
+        num_microbatches=microbatches,
+        data_size=replicas,
+        masks=job.masks,
+        noise_streams=-(-job.noise_streams // replicas),
+    )
+
+
+def _first_that_fits(
+    work: Work, job: Job, cluster: Cluster, room: float, fused_adam: bool
+) -> Candidate | None:
+    """The division with as little recompute as fits; None where none does."""
+    for recompute in _recomputes(work):
+        found = candidate(replace(work, model=recompute), job, cluster, fused_adam=fused_adam)
+        if found.needed_gib <= room:
+            return found
+        if found.memory.lasting / GIB > room:
+            return None
+    return None
+
+
+def candidate(work: Work, job: Job, cluster: Cluster, *, fused_adam: bool) -> Candidate:
+    """A division with its memory and time."""
+    # between the second stage and the last each has fewer microbatches in flight and nothing more
+    stages = sorted({0, min(1, work.pipeline - 1), work.pipeline - 1})
+    # more microbatches than these add no more in flight
+    enough = replace(work, num_microbatches=min(work.num_microbatches, 4 * work.pipeline))
+    held = {stage: rank_memory(enough, stage, fused_adam=fused_adam) for stage in stages}
+    stage = max(held, key=lambda stage: held[stage].total)
+    time = step_time(work, cluster, mfu=job.mfu)
+    return Candidate(work=work, stage=stage, memory=held[stage], time=time)
+
+
+def _recomputes(work: Work) -> Iterator[ModelConfig]:
+    """Ways to recompute, the cheapest first: none, so many layers of a chunk, all."""
+    yield work.model
+    layers = work.chunk_layers
+    for count in range(1, layers):
+        yield dataclasses.replace(
+            work.model,
+            recompute_granularity="full",
+            recompute_method="block",
+            recompute_num_layers=count,
+        )
+    yield dataclasses.replace(work.model, recompute_granularity="full")
+
+
+def _order(found: Candidate) -> tuple[float, int, int, int]:
+    """The fastest first; of equals the largest microbatch, whose products are larger."""
+    seconds = float(f"{found.time.total:.3g}")  # no estimate is finer than that
+    return seconds, -found.work.micro_batch_size, found.work.virtual, found.work.pipeline
+
+
+def _choices(fixed: int | None, others: Iterable[int]) -> list[int]:
+    return list(others) if fixed is None else [fixed]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _nothing_divides(job: Job, cluster: Cluster, fixed: Fixed) -> str:
+    """Why, in the words of the run; and the numbers of GPUs nearest that divide."""
+    micro = fixed.micro_batch_size or 1
+    tensor, pipeline = fixed.tensor or 1, fixed.pipeline or 1
+    why = ""
+    try:
+        division(
+            job,
+            cluster.num_gpus,
+            tensor=tensor,
+            pipeline=pipeline,
+            virtual=fixed.virtual or 1,
+            micro_batch_size=micro,
+        )
+    except ValueError as error:
+        why = f": {error}"
+    others = [
+        str(count)
+        for count in (_nearest_below(job, cluster, fixed), _nearest_above(job, cluster, fixed))
+        if count is not None
+    ]
+    way_out = f"; --gpus {' or '.join(others)} can" if others else ""
+    return (
+        f"{job.name}: {cluster.num_gpus} GPUs cannot be divided so that layers, heads, neurons "
+        f"and {job.batch_flag} {job.global_batch_size} go into them{why}{way_out}"
+    )
+
+
+def _nearest_below(job: Job, cluster: Cluster, fixed: Fixed) -> int | None:
+    counts = range(cluster.num_gpus - 1, 0, -1)
+    return next((n for n in counts if _divides(job, cluster, fixed, n)), None)
+
+
+def _nearest_above(job: Job, cluster: Cluster, fixed: Fixed) -> int | None:
+    counts = range(cluster.num_gpus + 1, min(2 * cluster.num_gpus, MOST_GPUS) + 1)
+    return next((n for n in counts if _divides(job, cluster, fixed, n)), None)
+
+
+def _divides(job: Job, cluster: Cluster, fixed: Fixed, num_gpus: int) -> bool:
+    smaller = replace(fixed, micro_batch_size=fixed.micro_batch_size or 1)
+    return any(True for _ in divisions(job, replace(cluster, num_gpus=num_gpus), smaller))
+
+
+def _nothing_fits(
+    job: Job,
+    cluster: Cluster,
+    fixed: Fixed,
+    divided: list[Work],
+    reserve_gib: float,
+    fused_adam: bool,
+) -> str:
+    """By how much the nearest layout is too large, and what would do."""
+    room = cluster.gpu.memory_gib - reserve_gib
+    least = min(
+        (
+            candidate(replace(work, model=list(_recomputes(work))[-1]), job, cluster, fused_adam=fused_adam)
+            for work in divided
+        ),
+        key=lambda found: found.memory.total,
+    )
+    ways = []
+    more = cluster.num_gpus
+    while more < MOST_GPUS:
+        more *= 2
+        if _fits(job, replace(cluster, num_gpus=more), fixed, room, fused_adam):
+            ways.append(f"--gpus {more}")
+            break
+    larger = (gpu for gpu in GPUS.values() if gpu.memory_gib > cluster.gpu.memory_gib)
+    for gpu in sorted(larger, key=lambda gpu: gpu.memory_gib):
+        other = replace(cluster, gpu=gpu)
+        if _fits(job, other, fixed, gpu.memory_gib - reserve_gib, fused_adam):
+            ways.append(f"--gpu {gpu.name}")
+            break
+    chosen = [name for name in ("tensor", "pipeline", "virtual", "micro_batch_size") if getattr(fixed, name)]
+    if chosen and _fits(job, cluster, Fixed(), room, fused_adam):
+        ways.append("leaving the layout open")
+    return (
+        f"{job.name}: no layout fits. The nearest, {least.flags()}, needs "
+        f"{least.needed_gib:.1f} GiB a GPU, and {room:.1f} are there ({cluster.gpu.name}: "
+        f"{cluster.gpu.memory_gib:.1f}, less --memory-reserve-gib {reserve_gib:g}): "
+        f"{least.needed_gib - room:.1f} GiB too much, with the optimizer shared between replicas "
+        f"and every layer recomputed; what would do: {', or '.join(ways) or 'none that was tried'}"
+    )
+
+
+def _fits(job: Job, cluster: Cluster, fixed: Fixed, room: float, fused_adam: bool) -> bool:
+    return any(
+        candidate(
+            replace(work, model=list(_recomputes(work))[-1]), job, cluster, fused_adam=fused_adam
+        ).needed_gib
+        <= room
+        for work in divisions(job, cluster, fixed)
+    )

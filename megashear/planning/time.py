@@ -1,0 +1,168 @@
+"""How long one step takes, and how many bytes cross which link in it: an estimate, and its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megashear.planning.hardware import Gpu
+from megashear.planning.memory import FLOAT32, Work, stage_parameters
+
+LINK_EFFICIENCY = 0.75
+"""Share of a link's nominal speed that collectives reach. An assumption: NVIDIA's nccl-tests report
+all-reduces of large messages at about 230 of 300 GB/s on eight A100."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """How many GPUs of which kind, and how they hang together."""
+
+    gpu: Gpu
+    num_gpus: int
+    gpus_per_node: int
+    network: float
+    """Between nodes, bytes a second and GPU in each direction."""
+
+    def link(self, span: int) -> tuple[str, float]:
+        """The slowest link between ``span`` neighbouring ranks: its name, bytes a second."""
+        inside = span <= self.gpus_per_node
+        speed = self.gpu.node_link if inside else self.network
+        return ("node" if inside else "network"), speed * LINK_EFFICIENCY
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traffic:
+    """What a GPU sends in one step for one kind of parallelism."""
+
+    sent: int
+    """Bytes."""
+    link: str
+    """node or network."""
+    exposed: float
+    """Seconds that nothing is computed meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """One optimizer step, seconds by what takes them; they follow each other."""
+
+    compute: float
+    """Arithmetic of all microbatches on the slowest stage."""
+    bubble: float
+    """Stages waiting for the first and the last microbatch."""
+    tensor: Traffic
+    pipeline: Traffic
+    data: Traffic
+
+    @property
+    def total(self) -> float:
+        """Seconds a step."""
+        exposed = self.tensor.exposed + self.pipeline.exposed + self.data.exposed
+        return self.compute + self.bubble + exposed
+
+
+def step_time(work: Work, cluster: Cluster, *, mfu: float) -> StepTime:
+    """Estimate a step.
+
+    A microbatch takes a stage its arithmetic over the peak times ``mfu``, and the communication
+    that no arithmetic hides. The slowest stage sets the pace of m microbatches; (p - 1) / v more
+    go by while the pipeline fills and drains (p stages of v chunks). Gradients are reduced, and
+    weights gathered, after the last one.
+
+    Args:
+        work: the step.
+        cluster: what runs it.
+        mfu: share of the peak that is reached while computing; recomputed layers, bubble and
+            communication are counted beside it.
+    """
+    speed = cluster.gpu.peak_flops * mfu
+    compute = max(_stage_flops(work, stage) for stage in _ends(work)) / speed
+    tensor_exposed, tensor_sent = _tensor_bytes(work)
+    tensor_link, tensor_speed = cluster.link(work.tensor)
+    hop = work.element * work.own_tokens * work.shape.hidden_size if work.pipeline > 1 else 0
+    # stages are the farthest apart of all ranks
+    pipeline_link, pipeline_speed = cluster.link(cluster.num_gpus)
+    tensor_time = tensor_exposed / tensor_speed
+    pipeline_time = 2 * work.virtual * hop / pipeline_speed
+    pace = compute + tensor_time + pipeline_time
+    count = work.num_microbatches
+    data_sent = _data_bytes(work)
+    data_link, data_speed = cluster.link(work.tensor * work.data_size)
+    tied = _tied_bytes(work)
+    return StepTime(
+        compute=count * compute,
+        bubble=(work.pipeline - 1) / work.virtual * pace,
+        tensor=Traffic(
+            sent=count * tensor_sent, link=tensor_link, exposed=count * tensor_time
+        ),
+        pipeline=Traffic(
+            sent=count * 2 * work.virtual * hop + tied,
+            link=pipeline_link,
+            exposed=count * pipeline_time + tied / pipeline_speed,
+        ),
+        data=Traffic(sent=data_sent, link=data_link, exposed=data_sent / data_speed),
+    )
+
+
+def _ends(work: Work) -> set[int]:
+    """First and last stage: no other has more to do."""
+    return {0, work.pipeline - 1}
+
+
+def _stage_flops(work: Work, stage: int) -> float:
+    """Operations of a microbatch, forward and backward, on a rank of a stage."""
+    shape, seq = work.shape, work.seq_length
+    head = 6 * shape.vocab_size * shape.hidden_size
+    layers = shape.training_flops(seq) - head
+    share = 1 / work.pipeline
+    per_token = layers * share * (1 + _run_again(work) / 3)
+    if stage == work.pipeline - 1:
+        per_token += head
+    return per_token * work.tokens / work.tensor
+
+
+def _run_again(work: Work) -> float:
+    """Share of the layers whose forward pass, a third of a training pass, is run again."""
+    if work.model.recompute_granularity is None:
+        return 0.0
+    if work.model.recompute_method == "uniform":
+        return 1.0
+    return min(work.model.recompute_num_layers, work.chunk_layers) / work.chunk_layers
+
+
+def _tensor_bytes(work: Work) -> tuple[float, float]:
+    """Bytes that a tensor rank sends for a microbatch: those nothing hides, and all.
+
+    In units of a reduce-scatter or all-gather of [s, b, h]; an all-reduce is two. Forward a layer
+    takes four: what goes into and comes out of attention and MLP. Backward the gradients that go
+    into the column-parallel linears take four, hidden behind the product that gives the weights'
+    gradients; sequence parallelism adds two that nothing hides, where gradients enter the
+    row-parallel linears, and two hidden ones that gather the linears' inputs again.
+    """
+    size = work.tensor
+    if size == 1:
+        return 0.0, 0.0
+    unit = work.element * work.tokens * work.shape.hidden_size * (size - 1) / size
+    exposed = 4 + 4 * _run_again(work) + (2 if work.parallel.sequence_parallel else 0)
+    layers = work.chunk_layers * work.virtual
+    # Embedding and output layer: two each, of which the output layer's backward pass hides two. A
+    # stage has one of them; alone, both.
+    ends = 2 if work.pipeline > 1 else 3
+    return unit * (layers * exposed + 2), unit * (layers * (exposed + 4) + ends)
+
+
+def _data_bytes(work: Work) -> int:
+    """Bytes that a replica's rank sends after the last microbatch, by ring."""
+    if work.data_size == 1:
+        return 0
+    count = max(sum(stage_parameters(work, stage)) for stage in _ends(work))
+    ring = (work.data_size - 1) / work.data_size
+    if work.parallel.use_distributed_optimizer:
+        return round(ring * count * (FLOAT32 + work.element))  # gradients in, weights out
+    return round(ring * count * 2 * FLOAT32)
+
+
+def _tied_bytes(work: Work) -> int:
+    """Bytes of the gradient of tied embeddings, which first and last stage add."""
+    if not work.shape.tied_embeddings or work.pipeline == 1:
+        return 0
+    return FLOAT32 * work.own_vocab * work.shape.hidden_size
