@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive, as a real run makes and frees them."""
+"""Bytes of tensors that are alive, and bytes that are sent, as a real run has them."""
 
 from __future__ import annotations
 
@@ -50,6 +50,29 @@ class LiveBytes(TorchDispatchMode):
             self.live -= size
 
         weakref.finalize(storage, freed)
+
+
+class SentBytes(TorchDispatchMode):
+    """Counts what this rank would send in rings of a size, by collective.
+
+    Args:
+        ring: ranks that take part in every collective that is asked for.
+    """
+
+    def __init__(self, ring: int) -> None:
+        super().__init__()
+        self._share = (ring - 1) / ring
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::")
+            # of an all-gather the output is whole, and comes first; of a reduce-scatter the input
+            whole = args[1] if name.startswith(("_reduce_scatter", "reduce_scatter")) else args[0]
+            size = sum(t.numel() * t.element_size() for t in tree_leaves(whole))
+            times = 1.0 if name == "send" else self._share
+            self.sent[name] += round(size * times * (2 if name.startswith("allreduce") else 1))
+        return func(*args, **(kwargs or {}))
 
 
 class SavedBytes:

@@ -94,7 +94,7 @@ class Candidate:
         return " ".join([*words, "--bf16"])
 
 
-class NothingFits(ValueError):
+class NothingFitsError(ValueError):
     """No layout divides the job, or none fits; the message says what would."""
 
 
@@ -111,12 +111,12 @@ def plan(
         fused_adam: see `rank_memory`.
 
     Raises:
-        NothingFits: none does.
+        NothingFitsError: none does.
     """
     room = cluster.gpu.memory_gib - reserve_gib
     divided = list(divisions(job, cluster, fixed))
     if not divided:
-        raise NothingFits(_nothing_divides(job, cluster, fixed))
+        raise NothingFitsError(_nothing_divides(job, cluster, fixed))
     best: dict[tuple[int, int, int], Candidate] = {}
     for work in divided:
         found = _first_that_fits(work, job, cluster, room, fused_adam)
@@ -126,7 +126,7 @@ def plan(
         if place not in best or _order(found) < _order(best[place]):
             best[place] = found
     if not best:
-        raise NothingFits(_nothing_fits(job, cluster, fixed, divided, reserve_gib, fused_adam))
+        raise NothingFitsError(_nothing_fits(job, cluster, fixed, divided, reserve_gib, fused_adam))
     return sorted(best.values(), key=_order)
 
 
@@ -305,43 +305,40 @@ def _nothing_fits(
 ) -> str:
     """By how much the nearest layout is too large, and what would do."""
     room = cluster.gpu.memory_gib - reserve_gib
-    least = min(
-        (
-            candidate(replace(work, model=list(_recomputes(work))[-1]), job, cluster, fused_adam=fused_adam)
-            for work in divided
-        ),
-        key=lambda found: found.memory.total,
-    )
+    smallest = (_smallest(work, job, cluster, fused_adam) for work in divided)
+    least = min(smallest, key=lambda found: found.memory.total)
     ways = []
-    more = cluster.num_gpus
-    while more < MOST_GPUS:
-        more *= 2
-        if _fits(job, replace(cluster, num_gpus=more), fixed, room, fused_adam):
-            ways.append(f"--gpus {more}")
+    if fixed != Fixed() and _fits(job, cluster, Fixed(), room, fused_adam):
+        ways.append("leaving the layout open")
+    count = cluster.num_gpus
+    while (count := 2 * count) <= MOST_GPUS:
+        if _fits(job, replace(cluster, num_gpus=count), fixed, room, fused_adam):
+            ways.append(f"--gpus {count}")
             break
-    larger = (gpu for gpu in GPUS.values() if gpu.memory_gib > cluster.gpu.memory_gib)
+    larger = [gpu for gpu in GPUS.values() if gpu.memory_gib > cluster.gpu.memory_gib]
     for gpu in sorted(larger, key=lambda gpu: gpu.memory_gib):
-        other = replace(cluster, gpu=gpu)
-        if _fits(job, other, fixed, gpu.memory_gib - reserve_gib, fused_adam):
+        there = gpu.memory_gib - reserve_gib
+        if _fits(job, replace(cluster, gpu=gpu), fixed, there, fused_adam):
             ways.append(f"--gpu {gpu.name}")
             break
-    chosen = [name for name in ("tensor", "pipeline", "virtual", "micro_batch_size") if getattr(fixed, name)]
-    if chosen and _fits(job, cluster, Fixed(), room, fused_adam):
-        ways.append("leaving the layout open")
     return (
-        f"{job.name}: no layout fits. The nearest, {least.flags()}, needs "
-        f"{least.needed_gib:.1f} GiB a GPU, and {room:.1f} are there ({cluster.gpu.name}: "
+        f"{job.name}: no layout fits. The nearest, {least.flags()}, needs {least.needed_gib:.1f} "
+        f"GiB a GPU, and {room:.1f} are there ({cluster.gpu.name}: "
         f"{cluster.gpu.memory_gib:.1f}, less --memory-reserve-gib {reserve_gib:g}): "
-        f"{least.needed_gib - room:.1f} GiB too much, with the optimizer shared between replicas "
-        f"and every layer recomputed; what would do: {', or '.join(ways) or 'none that was tried'}"
+        f"{least.needed_gib - room:.1f} GiB too much, although optimizer state is shared between "
+        f"replicas and every layer is recomputed; what would do: "
+        f"{', or '.join(ways) or f'nothing that was tried, up to {MOST_GPUS} GPUs'}"
     )
+
+
+def _smallest(work: Work, job: Job, cluster: Cluster, fused_adam: bool) -> Candidate:
+    """A division with every layer recomputed."""
+    *_, least = _recomputes(work)
+    return candidate(replace(work, model=least), job, cluster, fused_adam=fused_adam)
 
 
 def _fits(job: Job, cluster: Cluster, fixed: Fixed, room: float, fused_adam: bool) -> bool:
     return any(
-        candidate(
-            replace(work, model=list(_recomputes(work))[-1]), job, cluster, fused_adam=fused_adam
-        ).needed_gib
-        <= room
+        _smallest(work, job, cluster, fused_adam).needed_gib <= room
         for work in divisions(job, cluster, fixed)
     )

@@ -1,4 +1,4 @@
-"""How long one step takes, and how many bytes cross which link in it: an estimate, and its parts."""
+"""How long one step takes, and what crosses which link in it: an estimate, and its parts."""
 
 from __future__ import annotations
 
@@ -92,10 +92,11 @@ def step_time(work: Work, cluster: Cluster, *, mfu: float) -> StepTime:
         compute=count * compute,
         bubble=(work.pipeline - 1) / work.virtual * pace,
         tensor=Traffic(
-            sent=count * tensor_sent, link=tensor_link, exposed=count * tensor_time
+            sent=round(count * tensor_sent), link=tensor_link, exposed=count * tensor_time
         ),
         pipeline=Traffic(
-            sent=count * 2 * work.virtual * hop + tied,
+            # of two stages each is an end, which sends a chunk's microbatch in one direction only
+            sent=count * (2 * work.virtual - (work.pipeline == 2)) * hop + tied,
             link=pipeline_link,
             exposed=count * pipeline_time + tied / pipeline_speed,
         ),
@@ -130,7 +131,7 @@ def _run_again(work: Work) -> float:
 
 
 def _tensor_bytes(work: Work) -> tuple[float, float]:
-    """Bytes that a tensor rank sends for a microbatch: those nothing hides, and all.
+    """Bytes that a tensor rank sends for a microbatch by ring: those nothing hides, and all.
 
     In units of a reduce-scatter or all-gather of [s, b, h]; an all-reduce is two. Forward a layer
     takes four: what goes into and comes out of attention and MLP. Backward the gradients that go
@@ -142,12 +143,15 @@ def _tensor_bytes(work: Work) -> tuple[float, float]:
     if size == 1:
         return 0.0, 0.0
     unit = work.element * work.tokens * work.shape.hidden_size * (size - 1) / size
-    exposed = 4 + 4 * _run_again(work) + (2 if work.parallel.sequence_parallel else 0)
+    sequence, alone = work.parallel.sequence_parallel, work.pipeline == 1
+    exposed = 4 + 4 * _run_again(work) + (2 if sequence else 0)
     layers = work.chunk_layers * work.virtual
-    # Embedding and output layer: two each, of which the output layer's backward pass hides two. A
-    # stage has one of them; alone, both.
-    ends = 2 if work.pipeline > 1 else 3
-    return unit * (layers * exposed + 2), unit * (layers * (exposed + 4) + ends)
+    # The embedding takes two that nothing hides. The output layer takes two that are hidden, and
+    # with sequence parallelism one that is not. Only a stage that is alone has both.
+    ends_exposed, ends = (3, 5) if sequence else (2, 4)
+    if not alone:
+        ends_exposed, ends = 2, ends - 2
+    return unit * (layers * exposed + ends_exposed), unit * (layers * (exposed + 4) + ends)
 
 
 def _data_bytes(work: Work) -> int:
