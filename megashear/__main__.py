@@ -13,6 +13,7 @@ from megashear.commands.settings import nearest
 
 COMMANDS = {
     "quickstart": "the whole path on this machine, from text to a sheared Hugging Face model",
+    "plan": "which layouts fit, how long a run takes and what it costs, before it",
     "preprocess": "jsonl per domain -> tokenised .bin/.idx and held-out sets",
     "convert": "Hugging Face directory -> checkpoint, or back",
     "prune": "learn masks and weights together",

@@ -786,6 +786,90 @@ class CutConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig:
+    """`megashear plan`: which layouts fit, how long a run takes and what it costs."""
+
+    model: str
+    """What there is: a preset, a Hugging Face directory (config.json is enough), a checkpoint, or a
+    JSON file of extents."""
+    target: str | None = None
+    """What it shall become: a preset or a JSON file of extents. Without, the plan is for training
+    --model as it is."""
+    gpus: int
+    """How many."""
+    gpu: str = "H100-80G"
+    """Their kind; a wrong name lists all."""
+    gpus_per_node: int = 8
+    """How many hang together by the fast link; tensor parallelism stays within a node."""
+    network_gbit: float | None = None
+    """Between nodes, Gbit/s for each GPU; what its kind is usually sold with unless given."""
+    seq_length: int = 4096
+    """Tokens per sequence."""
+    pruning_tokens: float = 3200 * 32 * 4096
+    """Tokens of the pruning run."""
+    pruning_global_batch_size: int = 32
+    """Sequences per step of the pruning run."""
+    mask_noise_streams: int = 1
+    """Independent mask draws per global batch of the pruning run."""
+    pretraining_tokens: float = 48000 * 256 * 4096
+    """Tokens of the continued pretraining."""
+    pretraining_global_batch_size: int = 256
+    """Sequences per step of the continued pretraining."""
+    tensor_model_parallel_size: int | None = None
+    """Only layouts with so many tensor ranks."""
+    pipeline_model_parallel_size: int | None = None
+    """Only layouts with so many stages."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Only layouts with so many model chunks per stage."""
+    micro_batch_size: int | None = None
+    """Only layouts with so many sequences per forward pass."""
+    pruning_mfu: float = 0.28
+    """Share of the GPU's peak that a pruning run reaches while it computes. An assumption: what the
+    reference implementation of Sheared LLaMA reached on A100."""
+    mfu: float = 0.40
+    """The same of continued pretraining. An assumption: megatron-core publishes 41 to 48 percent on
+    H100 for whole steps, with kernels of Transformer Engine."""
+    memory_reserve_gib: float = 5.0
+    """Memory of each GPU that tensors may not take, GiB. An assumption: CUDA's context, NCCL's and
+    the libraries' buffers, and what the allocator cannot use."""
+    fused_adam: bool = False
+    """Count on Adam of Transformer Engine or NVIDIA Apex, which makes no copy of what it steps."""
+    top: int = 5
+    """Layouts to list."""
+    json: bool = False
+    """Print every layout as JSON instead, in bytes and seconds."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "gpus",
+            "gpus_per_node",
+            "seq_length",
+            "pruning_tokens",
+            "pruning_global_batch_size",
+            "mask_noise_streams",
+            "pretraining_tokens",
+            "pretraining_global_batch_size",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "num_virtual_stages_per_pipeline_rank",
+            "micro_batch_size",
+            "top",
+        ):
+            if (value := getattr(self, name)) is not None and not 1 <= value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        for name in ("pruning_mfu", "mfu"):
+            if not 0 < (value := getattr(self, name)) <= 1:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {value}; wanted a share of the peak, above 0 "
+                    f"and at most 1"
+                )
+        if self.network_gbit is not None and not 0 < self.network_gbit < math.inf:
+            raise ValueError(f"--network-gbit is {self.network_gbit}; it must be positive")
+        if not 0 <= self.memory_reserve_gib < math.inf:
+            raise ValueError(f"--memory-reserve-gib is {self.memory_reserve_gib}; 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class QuickstartConfig:
     """`megashear quickstart`: the whole path on this machine, from text to a sheared HF model."""
 

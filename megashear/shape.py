@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -183,6 +185,22 @@ class ModelShape:
                 f"{pipeline} * {virtual}; their product may be {', '.join(map(str, fitting))}"
             )
 
+    def check_window(self, seq_length: int) -> None:
+        """Refuse sequences that a model with sliding-window attention would not see whole.
+
+        Args:
+            seq_length: tokens per sequence.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        if self.sliding_window is not None and seq_length > self.sliding_window:
+            raise ValueError(
+                f"--seq-length {seq_length} is longer than the model's sliding_window, "
+                f"{self.sliding_window} tokens, and megashear's attention reaches back over the "
+                f"whole sequence; lower it to at most {self.sliding_window}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field name, for JSON; ``ModelShape(**values)`` is the way back."""
         return asdict(self)
@@ -278,3 +296,25 @@ PRESETS: dict[str, ModelShape] = {
 }
 """Source: Sheared LLaMA (arXiv:2310.06694), table 1 and appendix; LLaMA 2 (arXiv:2307.09288); for
 the others the config.json of the models as released on Hugging Face."""
+
+
+def read_shape(name: str, *, flag: str = "--init-shape") -> ModelShape:
+    """A preset by name, or the extents in a JSON file.
+
+    Raises:
+        ValueError: neither, or the file holds something else.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(
+            f"{flag} {name} is neither a preset ({', '.join(PRESETS)}) nor a JSON file"
+        )
+    try:
+        return ModelShape(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{flag} {name}: {error}; wanted a JSON object of the extents "
+            f"{', '.join(field.name for field in fields(ModelShape))}"
+        ) from None

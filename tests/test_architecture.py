@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "parallel": {"config"},
     "masks": {"shape", "config"},
     "models": {"masks", "parallel", "shape", "config"},
-    "planning": {"shape", "config"},
+    "planning": {"masks", "shape", "config"},
     "checkpoint": {"models", "masks", "parallel", "shape", "config"},
     "data": {"parallel", "config"},
     "monitor": {"parallel", "config"},

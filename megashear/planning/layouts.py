@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,8 @@ class Job:
     shape: ModelShape
     masks: frozenset[str]
     """Kinds of mask."""
+    target: ModelShape | None = None
+    """What pruning ends with."""
     tokens: float
     """To train on."""
     global_batch_size: int
@@ -73,8 +76,8 @@ class Candidate:
         """Memory of the fullest rank, GiB."""
         return self.memory.total / GIB
 
-    def flags(self) -> str:
-        """What `prune` or `pretrain` is started with."""
+    def flags(self, target: ModelShape | None = None) -> str:
+        """What `prune`, with its target, or `pretrain` is started with."""
         parallel, model = self.work.parallel, self.work.model
         words = [f"--tensor-model-parallel-size {self.work.tensor}"]
         if parallel.sequence_parallel:
@@ -91,6 +94,8 @@ class Candidate:
                 f"--recompute-granularity full --recompute-method {model.recompute_method} "
                 f"--recompute-num-layers {model.recompute_num_layers}"
             )
+        if target is not None and (fitting := _tensor_ranks(target, self.work.tensor)):
+            words.append(f"--target-tensor-model-parallel-size {fitting}")
         return " ".join([*words, "--bf16"])
 
 
@@ -238,6 +243,16 @@ def _recomputes(work: Work) -> Iterator[ModelConfig]:
     yield dataclasses.replace(work.model, recompute_granularity="full")
 
 
+def _tensor_ranks(target: ModelShape, most: int) -> int | None:
+    """The most tensor ranks below ``most`` that a target divides over; None if over ``most``."""
+    fitting = []
+    for tensor in range(1, most + 1):
+        with contextlib.suppress(ValueError):
+            target.check_division(tensor=tensor, pipeline=1)
+            fitting.append(tensor)
+    return None if fitting[-1] == most else fitting[-1]
+
+
 def _order(found: Candidate) -> tuple[float, int, int, int]:
     """The fastest first; of equals the largest microbatch, whose products are larger."""
     seconds = float(f"{found.time.total:.3g}")  # no estimate is finer than that
@@ -325,8 +340,8 @@ def _nothing_fits(
         f"{job.name}: no layout fits. The nearest, {least.flags()}, needs {least.needed_gib:.1f} "
         f"GiB a GPU, and {room:.1f} are there ({cluster.gpu.name}: "
         f"{cluster.gpu.memory_gib:.1f}, less --memory-reserve-gib {reserve_gib:g}): "
-        f"{least.needed_gib - room:.1f} GiB too much, although optimizer state is shared between "
-        f"replicas and every layer is recomputed; what would do: "
+        f"{least.needed_gib - room:.1f} GiB too much, although every layer is run again and "
+        f"replicas, where there are any, share the optimizer's state; what would do: "
         f"{', or '.join(ways) or f'nothing that was tried, up to {MOST_GPUS} GPUs'}"
     )
 

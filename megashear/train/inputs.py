@@ -138,7 +138,7 @@ def check_inputs(config: PruneRun | PretrainRun, start: Start) -> Inputs:
         CheckpointWeights(start.checkpoint)
     parallel.check_microbatches(train.num_microbatches(replicas))
     parallel.check_sequence(train.seq_length)
-    check_window(start.shape, train.seq_length)
+    start.shape.check_window(train.seq_length)
     _check_recompute(parallel, config.model, start.shape)
     if train.save is None:
         logger.warning("--save is not given: nothing of this run will be kept")
@@ -249,20 +249,6 @@ def held_out_sets(manifest: DataManifest, seq_length: int, model: ModelConfig) -
         HeldOutSet(manifest.held_out_prefix(name), seq_length, domain_index=number, borders=borders)
         for number, name in enumerate(manifest.names)
     ]
-
-
-def check_window(shape: ModelShape, seq_length: int) -> None:
-    """Refuse sequences that a model with sliding-window attention would not see whole.
-
-    Raises:
-        ValueError: with both numbers.
-    """
-    if shape.sliding_window is not None and seq_length > shape.sliding_window:
-        raise ValueError(
-            f"--seq-length {seq_length} is longer than the model's sliding_window, "
-            f"{shape.sliding_window} tokens, and megashear's attention reaches back over the whole "
-            f"sequence; lower it to at most {shape.sliding_window}"
-        )
 
 
 def _references(data: DataConfig, manifest: DataManifest, *, is_evaluated: bool) -> Vector | None:

@@ -28,11 +28,11 @@ from megashear.models.llama import build_chunks, check_layout
 from megashear.parallel.agree import check_same, raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
-from megashear.shape import PRESETS
+from megashear.shape import PRESETS, read_shape
 from megashear.train.evaluate import STANDARD_ERROR, evaluate_domains
-from megashear.train.inputs import check_vocabulary, check_window, held_out_sets
+from megashear.train.inputs import check_vocabulary, held_out_sets
 from megashear.train.objectives import LanguageModelling
-from megashear.train.start import check_no_masks, read_shape, target_shape
+from megashear.train.start import check_no_masks, target_shape
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class _Measured:
         check_vocabulary(manifest, description.shape, tokenizer)
         seq_length = _sequence_length(config, description, directory)
         config.parallel.check_sequence(seq_length)
-        check_window(description.shape, seq_length)
+        description.shape.check_window(seq_length)
         return cls(
             config=config,
             directory=directory,

@@ -24,7 +24,7 @@ from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.parallel.watchdog import collective_timeout_s, watch
-from megashear.shape import ModelShape
+from megashear.shape import ModelShape, read_shape
 from megashear.train.guard import StepGuard
 from megashear.train.in_flight import Optimized, cut_in_flight
 from megashear.train.inputs import (
@@ -48,7 +48,6 @@ from megashear.train.start import (
     check_masks,
     check_target_layout,
     find_start,
-    read_shape,
     settle,
     target_shape,
 )

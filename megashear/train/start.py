@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,28 +212,6 @@ def target_shape(masks: MaskConfig, source: ModelShape) -> ModelShape:
         "ffn_hidden_size": masks.target_ffn_hidden_size,
     }
     return dataclasses.replace(source, **{k: v for k, v in wanted.items() if v is not None})
-
-
-def read_shape(name: str, *, flag: str = "--init-shape") -> ModelShape:
-    """A preset by name, or the extents in a JSON file.
-
-    Raises:
-        ValueError: neither, or the file holds something else.
-    """
-    if name in PRESETS:
-        return PRESETS[name]
-    path = Path(name)
-    if not path.is_file():
-        raise ValueError(
-            f"{flag} {name} is neither a preset ({', '.join(PRESETS)}) nor a JSON file"
-        )
-    try:
-        return ModelShape(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{flag} {name}: {error}; wanted a JSON object of the extents "
-            f"{', '.join(field.name for field in dataclasses.fields(ModelShape))}"
-        ) from None
 
 
 def check_target_layout(

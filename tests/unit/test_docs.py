@@ -32,6 +32,7 @@ RUNS = [
     config.ConvertConfig,
     config.CutConfig,
     config.QuickstartConfig,
+    config.PlanConfig,
 ]
 OTHERS_FLAGS = {
     # torchrun, pip, tensorboard

@@ -18,6 +18,7 @@ from megashear.data.manifest import DataManifest, DomainCounts
 
 ROOT = Path(__file__).parents[3]
 NEEDED = {
+    "plan": ["--model", "llama2-7b", "--gpus", "8"],
     "preprocess": ["--input", "in", "--output", "out", "--tokenizer-model", "t"],
     "convert": ["--input", "in", "--output", "out"],
     "prune": ["--data-path", "data"],

@@ -1,0 +1,219 @@
+"""A plan as a person reads it, and as a program does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megashear.planning.hardware import GB, GIB
+from megashear.planning.layouts import Candidate, Job
+from megashear.planning.time import Cluster
+
+HOUR = 3600.0
+"""Seconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """A job and the layouts that fit, the fastest first."""
+
+    job: Job
+    cluster: Cluster
+    candidates: Sequence[Candidate]
+
+    def hours(self, found: Candidate) -> float:
+        """Of the whole job, evaluations and checkpoints not counted."""
+        return self.job.steps * found.time.total / HOUR
+
+    def tokens_per_second(self, found: Candidate) -> float:
+        """Of one GPU."""
+        batch = self.job.global_batch_size * self.job.seq_length
+        return batch / found.time.total / self.cluster.num_gpus
+
+    def utilisation(self, found: Candidate) -> float:
+        """Share of the peak that the model's arithmetic is of the whole step."""
+        flops = self.job.shape.training_flops(self.job.seq_length)
+        return flops * self.tokens_per_second(found) / self.cluster.gpu.peak_flops
+
+
+def lines(planned: Planned, *, top: int) -> Iterator[str]:
+    """The plan of one job: what is trained, a table of layouts, the first of them in full.
+
+    Args:
+        planned: the job.
+        top: layouts in the table.
+    """
+    job, cluster = planned.job, planned.cluster
+    yield (
+        f"{job.name}: {job.steps:,} steps of {job.global_batch_size} x {job.seq_length:,} tokens "
+        f"({job.steps * job.global_batch_size * job.seq_length / 1e9:.2f} B), "
+        f"{job.shape.num_params():,} parameters, {cluster.num_gpus} {cluster.gpu.name}, "
+        f"{100 * job.mfu:g} % of the peak while computing"
+    )
+    yield ""
+    yield from _table(
+        [
+            (
+                *(
+                    "tp",
+                    "pp",
+                    "vpp",
+                    "dp",
+                    "sp",
+                    "shared",
+                    "micro",
+                    "recompute",
+                    "GiB/GPU",
+                    "s/step",
+                ),
+                *("tokens/s/GPU", "MFU", "bubble", "hours"),
+                "GPU-hours",
+            ),
+            *(_row(planned, found) for found in planned.candidates[:top]),
+        ]
+    )
+    left = len(planned.candidates) - top
+    if left > 0:
+        yield f"and {left} more that fit; --top {len(planned.candidates)} shows all"
+    yield ""
+    first = planned.candidates[0]
+    yield f"The first: {first.flags(job.target)}"
+    yield ""
+    yield from _memory(first, cluster)
+    yield ""
+    yield from _time(first)
+
+
+def as_dict(planned: Planned) -> dict[str, Any]:
+    """Plain values of every layout, for JSON: bytes, seconds, tokens a second and GPU."""
+    job = planned.job
+    return {
+        "steps": job.steps,
+        "global_batch_size": job.global_batch_size,
+        "seq_length": job.seq_length,
+        "parameters": job.shape.num_params(),
+        "shape": job.shape.to_dict(),
+        "masks": sorted(job.masks),
+        "flops_per_token": job.shape.training_flops(job.seq_length),
+        "assumed_mfu": job.mfu,
+        "gpu": planned.cluster.gpu.name,
+        "gpus": planned.cluster.num_gpus,
+        "layouts": [_candidate(planned, found) for found in planned.candidates],
+    }
+
+
+def _candidate(planned: Planned, found: Candidate) -> dict[str, Any]:
+    work, time = found.work, found.time
+    return {
+        "tensor_model_parallel_size": work.tensor,
+        "pipeline_model_parallel_size": work.pipeline,
+        "num_virtual_stages_per_pipeline_rank": work.virtual,
+        "data_parallel_size": work.data_size,
+        "sequence_parallel": work.parallel.sequence_parallel,
+        "use_distributed_optimizer": work.parallel.use_distributed_optimizer,
+        "micro_batch_size": work.micro_batch_size,
+        "num_microbatches": work.num_microbatches,
+        "recompute_granularity": work.model.recompute_granularity,
+        "recompute_method": work.model.recompute_method,
+        "recompute_num_layers": work.model.recompute_num_layers,
+        "flags": found.flags(planned.job.target),
+        "fullest_stage": found.stage,
+        "bytes": found.memory.parts() | {"total": found.memory.total},
+        "seconds": {
+            "compute": time.compute,
+            "bubble": time.bubble,
+            "tensor": time.tensor.exposed,
+            "pipeline": time.pipeline.exposed,
+            "data": time.data.exposed,
+            "step": time.total,
+        },
+        "sent_bytes": {
+            kind: {"bytes": traffic.sent, "link": traffic.link}
+            for kind, traffic in (
+                ("tensor", time.tensor),
+                ("pipeline", time.pipeline),
+                ("data", time.data),
+            )
+        },
+        "tokens_per_second_per_gpu": planned.tokens_per_second(found),
+        "model_flops_utilisation": planned.utilisation(found),
+        "hours": planned.hours(found),
+        "gpu_hours": planned.hours(found) * planned.cluster.num_gpus,
+    }
+
+
+def _row(planned: Planned, found: Candidate) -> tuple[str, ...]:
+    work, time = found.work, found.time
+    hours = planned.hours(found)
+    return (
+        str(work.tensor),
+        str(work.pipeline),
+        str(work.virtual),
+        str(work.data_size),
+        "yes" if work.parallel.sequence_parallel else "-",
+        "yes" if work.parallel.use_distributed_optimizer else "-",
+        str(work.micro_batch_size),
+        _recompute(found),
+        f"{found.needed_gib:.1f}",
+        f"{time.total:.2f}",
+        f"{planned.tokens_per_second(found):,.0f}",
+        f"{100 * planned.utilisation(found):.1f} %",
+        f"{100 * time.bubble / time.total:.1f} %",
+        f"{hours:,.1f}",
+        f"{hours * planned.cluster.num_gpus:,.0f}",
+    )
+
+
+def _recompute(found: Candidate) -> str:
+    work = found.work
+    if work.model.recompute_granularity is None:
+        return "none"
+    if work.model.recompute_method == "uniform":
+        return "all"
+    return f"{work.model.recompute_num_layers} of {work.chunk_layers}"
+
+
+def _memory(found: Candidate, cluster: Cluster) -> Iterator[str]:
+    memory, work = found.memory, found.work
+    where = f"a rank of stage {found.stage}" if work.pipeline > 1 else "a rank"
+    yield f"Memory of {where}, GiB:"
+    adam = memory.activations + memory.buffers + memory.masks < memory.optimizer_step
+    rows = [
+        ("weights", memory.weights, "bfloat16"),
+        ("gradients", memory.gradients, "float32"),
+        ("masters", memory.masters, f"float32, over {work.data_size} replicas"),
+        ("moments", memory.moments, f"two of float32, over {work.data_size} replicas"),
+        ("masks", memory.masks, "gates and their gradients"),
+        ("activations", memory.activations, "kept for backward passes"),
+        ("buffers", memory.buffers, "what one pass needs for a moment"),
+    ]
+    if adam:
+        rows.append(("optimizer", memory.optimizer_step, "Adam's copy, when activations are free"))
+    for name, size, what in rows:
+        yield f"  {name:12} {size / GIB:8.3f}  {what}"
+    yield (
+        f"  {'at most':12} {memory.total / GIB:8.3f}  of {cluster.gpu.memory_gib:.1f} on "
+        f"{cluster.gpu.name}"
+    )
+
+
+def _time(found: Candidate) -> Iterator[str]:
+    time, work = found.time, found.work
+    yield f"One step, seconds ({work.num_microbatches} microbatches a replica), and GB a GPU sends:"
+    yield f"  {'compute':12} {time.compute:8.3f}"
+    yield f"  {'bubble':12} {time.bubble:8.3f}"
+    for name, traffic in (
+        ("tensor", time.tensor),
+        ("pipeline", time.pipeline),
+        ("data", time.data),
+    ):
+        sent = f"  {traffic.sent / GB:8.2f} GB over the {traffic.link}" if traffic.sent else ""
+        yield f"  {name:12} {traffic.exposed:8.3f}{sent}"
+    yield f"  {'step':12} {time.total:8.3f}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths))

@@ -1,0 +1,204 @@
+"""Which layouts a plan lists, in which order, and what it says where there are none."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from megashear.config import PlanConfig
+from megashear.planning import layouts
+from megashear.planning.hardware import GIB, GPUS
+from megashear.planning.jobs import make_plans
+from megashear.planning.layouts import Fixed, Job, NothingFitsError, plan
+from megashear.planning.memory import fullest, rank_memory
+from megashear.planning.time import Cluster
+from megashear.shape import PRESETS
+
+SEVEN, SMALL = PRESETS["llama2-7b"], PRESETS["llama2-2.7b"]
+KINDS = frozenset({"hidden", "head", "intermediate"})
+
+
+OPEN = Fixed()
+
+
+def job(**changed: Any) -> Job:
+    given = {
+        "name": "pruning",
+        "batch_flag": "--pruning-global-batch-size",
+        "shape": SEVEN,
+        "masks": KINDS,
+        "target": SMALL,
+        "tokens": 3200 * 32 * 4096,
+        "global_batch_size": 32,
+        "seq_length": 4096,
+        "noise_streams": 8,
+        "mfu": 0.28,
+    }
+    return Job(**(given | changed))
+
+
+def cluster(gpus: int, gpu: str = "A100-80G") -> Cluster:
+    kind = GPUS[gpu]
+    return Cluster(gpu=kind, num_gpus=gpus, gpus_per_node=min(8, gpus), network=kind.network)
+
+
+def found(gpus: int = 8, gpu: str = "A100-80G", fixed: Fixed = OPEN, **changed: Any):
+    return plan(job(**changed), cluster(gpus, gpu), fixed, reserve_gib=5)
+
+
+def test_layouts_fit_divide_and_are_sorted_by_time() -> None:
+    listed = found()
+    assert len(listed) > 10
+    for candidate in listed:
+        work = candidate.work
+        assert work.tensor * work.pipeline * work.data_size == 8
+        assert work.num_microbatches * work.micro_batch_size * work.data_size == 32
+        assert work.tokens % 4096 == 0
+        assert candidate.needed_gib <= 79.1 - 5
+        assert fullest(work)[1] == candidate.memory
+    for faster, slower in pairwise(listed):
+        assert faster.time.total <= slower.time.total * 1.01  # ties go to larger microbatches
+
+
+def test_more_microbatches_than_are_looked_at_add_no_memory() -> None:
+    for candidate in found()[:6]:
+        for stage in range(candidate.work.pipeline):
+            many = replace(candidate.work, num_microbatches=16 * candidate.work.pipeline)
+            few = replace(many, num_microbatches=4 * candidate.work.pipeline)
+            assert rank_memory(many, stage) == rank_memory(few, stage)
+
+
+def test_recompute_is_taken_where_nothing_fits_without() -> None:
+    roomy = found(fixed=Fixed(tensor=8, pipeline=1, virtual=1))
+    assert {c.work.model.recompute_granularity for c in roomy} == {None}
+    (tight,) = found(4, "L40S-48G", Fixed(tensor=4, pipeline=1, virtual=1, micro_batch_size=1))
+    model = tight.work.model
+    assert (model.recompute_granularity, model.recompute_method) == ("full", "block")
+    # with one layer less run again it does not fit
+    less = replace(model, recompute_num_layers=model.recompute_num_layers - 1)
+    assert rank_memory(replace(tight.work, model=less), 0).total / GIB > 44.4 - 5
+
+
+def test_flags_are_those_of_the_run() -> None:
+    (one,) = found(fixed=Fixed(tensor=2, pipeline=2, virtual=2, micro_batch_size=1))
+    assert one.flags(SMALL) == (
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
+        "--num-virtual-stages-per-pipeline-rank 2 --use-distributed-optimizer "
+        "--micro-batch-size 1 --bf16"
+    )
+    (wide,) = found(fixed=Fixed(tensor=8, pipeline=1, virtual=1))
+    # 20 heads go into 4 ranks, not into 8
+    assert "--target-tensor-model-parallel-size 4" in wide.flags(SMALL)
+    assert "--target" not in wide.flags()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "fixed", "message"),
+    [
+        (
+            7,
+            Fixed(),
+            "pruning: 7 GPUs cannot be divided so that .* --pruning-global-batch-size 32 go into "
+            "them: --global-batch-size 32 is not a multiple of .* = 1 \\* 7.*; --gpus 4 or 8 can",
+        ),
+        (
+            8,
+            Fixed(tensor=3),
+            "num_query_groups 32 is not a multiple of --tensor-model-parallel-size 3|world size 8",
+        ),
+        (8, Fixed(pipeline=3), "world size 8 is not a multiple of .* = 1 \\* 3"),
+        (
+            6,
+            Fixed(tensor=6),
+            "num_query_groups 32 is not a multiple of --tensor-model-parallel-size 6; the model "
+            "divides by 1, 2, 4",
+        ),
+        (
+            8,
+            Fixed(pipeline=8, virtual=3),
+            "model num_layers 32 is not a multiple of .* = 8 \\* 3; their product may be 1, 2, 4",
+        ),
+        (
+            8,
+            Fixed(micro_batch_size=3),
+            "--global-batch-size 32 is not a multiple of --micro-batch-size \\* data-parallel "
+            "size = 3 \\* 8",
+        ),
+        (8, Fixed(micro_batch_size=8), "--mask-noise-streams 8 does not divide|not a multiple"),
+    ],
+)
+def test_what_does_not_divide_is_said_as_the_run_says_it(
+    gpus: int, fixed: Fixed, message: str
+) -> None:
+    with pytest.raises(NothingFitsError, match=message):
+        found(gpus, fixed=fixed)
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
+    with pytest.raises(NothingFitsError) as refused:
+        found(2, "A100-40G")
+    message = str(refused.value)
+    assert message.startswith("pruning: no layout fits. The nearest, --tensor-model-parallel-size")
+    numbers = re.search(
+        r"needs ([\d.]+) GiB a GPU, and ([\d.]+) are there \(A100-40G: 39.3, less "
+        r"--memory-reserve-gib 5\): ([\d.]+) GiB too much",
+        message,
+    )
+    assert numbers is not None
+    needed, there, over = map(float, numbers.groups())
+    assert needed - there == pytest.approx(over, abs=0.11)
+    more = re.search(r"what would do: --gpus (\d+), or --gpu ([\w-]+)$", message)
+    assert more is not None
+    assert found(int(more[1]), "A100-40G")
+    assert found(2, more[2])
+    with pytest.raises(NothingFitsError):
+        found(int(more[1]) // 2, "A100-40G")
+
+
+def test_a_layout_that_was_chosen_may_be_left_open() -> None:
+    with pytest.raises(NothingFitsError, match="what would do: leaving the layout open"):
+        found(8, "A100-40G", Fixed(tensor=1, pipeline=1, micro_batch_size=1), noise_streams=1)
+
+
+def test_nothing_that_was_tried_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "MOST_GPUS", 8)
+    huge = replace(SEVEN, ffn_hidden_size=2**23, num_layers=1)
+    with pytest.raises(NothingFitsError, match="nothing that was tried, up to 8 GPUs"):
+        found(8, "A100-80G", shape=huge, target=None)
+
+
+def test_pruning_asks_for_masks_that_lead_to_the_target() -> None:
+    config = PlanConfig(model="llama2-7b", gpus=8)
+    both = make_plans(config, SEVEN, SMALL)
+    assert [planned.job.name for planned in both] == ["pruning", "continued pretraining"]
+    assert both[0].job.masks == KINDS
+    assert both[0].job.steps == 3200
+    assert both[1].job.steps == 48000
+    (alone,) = make_plans(config, SEVEN, None)
+    assert alone.job.shape == SEVEN
+    with pytest.raises(ValueError, match=r"is a sparsity of .* the nearest --target-hidden-size"):
+        make_plans(config, SEVEN, replace(SEVEN, hidden_size=64))
+    with pytest.raises(ValueError, match="sliding_window"):
+        make_plans(replace(config, seq_length=8192), PRESETS["mistral-7b-v0.1"], None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("gpus", 0, "--gpus is 0; it must be at least 1"),
+        ("pruning_tokens", 0.5, "--pruning-tokens is 0.5; it must be at least 1"),
+        ("pretraining_tokens", float("inf"), "--pretraining-tokens is inf; it must be"),
+        ("micro_batch_size", 0, "--micro-batch-size is 0; it must be at least 1"),
+        ("mfu", 40.0, "--mfu is 40.0; wanted a share of the peak, above 0 and at most 1"),
+        ("pruning_mfu", 0.0, "--pruning-mfu is 0.0; wanted a share"),
+        ("network_gbit", -1.0, "--network-gbit is -1.0; it must be positive"),
+        ("memory_reserve_gib", -1.0, "--memory-reserve-gib is -1.0; 0 or more"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(field: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PlanConfig(**({"model": "llama2-7b", "gpus": 8} | {field: value}))

@@ -1,0 +1,151 @@
+"""Arithmetic of a step against published runs, and a step's time against formulas by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megashear.config import ModelConfig
+from megashear.planning.hardware import GB, GPUS, find_gpu
+from megashear.planning.memory import Work, schedule
+from megashear.planning.time import LINK_EFFICIENCY, Cluster, step_time
+from megashear.shape import PRESETS, ModelShape
+from tests.tiny import layout
+
+A100, H100 = GPUS["A100-80G"], GPUS["H100-80G"]
+
+# Tokens a second and GPU of LLM-Shearing on A100, with the MFU its authors' trainer printed.
+# Source: docs/algorithm.md section 6, after the repository of Xia et al. 2023 (arXiv:2310.06694).
+LLM_SHEARING = {"llama2-7b": (1844, 28), "llama2-2.7b": (4957, 32), "llama2-1.3b": (8684, 29)}
+
+# Megatron-LM on A100, sequences of 2,048 and a vocabulary of 51,200: layers, hidden size, GPUs,
+# sequences a step, seconds a step, MFU in percent as printed.
+# Source: Korthikanti et al. 2022 (arXiv:2205.05198), tables 3 and 5.
+MEGATRON = {
+    "22B": (48, 6144, 8, 4, 1.10, 41.5),
+    "175B": (96, 12288, 64, 64, 13.75, 51.4),
+    "530B": (105, 20480, 280, 280, 37.83, 56.0),
+    "1T": (128, 25600, 512, 512, 71.49, 56.3),
+}
+
+
+@pytest.mark.parametrize("preset", LLM_SHEARING)
+def test_published_throughput_gives_the_published_utilisation(preset: str) -> None:
+    shape, (tokens_per_second, percent) = PRESETS[preset], LLM_SHEARING[preset]
+    # its trainer counts six operations for the embedding's parameters too
+    flops = shape.training_flops(4096) + 6 * shape.vocab_size * shape.hidden_size
+    assert round(100 * flops * tokens_per_second / A100.peak_flops) == percent
+
+
+def test_without_attention_the_published_utilisation_is_missed() -> None:
+    shape = PRESETS["llama2-7b"]
+    assert round(100 * 6 * shape.num_params() * 1844 / A100.peak_flops) == 24  # not 28
+
+
+@pytest.mark.parametrize("size", MEGATRON)
+def test_megatrons_step_times_give_megatrons_utilisation(size: str) -> None:
+    layers, hidden, gpus, batch, seconds, percent = MEGATRON[size]
+    shape = ModelShape(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=hidden // 128,
+        num_query_groups=hidden // 128,
+        head_dim=128,
+        # a GPT's MLP has two matrices of 4 h, ours three
+        ffn_hidden_size=8 * hidden // 3,
+        vocab_size=51200,
+    )
+    flops = shape.training_flops(2048) * batch * 2048
+    found = 100 * flops / (seconds * gpus * A100.peak_flops)
+    # the time is printed to a hundredth of a second
+    assert abs(found - percent) < 0.05 + 0.005 / seconds * percent
+
+
+def work(**changed) -> Work:
+    given = {
+        "shape": PRESETS["llama2-7b"],
+        "parallel": layout(),
+        "model": ModelConfig(bf16=True),
+        "seq_length": 4096,
+        "micro_batch_size": 1,
+        "num_microbatches": 8,
+    }
+    return Work(**(given | changed))
+
+
+def cluster(gpus: int, per_node: int = 8) -> Cluster:
+    return Cluster(gpu=H100, num_gpus=gpus, gpus_per_node=per_node, network=H100.network)
+
+
+def test_one_gpu_does_nothing_but_compute() -> None:
+    found = step_time(work(), cluster(1), mfu=0.5)
+    shape = PRESETS["llama2-7b"]
+    flops = 6 * (shape.num_params() - 65 * 4096 - 32000 * 4096) + 12 * 32 * 4096 * 4096
+    assert found.total == pytest.approx(8 * 4096 * flops / (0.5 * 989e12))
+    assert found.bubble == found.tensor.exposed == found.data.exposed == found.pipeline.sent == 0
+
+
+def test_recompute_runs_the_layers_a_third_longer() -> None:
+    plain = step_time(work(), cluster(1), mfu=0.5).compute
+    whole = ModelConfig(bf16=True, recompute_granularity="full")
+    head = 6 * 32000 * 4096 * 8 * 4096 / (0.5 * 989e12)
+    again = step_time(work(model=whole), cluster(1), mfu=0.5).compute
+    assert again - head == pytest.approx((plain - head) * 4 / 3)
+    half = replace(whole, recompute_method="block", recompute_num_layers=16)
+    assert step_time(work(model=half), cluster(1), mfu=0.5).compute - head == pytest.approx(
+        (plain - head) * 7 / 6
+    )
+
+
+def test_the_bubble_is_stages_less_one_over_chunks() -> None:
+    plain = step_time(work(parallel=layout(pp=4)), cluster(4), mfu=0.5)
+    pace = (plain.compute + plain.pipeline.exposed) / 8
+    assert plain.bubble == pytest.approx(3 * pace)
+    chunked = step_time(work(parallel=layout(pp=4, vpp=2)), cluster(4), mfu=0.5)
+    assert chunked.bubble == pytest.approx(3 * (chunked.compute + chunked.pipeline.exposed) / 8 / 2)
+
+
+def test_the_last_stage_sets_the_pace() -> None:
+    found = step_time(work(parallel=layout(pp=4)), cluster(4), mfu=0.5)
+    even = step_time(work(), cluster(1), mfu=0.5).compute / 4
+    head = 6 * 32000 * 4096 * 8 * 4096 / (0.5 * 989e12)
+    assert found.compute == pytest.approx(even + head * 3 / 4)
+
+
+def test_gradients_go_over_the_network_when_replicas_do_not_share_a_node() -> None:
+    inside = step_time(work(data_size=8), cluster(8), mfu=0.5).data
+    outside = step_time(work(data_size=8), cluster(8, per_node=4), mfu=0.5).data
+    assert (inside.link, outside.link) == ("node", "network")
+    assert inside.sent == outside.sent == round(2 * 7 / 8 * 4 * PRESETS["llama2-7b"].num_params())
+    assert inside.exposed == pytest.approx(inside.sent / (450 * GB * LINK_EFFICIENCY))
+    assert outside.exposed == pytest.approx(outside.sent / (50 * GB * LINK_EFFICIENCY))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_the_schedule_runs_every_pass_once_and_forward_first(stages: int, chunks: int) -> None:
+    if stages == 1 and chunks > 1:
+        pytest.skip("no stages, no chunks")
+    for stage in range(stages):
+        done = list(schedule(work(parallel=layout(pp=stages, vpp=chunks)), stage))
+        for chunk in range(chunks):
+            passes = [way for way, of in done if of == chunk]
+            assert passes.count("forward") == passes.count("backward") == 8
+            open_ = 0
+            for way in passes:
+                open_ += 1 if way == "forward" else -1
+                assert open_ >= 0
+    if chunks == 1:
+        first = list(schedule(work(parallel=layout(pp=stages)), 0))
+        assert first.index(("backward", 0)) == stages  # as many in flight as there are stages
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("H100", "H100-80G"), ("h200", "H200-141G"), ("A100_80G", "A100-80G"), ("V100", "")],
+)
+def test_an_unknown_gpu_names_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"--gpu {name} is not known; nearest: {nearest}.*L40S"):
+        find_gpu(name)
+    assert find_gpu("a100-40g").name == "A100-40G"
