@@ -1,0 +1,232 @@
+"""Measure a training step: masked against unmasked, and ours against transformers' LLaMA with SDPA,
+part by part, beside what the machine's matrix products and memory allow.
+
+    python tools/benchmarks/step.py --rounds 40
+    torchrun --nproc-per-node 2 tools/benchmarks/step.py --tensor-model-parallel-size 2 --rounds 40
+
+All ways run in one process (of each rank), interleaved round by round, so that what else the machine
+does meets all of them; a second unmasked model gives the noise: what two equal ways differ by. A
+table, then JSON, go to stdout, or JSON to --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import (
+    copy_bandwidth,
+    environment,
+    interleave,
+    matmul_rate,
+    median_seconds,
+    ratio,
+    report,
+    table,
+)
+from ways import OurStep, Parts, TransformersStep, Work, saved_bytes, target_of
+
+from megashear.config import ModelConfig, ParallelConfig
+from megashear.parallel.groups import ParallelGroups
+from megashear.parallel.launch import distributed
+from megashear.shape import PRESETS, ModelShape
+
+UNMASKED, AGAIN, MASKED = "unmasked", "unmasked again", "masked"
+PLAIN, PLAIN_DEFAULT = "transformers, fused AdamW", "transformers, default AdamW"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What a step computes and how it is divided, under Megatron-LM's names."""
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="shape; or the extents below")
+    for name, default in (
+        ("num-layers", 4),
+        ("hidden-size", 512),
+        ("num-attention-heads", 8),
+        ("num-query-groups", None),
+        ("ffn-hidden-size", 1376),
+        ("vocab-size", 32000),
+        ("seq-length", 512),
+        ("micro-batch-size", 2),
+        ("num-microbatches", 1),
+        ("tensor-model-parallel-size", 1),
+        ("pipeline-model-parallel-size", 1),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--recompute-granularity", choices=["full"])
+    parser.add_argument("--rounds", type=int, default=20, help="measured steps of each way")
+    parser.add_argument("--threads", type=int, help="of torch in each process; its default if none")
+    parser.add_argument("--json", type=Path, help="file for every measurement; stdout if none")
+
+
+def work_of(args: argparse.Namespace) -> Work:
+    """What the flags ask for."""
+    shape = PRESETS[args.preset] if args.preset else None
+    if shape is None:
+        shape = ModelShape(
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            num_query_groups=args.num_query_groups or args.num_attention_heads,
+            head_dim=args.hidden_size // args.num_attention_heads,
+            ffn_hidden_size=args.ffn_hidden_size,
+            vocab_size=args.vocab_size,
+        )
+    return Work(
+        shape=shape,
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        num_microbatches=args.num_microbatches,
+    )
+
+
+@contextlib.contextmanager
+def processes(args: argparse.Namespace) -> Iterator[tuple[ParallelConfig, ModelConfig, Any]]:
+    """The layout and precision that the flags ask for, and where this rank stands."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+    )
+    model = ModelConfig(bf16=args.bf16, recompute_granularity=args.recompute_granularity)
+    with distributed(parallel, model) as groups:
+        yield parallel, model, groups
+
+
+def build(
+    work: Work,
+    groups: ParallelGroups,
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    *,
+    with_transformers: bool,
+) -> dict[str, Callable[[], None]]:
+    """The ways to compare, by name."""
+    ways: dict[str, Callable[[], None]] = {
+        UNMASKED: OurStep(work, groups, parallel, model),
+        AGAIN: OurStep(work, groups, parallel, model),
+        MASKED: OurStep(work, groups, parallel, model, target=target_of(work.shape)),
+    }
+    if with_transformers:
+        ways[PLAIN] = TransformersStep(work, groups, model)
+        ways[PLAIN_DEFAULT] = TransformersStep(work, groups, model, fused=False)
+    return ways
+
+
+def comparison(measured: Sequence[Any], ways: Sequence[str]) -> str:
+    """Seconds of each way and its ratio to the unmasked one, on both clocks."""
+    rows = [
+        (
+            way,
+            f"{median_seconds(measured, way):.4f}",
+            ratio(measured, way, UNMASKED),
+            f"{median_seconds(measured, way, clock='cpu_s'):.4f}",
+            ratio(measured, way, UNMASKED, clock="cpu_s"),
+        )
+        for way in ways
+    ]
+    return table(["way", "s a step", "over unmasked", "CPU s a step", "over unmasked"], rows)
+
+
+def parts_of(step: OurStep, rounds: int) -> dict[str, float]:
+    """Median seconds of each part of a step."""
+    parts = Parts()
+    step.watch(parts)
+    found: list[dict[str, float]] = []
+    for _ in range(rounds):
+        parts.clear()
+        with parts.time("whole"):
+            step()
+        found.append(dict(parts.seconds))
+    parts.restore()
+    names = {name: None for each in found for name in each}
+    middle = {name: sorted(each.get(name, 0.0) for each in found)[rounds // 2] for name in names}
+    return middle
+
+
+def breakdown(parts: dict[str, dict[str, float]]) -> str:
+    """Parts of each way, seconds and share of the step."""
+    names = list(dict.fromkeys(name for each in parts.values() for name in each))
+    rows = []
+    for name in names:
+        row: list[object] = [name]
+        for each in parts.values():
+            seconds = each.get(name)
+            share = "" if seconds is None else f"{seconds:.4f} ({100 * seconds / each['whole']:.1f}%)"
+            row.append(share)
+        rows.append(row)
+    return table(["part", *(f"{way}, s" for way in parts)], rows)
+
+
+def memory(step: OurStep) -> dict[str, int]:
+    """Bytes that a step keeps for its backward passes on this rank, and those of its weights."""
+    weights = {
+        parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes()
+        for chunk in step.chunks
+        for parameter in chunk.parameters()
+    }
+    return {"saved": saved_bytes(step, set(weights)), "weights": sum(weights.values())}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and print tables and JSON; the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser)
+    parser.add_argument("--no-transformers", action="store_true", help="leave it out")
+    args = parser.parse_args(argv)
+    work = work_of(args)
+    with processes(args) as (parallel, model, groups):
+        alone = groups.world_size == 1
+        ways = build(
+            work, groups, parallel, model, with_transformers=alone and not args.no_transformers
+        )
+        measured = interleave(ways, args.rounds, warm_up=2)
+        ours = {way: step for way, step in ways.items() if isinstance(step, OurStep)}
+        parts = {way: parts_of(ours[way], args.rounds) for way in (UNMASKED, MASKED)}
+        kept = {way: memory(ours[way]) for way in (UNMASKED, MASKED)}
+        rate = matmul_rate(torch.bfloat16 if model.bf16 else torch.float32)
+        bandwidth = copy_bandwidth()
+        flops = work.flops() / parallel.model_parallel_size
+        floor = flops / rate
+        lines = [
+            f"{work.tokens:,} tokens a step and replica, {flops / 1e9:.1f} GFLOP on each rank; "
+            f"matrix products of this machine reach {rate / 1e9:.1f} GFLOP/s, so no step is below "
+            f"{floor:.4f} s; copies move {bandwidth / 1e9:.1f} GB/s",
+            f"unmasked: {floor / median_seconds(measured, UNMASKED):.2f} of that rate",
+        ]
+        saved = table(
+            ["way", "kept for backward passes, bytes", "over unmasked"],
+            [
+                (way, f"{each['saved']:,}", f"{each['saved'] / kept[UNMASKED]['saved']:.3f}")
+                for way, each in kept.items()
+            ],
+        )
+        report(
+            "step.py",
+            ["\n".join(lines), comparison(measured, list(ways)), breakdown(parts), saved],
+            {
+                "environment": environment("step.py", argv),
+                "work": {"shape": asdict(work.shape), "tokens": work.tokens, "flops": flops},
+                "matmul_flops_per_s": rate,
+                "copy_bytes_per_s": bandwidth,
+                "measured": measured,
+                "parts_s": parts,
+                "memory": kept,
+            },
+            args.json,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,301 @@
+"""Training steps that benchmarks compare: ours, masked and not, and transformers' LLaMA. Not a
+command."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megashear.data.batch import MicroBatch
+from megashear.models.llama import build_llama
+from megashear.models.specs import Variant
+from megashear.parallel import device
+from megashear.parallel.groups import ParallelGroups
+from megashear.shape import ModelShape
+from megashear.train.objectives import LanguageModelling, StructuredPruning
+from megashear.train.optim import build_optimizer, ready_gradients, step_with_norm
+
+SEED = 1234
+OPTIMIZER = OptimizerConfig(lr=1e-5)
+MASKS = MaskConfig(sparsity_warmup_iters=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a step computes."""
+
+    shape: ModelShape
+    seq_length: int
+    micro_batch_size: int
+    num_microbatches: int = 1
+    """Of each replica."""
+
+    @property
+    def tokens(self) -> int:
+        """Of one replica's step."""
+        return self.seq_length * self.micro_batch_size * self.num_microbatches
+
+    def flops(self) -> float:
+        """Floating-point operations of one replica's step, of its matrix products alone.
+
+        A product of weights takes 2 a token and weight forward and 4 backward; causal attention
+        2 * 2 * s / 2 a token and unit of its width, and twice that backward. What recompute does
+        again is not counted.
+
+        Source: Narayanan et al. 2021 (arXiv:2104.04473), appendix, with causal attention at half.
+        """
+        shape = self.shape
+        weights = shape.num_layers * shape.layer_params() + shape.vocab_size * shape.hidden_size
+        width = shape.num_attention_heads * shape.head_dim
+        attention = shape.num_layers * 2 * self.seq_length * width
+        return 3.0 * self.tokens * (2 * weights + attention)
+
+    def microbatches(self, groups: ParallelGroups) -> list[MicroBatch]:
+        """This replica's, of random tokens."""
+        generator = torch.Generator().manual_seed(SEED + groups.data_rank)
+        size = self.micro_batch_size
+        found = []
+        for number in range(self.num_microbatches):
+            text = torch.randint(
+                self.shape.vocab_size, (size, self.seq_length + 1), generator=generator
+            )
+            first = (groups.data_rank * self.num_microbatches + number) * size
+            found.append(
+                MicroBatch(
+                    tokens=text[:, :-1],
+                    labels=text[:, 1:],
+                    loss_mask=torch.ones(size, self.seq_length),
+                    domains=torch.zeros(size, dtype=torch.int64),
+                    positions=torch.arange(first, first + size),
+                )
+            )
+        return found
+
+
+class Parts:
+    """Seconds that parts of a step take, by name, of one step after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._patched: list[tuple[Any, str, Any]] = []
+
+    def clear(self) -> None:
+        """Begin a step."""
+        self.seconds = {}
+
+    @contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        """Count the block to ``part``."""
+        device.synchronize()
+        begin = time.perf_counter()
+        yield
+        device.synchronize()
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
+
+    def watch(self, owner: Any, name: str, part: str) -> None:
+        """Count every call of an attribute of ``owner``, until :meth:`restore`."""
+        real = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.time(part):
+                return real(*args, **kwargs)
+
+        self._patched.append((owner, name, real))
+        setattr(owner, name, timed)
+
+    def restore(self) -> None:
+        """Undo all of :meth:`watch`."""
+        for owner, name, real in reversed(self._patched):
+            setattr(owner, name, real)
+        self._patched = []
+
+
+class OurStep:
+    """A training step as the trainer makes it, on random tokens.
+
+    Args:
+        work: what it computes.
+        groups: where this rank stands.
+        parallel: the layout.
+        model: precision, recompute.
+        target: shape to prune to; None trains without masks.
+        variant: of the layers; masked unless there is no target.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        groups: ParallelGroups,
+        parallel: ParallelConfig,
+        model: ModelConfig,
+        *,
+        target: ModelShape | None = None,
+        variant: Variant = "local",
+    ) -> None:
+        masked = target is not None
+        self.chunks = build_llama(
+            work.shape, groups, parallel, model, variant="masked" if masked else variant, seed=SEED
+        )
+        self.objective = LanguageModelling(self.chunks)
+        if target is not None:
+            batch = work.micro_batch_size * work.num_microbatches * groups.data_size
+            self.objective = StructuredPruning(
+                self.chunks,
+                groups,
+                source=work.shape,
+                target=target,
+                config=MASKS,
+                seed=SEED,
+                global_batch_size=batch,
+                sequence_parallel=parallel.sequence_parallel,
+            )
+            _open_some(self.objective)
+        self.optimizer = build_optimizer(
+            self.chunks, OPTIMIZER, bf16=model.bf16, sharded=parallel.use_distributed_optimizer
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = OPTIMIZER.lr
+        self.batches = work.microbatches(groups)
+        self.steps = 0
+        self.loss = float("nan")
+
+    def __call__(self) -> None:
+        """Make one step. Collective over the world."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = self.objective.forward_backward(self.batches, self.steps)
+        norm = ready_gradients(self.optimizer)
+        self.objective.grad_norm()
+        step_with_norm(self.optimizer, norm)
+        # a rate of 0 moves no mask, so that every round computes the same
+        self.objective.update(self.steps, 0.0, skip=False)
+        self.steps += 1
+        if losses:
+            self.loss = float(losses[-1].sums.sum() / losses[-1].counts.sum())
+
+    def watch(self, parts: Parts) -> None:
+        """Have the parts of this step counted, until `Parts.restore`."""
+        from megatron.core.pipeline_parallel import schedules
+
+        parts.watch(schedules, "forward_step", "forward")
+        parts.watch(schedules, "backward_step", "backward")
+        parts.watch(schedules, "custom_backward", "backward")
+        objective = self.objective
+        parts.watch(self.optimizer, "prepare_grads", "optimizer")
+        parts.watch(self.optimizer, "get_grad_norm", "optimizer")
+        parts.watch(self.optimizer, "step_with_ready_grads", "optimizer")
+        if isinstance(objective, StructuredPruning):
+            parts.watch(objective, "_check_hidden", "masks: sampling")
+            parts.watch(objective.masks, "sample", "masks: sampling")
+            parts.watch(objective.binding, "bind", "masks: binding")
+            parts.watch(objective.binding, "backward", "masks: gradients")
+            parts.watch(objective.masks, "closed_sums", "masks: penalty")
+            parts.watch(objective.binding, "whole_closed_sums", "masks: penalty")
+            parts.watch(objective.constraint, "penalty", "masks: penalty")
+            parts.watch(objective, "grad_norm", "masks: update")
+            parts.watch(objective, "update", "masks: update")
+
+
+def _open_some(objective: LanguageModelling) -> None:
+    """Masks as they are in the middle of a run: gates closed, open and between."""
+    assert isinstance(objective, StructuredPruning)
+    generator = torch.Generator().manual_seed(SEED)
+    for log_alpha in objective.masks.state_dict().values():
+        log_alpha.copy_(torch.randn(log_alpha.shape, generator=generator) * 2 + 1)
+
+
+class TransformersStep:
+    """A step of transformers' LLaMA with SDPA and torch's AdamW: the plain model, one process.
+
+    Args:
+        work: what it computes.
+        groups: where this rank stands.
+        model: precision.
+        fused: whether AdamW is torch's fused one, which is faster, or its default.
+    """
+
+    def __init__(
+        self, work: Work, groups: ParallelGroups, model: ModelConfig, *, fused: bool = True
+    ) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape = work.shape
+        config = LlamaConfig(
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.ffn_hidden_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_attention_heads,
+            num_key_value_heads=shape.num_query_groups,
+            head_dim=shape.head_dim,
+            vocab_size=shape.vocab_size,
+            rms_norm_eps=shape.norm_epsilon,
+            max_position_embeddings=shape.max_position_embeddings,
+            tie_word_embeddings=False,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+        torch.manual_seed(SEED)
+        dtype = torch.bfloat16 if model.bf16 else torch.float32
+        self.model = LlamaForCausalLM(config).to(device.device(), dtype)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=OPTIMIZER.lr, betas=(0.9, 0.95), fused=fused
+        )
+        self.batches = [
+            (batch.tokens.to(device.device()), batch.labels.to(device.device()))
+            for batch in work.microbatches(groups)
+        ]
+
+    def __call__(self) -> None:
+        """Make one step."""
+        self.optimizer.zero_grad()
+        for tokens, labels in self.batches:
+            logits = self.model(input_ids=tokens).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), labels.flatten()
+            )
+            (loss / len(self.batches)).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.clip_grad)
+        self.optimizer.step()
+
+
+def target_of(shape: ModelShape) -> ModelShape:
+    """A target that prunes every kind of mask, about as 7B to 2.7B does."""
+    heads = max(1, shape.heads_per_group * 5 // 8) if shape.heads_per_group > 1 else 1
+    groups = max(1, shape.num_query_groups * 5 // 8)
+    return replace(
+        shape,
+        num_layers=max(1, shape.num_layers * 3 // 4),
+        hidden_size=shape.hidden_size * 5 // 8,
+        num_query_groups=groups,
+        num_attention_heads=groups * heads,
+        ffn_hidden_size=shape.ffn_hidden_size * 5 // 8,
+    )
+
+
+def saved_bytes(step: Callable[[], object], weights: set[int]) -> int:
+    """Bytes that autograd keeps from a step's forward passes for its backward ones, each storage
+    counted once and weights not at all.
+
+    Args:
+        step: makes the step.
+        weights: addresses of storages that are there anyway.
+    """
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = max(kept.get(storage.data_ptr(), 0), storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    return sum(kept.values())
