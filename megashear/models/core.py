@@ -1,4 +1,4 @@
-"""The parts of a LLaMA that run on any device: attention, RMSNorm, rotary table, padding."""
+"""The parts of a LLaMA that run on any device: attention, activation, norm, rotary table, padding."""
 
 from __future__ import annotations
 
@@ -7,12 +7,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megashear.models import kernels
 from megashear.shape import ModelShape
+
+
+class RotaryAttention(SelfAttention):
+    """Self-attention whose core attention turns queries and keys.
+
+    megatron-core's own turning, without Transformer Engine's kernel, makes the cosines again for
+    every layer and copies queries and keys three times over.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any
+    ) -> Any:
+        """As ``SelfAttention``; ``rotary_pos_emb`` is of `RotaryTable`."""
+        self.core_attention.rotary = rotary_pos_emb
+        return super().forward(hidden_states, *args, rotary_pos_emb=None, **kwargs)
 
 
 class CausalAttention(MegatronModule):
@@ -20,6 +38,9 @@ class CausalAttention(MegatronModule):
 
     megatron-core's own core attention materialises the scores, [s, s] per head.
     """
+
+    rotary: Tensor | None = None
+    """Cosines and sines to turn queries and keys by, of `RotaryTable`; None leaves them."""
 
     def __init__(
         self,
@@ -55,6 +76,9 @@ class CausalAttention(MegatronModule):
         Returns:
             Context, [s, b, heads/tp * d].
         """
+        if self.rotary is not None:
+            cos, sin = self.rotary.chunk(2, dim=-1)
+            query, key = (kernels.rotate(x, cos, sin) for x in (query, key))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
         if attention_mask is not None:
             # on CUDA no kernel takes both a mask and groups without materialising the scores
@@ -102,7 +126,39 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm ``x``, [..., hidden_size]; the mean square is taken in float32."""
-        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(MegatronModule):
+    """Activation of the MLP, silu(gate) * up, times the gates of its neurons where there are any.
+
+    It takes the place that megatron-core keeps for Transformer Engine's activations.
+    """
+
+    units: Tensor | None = None
+    """Gates of this rank's neurons, float32 [ffn/tp]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate and up side by side, [s, b, 2 * ffn/tp], to [s, b, ffn/tp]."""
+        return kernels.swiglu(x, self.units)
+
+
+class RotaryTable(RotaryEmbedding):
+    """Cosines and sines of all angles, made once for a sequence length.
+
+    Args:
+        shape: of the model.
+        to: device of the table.
+    """
+
+    def __init__(self, shape: ModelShape, to: torch.device) -> None:
+        super().__init__(shape.head_dim, rotary_percent=1.0, use_cpu_initialization=True)
+        self.inv_freq = rotary_frequencies(shape).to(to)
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
+        """Cosines, then sines: float32 [s, 1, 1, d]."""
+        angles = self.get_freqs_non_repeated(max_seq_len, offset)  # [s, d/2]
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)[:, None, None, :]
 
 
 def rotary_frequencies(shape: ModelShape) -> Tensor:

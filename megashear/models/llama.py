@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from megashear.config import ModelConfig, ParallelConfig
-from megashear.models.core import VocabularyPadding, rotary_frequencies
+from megashear.models.core import RotaryTable, VocabularyPadding, rotary_frequencies
 from megashear.models.masked_layers import EmbeddingGate
 from megashear.models.specs import Variant, block_spec
 from megashear.parallel import device
@@ -49,9 +49,10 @@ def transformer_config(
     parallel: ParallelConfig,
     model: ModelConfig,
     *,
+    variant: Variant,
     init_method_std: float = 0.02,
 ) -> TransformerConfig:
-    """megatron-core's configuration of a LLaMA of this shape and layout."""
+    """megatron-core's configuration of a LLaMA of this shape, layout and kind of layers."""
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     recompute = model.recompute_granularity
@@ -66,6 +67,8 @@ def transformer_config(
         layernorm_epsilon=shape.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
+        # the place of Transformer Engine's activations, which SwiGLU of ours takes
+        use_te_activation_func=variant != "transformer_engine",
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
         # also makes megatron-core sum the gradients of these norms over tensor ranks, each of
@@ -179,7 +182,9 @@ def build_chunks(
     check_layout(shape, parallel)
     # each stage draws its own layers; tensor ranks of a stage draw the same and keep their slice
     device.seed_model_parallel(seed + _STAGE_SEED * groups.pipeline_rank)
-    config = transformer_config(shape, parallel, model, init_method_std=init_method_std)
+    config = transformer_config(
+        shape, parallel, model, variant=variant, init_method_std=init_method_std
+    )
     return [
         _build_chunk(shape, groups, config, variant, number if groups.virtual_size > 1 else None)
         for number in range(groups.virtual_size)
@@ -237,8 +242,11 @@ def _build_chunk(
         rotary_base=shape.rotary_base,
         vp_stage=vp_stage,
     )
-    # megatron-core stretches tables of one kind only, and with constants of its own
-    gpt.rotary_pos_emb.inv_freq = rotary_frequencies(shape).to(device.device())
+    if variant == "transformer_engine":
+        # megatron-core stretches tables of one kind only, and with constants of its own
+        gpt.rotary_pos_emb.inv_freq = rotary_frequencies(shape).to(device.device())
+    else:
+        gpt.rotary_pos_emb = RotaryTable(shape, device.device())
     gpt.num_tokens = shape.vocab_size  # gpt.vocab_size counts the padding too
     if gpt.vocab_size != gpt.num_tokens:
         _close_padding(gpt, own_vocab_size(shape, groups.tensor_size, groups.tensor_rank))

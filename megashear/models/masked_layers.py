@@ -6,11 +6,11 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megashear.models import kernels
 from megashear.models.core import RMSNorm
 
 
@@ -70,20 +70,21 @@ class MaskedRMSNorm(RMSNorm):
             return super().forward(x)
         ratio = self.gates.num_open / x.size(-1)
         weight = self.weight.float() * self.gates.hidden * math.sqrt(ratio)
-        return F.rms_norm(x.float(), (x.size(-1),), weight, self.eps * ratio).to(x.dtype)
+        return kernels.rms_norm(x, weight, self.eps * ratio)
 
 
 class MaskedRowParallelLinear(RowParallelLinear):
     """Row-parallel linear with gated input units and gated output channels.
 
     Stands in for attention ``linear_proj`` (units are heads, or groups) and MLP ``linear_fc2``
-    (units are neurons). Without gates it is exactly ``RowParallelLinear``.
+    (whose units, neurons, the activation before it gates). Without gates it is exactly
+    ``RowParallelLinear``.
     """
 
     gates: LayerGates | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gate, multiply, reduce, gate.
+        """Gate, multiply, gate, reduce.
 
         Args:
             x: [s, b, units * width/tp].
@@ -91,20 +92,38 @@ class MaskedRowParallelLinear(RowParallelLinear):
         Returns:
             [s, b, h] (under sequence parallelism this rank's part of s), and the gated bias.
         """
-        if self.gates is None:
-            return super().forward(x)
-        units, hidden, layer = self.gates
-        # float32 gates promote the product, which is then rounded once, to x's dtype
-        if units is not None:
-            gated = x.unflatten(-1, (len(units), -1)) * units[:, None]
-            x = gated.flatten(-2).to(x.dtype)
         y, bias = super().forward(x)
-        if hidden is None and layer is None:
+        outputs = self._outputs()
+        if outputs is None:
             return y, bias
+        if self._gates_after_bias:
+            y = (y * outputs).to(y.dtype)
+        return y, None if bias is None else (bias * outputs).to(bias.dtype)
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        """The product of this rank's part; what the parent's forward reduces."""
+        outputs = None if self._gates_after_bias else self._outputs()
+        units = None if self.gates is None else self.gates.units
+        if units is None and outputs is None:
+            return super()._forward_impl(input, weight, **options)
+        # Each tensor rank finds what its own columns add to the gradient of the output gates. The
+        # binding adds them up with sequence parallelism and takes their mean without, where the
+        # norms of all ranks give whole gradients.
+        copies = 1 if self.sequence_parallel else self.tp_group.size()
+        return kernels.gated_linear(input, weight, units, outputs, copies)
+
+    def _outputs(self) -> Tensor | None:
         # The product is taken in every microbatch: taken once per step, it would be freed by the
         # first backward pass and missing in the second.
-        output = hidden if layer is None else layer if hidden is None else hidden * layer
-        return (y * output).to(y.dtype), None if bias is None else (bias * output).to(bias.dtype)
+        if self.gates is None:
+            return None
+        _, hidden, layer = self.gates
+        return hidden if layer is None else layer if hidden is None else hidden * layer
+
+    @property
+    def _gates_after_bias(self) -> bool:
+        # a bias that the parent adds itself must be gated too
+        return self.bias is not None and not self.skip_bias_add
 
 
 class MaskedTransformerLayer(TransformerLayer):
@@ -141,17 +160,19 @@ class MaskedTransformerLayer(TransformerLayer):
         def own(rows: Tensor | None) -> Tensor | None:
             return None if rows is None else rows[self.row]
 
-        norm = attention = mlp = None
+        norm = attention = neurons = mlp = None
         if gates is not None:
             norm = norm_gates(gates)
             layer = own(gates.layer)
             attention = LayerGates(
                 head_gates(own(gates.heads), own(gates.groups)), gates.hidden, layer
             )
-            mlp = LayerGates(own(gates.intermediate), gates.hidden, layer)
+            neurons = own(gates.intermediate)
+            mlp = LayerGates(None, gates.hidden, layer)
         self.input_layernorm.gates = norm
         self.pre_mlp_layernorm.gates = norm
         self.self_attention.linear_proj.gates = attention
+        self.mlp.activation_func.units = neurons
         self.mlp.linear_fc2.gates = mlp
 
 

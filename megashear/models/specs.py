@@ -6,7 +6,7 @@ from typing import Literal
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megashear.models.core import CausalAttention, RMSNorm
+from megashear.models.core import CausalAttention, RMSNorm, RotaryAttention, SwiGLU
 from megashear.models.masked_layers import (
     MaskedRMSNorm,
     MaskedRowParallelLinear,
@@ -73,13 +73,15 @@ def _layer_spec(masked: bool, qk_layernorm: bool) -> ModuleSpec:
         k_layernorm=head_norm,
     )
     # MLP itself, not a subclass: TransformerLayer passes the tensor group to that class only
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel)
+    mlp = MLPSubmodules(
+        linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=row_parallel
+    )
     return ModuleSpec(
         module=MaskedTransformerLayer if masked else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=RotaryAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=attention,
             ),

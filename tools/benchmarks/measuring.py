@@ -70,9 +70,7 @@ def interleave(
             )
             wall_s, cpu_s = slowest_and_sum(took)
             if number >= 0:
-                found.append(
-                    Measured(way=way, round=number, wall_s=wall_s, cpu_s=cpu_s, load=load)
-                )
+                found.append(Measured(way=way, round=number, wall_s=wall_s, cpu_s=cpu_s, load=load))
                 if dist.get_rank() == 0:
                     print(
                         f"round {number} {way}: {wall_s:.4f} s, CPU {cpu_s:.4f} s", file=sys.stderr
@@ -109,7 +107,7 @@ def ratio(measured: Sequence[Measured], way: str, base: str, *, clock: str = "wa
         getattr(a, clock) / getattr(b, clock)
         for a, b in zip(_rounds(measured, way), _rounds(measured, base))
     ]
-    low, median, high = statistics.quantiles(over, n=4) if len(over) > 1 else over * 3
+    low, _, high = statistics.quantiles(over, n=4) if len(over) > 1 else over * 3
     return Ratio(median=statistics.median(over), low=low, high=high)
 
 

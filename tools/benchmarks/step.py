@@ -4,9 +4,9 @@ part by part, beside what the machine's matrix products and memory allow.
     python tools/benchmarks/step.py --rounds 40
     torchrun --nproc-per-node 2 tools/benchmarks/step.py --tensor-model-parallel-size 2 --rounds 40
 
-All ways run in one process (of each rank), interleaved round by round, so that what else the machine
-does meets all of them; a second unmasked model gives the noise: what two equal ways differ by. A
-table, then JSON, go to stdout, or JSON to --json.
+All ways run in one process (of each rank), interleaved round by round, so that what else the
+machine does meets all of them; a second unmasked model gives the noise: what two equal ways differ
+by. Tables, then JSON, go to stdout, or JSON to --json.
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ def breakdown(parts: dict[str, dict[str, float]]) -> str:
         row: list[object] = [name]
         for each in parts.values():
             seconds = each.get(name)
-            share = "" if seconds is None else f"{seconds:.4f} ({100 * seconds / each['whole']:.1f}%)"
+            share = (
+                "" if seconds is None else f"{seconds:.4f} ({100 * seconds / each['whole']:.1f}%)"
+            )
             row.append(share)
         rows.append(row)
     return table(["part", *(f"{way}, s" for way in parts)], rows)

@@ -240,11 +240,12 @@ class TransformersStep:
             max_position_embeddings=shape.max_position_embeddings,
             tie_word_embeddings=False,
             use_cache=False,
-            attn_implementation="sdpa",
         )
+        config._attn_implementation = "sdpa"
         torch.manual_seed(SEED)
         dtype = torch.bfloat16 if model.bf16 else torch.float32
-        self.model = LlamaForCausalLM(config).to(device.device(), dtype)
+        self.model: torch.nn.Module = LlamaForCausalLM(config)
+        self.model.to(device=device.device(), dtype=dtype)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=OPTIMIZER.lr, betas=(0.9, 0.95), fused=fused
         )
@@ -258,9 +259,7 @@ class TransformersStep:
         self.optimizer.zero_grad()
         for tokens, labels in self.batches:
             logits = self.model(input_ids=tokens).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), labels.flatten()
-            )
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
             (loss / len(self.batches)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.clip_grad)
         self.optimizer.step()
