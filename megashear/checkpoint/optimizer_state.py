@@ -212,18 +212,23 @@ def _counts_by_parameter(part: Any) -> bool:
 
 def _start_counts(part: Any) -> None:
     if _counts_by_parameter(part):
-        for each in part.optimizer.state.values():
-            each.setdefault("step", torch.zeros(()))
+        for parameter, each in part.optimizer.state.items():
+            each.setdefault("step", _count(0, parameter))
 
 
 def _set_counts(part: Any, num_steps: int) -> None:
-    for each in part.optimizer.state.values():
+    for parameter, each in part.optimizer.state.items():
         if _counts_by_parameter(part):
-            each["step"] = torch.tensor(float(num_steps))  # its own: torch counts in place
+            each["step"] = _count(num_steps, parameter)  # its own: torch counts in place
     for group in part.optimizer.param_groups:
         group.pop("step", None)
         if not _counts_by_parameter(part):
             group["step"] = num_steps
+
+
+def _count(num_steps: int, parameter: Tensor) -> Tensor:
+    # torch's fused AdamW wants it beside the parameter
+    return torch.tensor(float(num_steps), device=parameter.device)
 
 
 def _identity(group: Mapping[str, Any]) -> tuple[Any, ...]:

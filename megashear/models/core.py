@@ -1,4 +1,4 @@
-"""The parts of a LLaMA that run on any device: attention, activation, norm, rotary table, padding."""
+"""The parts of a LLaMA that run on any device: attention, SwiGLU, RMSNorm, rotary, padding."""
 
 from __future__ import annotations
 

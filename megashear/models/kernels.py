@@ -177,15 +177,15 @@ class _GatedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0] or units is not None:
             dx = gated @ weight
             if units is not None:
-                each = dx.float().unflatten(-1, (len(units), -1))
-                dunits = _sum_over_tokens((each * x.unflatten(-1, (len(units), -1))).sum(dim=-1))
+                each = (dx * x).unflatten(-1, (len(units), -1))  # [..., units, width]
+                dunits = _sum_over_tokens(each.sum(dim=-1, dtype=torch.float32))
                 dx = _gate_units(dx, units)
         if ctx.needs_input_grad[1] or outputs is not None:
             inputs = _gate_units(x, units).flatten(0, -2)
             raw = dy.flatten(0, -2).T @ inputs  # [outputs, units * width]
             dweight = raw
             if outputs is not None:
-                doutputs = (weight.float() * raw).sum(dim=1).mul_(ctx.copies)
+                doutputs = (weight * raw).sum(dim=1, dtype=torch.float32).mul_(ctx.copies)
                 dweight = raw.mul_(outputs[:, None])
         return dx, dweight, dunits, doutputs, None
 

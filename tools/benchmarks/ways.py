@@ -244,8 +244,8 @@ class TransformersStep:
         config._attn_implementation = "sdpa"
         torch.manual_seed(SEED)
         dtype = torch.bfloat16 if model.bf16 else torch.float32
-        self.model: torch.nn.Module = LlamaForCausalLM(config)
-        self.model.to(device=device.device(), dtype=dtype)
+        plain: torch.nn.Module = LlamaForCausalLM(config)
+        self.model = plain.to(device=device.device(), dtype=dtype)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=OPTIMIZER.lr, betas=(0.9, 0.95), fused=fused
         )
