@@ -227,6 +227,51 @@ def test_the_mlp_takes_the_gate_first_and_the_up_projection_second() -> None:
     assert relative_error(y, F.silu(x @ second.T) * (x @ first.T) @ fc2.T) > 0.1
 
 
+def test_the_mlp_gives_its_activation_the_whole_output_of_fc1() -> None:
+    def body(rank: int) -> tuple[torch.Tensor, ...]:
+        mlp = gpt_model().decoder.layers[0].mlp
+        seen: list[torch.Tensor] = []
+
+        def activation(x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return x.chunk(2, dim=-1)[1]
+
+        mlp.activation_func.forward = activation
+        x = torch.randn(5, 2, SOURCE.hidden_size, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            y = mlp(x)[0]
+            return seen[0], mlp.linear_fc1(x)[0], y, mlp.linear_fc2(seen[0].chunk(2, dim=-1)[1])[0]
+
+    [(given, fc1, y, fc2)] = run_ranks(1, body)
+    assert torch.equal(given, fc1)
+    assert torch.equal(y, fc2)
+
+
+def test_attention_without_a_rotary_table_leaves_queries_and_keys() -> None:
+    from megatron.core.transformer.attention import SelfAttention
+
+    def body(rank: int) -> list[bool]:
+        gpt = gpt_model()
+        attention = gpt.decoder.layers[0].self_attention
+        x = torch.randn(5, 2, SOURCE.hidden_size, generator=torch.Generator().manual_seed(1))
+        found = []
+        for table in (None, gpt.rotary_pos_emb(5)):
+            seen: list[torch.Tensor] = []
+
+            def core(query: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+                seen.append(query)  # noqa: B023
+                return query.flatten(-2)
+
+            attention.core_attention.forward = core
+            with torch.no_grad():
+                SelfAttention.forward(attention, x, None, rotary_pos_emb=table)
+                plain = attention.get_query_key_value_tensors(x)[0]
+            found.append(torch.equal(seen[0], plain))
+        return found
+
+    assert run_ranks(1, body) == [[True, False]]
+
+
 def test_rotary_tables_are_stretched_with_constants_of_megatron_core() -> None:
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt import GPTModel
@@ -240,9 +285,10 @@ def test_rotary_tables_are_stretched_with_constants_of_megatron_core() -> None:
         rotary = gpt_model(bf16=True).rotary_pos_emb
         assert rotary.inv_freq.dtype == torch.float32
         assert "inv_freq" not in dict(rotary.named_buffers())
-        before = rotary.get_emb(3)
+        assert rotary.get_emb(3).dtype == torch.float32
+        before = rotary.get_freqs_non_repeated(3)
         rotary.inv_freq = rotary.inv_freq / 2
-        assert torch.equal(rotary.get_emb(3), before / 2)
+        assert torch.equal(rotary.get_freqs_non_repeated(3), before / 2)
 
     run_ranks(1, body)
 

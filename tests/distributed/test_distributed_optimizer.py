@@ -39,6 +39,10 @@ from tests.tiny import SOURCE, layout, megatron_weights, microbatches, set_weigh
 NORM_ORDER = 1e-6
 """Relative; the norm that gradients are clipped by is summed over other shards."""
 
+FREE_ADAM = 1e-4
+"""Relative, after four steps of Adam at rate 1e-3 at two layouts: its first steps turn rounding of
+gradients near 0 into whole steps; measured 2e-6 to 3e-5 over seeds of weights and text."""
+
 MASK_MOMENTS = 1e-5
 """Relative, after steps of the masks at rate 1.0; measured 1.2e-6."""
 
@@ -256,7 +260,7 @@ def test_shared_and_padded_embeddings(
         found = finished_tensors(tmp_path / name, 0)
         assert found.keys() == whole.keys()
         for key, tensor in whole.items():
-            assert float((found[key] - tensor).norm() / tensor.norm()) < REDUCTION_ORDER, key
+            assert float((found[key] - tensor).norm() / tensor.norm()) < FREE_ADAM, key
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])

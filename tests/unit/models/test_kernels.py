@@ -1,0 +1,212 @@
+"""Parts of a layer that are one node of autograd, against their formulas in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megashear.models import kernels
+
+FLOAT32 = 2e-6
+"""Relative, against float64: some tens of roundings at 6e-8; measured up to 4e-7."""
+BFLOAT16 = 0.01
+"""Relative: inputs are the same, a result is rounded once, or twice under a gate, at 2^-9 each, and
+sums over tokens take rounded products; measured up to 0.004."""
+TOKENS, HIDDEN, NEURONS, UNITS, WIDTH = (5, 3), 40, 24, 6, 4
+EPS = 0.05  # beside activations of about 1: a wrong eps must show
+
+Inputs = dict[str, Tensor]
+Function = Callable[..., Tensor]
+
+
+def random(*extents: int, seed: int) -> Tensor:
+    return torch.randn(extents, generator=torch.Generator().manual_seed(seed))
+
+
+def gates(size: int, seed: int) -> Tensor:
+    """Between 0 and 1, a third of them exactly 0."""
+    z = torch.rand(size, generator=torch.Generator().manual_seed(seed))
+    z[::3] = 0.0
+    return z
+
+
+def written_out_swiglu(x: Tensor, units: Tensor | None = None) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    y = gate / (1 + torch.exp(-gate)) * up
+    return y if units is None else y * units
+
+
+def written_out_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(dim=-1, keepdim=True) + EPS).sqrt() * weight
+
+
+def written_out_rotation(x: Tensor) -> Tensor:
+    """By complex numbers."""
+    angles = angles_of(x).double()
+    first, second = x.double().chunk(2, dim=-1)
+    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def angles_of(x: Tensor) -> Tensor:
+    return random(x.size(0), 1, 1, x.size(-1) // 2, seed=9)
+
+
+def rotation(x: Tensor) -> Tensor:
+    return kernels.rotate(x, angles_of(x).cos(), angles_of(x).sin())
+
+
+def written_out_linear(
+    x: Tensor, weight: Tensor, units: Tensor | None = None, outputs: Tensor | None = None
+) -> Tensor:
+    if units is not None:
+        x = x * units.repeat_interleave(WIDTH)
+    y = x @ weight.T
+    return y if outputs is None else y * outputs
+
+
+def linear(
+    x: Tensor, weight: Tensor, units: Tensor | None = None, outputs: Tensor | None = None
+) -> Tensor:
+    return kernels.gated_linear(x, weight, units, outputs, 1)
+
+
+NEURON_INPUT = {"x": random(*TOKENS, 2 * NEURONS, seed=1)}
+NORM_INPUT = {"x": random(*TOKENS, HIDDEN, seed=2), "weight": random(HIDDEN, seed=3) + 1.0}
+LINEAR_INPUT = {
+    "x": random(*TOKENS, UNITS * WIDTH, seed=4),
+    "weight": random(HIDDEN, UNITS * WIDTH, seed=5),
+}
+HEADS = {"x": random(5, 3, 4, 8, seed=6)}
+UNIT_GATES, OUTPUT_GATES = gates(UNITS, 7), gates(HIDDEN, 8)
+
+CASES = {
+    "swiglu": (kernels.swiglu, written_out_swiglu, NEURON_INPUT),
+    "gated swiglu": (
+        kernels.swiglu,
+        written_out_swiglu,
+        NEURON_INPUT | {"units": gates(NEURONS, 7)},
+    ),
+    "norm": (lambda x, weight: kernels.rms_norm(x, weight, EPS), written_out_norm, NORM_INPUT),
+    "rotation": (rotation, written_out_rotation, HEADS),
+    "gated inputs": (linear, written_out_linear, LINEAR_INPUT | {"units": UNIT_GATES}),
+    "gated outputs": (linear, written_out_linear, LINEAR_INPUT | {"outputs": OUTPUT_GATES}),
+    "gated linear": (
+        linear,
+        written_out_linear,
+        LINEAR_INPUT | {"units": UNIT_GATES, "outputs": OUTPUT_GATES},
+    ),
+}
+
+
+def with_gradients(function: Function, inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
+    """The output, and the gradient of each input for one and the same gradient of the output."""
+    leaves = {
+        name: (value if dtype is None else value.to(dtype)).clone().requires_grad_()
+        for name, value in inputs.items()
+    }
+    output = function(**leaves)
+    output.backward(random(*output.shape, seed=11).to(output.dtype))
+    found = {"output": output.detach()}
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == leaf.dtype
+        found[name] = leaf.grad
+    return found
+
+
+def worst(found: Inputs, wanted: Inputs) -> float:
+    return max(
+        float((found[name].double() - tensor).norm() / tensor.norm())
+        for name, tensor in wanted.items()
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_value_and_gradients_are_those_of_the_formula(case: str) -> None:
+    ours, formula, inputs = CASES[case]
+    wanted = with_gradients(formula, inputs, torch.float64)
+    assert worst(with_gradients(ours, inputs), wanted) < FLOAT32
+    # the gate's gradient is there where it is closed, too
+    for name in inputs.keys() & {"units", "outputs"}:
+        assert with_gradients(ours, inputs)[name][inputs[name] == 0].all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_is_rounded_about_once(case: str) -> None:
+    ours, formula, inputs = CASES[case]
+    rounded = {
+        name: value if name in ("units", "outputs") else value.bfloat16()
+        for name, value in inputs.items()
+    }
+    found = with_gradients(ours, rounded)
+    wanted = with_gradients(formula, rounded, torch.float64)
+    assert found["output"].dtype == torch.bfloat16
+    assert worst(found, wanted) < BFLOAT16
+
+
+BREAKAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "a gate left out": ("gated swiglu", {"units": torch.ones(NEURONS)}),
+    "heads side by side": ("gated linear", {"units": UNIT_GATES.roll(1)}),
+    "output gates of other channels": ("gated linear", {"outputs": OUTPUT_GATES.roll(1)}),
+    "another weight": ("norm", {"weight": NORM_INPUT["weight"].roll(1)}),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_what_is_broken_is_noticed(breakage: str) -> None:
+    case, broken = BREAKAGES[breakage]
+    ours, formula, inputs = CASES[case]
+    wanted = with_gradients(formula, inputs, torch.float64)
+    assert worst(with_gradients(ours, inputs | broken), wanted) > 100 * FLOAT32
+
+
+def test_the_twin_of_a_rotation_is_noticed() -> None:
+    def backwards(x: Tensor) -> Tensor:
+        return kernels.rotate(x, angles_of(x).cos(), -angles_of(x).sin())
+
+    wanted = with_gradients(written_out_rotation, HEADS, torch.float64)
+    assert worst(with_gradients(backwards, HEADS), wanted) > 100 * FLOAT32
+
+
+def test_copies_scale_the_output_gates_gradient_alone() -> None:
+    inputs = LINEAR_INPUT | {"outputs": OUTPUT_GATES}
+    once = with_gradients(linear, inputs)
+    twice = with_gradients(
+        lambda x, weight, outputs: kernels.gated_linear(x, weight, None, outputs, 2), inputs
+    )
+    for name, tensor in once.items():
+        assert torch.equal(twice[name], 2 * tensor if name == "outputs" else tensor), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inputs_alone_are_kept_for_the_backward_pass(case: str) -> None:
+    ours, formula, inputs = CASES[case]
+
+    def kept(function: Function) -> int:
+        """Elements of activation size that are kept beside the inputs."""
+        leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+        known = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+        found: dict[int, Tensor] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = function(**leaves)
+        smallest = output.numel() // 2
+        return sum(
+            tensor.numel()
+            for place, tensor in found.items()
+            if place not in known and tensor.numel() >= smallest
+        )
+
+    assert kept(ours) == 0
+    if case not in ("gated inputs", "norm"):
+        return
+    assert kept(formula) > 0  # and autograd's own nodes do keep more
