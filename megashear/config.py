@@ -279,6 +279,17 @@ class TrainConfig:
     only names and sizes."""
     tensorboard_dir: str | None = None
     """Directory for TensorBoard event files."""
+    jsonl_log: str | None = None
+    """File of JSON lines for the scalars that TensorBoard has: a line for each step with points.
+    Must not exist, unless the run goes on from a checkpoint."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases to send scalars, images and histograms to; needs wandb."""
+    wandb_entity: str | None = None
+    """User or team of the W&B project; the account's own unless given."""
+    wandb_exp_name: str | None = None
+    """Name of the run in W&B; W&B makes one up unless given."""
+    wandb_save_dir: str | None = None
+    """Directory for what W&B keeps on disk; --tensorboard-dir, else --save, unless given."""
     exit_interval: int = 0
     """Save and stop when the step is divisible by this; 0 is never."""
     exit_duration_in_mins: int = 0
@@ -307,6 +318,10 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         self._check_eval_size()
+        given = [n for n in ("entity", "exp_name", "save_dir") if getattr(self, f"wandb_{n}")]
+        if given and self.wandb_project is None:
+            flags = " and ".join(f"--wandb-{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"{flags} say nothing without --wandb-project, which is not given")
         if self.resume and self.save is None:
             raise ValueError("--resume goes on from --save, and --save is not given")
         check_one_source(self.load, self.load_hf)
@@ -499,6 +514,9 @@ class MaskConfig:
     """Peak learning rate of log_alpha and of the multipliers."""
     mask_noise_streams: int = 1
     """Independent mask draws per global batch."""
+    eval_relaxed_masks: bool = False
+    """Evaluate under masks sampled as in training too, so that the loss of closing gates for good
+    shows. Costs a third pass over the evaluation's text, half of what evaluations cost without."""
     lambda2_max: float = 500.0
     """Bound of the quadratic multiplier."""
     force_lambda2_max: bool = False

@@ -36,6 +36,7 @@ from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
 from megashear.checkpoint.saver import Saver
 from megashear.checkpoint.weights import MASTERS, without_extra_state
+from megashear.masks.census import Sides
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import MaskPart, MaskSet, by_layer
 from megashear.masks.optimizer import MaskOptimizer
@@ -50,6 +51,9 @@ from megashear.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
+SIDES = "was_open"
+"""Name of the gates' sides at the last evaluation; older checkpoints have none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskState:
@@ -58,6 +62,8 @@ class MaskState:
     masks: MaskSet
     constraint: SparsityConstraint
     optimizer: MaskOptimizer
+    sides: Sides
+    """Of the last evaluation."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Live tensors by kind and name, shaped like log_alpha; multipliers under ``""``."""
@@ -65,6 +71,8 @@ class MaskState:
         found[""] = dict(self.constraint.state_dict())
         for kind, log_alpha in self.masks.state_dict().items():
             found[kind]["log_alpha"] = log_alpha
+        for kind, is_open in self.sides.state_dict().items():
+            found[kind][SIDES] = is_open
         for name, moment in self.optimizer.state_tensors().items():
             kind, _, rest = name.partition(".")
             if kind in self.masks.parts:
@@ -239,13 +247,17 @@ def load_run(
     """
     with raise_together():
         directory = find_iteration(checkpoint)
-        check_pickles(directory)
+        stored = check_pickles(directory).state_dict_metadata
         description = read_description(directory)
     model = _model_entries(chunks)
     state: dict[str, Any] = dict(model)
     state |= optimizer_state.entries(optimizer, model, is_loading=True)
     if masks is not None:
-        state["masks"] = _mask_entries(masks, groups)
+        state["masks"] = {
+            name: entry
+            for name, entry in _mask_entries(masks, groups).items()
+            if entry.key in stored or not entry.key.endswith(SIDES)
+        }
     loaded = _read(state, directory, unwrap(chunks[0]).num_tokens)
     _fill(chunks, loaded)
     optimizer_state.load(optimizer, model, loaded)
@@ -439,6 +451,8 @@ def _fill_masks(state: MaskState, loaded: dict[str, Tensor]) -> None:
             part = state.masks.parts.get(kind)
             for name, tensor in tensors.items():
                 key = f"masks.{kind}.{name}" if kind else f"masks.{name}"
+                if name == SIDES and not any(known.startswith(key) for known in loaded):
+                    continue  # of an older release, or nothing of the kind is held here
                 if part is None or kind == "hidden":
                     tensor.copy_(loaded[key].reshape(tensor.shape))
                 elif kind == "layer":

@@ -148,14 +148,25 @@ class SparsityConstraint:
 def expected_params(whole_log_alpha: Mapping[str, Tensor], source: ModelShape) -> float:
     """Prunable parameters (attention and MLP matrices) expected to remain.
 
-    A product of sums: outer products of the scores would take gigabytes at 7B.
-
     Args:
         whole_log_alpha: **whole** masks by kind, [num_rows, num_units]; a kind that is missing
             is not pruned.
         source: shape of the unpruned model.
     """
-    open_units = {kind: scores(mask.detach()) for kind, mask in whole_log_alpha.items()}
+    chances = {kind: scores(mask.detach()) for kind, mask in whole_log_alpha.items()}
+    return open_params(chances, source)
+
+
+def open_params(open_units: Mapping[str, Tensor], source: ModelShape) -> float:
+    """Prunable parameters (attention and MLP matrices) that open units keep.
+
+    A product of sums: outer products of the scores would take gigabytes at 7B.
+
+    Args:
+        open_units: 1 for every unit that stays, or the chance that it does, by kind, **whole**
+            masks, float64 [num_rows, num_units]; a kind that is missing is not pruned.
+        source: shape of the unpruned model.
+    """
 
     def row_sums(kind: str) -> Tensor:
         if kind in open_units:

@@ -17,10 +17,12 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import torch
+import torch.distributed
 
 from megashear.config import ModelConfig, ParallelConfig
 
@@ -115,6 +117,45 @@ def synchronize() -> None:
     """Wait until the device has done its work, so that a clock read means something."""
     if has_cuda():
         torch.cuda.synchronize()
+
+
+def memory_in_use() -> dict[str, float]:
+    """Memory of this process, GB of 1e9 bytes.
+
+    Returns:
+        ``resident``: what it has on its host. With CUDA also ``allocated``, the most that tensors
+        took on the device so far, and ``reserved``, the most that torch's allocator took for them.
+    """
+    found = {"resident": psutil.Process().memory_info().rss / 1e9}
+    if has_cuda():
+        found["allocated"] = torch.cuda.max_memory_allocated() / 1e9
+        found["reserved"] = torch.cuda.max_memory_reserved() / 1e9
+    return found
+
+
+@contextlib.contextmanager
+def waiting_inside(around: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Have the host wait for collectives and messages inside ``around()`` while the block lasts.
+
+    With CUDA nothing changes, for there the device waits and not the host.
+    """
+    if has_cuda():
+        yield
+        return
+    # every call of torch.distributed ends in the wait of the work that it began
+    work: Any = torch.distributed.Work
+    real = work.wait
+
+    @functools.wraps(real)
+    def wait(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return real(*args, **kwargs)
+
+    work.wait = wait
+    try:
+        yield
+    finally:
+        work.wait = real
 
 
 def use_deterministic_kernels() -> None:

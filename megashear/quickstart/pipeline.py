@@ -122,6 +122,7 @@ class Quickstart:
             micro_batch_size=recipe.global_batch_size // recipe.noise_streams,
             sparsity_warmup_iters=recipe.sparsity_warmup_iters,
             mask_noise_streams=recipe.noise_streams,
+            eval_relaxed_masks=True,
             **{f"target_{extent}": getattr(TARGET, extent) for extent in extents},
         )
         self._title("cut to the target, then continued pretraining, pipeline parallel")

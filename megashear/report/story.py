@@ -336,7 +336,7 @@ def _cost_hours(record: RunRecord) -> str:
 
 
 def _cost_evaluation(record: RunRecord) -> str:
-    values = record.events.get(tags.EVALUATION_SHARE, {})
+    values = record.events.get(tags.part_share("evaluation"), {})
     return f"{100 * values[max(values)].value:.1f} % of the wall time" if values else "-"
 
 

@@ -31,10 +31,11 @@ from megashear.data.reweight import Reweighting, make_policy
 from megashear.data.sequences import DomainSequences
 from megashear.data.shares import ShareLimits, Vector, limits_of, weights_of
 from megashear.models.llama import check_layout
+from megashear.monitor.sinks import check_sinks
 from megashear.parallel import device
 from megashear.shape import ModelShape
 from megashear.train.evaluate import subsample_size
-from megashear.train.objectives import LanguageModelling, StructuredPruning
+from megashear.train.objectives import modes_of_evaluation
 from megashear.train.optim import check_schedule
 from megashear.train.start import Start
 
@@ -140,6 +141,7 @@ def check_inputs(config: PruneRun | PretrainRun, start: Start) -> Inputs:
     parallel.check_sequence(train.seq_length)
     start.shape.check_window(train.seq_length)
     _check_recompute(parallel, config.model, start.shape)
+    check_sinks(train)
     if train.save is None:
         logger.warning("--save is not given: nothing of this run will be kept")
     check_schedule(config.optimizer, train.train_iters)
@@ -267,10 +269,8 @@ def _references(data: DataConfig, manifest: DataManifest, *, is_evaluated: bool)
 
 def _eval_sequences(config: PruneRun | PretrainRun, start: Start, num_domains: int) -> int:
     """As the flags say, or as the run that is gone on with has it: its curve goes on."""
-    objective = StructuredPruning if isinstance(config, PruneRun) else LanguageModelling
-    asked = subsample_size(
-        config.train, num_domains=num_domains, num_modes=len(objective.evaluation_modes())
-    )
+    num_modes = len(modes_of_evaluation(config.masks)) if isinstance(config, PruneRun) else 1
+    asked = subsample_size(config.train, num_domains=num_domains, num_modes=num_modes)
     saved = start.description.details.get(EVAL_SEQUENCES) if start.description else None
     if not start.continues or saved is None:
         return asked

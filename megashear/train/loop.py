@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,9 @@ from megashear.data.shares import Vector
 from megashear.models.llama import gather_weights, unwrap
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.console import format_evaluation, format_step, progress
+from megashear.monitor.layout import charts
+from megashear.monitor.sinks import Sink, Sinks, open_sinks
+from megashear.monitor.step_clock import StepClock
 from megashear.monitor.throughput import Throughput
 from megashear.parallel import device
 from megashear.parallel.agree import (
@@ -48,15 +52,22 @@ from megashear.shape import ModelShape
 from megashear.train.evaluate import STANDARD_ERROR, DomainLosses, evaluate_domains
 from megashear.train.guard import StepGuard
 from megashear.train.inputs import EVAL_SEQUENCES
-from megashear.train.objectives import LanguageModelling, MaskMetrics, StructuredPruning
+from megashear.train.objectives import (
+    EXACT,
+    RELAXED,
+    LanguageModelling,
+    MaskMetrics,
+    StructuredPruning,
+)
 from megashear.train.optim import ready_gradients, schedule_fraction, step_with_norm
 from megashear.train.schedule import SequenceLosses
 from megashear.train.stops import EXIT_STATUS, REQUESTS, Stops, exit_status
+from megashear.train.watch import cost_points, show_masks, survey_points
 
 logger = logging.getLogger(__name__)
 
-EVALUATION = "evaluation"
-"""Name of the time that evaluations within the run take."""
+EVALUATION, CHECKPOINT = tags.PAUSES
+DATA, COMPUTE, COMMUNICATION, OPTIMIZER = tags.STEP_PARTS
 
 GUARD = "step_guard"
 """Key of the guard's state in a checkpoint's details."""
@@ -121,6 +132,8 @@ class Trainer:
     """Iteration that the run starts from, or goes on from."""
     bf16: bool = False
     """Whether checkpoints have float32 masters too."""
+    clock: StepClock = field(default_factory=lambda: StepClock(synchronize=device.synchronize))
+    """What the time of a step goes to."""
 
     def run(self, first_step: int) -> dict[str, Any]:
         """Train from ``first_step`` (steps done) to the end.
@@ -133,18 +146,32 @@ class Trainer:
             SaveError: on every rank, when a checkpoint cannot be written.
         """
         stops = Stops(self.train)
-        with self.watchdog, stops.listening():
+        with self.watchdog, stops.listening(), device.waiting_inside(self._communication):
             return self._run(first_step, stops)
+
+    def _communication(self) -> contextlib.AbstractContextManager[None]:
+        return self.clock.part(COMMUNICATION)
+
+    def _sinks(self, first_step: int) -> Sinks:
+        if self.groups.rank != 0:
+            return Sinks()
+        objective = self.objective
+        layout = charts(
+            kinds=list(objective.masks.parts) if isinstance(objective, StructuredPruning) else [],
+            domains=self.data.manifest.names,
+            has_references=self.data.references is not None,
+        )
+        # steps done are the x axis: this process writes from the next one on
+        run = self.details.get("run", {})
+        return open_sinks(self.train, first_step=first_step, config=run, layout=layout)
 
     def _run(self, first_step: int, stops: Stops) -> dict[str, Any]:
         train, last = self.train, self.train.train_iters
         saver = self._saver()
         if saver is not None and first_step < last:
             saver.check(checkpoint_bytes(self.shape, bf16=self.bf16))
-        # steps done are the x axis: this process writes from the next one on
-        directory = train.tensorboard_dir if self.groups.rank == 0 else None
         with raise_together():
-            sink = tags.TensorBoardSink(directory, purge_step=first_step + 1)
+            sink = self._sinks(first_step)
         meter = Throughput(num_devices=self.groups.world_size)
         window: list[SequenceLosses] = []
         saved: Path | None = None
@@ -160,27 +187,31 @@ class Trainer:
                 rate = self.schedule.get_lr({})
                 drawn = self.data.loader.consumed_samples
                 self.watchdog.beat(f"step {step + 1}")
-                losses, norm, masks, request = self._step(step, stops.request())
+                is_logged = (step + 1) % train.log_interval == 0 or step + 1 == last
+                # on a GPU parts are told apart by waiting for it, which is done seldom
+                with self.clock.step(is_timed=is_logged or not device.has_cuda()):
+                    losses, norm, masks, request = self._step(step, stops.request())
                 self._tell_phases(step, range(drawn, self.data.loader.consumed_samples))
                 window += losses
                 step += 1
                 bar.update()
                 meter.step(train.global_batch_size * train.seq_length)
-                if step % train.log_interval == 0 or step == last:
+                if is_logged:
                     self._log(step, window, rate, norm, masks, meter, sink)
                     window = []
                 if self._evaluates_after(step):
                     device.synchronize()  # or steps still in flight would count as evaluation
                     with meter.pause(EVALUATION):
                         self._reweight(step, self.evaluate(step, sink, whole=False))
-                    sink.scalars(step, {tags.EVALUATION_SHARE: meter.share(EVALUATION)})
+                    sink.scalars(step, {tags.part_share(EVALUATION): meter.share(EVALUATION)})
                 stop = stops.reason(request, step)
                 due = bool(train.save_interval) and step % train.save_interval == 0
                 if saver is not None:
                     self._report(saver.poll(), sink)
                 if saver is not None and step < last and (due or stop):
-                    with meter.pause("checkpoint"):
+                    with meter.pause(CHECKPOINT):
                         saved = self.save(step, saver, sink, wait=stop is not None)
+                    sink.scalars(step, {tags.part_share(CHECKPOINT): meter.share(CHECKPOINT)})
                     saved_step = step
                 if stop is not None:
                     logger.info("step %d: stopping, for %s", step, stop)
@@ -226,9 +257,7 @@ class Trainer:
         }
         return reached if ran_out is None else reached | {"ended early": ran_out}
 
-    def evaluate(
-        self, step: int, sink: tags.TensorBoardSink, *, whole: bool
-    ) -> dict[str, DomainLosses]:
+    def evaluate(self, step: int, sink: Sink, *, whole: bool) -> dict[str, DomainLosses]:
         """Held-out losses in each of the objective's modes.
 
         Args:
@@ -247,7 +276,7 @@ class Trainer:
         if isinstance(self.objective, StructuredPruning):
             assert_replicated(self.objective.replicated_tensors(), f"step {step}")
             if not (whole and self._evaluates_after(step)):  # else it was written at this step
-                points[tags.EXPECTED_PARAMETERS] = self.objective.expected_parameters()
+                points |= self._look_at_masks(self.objective, step, sink)
         names = self.data.manifest.names
         most = max(map(len, self.data.held_out)) if whole else self.data.eval_sequences
         # one seed for the whole run, so that losses of different steps compare
@@ -278,8 +307,11 @@ class Trainer:
             points[tags.EVAL_MEAN_ERROR] = first.mean_error
             for name, reference in zip(names, self._references_or_nothing()):
                 points[tags.eval_excess(name)] = first.losses[name] - reference
-            if "exact" in found:
-                points[tags.DISCRETISATION_GAP] = found["exact"].mean - first.mean
+            if EXACT in found:
+                points[tags.EXACT_MEAN_LOSS] = found[EXACT].mean
+                points[tags.DISCRETISATION_GAP] = found[EXACT].mean - first.mean
+            if RELAXED in found:
+                points[tags.RELAXED_MEAN_LOSS] = found[RELAXED].mean
         if whole:
             # a run that is killed after its last save evaluates again
             sink.replace(step, points)
@@ -291,6 +323,13 @@ class Trainer:
             line = format_evaluation(step, losses.losses, errors=losses.errors)
             logger.info("%s%s", line, what)
         return found
+
+    def _look_at_masks(
+        self, objective: StructuredPruning, step: int, sink: Sink
+    ) -> dict[str, float]:
+        survey = objective.survey(step)
+        show_masks(sink, step, survey, objective.masks.parts, objective.targets)
+        return survey_points(survey, objective.target)
 
     def _check_copies(self, step: int) -> None:
         """Hold the weights of replicas, and what tensor ranks have copies of, to each other."""
@@ -307,9 +346,7 @@ class Trainer:
         }
         assert_same_bits(copies, f"step {step}", self.groups.tensor, "tensor-parallel")
 
-    def save(
-        self, step: int, saver: Saver, sink: tags.TensorBoardSink, *, wait: bool = False
-    ) -> Path:
+    def save(self, step: int, saver: Saver, sink: Sink, *, wait: bool = False) -> Path:
         """Save a checkpoint of ``step`` steps done.
 
         Args:
@@ -364,7 +401,7 @@ class Trainer:
             beat=self.watchdog.beat,
         )
 
-    def _report(self, finished: Sequence[Saved], sink: tags.TensorBoardSink) -> None:
+    def _report(self, finished: Sequence[Saved], sink: Sink) -> None:
         for saved in finished:
             sink.scalars(
                 saved.iteration,
@@ -401,16 +438,23 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         drawn = self.data.loader.mixture.drawn.copy()
-        losses = self.objective.forward_backward(self.data.loader.next_batch(), step)
-        fraction = schedule_fraction(self.schedule, self.optimizer_config.lr)
-        # before anything moves: what is not finite would go into every weight
-        norms = {"weights": ready_gradients(self.optimizer), "masks": self.objective.grad_norm()}
-        loss, request = self._agree(losses, asked)
-        reason = self.guard.judge(loss, norms)
-        if reason is None:
-            step_with_norm(self.optimizer, norms["weights"])
-        masks = self.objective.update(step, fraction, skip=reason is not None)
-        self.schedule.step(1)
+        with self.clock.part(DATA):
+            batches = self.data.loader.next_batch()
+        with self.clock.part(COMPUTE):
+            losses = self.objective.forward_backward(batches, step)
+        with self.clock.part(OPTIMIZER):
+            fraction = schedule_fraction(self.schedule, self.optimizer_config.lr)
+            # before anything moves: what is not finite would go into every weight
+            norms = {
+                "weights": ready_gradients(self.optimizer),
+                "masks": self.objective.grad_norm(),
+            }
+            loss, request = self._agree(losses, asked)
+            reason = self.guard.judge(loss, norms)
+            if reason is None:
+                step_with_norm(self.optimizer, norms["weights"])
+            masks = self.objective.update(step, fraction, skip=reason is not None)
+            self.schedule.step(1)
         if reason is not None:
             self._skipped(step, reason, drawn)
         return _Step(losses, norms["weights"], masks, request)
@@ -456,7 +500,7 @@ class Trainer:
         norm: float,
         masks: MaskMetrics | None,
         meter: Throughput,
-        sink: tags.TensorBoardSink,
+        sink: Sink,
     ) -> None:
         device.synchronize()
         loss = self._mean_loss(window)
@@ -470,6 +514,7 @@ class Trainer:
             tags.TOKENS_PER_SECOND_PER_DEVICE: pace.tokens_per_second_per_device,
             tags.SECONDS_PER_STEP: pace.seconds_per_step,
             tags.SKIPPED_STEPS: self.guard.skipped,
+            **cost_points(self.clock.window(), self.groups),
         }
         for number, name in enumerate(self.data.manifest.names):
             drawn = int(mixture.drawn[number])
@@ -543,5 +588,8 @@ def mask_state(objective: LanguageModelling) -> MaskState | None:
     if not isinstance(objective, StructuredPruning):
         return None
     return MaskState(
-        masks=objective.masks, constraint=objective.constraint, optimizer=objective.optimizer
+        masks=objective.masks,
+        constraint=objective.constraint,
+        optimizer=objective.optimizer,
+        sides=objective.sides,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megashear.config import MaskConfig
 from megashear.data.batch import MicroBatch
-from megashear.masks.constraint import SparsityConstraint, expected_params
+from megashear.masks.census import Census, Sides, take_census, target_sizes
+from megashear.masks.constraint import SparsityConstraint, expected_params, open_params
 from megashear.masks.mask_set import (
     MaskSet,
     exact_gates,
@@ -24,6 +25,14 @@ from megashear.models.binding import MaskBinding, own_layers, own_parts
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train.schedule import SequenceLosses, run_schedule
+
+EXPECTED, EXACT, RELAXED = "expected", "exact", "relaxed"
+"""Modes of an evaluation while masks are learned: as many gates closed as the masks expect, as
+many as the target wants, and gates sampled as in training."""
+
+
+NO_STEP = -1
+"""Step of the noise of relaxed masks in evaluations; no training step draws it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,25 @@ class MaskMetrics:
     """Target sparsity of this step by kind."""
     lambda1: dict[str, float] = field(default_factory=dict)
     lambda2: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSurvey:
+    """Where the masks stood at an evaluation; equal on every rank."""
+
+    log_alpha: dict[str, Tensor]
+    """Whole, by kind, [num_rows, num_units]."""
+    gates: dict[str, Tensor]
+    """Deterministic gates in expected mode, of the same shapes."""
+    census: dict[str, Census]
+    target_sizes: dict[str, float]
+    """Units that a row shall leave open, by kind, at the step that was taken last."""
+    changed: dict[str, int]
+    """Gates that changed side since the last survey, by kind."""
+    expected_parameters: float
+    """Attention and MLP parameters that the masks expect to keep."""
+    actual_parameters: float
+    """The same of the gates that are open."""
 
 
 class LanguageModelling:
@@ -76,8 +104,7 @@ class LanguageModelling:
         """Step whatever the weights' optimizer does not know: nothing here."""
         return None
 
-    @staticmethod
-    def evaluation_modes() -> list[str]:
+    def evaluation_modes(self) -> list[str]:
         """Names of the models to evaluate, the one that steers the mixture first."""
         return ["loss"]
 
@@ -130,7 +157,7 @@ class StructuredPruning(LanguageModelling):
         eps: float = 1e-8,
     ) -> None:
         super().__init__(chunks)
-        self.source = source
+        self.source, self.target = source, target
         self.config = config
         self.seed = seed
         self.global_batch_size = global_batch_size
@@ -146,6 +173,7 @@ class StructuredPruning(LanguageModelling):
             force=config.force_lambda2_max,
         )
         self.optimizer = MaskOptimizer(self.masks, self.constraint, betas=betas, eps=eps)
+        self.sides = Sides(parts)
         self.binding = MaskBinding(chunks, self.masks, groups, sequence_parallel=sequence_parallel)
         self._penalty = torch.zeros((), dtype=torch.float64)
         self._closed: dict[str, Tensor] = {}
@@ -158,7 +186,7 @@ class StructuredPruning(LanguageModelling):
             ValueError: on every rank, if the masks leave no hidden dimension open.
         """
         streams = [self.stream_of(batch) for batch in batches]
-        self._check_hidden(step)
+        self._check_streams(step)
         self.optimizer.zero_grad()
         self.binding.bind(
             {
@@ -182,15 +210,11 @@ class StructuredPruning(LanguageModelling):
         self._penalty.backward()
         return losses
 
-    def _check_hidden(self, step: int) -> None:
+    def _check_streams(self, step: int) -> None:
         # Of every stream, other replicas' too: a rank that raised for its own would be alone.
         for stream in range(self.config.mask_noise_streams):
             gates = self.masks.sample(seed=self.seed, step=step, stream=stream, kinds=("hidden",))
-            if "hidden" in gates and not gates["hidden"].any():
-                raise ValueError(
-                    f"step {step + 1}: every hidden gate of noise stream {stream} is closed, so "
-                    f"no norm is defined; raise --target-hidden-size or lower --mask-lr"
-                )
+            _check_hidden(gates, f"step {step + 1}: every hidden gate of noise stream {stream}")
 
     def stream_of(self, batch: MicroBatch) -> int:
         """Noise stream of a microbatch: sample i of B belongs to stream i K // B."""
@@ -228,16 +252,21 @@ class StructuredPruning(LanguageModelling):
             self.optimizer.step(lr, grad_scale=self._scale)
         return metrics
 
-    @staticmethod
-    def evaluation_modes() -> list[str]:
-        """Expected-size masks, which steer the mixture, and exact-size masks, which are cut."""
-        return ["expected", "exact"]
+    def evaluation_modes(self) -> list[str]:
+        """As :func:`modes_of_evaluation` has them."""
+        return modes_of_evaluation(self.config)
 
     def begin_evaluation(self, mode: str) -> None:
-        """Bind deterministic gates. Collective over the replica's model group."""
+        """Bind the gates of ``mode``. Collective over the replica's model group."""
+        if mode == RELAXED:
+            # one draw for the whole run, so that what moves between evaluations is the masks
+            gates = self.masks.sample(seed=self.seed, step=NO_STEP, stream=0)
+            _check_hidden(gates, "evaluation under relaxed masks: every hidden gate")
+            self.binding.bind({0: {kind: z.detach() for kind, z in gates.items()}})
+            return
         whole = self.binding.gather_log_alpha()
-        gates = exact_gates(whole, self.targets) if mode == "exact" else expected_gates(whole)
-        self.binding.bind({0: self.binding.slice_gates(gates)})
+        found = exact_gates(whole, self.targets) if mode == EXACT else expected_gates(whole)
+        self.binding.bind({0: self.binding.slice_gates(found)})
 
     def evaluate(self, mode: str, batches: Sequence[MicroBatch]) -> list[SequenceLosses]:
         """Losses under the bound gates. Collective over the replica's model group."""
@@ -253,12 +282,28 @@ class StructuredPruning(LanguageModelling):
         """Release the gates."""
         self.binding.release()
 
-    def expected_parameters(self) -> float:
-        """Attention and MLP parameters that the masks expect to keep.
+    def survey(self, step: int) -> MaskSurvey:
+        """Look at all masks, and remember on which side each gate stands.
 
-        Collective over the replica's model group.
+        Collective over the replica's model group and the pipeline group.
+
+        Args:
+            step: steps done.
         """
-        return expected_params(self.binding.gather_log_alpha(), self.source)
+        whole = self.binding.gather_log_alpha()
+        gates = expected_gates(whole)
+        own = self.sides.changed(self.binding.slice_gates(gates))
+        changed = self.binding.whole_closed_sums(own)
+        is_open = {kind: (gate != 0).double() for kind, gate in gates.items()}
+        return MaskSurvey(
+            log_alpha=whole,
+            gates=gates,
+            census=take_census(whole, gates, self.targets),
+            target_sizes=target_sizes(self.constraint, max(0, step - 1)),
+            changed={kind: round(float(rows.sum())) for kind, rows in changed.items()},
+            expected_parameters=expected_params(whole, self.source),
+            actual_parameters=open_params(is_open, self.source),
+        )
 
     def replicated_tensors(self) -> dict[str, Tensor]:
         """What every rank holds a copy of: multipliers, and log_alpha of hidden."""
@@ -266,3 +311,17 @@ class StructuredPruning(LanguageModelling):
         if "hidden" in self.masks.log_alpha:
             copies["log_alpha of hidden"] = self.masks.log_alpha["hidden"].detach()
         return copies
+
+
+def _check_hidden(gates: Mapping[str, Tensor], whose: str) -> None:
+    if "hidden" in gates and not gates["hidden"].any():
+        raise ValueError(
+            f"{whose} is closed, so no norm is defined; raise --target-hidden-size or lower "
+            f"--mask-lr"
+        )
+
+
+def modes_of_evaluation(masks: MaskConfig) -> list[str]:
+    """Which masks an evaluation binds one after the other: expected-size ones, which steer the
+    mixture, exact-size ones, which are cut, and on request those that training samples."""
+    return [EXPECTED, EXACT, *([RELAXED] if masks.eval_relaxed_masks else [])]

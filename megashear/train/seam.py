@@ -63,15 +63,15 @@ def check_then(config: PruneRun, then: PretrainRun) -> None:
         raise ValueError(
             f"{where}: save is {then.train.save}, the directory of pruning; choose another"
         )
-    curves = then.train.tensorboard_dir
-    if curves is not None:
-        if config.train.tensorboard_dir is not None and _same(curves, config.train.tensorboard_dir):
+    for name, what in (("tensorboard_dir", "curves begin"), ("jsonl_log", "lines begin")):
+        own, other = getattr(then.train, name), getattr(config.train, name)
+        if own is not None and other is not None and _same(own, other):
             raise ValueError(
-                f"{where}: tensorboard_dir is {curves}, that of pruning, whose curves begin at the "
-                f"same steps; choose another"
+                f"{where}: {name} is {own}, that of pruning, whose {what} at the same steps; "
+                f"choose another"
             )
-        if not config.train.resume:
-            check_events(then.train)
+    if not config.train.resume:
+        check_events(then.train)
     if not config.train.resume and holds_iterations(then.train.save):
         raise ValueError(
             f"{where}: save {then.train.save} holds a run already; add --resume to go on with it, "

@@ -176,8 +176,13 @@ def check_events(train: TrainConfig) -> None:
     """Refuse to draw a new run over another's curves.
 
     Raises:
-        ValueError: --tensorboard-dir has some.
+        ValueError: --tensorboard-dir or --jsonl-log has some.
     """
+    if train.jsonl_log is not None and Path(train.jsonl_log).exists():
+        raise ValueError(
+            f"--jsonl-log {train.jsonl_log} exists, and this run does not go on from another; "
+            f"choose another file, or remove it if it is not needed"
+        )
     if train.tensorboard_dir is None:
         return
     if any(Path(train.tensorboard_dir).glob("events.out.tfevents.*")):

@@ -32,7 +32,7 @@ from megashear.config import (
     PruneRun,
     TrainConfig,
 )
-from megashear.masks.mask_set import expected_gates
+from megashear.masks.mask_set import KINDS, expected_gates
 from megashear.train import run
 from tests import text_run
 from tests.ranks import run_ranks
@@ -313,6 +313,15 @@ def test_a_run_that_forgets_one_thing_is_noticed(
         resumed = go_on(interrupted, tmp_path, broken=FORGOTTEN_TENSORS[forgotten])
     weights = {name for name in whole.tensors if name.startswith("decoder.")}
     assert differences(resumed, whole) & weights
+
+
+def test_a_run_that_forgets_the_sides_of_its_gates_counts_other_churn(
+    runs: Runs, tmp_path: Path
+) -> None:
+    forget = forget_masks(lambda state: state.sides.state_dict())
+    resumed = go_on(runs.stopped("prune", *ALONE), tmp_path, broken=forget)
+    found = differences(resumed, runs.uninterrupted("prune", *ALONE))
+    assert found == {f"prune/churn/{kind}" for kind in KINDS}
 
 
 class Interrupted(NamedTuple):

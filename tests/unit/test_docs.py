@@ -152,10 +152,23 @@ def test_texts_are_ascii(path: Path) -> None:
 
 
 def test_every_tag_of_tensorboard_is_explained() -> None:
-    text = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/monitoring.md").read_text(encoding="utf-8")
     plain = [value for name, value in vars(tensorboard).items() if name.isupper()]
     assert "train/lm-loss" in plain
-    of_kind = ("expected_sparsity", "target_sparsity", "linear_multiplier", "quadratic_multiplier")
+    of_kind = (
+        "expected_sparsity",
+        "target_sparsity",
+        "linear_multiplier",
+        "quadratic_multiplier",
+        "expected_size",
+        "actual_size",
+        "target_size",
+        "undecided",
+        "churn",
+        "rounding",
+        "mask_image",
+        "log_alpha",
+    )
     of_domain = (
         "mixture_weight",
         "mixture_share",
@@ -168,6 +181,9 @@ def test_every_tag_of_tensorboard_is_explained() -> None:
         *(tag for tag in plain if isinstance(tag, str)),
         *(getattr(tensorboard, name)("<kind>") for name in of_kind),
         *(getattr(tensorboard, name)("<domain>") for name in of_domain),
+        tensorboard.full_loss("<domain>"),
+        tensorboard.part_seconds("<part>"),
+        *(tensorboard.part_share(part) for part in tensorboard.PAUSES),
     ]
     assert [tag for tag in tags if f"`{tag}`" not in text] == []
 

@@ -1,10 +1,15 @@
 """What is written is read back, at its step, under its tag."""
 
+import io
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from megashear.monitor import tensorboard
 from megashear.monitor.tensorboard import TensorBoardSink
@@ -59,6 +64,42 @@ def test_points_of_a_repeated_evaluation_replace_the_earlier_ones(tmp_path: Path
     assert points(tmp_path, "train/lm-loss") == [(10, 3.0)]
 
 
+def test_images_and_histograms_are_read_back(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    values = np.array([[-4.0, -4.0], [0.5, 4.0]])
+    sink = TensorBoardSink(tmp_path)
+    sink.images(20, {tensorboard.mask_image("head"): pixels})
+    sink.histograms(20, {tensorboard.log_alpha("head"): values})
+    sink.close()
+    reader = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "histograms": 0})
+    reader.Reload()
+    (image,) = reader.Images("prune/mask/head")
+    assert image.step == 20
+    decoded = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
+    assert (decoded == pixels).all()
+    (histogram,) = reader.Histograms("prune/log-alpha/head")
+    found = histogram.histogram_value
+    assert (found.min, found.max, found.num, found.sum) == (-4.0, 4.0, 4, -3.5)
+
+
+def test_charts_name_the_tags_that_stand_in_them(tmp_path: Path) -> None:
+    layout = {"a question": {"losses": ["train/lm-loss", "eval/loss/c++"], "rate": ["x"]}}
+    sink = TensorBoardSink(tmp_path, layout=layout)
+    sink.close()
+    reader = EventAccumulator(str(tmp_path))
+    reader.Reload()
+    (event,) = reader.Tensors("custom_scalars__config__")
+    found = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    (category,) = found.category
+    assert category.title == "a question"
+    charts = {chart.title: list(chart.multiline.tag) for chart in category.chart}
+    assert charts.keys() == {"losses", "rate"}
+    for tag in layout["a question"]["losses"]:
+        matching = [pattern for pattern in charts["losses"] if re.match(pattern, tag)]
+        assert len(matching) == 1
+        assert not re.match(matching[0], tag + "-ratio")
+
+
 def test_without_a_directory_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +124,18 @@ def test_every_tag_is_in_a_section() -> None:
         tensorboard.mixture_epoch,
         tensorboard.eval_loss,
         tensorboard.eval_excess,
+        tensorboard.eval_error,
+        tensorboard.full_loss,
+        tensorboard.expected_size,
+        tensorboard.actual_size,
+        tensorboard.target_size,
+        tensorboard.undecided,
+        tensorboard.churn,
+        tensorboard.rounding,
+        tensorboard.mask_image,
+        tensorboard.log_alpha,
+        tensorboard.part_seconds,
+        tensorboard.part_share,
     )
     tags = constants + [name("x") for name in names]
     assert len(set(tags)) == len(tags)
