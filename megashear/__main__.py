@@ -80,7 +80,11 @@ def recorded_main() -> int:
     """`main`, which leaves the traceback of an error where torchrun looks for it."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return main()
-    # only here: importing torch takes seconds that --help should not
+    # only here: importing torch takes seconds that --help should not; and its warnings, and those
+    # of megatron-core, come while it is imported
+    from megashear.monitor.console import configure_logging
+
+    configure_logging(int(os.environ.get("RANK", "0")))
     from megashear.parallel.launch import recorded
 
     return recorded(main)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -40,6 +41,18 @@ def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr()
     assert printed.out == ""
     assert all(line in printed.err for line in COMMANDS.values())
+
+
+def test_a_process_of_torchrun_does_not_print_what_nobody_can_mend(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megashear", "cut", "--load", "a", "--output", "b", "--dry-run"],
+        env=os.environ | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "load: a" in done.stdout
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
