@@ -1,10 +1,16 @@
 """Packaging of megashear; `pip install -c constraints.txt -e .` for a checkout."""
 
+import re
+
 from setuptools import find_packages, setup
+
+VERSION = re.search(
+    r'__version__ = "(.+)"', open("megashear/__init__.py", encoding="utf-8").read()
+)[1]
 
 setup(
     name="megashear",
-    version="0.1.0",
+    version=VERSION,
     description="Structured pruning of LLaMA models on megatron-core, under tensor and pipeline parallelism",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
