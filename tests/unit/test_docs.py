@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import megashear
 from megashear import config
 from megashear.__main__ import main
 from megashear.commands.parse import CONFIG, DRY_RUN
@@ -76,15 +77,30 @@ def unknown_flags(text: str) -> set[str]:
 
 def broken_links(text: str, folder: Path) -> Iterator[str]:
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not re.match(r"[a-z]+:", link) and not (folder / link.partition("#")[0]).exists():
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        page = folder / file
+        if not page.exists():
             yield link
+        elif anchor:
+            inside = page.read_text(encoding="utf-8") if file else text
+            if anchor not in anchors(inside):
+                yield link
+
+
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def command_lines(text: str) -> list[list[str]]:
     """Arguments of every megashear command in the text's code blocks."""
-    blocks = re.findall(r"^```\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    found = [re.match(r"(?:torchrun .*? -m )?megashear (.+)", line) for line in lines]
+    # those with a language, such as bash, have variables; a test of their own runs them
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    lines = "\n".join(block for language, block in blocks if not language).replace("\\\n", " ")
+    found = [re.match(r"(?:torchrun .*? -m )?megashear (.+)", line) for line in lines.splitlines()]
     return [shlex.split(line[1]) for line in found if line is not None]
 
 
@@ -108,8 +124,22 @@ def test_every_link_leads_somewhere(path: Path) -> None:
 
 
 def test_a_broken_link_is_noticed() -> None:
-    text = "[a](README.md) [b](docs/nothing.md#part) [c](https://example.org/nothing)"
-    assert list(broken_links(text, ROOT)) == ["docs/nothing.md#part"]
+    text = (
+        "[a](README.md) [b](docs/nothing.md#part) [c](https://example.org/nothing) "
+        "[d](docs/data.md#mixture) [e](docs/data.md#mixtures)"
+    )
+    assert list(broken_links(text, ROOT)) == ["docs/nothing.md#part", "docs/data.md#mixtures"]
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    pages = {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"}
+    assert {page for page in pages if f"]({page})" not in index} == set()
+
+
+def test_the_changelog_has_the_version() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## [{megashear.__version__}]" in changes
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=in_repository)
