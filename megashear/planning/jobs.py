@@ -6,7 +6,8 @@ from megashear.config import PlanConfig
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.targets import target_units, whole_parts
 from megashear.planning.hardware import GB, find_gpu
-from megashear.planning.layouts import Fixed, Job, plan
+from megashear.planning.layouts import Fixed, Job
+from megashear.planning.search import plan
 from megashear.planning.tables import Planned
 from megashear.planning.time import Cluster
 from megashear.shape import ModelShape

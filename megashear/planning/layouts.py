@@ -1,4 +1,4 @@
-"""Which layouts of so many GPUs divide a job and fit, and what is nearest where none does."""
+"""How so many GPUs divide a job: every layout, with its memory and time."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from megashear.config import ModelConfig, ParallelConfig, TrainConfig, check_streams
-from megashear.planning.hardware import GIB, GPUS
-from megashear.planning.memory import Memory, Work, rank_memory
+from megashear.planning.hardware import GIB
+from megashear.planning.memory import Memory, rank_memory
 from megashear.planning.time import Cluster, StepTime, step_time
+from megashear.planning.work import Work
 from megashear.shape import ModelShape
 
 MOST_CHUNKS = 8
 """Virtual stages tried; each makes a microbatch cross the pipeline once more."""
 MOST_SEQUENCES = 16
 """Largest microbatch tried, sequences."""
-MOST_GPUS = 4096
-"""Up to how many GPUs are looked for where those given do not do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,42 +98,6 @@ class Candidate:
         return " ".join([*words, "--bf16"])
 
 
-class NothingFitsError(ValueError):
-    """No layout divides the job, or none fits; the message says what would."""
-
-
-def plan(
-    job: Job, cluster: Cluster, fixed: Fixed, *, reserve_gib: float, fused_adam: bool = False
-) -> list[Candidate]:
-    """Layouts that fit, the fastest first: of each tensor, pipeline and virtual size the best.
-
-    Args:
-        job: what is trained.
-        cluster: what there is.
-        fixed: what the user has chosen.
-        reserve_gib: memory of each GPU that tensors may not take, GiB.
-        fused_adam: see `rank_memory`.
-
-    Raises:
-        NothingFitsError: none does.
-    """
-    room = cluster.gpu.memory_gib - reserve_gib
-    divided = list(divisions(job, cluster, fixed))
-    if not divided:
-        raise NothingFitsError(_nothing_divides(job, cluster, fixed))
-    best: dict[tuple[int, int, int], Candidate] = {}
-    for work in divided:
-        found = _first_that_fits(work, job, cluster, room, fused_adam)
-        if found is None:
-            continue
-        place = (work.tensor, work.pipeline, work.virtual)
-        if place not in best or _order(found) < _order(best[place]):
-            best[place] = found
-    if not best:
-        raise NothingFitsError(_nothing_fits(job, cluster, fixed, divided, reserve_gib, fused_adam))
-    return sorted(best.values(), key=_order)
-
-
 def divisions(job: Job, cluster: Cluster, fixed: Fixed) -> Iterator[Work]:
     """Every division of the GPUs that the job's shape and batch allow, without recompute."""
     for tensor in _choices(fixed.tensor, _divisors(cluster.gpus_per_node)):
@@ -204,19 +167,6 @@ def division(
     )
 
 
-def _first_that_fits(
-    work: Work, job: Job, cluster: Cluster, room: float, fused_adam: bool
-) -> Candidate | None:
-    """The division with as little recompute as fits; None where none does."""
-    for recompute in _recomputes(work):
-        found = candidate(replace(work, model=recompute), job, cluster, fused_adam=fused_adam)
-        if found.needed_gib <= room:
-            return found
-        if found.memory.lasting / GIB > room:
-            return None
-    return None
-
-
 def candidate(work: Work, job: Job, cluster: Cluster, *, fused_adam: bool) -> Candidate:
     """A division with its memory and time."""
     # between the second stage and the last each has fewer microbatches in flight and nothing more
@@ -229,7 +179,7 @@ def candidate(work: Work, job: Job, cluster: Cluster, *, fused_adam: bool) -> Ca
     return Candidate(work=work, stage=stage, memory=held[stage], time=time)
 
 
-def _recomputes(work: Work) -> Iterator[ModelConfig]:
+def recomputes(work: Work) -> Iterator[ModelConfig]:
     """Ways to recompute, the cheapest first: none, so many layers of a chunk, all."""
     yield work.model
     layers = work.chunk_layers
@@ -253,7 +203,7 @@ def _tensor_ranks(target: ModelShape, most: int) -> int | None:
     return None if fitting[-1] == most else fitting[-1]
 
 
-def _order(found: Candidate) -> tuple[float, int, int, int]:
+def order(found: Candidate) -> tuple[float, int, int, int]:
     """The fastest first; of equals the largest microbatch, whose products are larger."""
     seconds = float(f"{found.time.total:.3g}")  # no estimate is finer than that
     return seconds, -found.work.micro_batch_size, found.work.virtual, found.work.pipeline
@@ -265,95 +215,3 @@ def _choices(fixed: int | None, others: Iterable[int]) -> list[int]:
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _nothing_divides(job: Job, cluster: Cluster, fixed: Fixed) -> str:
-    """Why, in the words of the run; and the numbers of GPUs nearest that divide."""
-    micro = fixed.micro_batch_size or 1
-    tensor, pipeline = fixed.tensor or 1, fixed.pipeline or 1
-    why = ""
-    try:
-        division(
-            job,
-            cluster.num_gpus,
-            tensor=tensor,
-            pipeline=pipeline,
-            virtual=fixed.virtual or 1,
-            micro_batch_size=micro,
-        )
-    except ValueError as error:
-        why = f": {error}"
-    others = [
-        str(count)
-        for count in (_nearest_below(job, cluster, fixed), _nearest_above(job, cluster, fixed))
-        if count is not None
-    ]
-    way_out = f"; --gpus {' or '.join(others)} can" if others else ""
-    return (
-        f"{job.name}: {cluster.num_gpus} GPUs cannot be divided so that layers, heads, neurons "
-        f"and {job.batch_flag} {job.global_batch_size} go into them{why}{way_out}"
-    )
-
-
-def _nearest_below(job: Job, cluster: Cluster, fixed: Fixed) -> int | None:
-    counts = range(cluster.num_gpus - 1, 0, -1)
-    return next((n for n in counts if _divides(job, cluster, fixed, n)), None)
-
-
-def _nearest_above(job: Job, cluster: Cluster, fixed: Fixed) -> int | None:
-    counts = range(cluster.num_gpus + 1, min(2 * cluster.num_gpus, MOST_GPUS) + 1)
-    return next((n for n in counts if _divides(job, cluster, fixed, n)), None)
-
-
-def _divides(job: Job, cluster: Cluster, fixed: Fixed, num_gpus: int) -> bool:
-    smaller = replace(fixed, micro_batch_size=fixed.micro_batch_size or 1)
-    return any(True for _ in divisions(job, replace(cluster, num_gpus=num_gpus), smaller))
-
-
-def _nothing_fits(
-    job: Job,
-    cluster: Cluster,
-    fixed: Fixed,
-    divided: list[Work],
-    reserve_gib: float,
-    fused_adam: bool,
-) -> str:
-    """By how much the nearest layout is too large, and what would do."""
-    room = cluster.gpu.memory_gib - reserve_gib
-    smallest = (_smallest(work, job, cluster, fused_adam) for work in divided)
-    least = min(smallest, key=lambda found: found.memory.total)
-    ways = []
-    if fixed != Fixed() and _fits(job, cluster, Fixed(), room, fused_adam):
-        ways.append("leaving the layout open")
-    count = cluster.num_gpus
-    while (count := 2 * count) <= MOST_GPUS:
-        if _fits(job, replace(cluster, num_gpus=count), fixed, room, fused_adam):
-            ways.append(f"--gpus {count}")
-            break
-    larger = [gpu for gpu in GPUS.values() if gpu.memory_gib > cluster.gpu.memory_gib]
-    for gpu in sorted(larger, key=lambda gpu: gpu.memory_gib):
-        there = gpu.memory_gib - reserve_gib
-        if _fits(job, replace(cluster, gpu=gpu), fixed, there, fused_adam):
-            ways.append(f"--gpu {gpu.name}")
-            break
-    return (
-        f"{job.name}: no layout fits. The nearest, {least.flags()}, needs {least.needed_gib:.1f} "
-        f"GiB a GPU, and {room:.1f} are there ({cluster.gpu.name}: "
-        f"{cluster.gpu.memory_gib:.1f}, less --memory-reserve-gib {reserve_gib:g}): "
-        f"{least.needed_gib - room:.1f} GiB too much, although every layer is run again and "
-        f"replicas, where there are any, share the optimizer's state; what would do: "
-        f"{', or '.join(ways) or f'nothing that was tried, up to {MOST_GPUS} GPUs'}"
-    )
-
-
-def _smallest(work: Work, job: Job, cluster: Cluster, fused_adam: bool) -> Candidate:
-    """A division with every layer recomputed."""
-    *_, least = _recomputes(work)
-    return candidate(replace(work, model=least), job, cluster, fused_adam=fused_adam)
-
-
-def _fits(job: Job, cluster: Cluster, fixed: Fixed, room: float, fused_adam: bool) -> bool:
-    return any(
-        _smallest(work, job, cluster, fused_adam).needed_gib <= room
-        for work in divisions(job, cluster, fixed)
-    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megashear.planning.hardware import Gpu
-from megashear.planning.memory import FLOAT32, Work, stage_parameters
+from megashear.planning.memory import stage_parameters
+from megashear.planning.work import FLOAT32, Work
 
 LINK_EFFICIENCY = 0.75
 """Share of a link's nominal speed that collectives reach. An assumption: NVIDIA's nccl-tests report

@@ -17,8 +17,9 @@ from megashear.data.batch import MicroBatch
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.planning.hardware import GPUS
-from megashear.planning.memory import Work, rank_memory, stage_parameters
+from megashear.planning.memory import rank_memory, stage_parameters
 from megashear.planning.time import Cluster, step_time
+from megashear.planning.work import Work
 from megashear.shape import ModelShape
 from megashear.train.objectives import LanguageModelling, StructuredPruning
 from megashear.train.optim import build_optimizer, ready_gradients, step_with_norm

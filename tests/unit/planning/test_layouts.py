@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from megashear.config import PlanConfig
-from megashear.planning import layouts
+from megashear.planning import search
 from megashear.planning.hardware import GIB, GPUS
 from megashear.planning.jobs import make_plans
-from megashear.planning.layouts import Fixed, Job, NothingFitsError, plan
+from megashear.planning.layouts import Fixed, Job
 from megashear.planning.memory import fullest, rank_memory
+from megashear.planning.search import NothingFitsError, plan
 from megashear.planning.time import Cluster
 from megashear.shape import PRESETS
 
@@ -165,7 +166,7 @@ def test_a_layout_that_was_chosen_may_be_left_open() -> None:
 
 
 def test_nothing_that_was_tried_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "MOST_GPUS", 8)
+    monkeypatch.setattr(search, "MOST_GPUS", 8)
     huge = replace(SEVEN, ffn_hidden_size=2**23, num_layers=1)
     with pytest.raises(NothingFitsError, match="nothing that was tried, up to 8 GPUs"):
         found(8, "A100-80G", shape=huge, target=None)

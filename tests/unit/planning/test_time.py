@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from megashear.config import ModelConfig
+from megashear.planning.activations import schedule
 from megashear.planning.hardware import GB, GPUS, find_gpu
-from megashear.planning.memory import Work, schedule
 from megashear.planning.time import LINK_EFFICIENCY, Cluster, step_time
+from megashear.planning.work import Work
 from megashear.shape import PRESETS, ModelShape
 from tests.tiny import layout
 

@@ -1,0 +1,190 @@
+"""Bytes that passes keep, and need for a moment, as the pipeline's schedule goes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from megashear.planning.work import BFLOAT16, FLOAT32, Work
+
+Direction = Literal["forward", "backward"]
+
+# What a forward pass keeps. Tokens t of a microbatch, t' of them on this rank outside attention
+# and MLP; e bytes an element; widths q, k, i of this rank's queries, keys and neurons; h hidden.
+
+
+def _norm(work: Work) -> int:
+    """Kept by one norm, on t' tokens: its input, and the inverse root mean square."""
+    hidden = work.shape.hidden_size
+    if not work.fused_norm:
+        return work.own_tokens * FLOAT32 * (2 * hidden + 1)
+    # a masked norm computes on a float32 copy of the stream
+    element = FLOAT32 if "hidden" in work.masks else work.element
+    return work.own_tokens * (element * hidden + FLOAT32)
+
+
+def _keeps_the_stream(work: Work) -> bool:
+    """Whether a norm's input is the residual stream itself, not a copy in float32."""
+    return not work.model.bf16 or (work.fused_norm and "hidden" not in work.masks)
+
+
+def _stream(work: Work) -> int:
+    """The residual stream once."""
+    return work.element * work.own_tokens * work.shape.hidden_size
+
+
+def attention_kept(work: Work) -> int:
+    """Bytes that one layer's attention keeps for its backward pass, with the norm before it."""
+    shape, e, t = work.shape, work.element, work.tokens
+    q, k = work.own_query, work.own_key
+    kept = _norm(work) + _stream(work)  # the norm's output is the input of the projection
+    kept += 4 * e * work.seq_length * shape.head_dim  # cosines and sines, of queries and of keys
+    kept += e * t * (q + 2 * k)  # what the projection gave, whole, because values are a view of it
+    kept += e * t * (q + k)  # turned queries and keys
+    kept += e * t * q + FLOAT32 * t * shape.num_attention_heads // work.tensor  # flash: out, lse
+    if shape.qk_norm:
+        heads = (shape.num_attention_heads + shape.num_query_groups) // work.tensor
+        kept += FLOAT32 * t * heads + e * t * q
+        if not work.fused_norm:
+            kept += FLOAT32 * t * (q + k) * (2 if work.model.bf16 else 1)
+            kept -= e * t * q if work.model.bf16 else 0
+    if work.masks & {"head", "group"}:
+        kept += e * t * q  # the gated context, which the output projection multiplies
+    return kept + (_stream(work) if work.gates_outputs else 0)
+
+
+def mlp_kept(work: Work) -> int:
+    """Bytes that one layer's MLP keeps for its backward pass, with the norm before it."""
+    kept = _norm(work) + _stream(work)
+    # gate and up; silu(gate); up + 0, which megatron-core adds; their product
+    kept += 5 * work.element * work.tokens * work.own_ffn
+    if "intermediate" in work.masks:
+        kept += work.element * work.tokens * work.own_ffn
+    return kept + (_stream(work) if work.gates_outputs else 0)
+
+
+def embedding_kept(work: Work) -> int:
+    """Bytes that the embedding keeps: token ids, and its output where a gate multiplies it."""
+    return 8 * work.tokens + ("hidden" in work.masks) * _stream(work)
+
+
+def loss_kept(work: Work) -> int:
+    """Bytes that final norm, output layer and cross entropy keep: the softmax is in float32."""
+    softmax = FLOAT32 * work.tokens * work.own_vocab
+    target, is_other, counted = 8 * work.tokens, work.tokens, FLOAT32 * work.tokens
+    return _norm(work) + _stream(work) + softmax + target + is_other + counted
+
+
+def _layers_kept(work: Work) -> int:
+    """Kept by the layers of one chunk."""
+    layer, layers = attention_kept(work) + mlp_kept(work), work.chunk_layers
+    if work.model.recompute_granularity is None:
+        return layers * layer
+    each = work.model.recompute_num_layers
+    if work.model.recompute_method == "uniform":
+        return -(-layers // each) * _stream(work)
+    again = min(each, layers)
+    return again * _stream(work) + (layers - again) * layer
+
+
+def _chunk_kept(work: Work, *, first: bool, last: bool) -> int:
+    kept = _layers_kept(work)
+    if first:
+        kept += embedding_kept(work)
+    elif work.model.recompute_granularity is None and not _keeps_the_stream(work):
+        kept += _stream(work)  # what came from the stage before; the schedule holds it
+    return kept + (loss_kept(work) if last else 0)
+
+
+def _run_again(work: Work, *, last: bool) -> int:
+    """Kept beside the rest when a chunk's layers go backward: less the loss, which is through, and
+    with what the first of them keep that are run again."""
+    extra = -loss_kept(work) if last else 0
+    model = work.model
+    if model.recompute_granularity is not None:
+        again = min(model.recompute_num_layers, work.chunk_layers)
+        if model.recompute_method == "block":
+            again = int(again == work.chunk_layers)  # one at a time, after those kept whole
+        extra += again * (attention_kept(work) + mlp_kept(work))
+    return extra
+
+
+# What a pass needs for a moment beside what it keeps.
+
+
+def _layer_backward(work: Work) -> int:
+    """Most that the backward pass of the layer at the end of a chunk needs at once."""
+    e, t, i, hidden = work.element, work.tokens, work.own_ffn, work.shape.hidden_size
+    if "intermediate" in work.masks:
+        # float32: gradient of the gated neurons, times the gates, times the neurons; under bf16
+        # and its rounded sum; the output projection's input is free by then
+        products = (3 * FLOAT32 + (BFLOAT16 if work.model.bf16 else 0)) * t * i - e * t * i
+    else:
+        products = max(2 * e * t * i, e * t * i + e * i * hidden)
+    gathered = e * t * hidden if work.parallel.sequence_parallel else 0
+    return products + 2 * _stream(work) + gathered
+
+
+def _chunk_moment(work: Work, *, first: bool, last: bool) -> int:
+    """Most that passes of a chunk need beside what one microbatch keeps."""
+    e, t, hidden, vocab = work.element, work.tokens, work.shape.hidden_size, work.own_vocab
+    moments = []
+    moments.append(_layer_backward(work) + _run_again(work, last=last))
+    if last:
+        # logits beside their float32 copy, in either direction; then the output layer's gradients
+        moments.append(e * t * vocab if work.model.bf16 else 0)
+        freed = FLOAT32 * t * vocab if work.model.bf16 else 0
+        moments.append((e * t * vocab if work.model.bf16 else 0) - freed + e * vocab * hidden)
+    if first:
+        # a dense gradient of the whole embedding, when all else of the microbatch is free
+        moments.append(e * vocab * hidden - _chunk_kept(work, first=first, last=last))
+    return max(0, *moments)
+
+
+def in_flight(work: Work, stage: int) -> tuple[int, int]:
+    """Bytes kept when most microbatches are in flight, and bytes at the fullest moment."""
+    kept, again, moment = [], [], []
+    for chunk in range(work.virtual):
+        place = {
+            "first": stage == 0 and chunk == 0,
+            "last": stage == work.pipeline - 1 and chunk == work.virtual - 1,
+        }
+        kept.append(_chunk_kept(work, **place))
+        again.append(max(0, _run_again(work, last=place["last"])))
+        moment.append(_chunk_moment(work, **place))
+    live = most = peak = 0
+    for direction, chunk in schedule(work, stage):
+        if direction == "forward":
+            live += kept[chunk]
+        most = max(most, live + (again[chunk] if direction == "backward" else 0))
+        peak = max(peak, live + moment[chunk])
+        if direction == "backward":
+            live -= kept[chunk]
+    assert live == 0
+    lasting = 0
+    if work.parallel.sequence_parallel:
+        lasting += work.element * work.tokens * work.shape.hidden_size  # gathered inputs, reused
+    if work.pipeline > 1:
+        lasting += 2 * _stream(work)  # received, sent
+    return most, peak + lasting
+
+
+def schedule(work: Work, stage: int) -> Iterator[tuple[Direction, int]]:
+    """Passes of a stage's chunks in the order of 1F1B, plain or interleaved.
+
+    Source: megatron-core 0.16.1, `pipeline_parallel.schedules`: `get_pp_rank_microbatches` and
+    `get_schedule_table`.
+    """
+    pipeline, virtual = work.pipeline, work.virtual
+    total = work.num_microbatches * virtual
+    behind = pipeline - stage - 1
+    ahead = behind if virtual == 1 else 2 * behind + (virtual - 1) * pipeline
+    ahead = min(total, ahead if pipeline > 1 else 0)
+    # microbatches go through a chunk in groups of as many as there are stages
+    forward = [number // pipeline % virtual for number in range(total)]
+    for chunk in forward[:ahead]:
+        yield "forward", chunk
+    for number in range(total):
+        if ahead + number < total:
+            yield "forward", forward[ahead + number]
+        yield "backward", virtual - 1 - forward[number]

@@ -1,0 +1,97 @@
+"""One training step of a model, and the extents that a layout leaves a rank of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megashear.config import ModelConfig, ParallelConfig
+from megashear.shape import ModelShape
+
+FLOAT32 = 4
+"""Bytes of a float32."""
+BFLOAT16 = 2
+"""Bytes of a bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """One training step of a model, and how a layout divides it."""
+
+    shape: ModelShape
+    parallel: ParallelConfig
+    model: ModelConfig
+    seq_length: int
+    """Tokens per sequence."""
+    micro_batch_size: int
+    """Sequences per replica and forward pass."""
+    num_microbatches: int
+    """Microbatches of a replica in one step."""
+    data_size: int = 1
+    """Replicas."""
+    masks: frozenset[str] = frozenset()
+    """Kinds of mask, of `masks.targets.KINDS`; none in continued pretraining."""
+    noise_streams: int = 1
+    """Mask draws that a replica holds in one step."""
+    fused_norm: bool = True
+    """Whether torch has one kernel for an RMSNorm, as on CUDA: it keeps the norm's input. Without,
+    as on a CPU, the normed input is kept as well, both in float32."""
+
+    @property
+    def tensor(self) -> int:
+        """Tensor-parallel size."""
+        return self.parallel.tensor_model_parallel_size
+
+    @property
+    def pipeline(self) -> int:
+        """Pipeline stages."""
+        return self.parallel.pipeline_model_parallel_size
+
+    @property
+    def virtual(self) -> int:
+        """Model chunks of a stage."""
+        return self.parallel.num_virtual_stages_per_pipeline_rank
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return BFLOAT16 if self.model.bf16 else FLOAT32
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a microbatch."""
+        return self.seq_length * self.micro_batch_size
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of a microbatch that this rank holds outside attention and MLP."""
+        return self.tokens // (self.tensor if self.parallel.sequence_parallel else 1)
+
+    @property
+    def chunk_layers(self) -> int:
+        """Layers of a model chunk."""
+        return self.shape.num_layers // (self.pipeline * self.virtual)
+
+    @property
+    def own_vocab(self) -> int:
+        """Rows of the embedding on a tensor rank, with the padding that makes all equal."""
+        return -(-self.shape.vocab_size // self.tensor)
+
+    @property
+    def own_query(self) -> int:
+        """Width of a tensor rank's queries."""
+        return self.shape.num_attention_heads * self.shape.head_dim // self.tensor
+
+    @property
+    def own_key(self) -> int:
+        """Width of a tensor rank's keys, and of its values."""
+        return self.shape.num_query_groups * self.shape.head_dim // self.tensor
+
+    @property
+    def own_ffn(self) -> int:
+        """Neurons of a tensor rank."""
+        return self.shape.ffn_hidden_size // self.tensor
+
+    @property
+    def gates_outputs(self) -> bool:
+        """Whether masks multiply the outputs of attention and MLP."""
+        return bool(self.masks & {"hidden", "layer"})

@@ -1,0 +1,123 @@
+"""docs/planning.md shows what the command prints; run as a module, this writes it anew."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megashear.__main__ import main
+from megashear.config import ModelConfig, ParallelConfig
+from megashear.planning.activations import attention_kept, loss_kept, mlp_kept
+from megashear.planning.hardware import GPUS
+from megashear.planning.memory import rank_memory, stage_parameters
+from megashear.planning.time import Cluster, step_time
+from megashear.planning.work import Work
+from megashear.shape import PRESETS
+from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)
+
+DOC = Path(__file__).parents[3] / "docs/planning.md"
+OUTPUT = re.compile(r"(<!-- output: megashear (.+?) -->\n\n```\n)(.*?)(```\n)", re.DOTALL)
+REFUSED = re.compile(r"(^\$ megashear (.+?)\n)(  megashear plan: error: .+?\n)", re.MULTILINE)
+SEVEN = Work(
+    shape=PRESETS["llama2-7b"],
+    parallel=ParallelConfig(
+        tensor_model_parallel_size=2, sequence_parallel=True, use_distributed_optimizer=True
+    ),
+    model=ModelConfig(bf16=True),
+    seq_length=4096,
+    micro_batch_size=2,
+    num_microbatches=4,
+    data_size=4,
+    masks=frozenset({"hidden", "head", "intermediate"}),
+)
+"""What section 1 explains."""
+
+
+def printed(command: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        main(shlex.split(command))
+    return out.getvalue()
+
+
+def outputs(text: str) -> list[tuple[str, str]]:
+    """Commands that the text shows with what they print."""
+    shown = [(found[2], found[3]) for found in OUTPUT.finditer(text)]
+    # indented, so that it is not taken for a command
+    return shown + [(found[2], found[3].removeprefix("  ")) for found in REFUSED.finditer(text)]
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"), outputs(DOC.read_text()), ids=lambda text: text[:30].replace(" ", "-")
+)
+def test_the_document_shows_what_the_command_prints(command: str, shown: str) -> None:
+    assert shown == printed(command), "python -m tests.unit.planning.test_planning_doc mends it"
+
+
+def test_the_examples_are_found() -> None:
+    commands = [command for command, _ in outputs(DOC.read_text())]
+    assert len(commands) == 4
+    assert all(command.startswith("plan --model") for command in commands)
+
+
+def table_row(text: str, line: str) -> str:
+    """The last cell of the row of a table that begins with a line's name."""
+    (row,) = re.findall(rf"^\| (?:\*\*)?{re.escape(line)}(?:\*\*)? \|.*$", text, re.MULTILINE)
+    return row.rstrip("| ").rpartition("| ")[2].strip("* ")
+
+
+@pytest.mark.parametrize(
+    "part", ["weights", "gradients", "masters", "moments", "masks", "activations", "buffers"]
+)
+def test_the_bytes_explained_are_those_planned(part: str) -> None:
+    text = DOC.read_text()
+    assert f"P = {sum(stage_parameters(SEVEN, 0)):,} parameters" in text
+    assert table_row(text, part) == f"{getattr(rank_memory(SEVEN, 0), part):,}"
+
+
+def test_the_layer_explained_is_the_layer_planned() -> None:
+    text = DOC.read_text()
+    for line, kept in (("attention", attention_kept(SEVEN)), ("MLP", mlp_kept(SEVEN))):
+        assert table_row(text, line) == f"{kept / 1e6:.1f}"
+        section = text.partition("| kept by " + {"attention": "attention", "MLP": "the MLP"}[line])
+        rows = section[2].partition("**" + line + "**")[0].splitlines()[2:]
+        cells = [float(row.rstrip("| ").rpartition("| ")[2]) for row in rows if row.count("|") > 3]
+        assert sum(cells) == pytest.approx(kept / 1e6, abs=0.05 * len(cells) + 0.05)
+    assert f"The loss keeps {loss_kept(SEVEN) / 1e6:.1f} MB" in text
+
+
+def test_the_seconds_explained_are_those_planned() -> None:
+    text, gpu = DOC.read_text(), GPUS["A100-80G"]
+    cluster = Cluster(gpu=gpu, num_gpus=8, gpus_per_node=8, network=gpu.network)
+    time = step_time(SEVEN, cluster, mfu=0.28)
+    assert table_row(text, "compute") == f"{time.compute:.3f}"
+    assert float(table_row(text, "tensor")) == pytest.approx(time.tensor.exposed, abs=5e-4)
+    assert float(table_row(text, "data")) == pytest.approx(time.data.exposed, abs=5e-4)
+    assert f"{SEVEN.shape.training_flops(4096) / 1e9:.3f} GFLOP" in text
+
+
+def test_the_table_of_gpus_is_the_one_that_is_used() -> None:
+    text = DOC.read_text()
+    for gpu in GPUS.values():
+        row = (
+            f"| {gpu.name} | {gpu.memory_gib:.1f} | {gpu.peak_flops / 1e12:,.0f} | "
+            f"{gpu.node_link / 1e9:g} | {gpu.network / 1e9:g} |"
+        )
+        assert row in text
+
+
+def write() -> None:
+    """Put what the commands print now into the document."""
+    text = DOC.read_text()
+    text = OUTPUT.sub(lambda found: found[1] + printed(found[2]) + found[4], text)
+    text = REFUSED.sub(lambda found: found[1] + "  " + printed(found[2]), text)
+    DOC.write_text(text)
+
+
+if __name__ == "__main__":
+    write()
