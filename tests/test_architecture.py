@@ -21,7 +21,10 @@ MAY_IMPORT = {
     "data": {"parallel", "config"},
     "monitor": {"parallel", "config"},
     "report": {"checkpoint", "models", "masks", "monitor", "parallel", "shape", "config"},
-    "train": {"checkpoint", "models", "masks", "data", "monitor", "parallel", "shape", "config"},
+    "train": {
+        *("checkpoint", "models", "masks", "data", "monitor", "planning", "parallel"),
+        *("shape", "config"),
+    },
 }
 """Parts of megashear that each part may import besides itself; those on top may import all."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-GIB = 2**30
-"""Bytes of a GiB."""
 GB = 10**9
 """Bytes of a GB, of which links are sold so many a second."""
 

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from megashear.config import ModelConfig, ParallelConfig, TrainConfig, check_streams
-from megashear.planning.hardware import GIB
 from megashear.planning.memory import Memory, rank_memory
 from megashear.planning.time import Cluster, StepTime, step_time
-from megashear.planning.work import Work
+from megashear.planning.work import GIB, Work
 from megashear.shape import ModelShape
 
 MOST_CHUNKS = 8

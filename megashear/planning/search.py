@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megashear.planning.hardware import GIB, GPUS
+from megashear.planning.hardware import GPUS
 from megashear.planning.layouts import (
     Candidate,
     Fixed,
@@ -16,7 +16,7 @@ from megashear.planning.layouts import (
     recomputes,
 )
 from megashear.planning.time import Cluster
-from megashear.planning.work import Work
+from megashear.planning.work import GIB, Work
 
 MOST_GPUS = 4096
 """Up to how many GPUs are looked for where those given do not do."""

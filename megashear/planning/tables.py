@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megashear.planning.hardware import GB, GIB
+from megashear.planning.hardware import GB
 from megashear.planning.layouts import Candidate, Job
 from megashear.planning.time import Cluster
+from megashear.planning.work import GIB
 
 HOUR = 3600.0
 """Seconds."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.shape import ModelShape
 
+GIB = 2**30
+"""Bytes of a GiB."""
 FLOAT32 = 4
 """Bytes of a float32."""
 BFLOAT16 = 2

@@ -35,6 +35,7 @@ from megashear.train.inputs import (
     training_sequences,
 )
 from megashear.train.loop import GUARD, RunData, Trainer, mask_state
+from megashear.train.memory import tell_memory
 from megashear.train.objectives import LanguageModelling, StructuredPruning
 from megashear.train.optim import apply_flags, build_optimizer, build_schedule
 from megashear.train.seam import (
@@ -309,6 +310,7 @@ def _trainer(
         bf16=config.model.bf16,
         sharded=config.parallel.use_distributed_optimizer,
     )
+    tell_memory(config, start.shape, objective, groups)
     schedule = build_schedule(optimizer, config.optimizer, train.train_iters)
     domains = training_sequences(manifest, train)
     borders = DocumentBorders.of(config.model)

@@ -319,6 +319,19 @@ def test_a_wrong_plan_is_noticed(name: str, part: str, change: dict[str, Any]) -
     assert errors(wrong, measured(name)[0])[part] > CLOSE
 
 
+def test_torchs_adam_copies_what_it_steps_where_it_steps_all_at_once() -> None:
+    weights = [torch.randn(100, 10 * n, requires_grad=True) for n in range(1, 10)]
+    adam = torch.optim.AdamW(weights, foreach=True)  # the default on CUDA, not on a CPU
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    adam.step()
+    state = [t for of in adam.state.values() for t in of.values()]
+    with LiveBytes([*weights, *(w.grad for w in weights if w.grad is not None), *state]) as live:
+        adam.step()
+    copied = sum(map(bytes_of, weights))
+    assert abs(live.peak - copied) < 0.01 * copied
+
+
 SENT = {
     "tp2": ("tensor", ("allreduce_",)),
     "tp2-sp": ("tensor", ("_allgather_base_", "_reduce_scatter_base_")),

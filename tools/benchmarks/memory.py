@@ -28,9 +28,8 @@ from megashear.parallel import device
 from megashear.parallel.agree import gather_objects
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
-from megashear.planning.hardware import GIB
 from megashear.planning.memory import rank_memory
-from megashear.planning.work import Work
+from megashear.planning.work import GIB, Work
 from megashear.shape import PRESETS, ModelShape, read_shape
 from megashear.train.objectives import LanguageModelling, StructuredPruning
 from megashear.train.optim import build_optimizer, ready_gradients, step_with_norm
@@ -94,8 +93,13 @@ def allocated(
     config: MemoryRun, work: Work, target: ModelShape | None, groups: ParallelGroups
 ) -> dict[str, int]:
     """What the allocator has of a rank, bytes, at the moments that the plan knows."""
-    variant = "local" if target is None else "masked"
-    chunks = build_llama(work.shape, groups, work.parallel, work.model, variant=variant)
+    chunks = build_llama(
+        work.shape,
+        groups,
+        work.parallel,
+        work.model,
+        variant="local" if target is None else "masked",
+    )
     optimizer = build_optimizer(
         chunks,
         OptimizerConfig(),

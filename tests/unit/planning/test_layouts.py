@@ -11,12 +11,13 @@ import pytest
 
 from megashear.config import PlanConfig
 from megashear.planning import search
-from megashear.planning.hardware import GIB, GPUS
+from megashear.planning.hardware import GPUS
 from megashear.planning.jobs import make_plans
 from megashear.planning.layouts import Fixed, Job
 from megashear.planning.memory import fullest, rank_memory
 from megashear.planning.search import NothingFitsError, plan
 from megashear.planning.time import Cluster
+from megashear.planning.work import GIB
 from megashear.shape import PRESETS
 
 SEVEN, SMALL = PRESETS["llama2-7b"], PRESETS["llama2-2.7b"]
