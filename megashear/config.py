@@ -850,8 +850,6 @@ class PlanConfig:
     memory_reserve_gib: float = 5.0
     """Memory of each GPU that tensors may not take, GiB. An assumption: CUDA's context, NCCL's and
     the libraries' buffers, and what the allocator cannot use."""
-    fused_adam: bool = False
-    """Count on Adam of Transformer Engine or NVIDIA Apex, which makes no copy of what it steps."""
     top: int = 5
     """Layouts to list."""
     json: bool = False

@@ -5,27 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from megashear.planning.work import BFLOAT16, FLOAT32, Work
+from megashear.planning.work import FLOAT32, Work
 
 Direction = Literal["forward", "backward"]
 
 # What a forward pass keeps. Tokens t of a microbatch, t' of them on this rank outside attention
 # and MLP; e bytes an element; widths q, k, i of this rank's queries, keys and neurons; h hidden.
-
-
-def _norm(work: Work) -> int:
-    """Kept by one norm, on t' tokens: its input, and the inverse root mean square."""
-    hidden = work.shape.hidden_size
-    if not work.fused_norm:
-        return work.own_tokens * FLOAT32 * (2 * hidden + 1)
-    # a masked norm computes on a float32 copy of the stream
-    element = FLOAT32 if "hidden" in work.masks else work.element
-    return work.own_tokens * (element * hidden + FLOAT32)
-
-
-def _keeps_the_stream(work: Work) -> bool:
-    """Whether a norm's input is the residual stream itself, not a copy in float32."""
-    return not work.model.bf16 or (work.fused_norm and "hidden" not in work.masks)
+# Masks add nothing but the embedding's output before its gate: see models/kernels.py.
 
 
 def _stream(work: Work) -> int:
@@ -33,34 +19,30 @@ def _stream(work: Work) -> int:
     return work.element * work.own_tokens * work.shape.hidden_size
 
 
+def _norm(work: Work) -> int:
+    """Kept by one norm: its input, and the inverse root mean square."""
+    return _stream(work) + FLOAT32 * work.own_tokens
+
+
 def attention_kept(work: Work) -> int:
     """Bytes that one layer's attention keeps for its backward pass, with the norm before it."""
     shape, e, t = work.shape, work.element, work.tokens
     q, k = work.own_query, work.own_key
     kept = _norm(work) + _stream(work)  # the norm's output is the input of the projection
-    kept += 4 * e * work.seq_length * shape.head_dim  # cosines and sines, of queries and of keys
     kept += e * t * (q + 2 * k)  # what the projection gave, whole, because values are a view of it
     kept += e * t * (q + k)  # turned queries and keys
     kept += e * t * q + FLOAT32 * t * shape.num_attention_heads // work.tensor  # flash: out, lse
     if shape.qk_norm:
-        heads = (shape.num_attention_heads + shape.num_query_groups) // work.tensor
-        kept += FLOAT32 * t * heads + e * t * q
-        if not work.fused_norm:
-            kept += FLOAT32 * t * (q + k) * (2 if work.model.bf16 else 1)
-            kept -= e * t * q if work.model.bf16 else 0
-    if work.masks & {"head", "group"}:
-        kept += e * t * q  # the gated context, which the output projection multiplies
-    return kept + (_stream(work) if work.gates_outputs else 0)
+        kept += FLOAT32 * t * (shape.num_attention_heads + shape.num_query_groups) // work.tensor
+        # queries of several heads a group are copied out of what the projection gave
+        kept += e * t * q if shape.heads_per_group > 1 else 0
+    return kept
 
 
 def mlp_kept(work: Work) -> int:
     """Bytes that one layer's MLP keeps for its backward pass, with the norm before it."""
-    kept = _norm(work) + _stream(work)
-    # gate and up; silu(gate); up + 0, which megatron-core adds; their product
-    kept += 5 * work.element * work.tokens * work.own_ffn
-    if "intermediate" in work.masks:
-        kept += work.element * work.tokens * work.own_ffn
-    return kept + (_stream(work) if work.gates_outputs else 0)
+    gate_up_and_product = 3 * work.element * work.tokens * work.own_ffn
+    return _norm(work) + _stream(work) + gate_up_and_product
 
 
 def embedding_kept(work: Work) -> int:
@@ -89,11 +71,7 @@ def _layers_kept(work: Work) -> int:
 
 def _chunk_kept(work: Work, *, first: bool, last: bool) -> int:
     kept = _layers_kept(work)
-    if first:
-        kept += embedding_kept(work)
-    elif work.model.recompute_granularity is None and not _keeps_the_stream(work):
-        kept += _stream(work)  # what came from the stage before; the schedule holds it
-    return kept + (loss_kept(work) if last else 0)
+    return kept + (embedding_kept(work) if first else 0) + (loss_kept(work) if last else 0)
 
 
 def _run_again(work: Work, *, last: bool) -> int:
@@ -105,7 +83,8 @@ def _run_again(work: Work, *, last: bool) -> int:
         again = min(model.recompute_num_layers, work.chunk_layers)
         if model.recompute_method == "block":
             again = int(again == work.chunk_layers)  # one at a time, after those kept whole
-        extra += again * (attention_kept(work) + mlp_kept(work))
+        # the input that the first of them begins with is kept already
+        extra += again * (attention_kept(work) + mlp_kept(work)) - bool(again) * _stream(work)
     return extra
 
 
@@ -115,21 +94,19 @@ def _run_again(work: Work, *, last: bool) -> int:
 def _layer_backward(work: Work) -> int:
     """Most that the backward pass of the layer at the end of a chunk needs at once."""
     e, t, i, hidden = work.element, work.tokens, work.own_ffn, work.shape.hidden_size
-    if "intermediate" in work.masks:
-        # float32: gradient of the gated neurons, times the gates, times the neurons; under bf16
-        # and its rounded sum; the output projection's input is free by then
-        products = (3 * FLOAT32 + (BFLOAT16 if work.model.bf16 else 0)) * t * i - e * t * i
-    else:
-        products = max(2 * e * t * i, e * t * i + e * i * hidden)
+    # The activation: under bfloat16 float32 copies of its input and of its output's gradient, its
+    # input's gradient in both, sigmoid and silu of the gate. The projection behind it is through.
+    activation = t * i * (32 if work.model.bf16 else 16) + _stream(work)
     gathered = e * t * hidden if work.parallel.sequence_parallel else 0
-    return products + 2 * _stream(work) + gathered
+    # the projection: gradients of its input and, twice, of its weight
+    projection = e * t * i + 2 * e * i * hidden + gathered + 2 * _stream(work)
+    return max(activation, projection)
 
 
 def _chunk_moment(work: Work, *, first: bool, last: bool) -> int:
     """Most that passes of a chunk need beside what one microbatch keeps."""
     e, t, hidden, vocab = work.element, work.tokens, work.shape.hidden_size, work.own_vocab
-    moments = []
-    moments.append(_layer_backward(work) + _run_again(work, last=last))
+    moments = [_layer_backward(work) + _run_again(work, last=last)]
     if last:
         # logits beside their float32 copy, in either direction; then the output layer's gradients
         moments.append(e * t * vocab if work.model.bf16 else 0)
@@ -161,7 +138,7 @@ def in_flight(work: Work, stage: int) -> tuple[int, int]:
         if direction == "backward":
             live -= kept[chunk]
     assert live == 0
-    lasting = 0
+    lasting = FLOAT32 * work.seq_length * work.shape.head_dim  # cosines and sines
     if work.parallel.sequence_parallel:
         lasting += work.element * work.tokens * work.shape.hidden_size  # gathered inputs, reused
     if work.pipeline > 1:

@@ -52,7 +52,6 @@ def make_plans(config: PlanConfig, source: ModelShape, target: ModelShape | None
                 cluster,
                 fixed,
                 reserve_gib=config.memory_reserve_gib,
-                fused_adam=config.fused_adam,
             ),
         )
         for job in _jobs(config, source, target)

@@ -86,6 +86,8 @@ class Candidate:
             words.append(f"--num-virtual-stages-per-pipeline-rank {self.work.virtual}")
         if parallel.use_distributed_optimizer:
             words.append("--use-distributed-optimizer")
+        if parallel.overlap_grad_reduce:
+            words.append("--overlap-grad-reduce --overlap-param-gather")
         words.append(f"--micro-batch-size {self.work.micro_batch_size}")
         if model.recompute_granularity is not None:
             words.append(
@@ -124,7 +126,8 @@ def division(
     """One division of the GPUs.
 
     The sequence is split over tensor ranks wherever there are any, for the work outside attention
-    and MLP is then split too; optimizer state is shared wherever there are replicas.
+    and MLP is then split too; optimizer state is shared, and communication overlapped, wherever
+    there are replicas.
 
     Raises:
         ValueError: it is none: in the words of the run that would refuse it.
@@ -136,6 +139,8 @@ def division(
         num_virtual_stages_per_pipeline_rank=virtual,
         sequence_parallel=tensor > 1,
         use_distributed_optimizer=replicated,
+        overlap_grad_reduce=replicated,
+        overlap_param_gather=replicated,
     )
     replicas = parallel.data_parallel_size(num_gpus)
     job.shape.check_division(tensor=tensor, pipeline=pipeline, virtual=virtual)
@@ -166,13 +171,13 @@ def division(
     )
 
 
-def candidate(work: Work, job: Job, cluster: Cluster, *, fused_adam: bool) -> Candidate:
+def candidate(work: Work, job: Job, cluster: Cluster) -> Candidate:
     """A division with its memory and time."""
     # between the second stage and the last each has fewer microbatches in flight and nothing more
     stages = sorted({0, min(1, work.pipeline - 1), work.pipeline - 1})
     # more microbatches than these add no more in flight
     enough = replace(work, num_microbatches=min(work.num_microbatches, 4 * work.pipeline))
-    held = {stage: rank_memory(enough, stage, fused_adam=fused_adam) for stage in stages}
+    held = {stage: rank_memory(enough, stage) for stage in stages}
     stage = max(held, key=lambda stage: held[stage].total)
     time = step_time(work, cluster, mfu=job.mfu)
     return Candidate(work=work, stage=stage, memory=held[stage], time=time)

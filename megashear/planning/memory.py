@@ -33,8 +33,6 @@ class Memory:
     """Kept for backward passes, at the moment when most microbatches are in flight."""
     buffers: int
     """What a forward or backward pass needs beside them for a moment."""
-    optimizer_step: int = 0
-    """What Adam needs for a moment, when activations and buffers are free again."""
 
     @property
     def lasting(self) -> int:
@@ -44,22 +42,19 @@ class Memory:
     @property
     def total(self) -> int:
         """At the fullest moment of a step."""
-        step = self.masks + self.activations + self.buffers
-        return self.lasting + max(step, self.optimizer_step)
+        return self.lasting + self.masks + self.activations + self.buffers
 
     def parts(self) -> dict[str, int]:
         """Bytes by the name of the part."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def rank_memory(work: Work, stage: int, *, fused_adam: bool = False) -> Memory:
-    """What a rank of pipeline stage ``stage`` holds.
+def rank_memory(work: Work, stage: int) -> Memory:
+    """What a rank of pipeline stage ``stage`` holds; no optimizer step needs more.
 
     Args:
         work: the step.
         stage: from 0.
-        fused_adam: whether Transformer Engine or NVIDIA Apex brings Adam; torch's own on CUDA makes
-            a float32 copy of what it steps.
     """
     sizes = list(stage_parameters(work, stage))
     count = sum(sizes)
@@ -75,15 +70,12 @@ def rank_memory(work: Work, stage: int, *, fused_adam: bool = False) -> Memory:
         masks=2 * FLOAT32 * _gates(work) * work.noise_streams,
         activations=activations,
         buffers=peak - activations,
-        optimizer_step=0 if fused_adam else FLOAT32 * stepped,
     )
 
 
-def fullest(work: Work, *, fused_adam: bool = False) -> tuple[int, Memory]:
+def fullest(work: Work) -> tuple[int, Memory]:
     """The stage whose ranks hold most, and what they hold."""
-    stages = (
-        (stage, rank_memory(work, stage, fused_adam=fused_adam)) for stage in range(work.pipeline)
-    )
+    stages = ((stage, rank_memory(work, stage)) for stage in range(work.pipeline))
     return max(stages, key=lambda found: found[1].total)
 
 

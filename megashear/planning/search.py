@@ -26,9 +26,7 @@ class NothingFitsError(ValueError):
     """No layout divides the job, or none fits; the message says what would."""
 
 
-def plan(
-    job: Job, cluster: Cluster, fixed: Fixed, *, reserve_gib: float, fused_adam: bool = False
-) -> list[Candidate]:
+def plan(job: Job, cluster: Cluster, fixed: Fixed, *, reserve_gib: float) -> list[Candidate]:
     """Layouts that fit, the fastest first: of each tensor, pipeline and virtual size the best.
 
     Args:
@@ -36,7 +34,6 @@ def plan(
         cluster: what there is.
         fixed: what the user has chosen.
         reserve_gib: memory of each GPU that tensors may not take, GiB.
-        fused_adam: see `rank_memory`.
 
     Raises:
         NothingFitsError: none does.
@@ -47,23 +44,21 @@ def plan(
         raise NothingFitsError(_nothing_divides(job, cluster, fixed))
     best: dict[tuple[int, int, int], Candidate] = {}
     for work in divided:
-        found = _first_that_fits(work, job, cluster, room, fused_adam)
+        found = _first_that_fits(work, job, cluster, room)
         if found is None:
             continue
         place = (work.tensor, work.pipeline, work.virtual)
         if place not in best or order(found) < order(best[place]):
             best[place] = found
     if not best:
-        raise NothingFitsError(_nothing_fits(job, cluster, fixed, divided, reserve_gib, fused_adam))
+        raise NothingFitsError(_nothing_fits(job, cluster, fixed, divided, reserve_gib))
     return sorted(best.values(), key=order)
 
 
-def _first_that_fits(
-    work: Work, job: Job, cluster: Cluster, room: float, fused_adam: bool
-) -> Candidate | None:
+def _first_that_fits(work: Work, job: Job, cluster: Cluster, room: float) -> Candidate | None:
     """The division with as little recompute as fits; None where none does."""
     for recompute in recomputes(work):
-        found = candidate(replace(work, model=recompute), job, cluster, fused_adam=fused_adam)
+        found = candidate(replace(work, model=recompute), job, cluster)
         if found.needed_gib <= room:
             return found
         if found.memory.lasting / GIB > room:
@@ -120,24 +115,23 @@ def _nothing_fits(
     fixed: Fixed,
     divided: list[Work],
     reserve_gib: float,
-    fused_adam: bool,
 ) -> str:
     """By how much the nearest layout is too large, and what would do."""
     room = cluster.gpu.memory_gib - reserve_gib
-    smallest = (_smallest(work, job, cluster, fused_adam) for work in divided)
+    smallest = (_smallest(work, job, cluster) for work in divided)
     least = min(smallest, key=lambda found: found.memory.total)
     ways = []
-    if fixed != Fixed() and _fits(job, cluster, Fixed(), room, fused_adam):
+    if fixed != Fixed() and _fits(job, cluster, Fixed(), room):
         ways.append("leaving the layout open")
     count = cluster.num_gpus
     while (count := 2 * count) <= MOST_GPUS:
-        if _fits(job, replace(cluster, num_gpus=count), fixed, room, fused_adam):
+        if _fits(job, replace(cluster, num_gpus=count), fixed, room):
             ways.append(f"--gpus {count}")
             break
     larger = [gpu for gpu in GPUS.values() if gpu.memory_gib > cluster.gpu.memory_gib]
     for gpu in sorted(larger, key=lambda gpu: gpu.memory_gib):
         there = gpu.memory_gib - reserve_gib
-        if _fits(job, replace(cluster, gpu=gpu), fixed, there, fused_adam):
+        if _fits(job, replace(cluster, gpu=gpu), fixed, there):
             ways.append(f"--gpu {gpu.name}")
             break
     return (
@@ -150,14 +144,13 @@ def _nothing_fits(
     )
 
 
-def _smallest(work: Work, job: Job, cluster: Cluster, fused_adam: bool) -> Candidate:
+def _smallest(work: Work, job: Job, cluster: Cluster) -> Candidate:
     """A division with every layer recomputed."""
     *_, least = recomputes(work)
-    return candidate(replace(work, model=least), job, cluster, fused_adam=fused_adam)
+    return candidate(replace(work, model=least), job, cluster)
 
 
-def _fits(job: Job, cluster: Cluster, fixed: Fixed, room: float, fused_adam: bool) -> bool:
+def _fits(job: Job, cluster: Cluster, fixed: Fixed, room: float) -> bool:
     return any(
-        _smallest(work, job, cluster, fused_adam).needed_gib <= room
-        for work in divisions(job, cluster, fixed)
+        _smallest(work, job, cluster).needed_gib <= room for work in divisions(job, cluster, fixed)
     )

@@ -62,7 +62,7 @@ def lines(planned: Planned, *, top: int) -> Iterator[str]:
                     "vpp",
                     "dp",
                     "sp",
-                    "shared",
+                    "distopt",
                     "micro",
                     "recompute",
                     "GiB/GPU",
@@ -179,7 +179,6 @@ def _memory(found: Candidate, cluster: Cluster) -> Iterator[str]:
     memory, work = found.memory, found.work
     where = f"a rank of stage {found.stage}" if work.pipeline > 1 else "a rank"
     yield f"Memory of {where}, GiB:"
-    adam = memory.activations + memory.buffers + memory.masks < memory.optimizer_step
     rows = [
         ("weights", memory.weights, "bfloat16"),
         ("gradients", memory.gradients, "float32"),
@@ -189,8 +188,6 @@ def _memory(found: Candidate, cluster: Cluster) -> Iterator[str]:
         ("activations", memory.activations, "kept for backward passes"),
         ("buffers", memory.buffers, "what one pass needs for a moment"),
     ]
-    if adam:
-        rows.append(("optimizer", memory.optimizer_step, "Adam's copy, when activations are free"))
     for name, size, what in rows:
         yield f"  {name:12} {size / GIB:8.3f}  {what}"
     yield (

@@ -12,6 +12,11 @@ LINK_EFFICIENCY = 0.75
 """Share of a link's nominal speed that collectives reach. An assumption: NVIDIA's nccl-tests report
 all-reduces of large messages at about 230 of 300 GB/s on eight A100."""
 
+BUCKET = 40_000_000
+"""Parameters of a bucket, at least. Source: megatron-core 0.16.1, DistributedDataParallel."""
+BUCKET_PER_REPLICA = 1_000_000
+"""And so many for each replica."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
@@ -67,7 +72,8 @@ def step_time(work: Work, cluster: Cluster, *, mfu: float) -> StepTime:
     A microbatch takes a stage its arithmetic over the peak times ``mfu``, and the communication
     that no arithmetic hides. The slowest stage sets the pace of m microbatches; (p - 1) / v more
     go by while the pipeline fills and drains (p stages of v chunks). Gradients are reduced, and
-    weights gathered, after the last one.
+    weights gathered, after the last one; where they overlap, the last backward and the first
+    forward pass hide as much as they last.
 
     Args:
         work: the step.
@@ -86,8 +92,11 @@ def step_time(work: Work, cluster: Cluster, *, mfu: float) -> StepTime:
     pipeline_time = 2 * work.virtual * hop / pipeline_speed
     pace = compute + tensor_time + pipeline_time
     count = work.num_microbatches
-    data_sent = _data_bytes(work)
+    reduced, gathered = _data_bytes(work)
     data_link, data_speed = cluster.link(work.tensor * work.data_size)
+    overlap = work.parallel.overlap_grad_reduce, work.parallel.overlap_param_gather
+    reducing = _beside(work, reduced / data_speed, pace * 2 / 3, overlaps=overlap[0])
+    gathering = _beside(work, gathered / data_speed, pace / 3, overlaps=overlap[1])
     tied = _tied_bytes(work)
     return StepTime(
         compute=count * compute,
@@ -101,7 +110,11 @@ def step_time(work: Work, cluster: Cluster, *, mfu: float) -> StepTime:
             link=pipeline_link,
             exposed=count * pipeline_time + tied / pipeline_speed,
         ),
-        data=Traffic(sent=data_sent, link=data_link, exposed=data_sent / data_speed),
+        data=Traffic(
+            sent=reduced + gathered,
+            link=data_link,
+            exposed=reducing + gathering,
+        ),
     )
 
 
@@ -155,15 +168,29 @@ def _tensor_bytes(work: Work) -> tuple[float, float]:
     return unit * (layers * exposed + ends_exposed), unit * (layers * (exposed + 4) + ends)
 
 
-def _data_bytes(work: Work) -> int:
-    """Bytes that a replica's rank sends after the last microbatch, by ring."""
-    if work.data_size == 1:
-        return 0
-    count = max(sum(stage_parameters(work, stage)) for stage in _ends(work))
+def _own_parameters(work: Work) -> int:
+    return max(sum(stage_parameters(work, stage)) for stage in _ends(work))
+
+
+def _data_bytes(work: Work) -> tuple[int, int]:
+    """Bytes of gradients and of weights that a replica's rank sends in a step, by ring."""
     ring = (work.data_size - 1) / work.data_size
+    count = _own_parameters(work)
     if work.parallel.use_distributed_optimizer:
-        return round(ring * count * (FLOAT32 + work.element))  # gradients in, weights out
-    return round(ring * count * 2 * FLOAT32)
+        return round(ring * count * FLOAT32), round(ring * count * work.element)
+    return round(ring * count * 2 * FLOAT32), 0
+
+
+def _beside(work: Work, seconds: float, computing: float, *, overlaps: bool) -> float:
+    """Seconds of communication that ``computing`` seconds of one microbatch's pass leave over.
+
+    What belongs to the last bucket cannot begin before the pass has ended.
+    """
+    if not overlaps:
+        return seconds
+    bucket = work.parallel.ddp_bucket_size or max(BUCKET, BUCKET_PER_REPLICA * work.data_size)
+    last = min(1.0, bucket / _own_parameters(work))
+    return max(last * seconds, seconds - computing)
 
 
 def _tied_bytes(work: Work) -> int:

@@ -34,9 +34,6 @@ class Work:
     """Kinds of mask, of `masks.targets.KINDS`; none in continued pretraining."""
     noise_streams: int = 1
     """Mask draws that a replica holds in one step."""
-    fused_norm: bool = True
-    """Whether torch has one kernel for an RMSNorm, as on CUDA: it keeps the norm's input. Without,
-    as on a CPU, the normed input is kept as well, both in float32."""
 
     @property
     def tensor(self) -> int:
@@ -92,8 +89,3 @@ class Work:
     def own_ffn(self) -> int:
         """Neurons of a tensor rank."""
         return self.shape.ffn_hidden_size // self.tensor
-
-    @property
-    def gates_outputs(self) -> bool:
-        """Whether masks multiply the outputs of attention and MLP."""
-        return bool(self.masks & {"hidden", "layer"})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 from megashear.config import PretrainRun, PruneRun
-from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
 from megashear.planning.memory import fullest
 from megashear.planning.work import GIB, Work
@@ -25,7 +24,6 @@ def tell_memory(
     masks, streams = frozenset[str](), 1
     if isinstance(objective, StructuredPruning):
         masks, streams = frozenset(objective.masks.parts), objective.config.mask_noise_streams
-    accelerators = device.find_accelerators()
     work = Work(
         shape=shape,
         parallel=config.parallel,
@@ -36,9 +34,8 @@ def tell_memory(
         data_size=groups.data_size,
         masks=masks,
         noise_streams=-(-streams // groups.data_size),
-        fused_norm=device.has_cuda(),
     )
-    stage, memory = fullest(work, fused_adam=any(accelerators.values()))
+    stage, memory = fullest(work)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.parts().items() if size)
     logger.info(
         "a rank of stage %d is planned to hold most, %.2f GiB at its fullest: %s",

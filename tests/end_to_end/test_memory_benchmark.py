@@ -25,6 +25,6 @@ def test_plan_and_allocator_are_printed_side_by_side(tmp_path: Path) -> None:
     )
     first, *rows = done.stdout.splitlines()
     assert first == "stage 0: GiB planned, and of the fullest of 1 ranks allocated"
-    names = ["lasting", "lasting and the passes", "lasting and Adam's copy"]
+    names = ["lasting", "lasting and the passes", "lasting, in Adam's step"]
     assert [row.strip().split("  ")[0] for row in rows] == names
     assert all(row.endswith("not measured") for row in rows)

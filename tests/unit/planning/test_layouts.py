@@ -90,7 +90,7 @@ def test_flags_are_those_of_the_run() -> None:
     assert one.flags(SMALL) == (
         "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
         "--num-virtual-stages-per-pipeline-rank 2 --use-distributed-optimizer "
-        "--micro-batch-size 1 --bf16"
+        "--overlap-grad-reduce --overlap-param-gather --micro-batch-size 1 --bf16"
     )
     (wide,) = found(fixed=Fixed(tensor=8, pipeline=1, virtual=1))
     # 20 heads go into 4 ranks, not into 8

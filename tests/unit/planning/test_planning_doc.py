@@ -26,13 +26,13 @@ REFUSED = re.compile(r"(^\$ megashear (.+?)\n)(  megashear plan: error: .+?\n)",
 SEVEN = Work(
     shape=PRESETS["llama2-7b"],
     parallel=ParallelConfig(
-        tensor_model_parallel_size=2, sequence_parallel=True, use_distributed_optimizer=True
+        use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
     ),
     model=ModelConfig(bf16=True),
     seq_length=4096,
-    micro_batch_size=2,
+    micro_batch_size=1,
     num_microbatches=4,
-    data_size=4,
+    data_size=8,
     masks=frozenset({"hidden", "head", "intermediate"}),
 )
 """What section 1 explains."""
@@ -96,7 +96,6 @@ def test_the_seconds_explained_are_those_planned() -> None:
     cluster = Cluster(gpu=gpu, num_gpus=8, gpus_per_node=8, network=gpu.network)
     time = step_time(SEVEN, cluster, mfu=0.28)
     assert table_row(text, "compute") == f"{time.compute:.3f}"
-    assert float(table_row(text, "tensor")) == pytest.approx(time.tensor.exposed, abs=5e-4)
     assert float(table_row(text, "data")) == pytest.approx(time.data.exposed, abs=5e-4)
     assert f"{SEVEN.shape.training_flops(4096) / 1e9:.3f} GFLOP" in text
 

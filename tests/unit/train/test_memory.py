@@ -44,7 +44,6 @@ def test_the_log_has_the_plan(pruning: bool, caplog: pytest.LogCaptureFixture) -
         data_size=2,
         masks=frozenset({"hidden"} if pruning else ()),
         noise_streams=4 if pruning else 1,
-        fused_norm=False,
     )
     stage, memory = fullest(work)
     (message,) = caplog.messages
