@@ -90,9 +90,9 @@ def test_a_slower_network_takes_longer(capsys: pytest.CaptureFixture[str]) -> No
     crossing = [layout for layout in fast["layouts"] if layout["data_parallel_size"] > 1]
     in_both = [found for found in crossing if found["flags"] in slower]
     assert in_both
-    for found in in_both:  # 10 Gbit/s in place of 400
-        data = slower[found["flags"]]["data"]
-        assert data == pytest.approx(40 * found["seconds"]["data"])
+    for found in in_both:
+        # 10 Gbit/s in place of 400; and less of it lies beside the passes
+        assert slower[found["flags"]]["data"] > 39.9 * found["seconds"]["data"] > 0
 
 
 @pytest.mark.parametrize(

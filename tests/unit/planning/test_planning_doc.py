@@ -88,7 +88,7 @@ def test_the_layer_explained_is_the_layer_planned() -> None:
         rows = section[2].partition("**" + line + "**")[0].splitlines()[2:]
         cells = [float(row.rstrip("| ").rpartition("| ")[2]) for row in rows if row.count("|") > 3]
         assert sum(cells) == pytest.approx(kept / 1e6, abs=0.05 * len(cells) + 0.05)
-    assert f"The loss keeps {loss_kept(SEVEN) / 1e6:.1f} MB" in text
+    assert f"The loss keeps {loss_kept(SEVEN) / 1e6:.1f} MB" in " ".join(text.split())
 
 
 def test_the_seconds_explained_are_those_planned() -> None:

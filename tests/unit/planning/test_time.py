@@ -150,3 +150,19 @@ def test_an_unknown_gpu_names_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"--gpu {name} is not known; nearest: {nearest}.*L40S"):
         find_gpu(name)
     assert find_gpu("a100-40g").name == "A100-40G"
+
+
+def test_overlap_leaves_the_last_bucket_and_what_is_longer_than_a_pass() -> None:
+    sharded = {"use_distributed_optimizer": True}
+    plain = step_time(work(parallel=layout(**sharded), data_size=8), cluster(8), mfu=0.5)
+    both = layout(**sharded, overlap_grad_reduce=True, overlap_param_gather=True)
+    beside = step_time(work(parallel=both, data_size=8), cluster(8), mfu=0.5)
+    assert beside.data.sent == plain.data.sent
+    # passes are longer here than what lies beside them: one bucket of 40 million is left
+    bucket = 40e6 / PRESETS["llama2-7b"].num_params()
+    assert beside.data.exposed == pytest.approx(bucket * plain.data.exposed)
+    slow = Cluster(gpu=H100, num_gpus=8, gpus_per_node=1, network=GB)
+    late = step_time(work(parallel=both, data_size=8), slow, mfu=0.5)
+    whole = step_time(work(parallel=layout(**sharded), data_size=8), slow, mfu=0.5)
+    # one microbatch's backward and forward pass, and not more
+    assert whole.data.exposed - late.data.exposed == pytest.approx(late.compute / 8)
