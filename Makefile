@@ -14,7 +14,8 @@ CANDIDATES := $(PYTHON)
 endif
 IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-# Two stamps: the quickstart needs no linter and no second implementation of LLaMA.
+# Two stamps: the quickstart needs no linter and no second implementation of LLaMA. It ends with a
+# report, whose figures matplotlib draws.
 INSTALLED := $(VENV)/.installed
 TEST_INSTALLED := $(VENV)/.installed-test
 PIP_INSTALL := $(VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt
@@ -47,7 +48,7 @@ types: $(TEST_INSTALLED)
 	$(VENV)/bin/mypy megashear tools
 
 $(INSTALLED): setup.py constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) -e .
+	$(PIP_INSTALL) -e ".[report]"
 	@touch $@
 
 $(TEST_INSTALLED): setup.py constraints.txt | $(VENV)/bin/python

@@ -163,7 +163,7 @@ def test_every_command_is_accepted(path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_commands_of_the_readme_are_found() -> None:
     lines = command_lines((ROOT / "README.md").read_text(encoding="utf-8"))
     assert [line[0] for line in lines] == [
-        *("preprocess", "convert", "prune", "cut", "pretrain", "convert")
+        *("preprocess", "convert", "prune", "cut", "pretrain", "convert", "report")
     ]
     assert "--tensorboard-dir" in lines[2]
 

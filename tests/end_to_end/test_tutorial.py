@@ -1,0 +1,86 @@
+"""docs/tutorial.md, typed as it stands: only the sizes in its settings are small ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from megashear.checkpoint import hf
+from tests.end_to_end.torchrun import ROOT
+from tests.reference_llama import random_weights
+from tests.text_run import SEQUENCE, SHAPE, TextRun
+
+PAGE = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [block for language, block in BLOCKS if language == "bash"]
+SIZES = {
+    "GPUS": 1,
+    "TP": 1,
+    "FLAGS": "",
+    "TARGET": "--target-hidden-size 32 --target-num-layers 3 --target-num-attention-heads 4"
+    " --target-ffn-hidden-size 56",
+    "SEQUENCE": SEQUENCE,
+    "PRUNE_STEPS": 8,
+    "PRUNE_BATCH": 4,
+    "TRAIN_STEPS": 8,
+    "TRAIN_BATCH": 4,
+    "RATE": "1e-3",
+    "HELD_OUT": 0.04,
+    "EVAL": 2,
+}
+PROGRAMS = {
+    "megashear": 'exec "{python}" -m megashear "$@"',
+    # one process: how torchrun starts many is tried elsewhere
+    "torchrun": 'test "$1 $2" = "--nproc-per-node 1" && shift 2 && exec "{python}" "$@"; exit 2',
+    "python3": 'exec "{python}" "$@"',
+}
+"""As installing puts them into an environment."""
+
+
+def test_every_command_of_the_tutorial_runs(text: TextRun, tmp_path: Path) -> None:
+    model = tmp_path / "a model"  # a space, for whoever has one in a path
+    weights = random_weights(SHAPE, scale=0.1)
+    hf.write_directory(model, weights.items(), SHAPE, tokenizer=text.tokenizer)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, body in PROGRAMS.items():
+        program = programs / name
+        program.write_text("#!/bin/sh\n" + body.format(python=sys.executable) + "\n")
+        program.chmod(0o755)
+    settings = SIZES | {"MODEL": model, "TEXT": text.jsonl, "WORK": tmp_path / "work"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(COMMANDS)],
+        cwd=tmp_path,
+        env=os.environ
+        | {name: str(value) for name, value in settings.items()}
+        | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "work/report.html").is_file()
+    config = json.loads((tmp_path / "work/small-hf/config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (32, 3)
+    assert (config["num_attention_heads"], config["intermediate_size"]) == (4, 56)
+    parameters, shape = done.stdout.splitlines()[-1].split(" ", 1)
+    assert int(parameters) < sum(weight.numel() for weight in weights.values())
+    assert re.fullmatch(rf"torch\.Size\(\[1, \d+, {SHAPE.vocab_size}\]\)", shape)
+
+
+def test_all_sizes_are_settings_at_the_top() -> None:
+    top, *rest = COMMANDS
+    settings = set(re.findall(r'\b([A-Z_]+)="\$\{\1:?-', top))
+    assert {*SIZES, "MODEL", "TEXT", "WORK"} == settings
+    used = set(re.findall(r"\$\(*\{?([A-Z_]+)", "".join(rest)))
+    used |= set(re.findall(r"\(\(([A-Z_]+)", "".join(rest)))
+    assert used == settings
+    # the machine without a GPU sets them all anew
+    (small,) = (block for language, block in BLOCKS if not language and "quickstart" in block)
+    assert settings <= set(re.findall(r"\b([A-Z_]+)=", small))
