@@ -79,6 +79,7 @@ def charts(
         }
     layout["5 what does it cost"] = {
         "tokens per second and device": [tags.TOKENS_PER_SECOND_PER_DEVICE],
+        "model FLOPs utilisation": [tags.MODEL_FLOPS_UTILISATION],
         "seconds of a step, by part": [tags.part_seconds(part) for part in tags.STEP_PARTS],
         "share of the wall time": [tags.part_share(part) for part in tags.PAUSES],
         "memory, GB": [tags.MEMORY_ALLOCATED, tags.MEMORY_RESERVED, tags.MEMORY_RESIDENT],

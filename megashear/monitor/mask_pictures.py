@@ -20,13 +20,14 @@ Design"."""
 PAPER, INK, GRID = (255, 255, 255), (51, 51, 51), (190, 190, 190)
 FAINTEST = 0.2
 """Least strength of a gate's colour, so that the side of an undecided one can still be seen."""
-MAP_WIDTH, MAP_HEIGHT = 720, 480
-"""About how large the field of a picture becomes, pixels."""
-CELL = (4, 28)
+MAP_WIDTH, MAP_HEIGHT = 480, 360
+"""About how large the field of a picture becomes, pixels: letters can still be read where
+TensorBoard shows it at the width of a card."""
+CELL = (3, 24)
 """Least and largest side of a cell, pixels."""
 MAX_COLUMNS = MAP_WIDTH // CELL[0]
 """Columns from which on several units share one."""
-PROFILE_HEIGHT = 160
+PROFILE_HEIGHT = 120
 """Height of the field where a row is drawn as bars, pixels."""
 MARGIN, TEXT = 12, 13
 """Space around a field and height of letters, pixels."""

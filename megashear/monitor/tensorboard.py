@@ -59,6 +59,8 @@ SKIPPED_STEPS = "train/skipped-steps"
 SECONDS_PER_STEP = "system/seconds-per-step"
 """Mean over the log window, training alone."""
 
+MODEL_FLOPS_UTILISATION = "system/model-flops-utilisation"
+"""Arithmetic that the model needs, a second and device, over the device's dense bfloat16 peak."""
 MEMORY_ALLOCATED = "system/memory-allocated"
 """Most that tensors took on a CUDA device so far, GB, of the rank that has most."""
 MEMORY_RESERVED = "system/memory-reserved"

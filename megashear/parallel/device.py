@@ -119,6 +119,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def name() -> str | None:
+    """What the driver calls this process's CUDA device; None without."""
+    return torch.cuda.get_device_name() if has_cuda() else None
+
+
 def memory_in_use() -> dict[str, float]:
     """Memory of this process, GB of 1e9 bytes.
 

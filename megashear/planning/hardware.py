@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 GB = 10**9
@@ -70,3 +71,19 @@ def find_gpu(name: str) -> Gpu:
     raise ValueError(
         f"--gpu {name} is not known; nearest: {nearest[0]}; all there are: {', '.join(GPUS)}"
     )
+
+
+def gpu_of_device(device_name: str) -> Gpu | None:
+    """The kind of GPU that a device is, by the name that its driver gives it.
+
+    None where the kind is not known, or where it is a card with other arithmetic than the SXM
+    module of its kind (PCIe, NVL). Where memory distinguishes two of a kind, the first: their
+    arithmetic is the same.
+    """
+    words = re.findall(r"[A-Z0-9]+", device_name.upper())
+    for gpu in GPUS.values():
+        kind = gpu.name.partition("-")[0]
+        # A100 and L40S are as fast in every form
+        if kind in words and (kind in ("A100", "A800", "L40S") or not {"PCIE", "NVL"} & set(words)):
+            return gpu
+    return None

@@ -62,7 +62,7 @@ from megashear.train.objectives import (
 from megashear.train.optim import ready_gradients, schedule_fraction, step_with_norm
 from megashear.train.schedule import SequenceLosses
 from megashear.train.stops import EXIT_STATUS, REQUESTS, Stops, exit_status
-from megashear.train.watch import cost_points, show_masks, survey_points
+from megashear.train.watch import cost_points, show_masks, survey_points, utilisation_points
 
 logger = logging.getLogger(__name__)
 
@@ -515,6 +515,9 @@ class Trainer:
             tags.SECONDS_PER_STEP: pace.seconds_per_step,
             tags.SKIPPED_STEPS: self.guard.skipped,
             **cost_points(self.clock.window(), self.groups),
+            **utilisation_points(
+                pace.tokens_per_second_per_device, self.shape, self.train.seq_length
+            ),
         }
         for number, name in enumerate(self.data.manifest.names):
             drawn = int(mixture.drawn[number])

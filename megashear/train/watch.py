@@ -15,6 +15,7 @@ from megashear.monitor.sinks import Sink
 from megashear.parallel import device
 from megashear.parallel.agree import flat_all_reduce
 from megashear.parallel.groups import ParallelGroups
+from megashear.planning.hardware import gpu_of_device
 from megashear.shape import ModelShape
 from megashear.train.objectives import MaskSurvey
 
@@ -69,6 +70,26 @@ def show_masks(
     sink.histograms(
         step, {tags.log_alpha(kind): values.numpy() for kind, values in survey.log_alpha.items()}
     )
+
+
+def utilisation_points(
+    tokens_per_second_per_device: float, shape: ModelShape, seq_length: int
+) -> dict[str, float]:
+    """How much of the device's peak the model's arithmetic takes, by tag; nothing on a device
+    whose peak is not known, a CPU among them.
+
+    Args:
+        tokens_per_second_per_device: of training alone.
+        shape: of the model that is trained; while pruning the source's, whose arithmetic masks do
+            not spare.
+        seq_length: tokens per sequence.
+    """
+    device_name = device.name()
+    gpu = None if device_name is None else gpu_of_device(device_name)
+    if gpu is None:
+        return {}
+    done = tokens_per_second_per_device * shape.training_flops(seq_length)  # FLOP/s
+    return {tags.MODEL_FLOPS_UTILISATION: done / gpu.peak_flops}
 
 
 def cost_points(seconds: Mapping[str, float], groups: ParallelGroups) -> dict[str, float]:

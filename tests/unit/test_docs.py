@@ -42,7 +42,8 @@ OTHERS_FLAGS = {
     # tools/crash_test.py; Slurm
     *("--seed", "--kill-on-bad-exit", "--requeue", "--signal", "--nodes"),
     # tools/benchmarks
-    *("--rounds", "--copies", "--shape", "--target-shape", "--work"),
+    *("--rounds", "--copies", "--shape", "--target-shape", "--work", "--step-seconds"),
+    "--size",  # tools/docs/screenshot.py
     "--json-keys",  # Megatron-LM's name of --json-key
     # what Megatron-LM is started with on a checkpoint of ours
     *("--use-checkpoint-args", "--ckpt-format", "--no-load-optim", "--no-load-rng"),

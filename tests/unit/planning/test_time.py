@@ -8,7 +8,7 @@ import pytest
 
 from megashear.config import ModelConfig
 from megashear.planning.activations import schedule
-from megashear.planning.hardware import GB, GPUS, find_gpu
+from megashear.planning.hardware import GB, GPUS, find_gpu, gpu_of_device
 from megashear.planning.time import LINK_EFFICIENCY, Cluster, step_time
 from megashear.planning.work import Work
 from megashear.shape import PRESETS, ModelShape
@@ -166,3 +166,24 @@ def test_overlap_leaves_the_last_bucket_and_what_is_longer_than_a_pass() -> None
     whole = step_time(work(parallel=layout(**sharded), data_size=8), slow, mfu=0.5)
     # one microbatch's backward and forward pass, and not more
     assert whole.data.exposed - late.data.exposed == pytest.approx(late.compute / 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA L40", None),
+        ("Tesla V100-SXM2-32GB", None),
+    ],
+)
+def test_a_device_is_known_by_its_drivers_name(name: str, kind: str | None) -> None:
+    gpu = gpu_of_device(name)
+    assert (None if gpu is None else gpu.name.partition("-")[0]) == kind
