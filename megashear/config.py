@@ -376,12 +376,12 @@ class TrainConfig:
         """
         per_pass = self.micro_batch_size * data_parallel_size
         if self.global_batch_size % per_pass:
+            below = self.global_batch_size // per_pass
+            fitting = [str(n * per_pass) for n in (below, below + 1) if n]
             raise ValueError(
                 f"--global-batch-size {self.global_batch_size} is not a multiple of "
                 f"--micro-batch-size * data-parallel size = {self.micro_batch_size} * "
-                f"{data_parallel_size}; the nearest that are: "
-                f"{max(1, self.global_batch_size // per_pass) * per_pass} and "
-                f"{(self.global_batch_size // per_pass + 1) * per_pass}"
+                f"{data_parallel_size}; the nearest that are: {' and '.join(fitting)}"
             )
         return self.global_batch_size // per_pass
 

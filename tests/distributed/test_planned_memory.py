@@ -110,13 +110,14 @@ CASES = {
             "recompute_num_layers": 4,
         },
     ),
-    "biases-norms": Case(
-        parallel=layout(pp=2), shape=dataclasses.replace(SHAPE, qkv_bias=True, qk_norm=True)
-    ),
     "dp2": Case(parallel=layout(), replicas=2),
     "dp2-sharded": Case(parallel=layout(use_distributed_optimizer=True), replicas=2),
-    "dp2-sharded-float32": Case(
-        parallel=layout(use_distributed_optimizer=True), replicas=2, bf16=False
+    "dp2-overlap": Case(
+        parallel=layout(
+            use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+        ),
+        replicas=2,
+        masked=True,
     ),
     "tp2-pp2-sp": Case(parallel=layout(tp=2, pp=2, sp=True)),
     "biases-norms-tied": Case(
