@@ -114,7 +114,8 @@ def candidates(checkpoint: Path | str, iteration: int | None = None) -> list[Pat
         way_out = (
             f"; {TRACKER} names {iteration_name(newest)}, which is missing"
             if newest is not None
-            else f": it has no {TRACKER}; it is a Hugging Face directory: convert it first"
+            else f": it has no {TRACKER}; it is a Hugging Face directory: convert it first, or, to "
+            f"prune, pretrain or evaluate, name it with --load-hf"
             if (checkpoint / "config.json").is_file()
             else f": it has no {TRACKER}, nor is it a Hugging Face directory, with a config.json"
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megashear.data.indexed import check_pair, read_documents
+from megashear.data.manifest import MANIFEST_NAME
 from megashear.data.mds import is_mds, read_mds, shards_of
 from megashear.data.text_files import CHUNK_BYTES, Chunk, Record, read_jsonl, read_parquet
 
@@ -34,8 +35,8 @@ def find_domains(directory: str | Path, json_key: str = "text") -> dict[str, lis
         Files of each domain, domains and files in the order of their names.
 
     Raises:
-        ValueError: no such directory, no data in it, one name given twice, or files that look like
-            data and cannot be read.
+        ValueError: no such directory, no data in it, one name given twice, a data directory of our
+            own, or files that look like data and cannot be read.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -55,6 +56,11 @@ def find_domains(directory: str | Path, json_key: str = "text") -> dict[str, lis
             if entry.is_dir():
                 logger.warning("%s holds no %s: it is no domain", entry, KINDS)
             continue
+        if any(f.suffix == MEGATRON_SUFFIX and (f.parent / MANIFEST_NAME).is_file() for f in files):
+            raise ValueError(
+                f"{entry} is what megashear preprocess wrote, held-out sets among it: use it with "
+                f"--data-path, or give the directory of what it was made of"
+            )
         name = entry.name if entry.is_dir() else _domain_name(entry, json_key)
         if name in domains:
             raise ValueError(

@@ -148,6 +148,14 @@ def test_directories_without_clear_data_are_refused(tmp_path, paths, message: st
         read_chunks(tmp_path / "x.csv")
 
 
+def test_our_own_data_are_no_domain(lines, tmp_path, sentencepiece_file) -> None:
+    file = tmp_path / "wiki.jsonl"
+    WRITERS[".jsonl"](file, lines)
+    preprocess({"wiki": [file]}, tmp_path / "in/data", sentencepiece_file)
+    with pytest.raises(ValueError, match="in/data is what megashear preprocess wrote, held-out"):
+        find_domains(tmp_path / "in")
+
+
 def cut(content: bytes) -> bytes:
     return content[: len(content) * 2 // 3]
 
