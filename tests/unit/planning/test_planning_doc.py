@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,35 @@ def test_the_seconds_explained_are_those_planned() -> None:
     assert table_row(text, "compute") == f"{time.compute:.3f}"
     assert float(table_row(text, "data")) == pytest.approx(time.data.exposed, abs=5e-4)
     assert f"{SEVEN.shape.training_flops(4096) / 1e9:.3f} GFLOP" in text
+
+
+def test_the_traffic_explained_is_the_traffic_planned() -> None:
+    text = " ".join(DOC.read_text().split())
+    shape, gpu = PRESETS["llama3.1-70b"], GPUS["H100-80G"]
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=8,
+        pipeline_model_parallel_size=2,
+        num_virtual_stages_per_pipeline_rank=8,
+        sequence_parallel=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+    )
+    work = replace(
+        SEVEN, shape=shape, parallel=parallel, micro_batch_size=2, data_size=4, num_microbatches=4
+    )
+    cluster = Cluster(gpu=gpu, num_gpus=64, gpus_per_node=8, network=gpu.network)
+    time = step_time(work, cluster, mfu=0.28)
+    unit = 2 * 8192 * 8192 * 7 / 8
+    assert f"units of {unit / 1e6:.1f} MB a microbatch" in text
+    sent, exposed = time.tensor.sent / unit / 4, time.tensor.exposed * 450e9 * 0.75 / unit / 4
+    assert f"are {exposed:.0f} exposed of {sent:.0f} units" in text
+    hop = 2 * 8192 * 8192 / 8
+    assert f"{time.pipeline.sent / hop / 4:.0f} sends of a stream" in text
+    seconds = time.data.sent / (50e9 * 0.75)
+    assert f"{time.data.sent / 1e9:.1f} GB go over 400 Gbit/s a GPU, .{seconds * 100:.0f} s" in text
+    assert f"of {shape.training_flops(4096) / 1e9:.1f} GFLOP would take" in text
+    assert f"are {18 * shape.num_params() / 2**30:,.0f} GiB" in text
 
 
 def test_the_table_of_gpus_is_the_one_that_is_used() -> None:
