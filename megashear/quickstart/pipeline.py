@@ -198,7 +198,7 @@ class Quickstart:
 
         try:
             (page,) = write_report([self.output])
-        except ValueError as error:  # the models are there, whatever becomes of the page
+        except (ValueError, OSError) as error:  # the models are there, whatever becomes of the page
             return f"no {NAME}: {error}"
         return f"report, for a browser: {page}"
 

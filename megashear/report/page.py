@@ -181,10 +181,11 @@ def moment(time: float) -> str:
 
 def large(number: float) -> str:
     """A count in three digits: 6.74 B, 3.44 M, 950."""
+    number = float(f"{number:.3g}")  # first, or 999,999 were 1000 k
     for scale, sign in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if abs(number) >= scale:
             shown = number / scale
-            return f"{shown:.{max(0, 2 - int(math.log10(abs(shown))))}f}{sign}"
+            return f"{shown:.{2 - int(math.log10(abs(shown)))}f}{sign}"
     return f"{number:.0f}"
 
 
@@ -211,6 +212,7 @@ section { background: var(--card); border: 1px solid var(--faint); border-radius
 section section { border: 0; padding: 0; margin: 26px 0 0; }
 p { margin: 8px 0; max-width: 75ch; }
 p.lead { font-size: 1.1rem; }
+p.state { max-width: none; }
 p.muted, figcaption, footer, .note { color: var(--muted); }
 p.warn { border-left: 4px solid var(--warn); padding: 4px 0 4px 12px; }
 nav { display: flex; flex-wrap: wrap; gap: 8px 18px; margin: 14px 0; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -243,6 +244,8 @@ def read_run(folder: Path, tensorboard_dirs: Sequence[Path] = ()) -> RunRecord:
             "writes them with --tensorboard-dir, and a report finds files that were moved with "
             "the flag of the same name."
         )
+    if directories:
+        logger.info("reading event files of %s", ", ".join(map(str, directories)))
     events = read_events(directories) if directories else {}
     lying = iterations(folder) if description is not None else {}
     return RunRecord(
@@ -262,21 +265,22 @@ def read_run(folder: Path, tensorboard_dirs: Sequence[Path] = ()) -> RunRecord:
 def sessions(directories: Sequence[Path]) -> list[Session]:
     """The starts of a run, oldest first: every process that trained wrote an event file of its own.
 
-    Files of repeated evaluations (`TensorBoardSink.replace`) are no starts.
+    Files of the evaluation at the end (`TensorBoardSink.replace`) are no starts; they make the
+    start longer that wrote them.
     """
     # not EventFileLoader, which turns every value into a tensor
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    found = []
+    found, later = [], []
     for path in sorted(file for directory in directories for file in directory.glob(EVENT_FILES)):
-        if ".at-" in path.name:
-            continue
         times, steps = [], []
         for event in LegacyEventFileLoader(str(path)).Load():
             times.append(event.wall_time)
             if event.HasField("summary"):
                 steps.append(event.step)
-        if steps:
+        if ".at-" in path.name:
+            later += times
+        elif steps:
             found.append(
                 Session(
                     began=min(times),
@@ -285,7 +289,13 @@ def sessions(directories: Sequence[Path]) -> list[Session]:
                     last_step=max(steps),
                 )
             )
-    return sorted(found, key=lambda session: session.began)
+    found.sort(key=lambda session: session.began)
+    for time_of_point in later:
+        before = [n for n, session in enumerate(found) if session.began <= time_of_point]
+        if before:
+            last = found[before[-1]]
+            found[before[-1]] = dataclasses.replace(last, ended=max(last.ended, time_of_point))
+    return found
 
 
 def _runs_of(path: Path) -> list[Path]:

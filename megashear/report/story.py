@@ -128,7 +128,7 @@ def _sentence(records: Sequence[RunRecord]) -> str:
 
 
 def _status(record: RunRecord) -> str:
-    words = f"{STAGES.get(record.stage, 'Run')} {record.name}: step {record.step:,}"
+    words = f"{STAGES.get(record.stage, 'Run')} ({record.name}): step {record.step:,}"
     if record.train_iters:
         words += f" of {record.train_iters:,}"
     if record.sessions:
@@ -371,8 +371,8 @@ def _device(record: RunRecord) -> str | None:
     """What the run ran on, where it says so."""
     if record.description is None:
         return None
-    found = record.description.details.get("devices")
-    return None if found is None else str(found["name"])
+    found: str | None = record.description.details.get("device")
+    return found
 
 
 def _device_hours(records: Sequence[RunRecord]) -> tuple[str, float] | None:

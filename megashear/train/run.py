@@ -20,6 +20,7 @@ from megashear.data.loader import MixtureLoader
 from megashear.data.manifest import DataManifest
 from megashear.masks.mask_set import exact_gates
 from megashear.models.llama import build_llama
+from megashear.parallel import device
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
@@ -374,7 +375,7 @@ def _trainer(
         groups=groups,
         train=train,
         optimizer_config=config.optimizer,
-        details=details | {"run": dataclasses.asdict(config)},
+        details=details | {"run": dataclasses.asdict(config), "device": device.name()},
         token_ids=start.description.token_ids if start.description else {},
         tokenizer=_tokenizer(start, manifest),
         guard=guard,

@@ -112,3 +112,8 @@ def test_the_users_text_must_be_a_directory(
     assert main(argv) == 2
     assert "is not a directory of jsonl files, one a domain" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_quickstart(tmp_path: Path) -> None:
+    line = Quickstart(output=tmp_path / "nothing", recipe=SHORT, seed=1)._report()
+    assert line.startswith("no report.html: no run at ")

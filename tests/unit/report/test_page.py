@@ -1,0 +1,124 @@
+"""Pages hold what they are given and nothing of it is taken for HTML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megashear.monitor import tensorboard as tags
+from megashear.monitor.tensorboard import TensorBoardSink
+from megashear.report.page import Drawn, Section, bars, cards, large, moment, page, table
+from megashear.report.record import read_run
+from megashear.report.story import headline, sections_of, title_of
+from megashear.report.write import write_report
+from tests.end_to_end.test_report import check_alone
+
+NASTY = '<b>"bold"</b> & <script>alert(1)</script>'
+
+
+@pytest.fixture
+def events(tmp_path: Path) -> Path:
+    """Event files of a pruning run over a domain whose name is HTML."""
+    directory = tmp_path / "<i>run"
+    for first, last in ((1, 3), (4, 6)):
+        sink = TensorBoardSink(directory, purge_step=first if first > 1 else None)
+        for step in range(first, last + 1):
+            sink.scalars(
+                step,
+                {
+                    tags.LM_LOSS: 5.0 - step,
+                    tags.PENALTY: 0.0,
+                    tags.TOKENS_PER_SECOND: 800.0,
+                    tags.TOKENS_PER_SECOND_PER_DEVICE: 100.0,
+                    tags.expected_sparsity("hidden"): step / 10,
+                    tags.target_sparsity("hidden"): 0.5,
+                    tags.mixture_weight(NASTY): 0.75,
+                    tags.mixture_weight("plain"): 0.25,
+                    tags.eval_loss(NASTY): 4.0,
+                    tags.EVAL_MEAN_LOSS: 4.5,
+                },
+            )
+        if last == 6:
+            sink.replace(6, {tags.FULL_MEAN_LOSS: 4.25})
+        sink.close()
+    return directory
+
+
+def test_names_of_domains_and_runs_are_only_names(events: Path, tmp_path: Path) -> None:
+    (written,) = write_report([events], output=tmp_path / "page.html", title=NASTY)
+    content = written.read_text(encoding="utf-8")
+    parsed = check_alone(content)  # no script, and every element ends
+    assert "script" not in parsed.names
+    assert not {"b", "i"} & parsed.names
+    words = " ".join(parsed.words)
+    assert f"{NASTY} has most at the end, 75 %" in words
+    assert "(<i>run)" in words
+
+
+def test_a_record_counts_starts_processes_and_steps(events: Path) -> None:
+    record = read_run(events)
+    assert [(s.first_step, s.last_step) for s in record.sessions] == [(1, 3), (4, 6)]
+    assert (record.stage, record.state, record.step) == ("prune", "running", 6)
+    assert record.num_processes == 8
+    assert record.tokens is None
+    assert record.train_iters is None
+    assert record.points[tags.FULL_MEAN_LOSS] == {6: 4.25}
+
+
+def test_the_last_evaluation_counts_to_the_start_that_made_it(events: Path) -> None:
+    last = max(point.wall_time for point in read_run(events).events[tags.FULL_MEAN_LOSS].values())
+    (*_, session) = read_run(events).sessions
+    assert session.ended == last
+    for path in events.glob("*.at-6"):
+        path.unlink()
+    assert read_run(events).sessions[-1].ended < last
+
+
+def test_a_run_that_is_silent_has_stopped(events: Path) -> None:
+    record = read_run(events)
+    later = type(record)(**{**vars(record), "now": record.now + 3600})
+    assert later.state == "stopped"
+    assert ">stopped<" in "".join(headline([later]))
+    assert title_of([later, record]) == "Run report: <i>run and <i>run"
+
+
+def test_a_page_of_nothing_but_curves_has_its_sections(events: Path) -> None:
+    names = [section.name for section in sections_of([read_run(events)], None)]
+    assert names == ["run", "cost", "words"]
+
+
+def test_parts_say_what_they_are_given() -> None:
+    assert table(["a", "b"], [["<", 1]]).count("&lt;") == 1
+    assert 'style="width:25.00%"' in bars([("x", 4, 1)])
+    assert '<span class="value">&amp;</span>' in cards([("a", "&", "b")])
+    assert moment(0) == "1970-01-01 00:00 UTC"
+    section = Section(name="a", title="A & B", parts=["<p>c</p>"])
+    assert check_alone(page("<t>", ["<p>lead</p>"], [section], now=0.0))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "0"),
+        (950, "950"),
+        (41_234, "41.2 k"),
+        (3_443_136, "3.44 M"),
+        (1_279_104, "1.28 M"),
+        (9_999_999, "10.0 M"),
+        (999_999, "1.00 M"),
+        (6_738_415_616, "6.74 B"),
+        (50_331_648_000, "50.3 B"),
+    ],
+)
+def test_large_numbers_have_three_digits(number: float, words: str) -> None:
+    assert large(number) == words
+
+
+def test_a_figure_has_its_name_and_sentence(events: Path) -> None:
+    (run, *_) = sections_of([read_run(events)], None)
+    drawn = [part for part in run.parts if isinstance(part, Drawn)]
+    assert [part.name for part in drawn] == [
+        *("run-loss", "run-sparsity", "run-domains", "run-timeline", "run-speed")
+    ]
+    assert "farthest at the end are hidden dimensions, 0.600 where 0.500" in drawn[1].caption
