@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megashear.masks.targets import KINDS
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.drawing import FAINT, INK, KEPT, legend, new_figure, style
-from megashear.monitor.figures import Points
+from megashear.monitor.figures import COLOURS, Points
 from megashear.report.record import RunRecord
 
 if TYPE_CHECKING:
@@ -67,8 +67,14 @@ def loss_figure(points: Points) -> Figure:
     return figure
 
 
-def sparsity_figure(points: Points) -> Figure:
-    """Expected against target sparsity, a panel for each kind of mask."""
+def sparsity_figure(points: Points, row_lengths: Mapping[str, int]) -> Figure:
+    """Expected against target sparsity, a panel for each kind of mask.
+
+    Args:
+        points: of the run.
+        row_lengths: units in a row of each kind, for what evaluations left open; empty where
+            they are not known.
+    """
     kinds = kinds_of(points)
     columns = min(2, len(kinds))
     rows = -(-len(kinds) // columns)
@@ -80,6 +86,17 @@ def sparsity_figure(points: Points) -> Figure:
         _line(panel, target, color=INK, linestyle="--", label="asked for")
         expected = points.get(tags.expected_sparsity(kind), {})
         _line(panel, expected, color=KEPT, label="expected")
+        if kind in row_lengths:
+            sizes = points.get(tags.actual_size(kind), {})
+            _line(
+                panel,
+                {step: 1 - size / row_lengths[kind] for step, size in sizes.items()},
+                color=HELD_OUT,
+                linestyle="none",
+                marker="o",
+                markersize=4,
+                label="closed in evaluations",
+            )
         style(panel, ylabel="share that goes" if number % columns == 0 else "")
         panel.set_title(KIND_TITLES[kind], color=INK, fontsize=10)
         panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
@@ -92,13 +109,63 @@ def sparsity_figure(points: Points) -> Figure:
     return figure
 
 
+def has_settling(points: Points) -> bool:
+    """Whether a run logged how many of its gates are undecided."""
+    return any(tags.undecided(kind) in points for kind in kinds_of(points))
+
+
+def settling_figure(points: Points) -> Figure:
+    """How many gates are undecided, and how many changed side, by kind."""
+    figure = new_figure(2.9)
+    panels = figure.subplots(1, 2)
+    for panel, tag, words in (
+        (panels[0], tags.undecided, "undecided"),
+        (panels[1], tags.churn, "changed side since the last evaluation"),
+    ):
+        for number, kind in enumerate(kinds_of(points)):
+            _line(
+                panel,
+                {step: 100 * share for step, share in points.get(tag(kind), {}).items()},
+                color=COLOURS[number],
+                label=KIND_TITLES[kind] if tag is tags.undecided else None,
+                marker="o",
+                markersize=3.5,
+            )
+        style(panel, xlabel="step", ylabel="% of gates" if tag is tags.undecided else "")
+        panel.set_title(words, color=INK, fontsize=10)
+        panel.set_ylim(bottom=0)
+    legend(panels[0], loc="upper right")
+    return figure
+
+
+def parts_of(points: Points) -> list[str]:
+    """Parts of a step whose time a run logged."""
+    return [part for part in tags.STEP_PARTS if tags.part_seconds(part) in points]
+
+
 def speed_figure(points: Points) -> Figure:
-    """Tokens per second over steps."""
-    figure = new_figure(2.4)
-    panel = figure.subplots()
-    _line(panel, points.get(tags.TOKENS_PER_SECOND, {}), color=KEPT)
-    style(panel, xlabel="step", ylabel="tokens/s, all processes")
-    panel.set_ylim(bottom=0)
+    """Tokens per second over steps, and what the time of a step goes to where that is known."""
+    parts = parts_of(points)
+    figure = new_figure(2.4 + 2.2 * bool(parts))
+    panels = figure.subplots(1 + bool(parts), 1, sharex=True, squeeze=False)[:, 0]
+    _line(panels[0], points.get(tags.TOKENS_PER_SECOND, {}), color=KEPT)
+    style(panels[0], ylabel="tokens/s, all processes")
+    if parts:
+        of_part = {part: points[tags.part_seconds(part)] for part in parts}
+        steps = sorted(set.intersection(*(set(values) for values in of_part.values())))
+        panels[1].stackplot(
+            steps,
+            [[of_part[part][step] for step in steps] for part in parts],
+            colors=COLOURS,
+            alpha=0.75,
+            labels=parts,
+        )
+        style(panels[1], ylabel="seconds a step")
+        legend(panels[1], loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for panel in panels:
+        panel.set_ylim(bottom=0)
+    panels[-1].set_xlabel("step", color=INK, fontsize=9.5)
+    figure.align_ylabels(panels)
     return figure
 
 

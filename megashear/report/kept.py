@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megashear.checkpoint.cut import rounding_changes
-from megashear.masks.gates import scores
+from megashear.masks.census import take_census
 from megashear.masks.mask_set import exact_gates, expected_gates, target_units
 from megashear.masks.targets import EXTENTS, KINDS
 from megashear.models import layout
@@ -20,10 +19,6 @@ from megashear.shape import ModelShape
 Mode = Literal["expected", "exact"]
 """expected: as many gates of a row as it is expected to keep, which training evaluates.
 exact: the target's number in every row, which is cut."""
-
-UNDECIDED = (0.1, 0.9)
-"""Chance to be open between which a gate has not settled on a side. The lower clamp of log_alpha
-gives .047: a bound just above it would count nearly every gate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +140,7 @@ class KindSummary:
     num_changed: int
     """Gates that rounding to the target changes."""
     num_undecided: int
-    """Gates whose chance to be open lies between `UNDECIDED`."""
+    """Gates whose chance to be open lies between the bounds of `census.UNDECIDED`."""
     expected_open: float
     """Units of a row that the masks expect to keep, mean over rows."""
 
@@ -173,27 +168,26 @@ class MaskReading:
     ) -> MaskReading:
         """Read whole masks, [num_rows, num_units] by kind, of the way from source to target."""
         targets = target_units(source, target)
-        changes = rounding_changes(log_alpha, targets)
-        kinds = {}
-        for kind, change in changes.items():
-            chance = scores(log_alpha[kind])  # [num_rows, num_units]
-            low, high = UNDECIDED
-            kinds[kind] = KindSummary(
+        expected = expected_gates(log_alpha)
+        kinds = {
+            kind: KindSummary(
                 kind=kind,
-                num_rows=chance.shape[0],
-                num_units=chance.shape[1],
-                target=change.target,
-                fewest_open=change.fewest_open,
-                most_open=change.most_open,
-                num_changed=change.num_changed,
-                num_undecided=int(((chance > low) & (chance < high)).sum()),
-                expected_open=float(chance.sum(dim=1).mean()),
+                num_rows=log_alpha[kind].shape[0],
+                num_units=log_alpha[kind].shape[1],
+                target=targets[kind],
+                fewest_open=census.fewest_open,
+                most_open=census.most_open,
+                num_changed=census.rounded,
+                num_undecided=census.undecided,
+                expected_open=census.expected_size,
             )
+            for kind, census in take_census(log_alpha, expected, targets).items()
+        }
         return cls(
             source=source,
             target=target,
             log_alpha=dict(log_alpha),
-            expected=KeptUnits.of(expected_gates(log_alpha), source),
+            expected=KeptUnits.of(expected, source),
             exact=KeptUnits.of(exact_gates(log_alpha, targets), source),
             kinds=kinds,
         )

@@ -333,7 +333,7 @@ def _tensorboard_of(folder: Path, description: Description | None) -> list[Path]
             tried.append(folder / os.path.relpath(said, saved))
     for directory in reversed(tried):
         if directory.is_dir() and any(directory.glob(EVENT_FILES)):
-            return [directory]
+            return [Path(os.path.normpath(directory))]
     return []
 
 

@@ -17,8 +17,11 @@ from megashear.monitor import tensorboard as tags
 from megashear.monitor.console import format_duration
 from megashear.monitor.figures import domains_of, mixture_figure
 from megashear.report.curves import (
+    has_settling,
     kinds_of,
     loss_figure,
+    parts_of,
+    settling_figure,
     sparsity_figure,
     speed_figure,
     timeline_figure,
@@ -42,6 +45,7 @@ from megashear.report.record import RESULTS, RunRecord
 from megashear.report.tables import EXTENT_NAMES, KIND_NAMES, PARTS, part_params
 from megashear.shape import ModelShape
 
+EVALUATION, _ = tags.PAUSES
 STAGES = {"prune": "Pruning", "pretrain": "Continued pretraining", None: "Run"}
 GLOSSARY = {
     "pruning": "Making a model smaller by taking whole parts out of it: layers, attention heads, "
@@ -234,7 +238,13 @@ def _run_section(record: RunRecord, name: str) -> Section:
         drawn("loss", loss_figure(points), _loss_caption(record, points))
     if kinds_of(points):
         parts.append("<h3>How much goes</h3>")
-        drawn("sparsity", sparsity_figure(points), _sparsity_caption(points))
+        lengths = {}
+        if record.masks is not None:
+            lengths = {kind: one.num_units for kind, one in record.masks.kinds.items()}
+        drawn("sparsity", sparsity_figure(points, lengths), _sparsity_caption(points))
+    if has_settling(points):
+        parts.append("<h3>How settled the masks are</h3>")
+        drawn("settling", settling_figure(points), _settling_caption(points))
     if domains_of(points):
         parts.append("<h3>Domains</h3>")
         drawn("domains", mixture_figure(points), _mixture_caption(points))
@@ -336,7 +346,7 @@ def _cost_hours(record: RunRecord) -> str:
 
 
 def _cost_evaluation(record: RunRecord) -> str:
-    values = record.events.get(tags.part_share("evaluation"), {})
+    values = record.events.get(tags.part_share(EVALUATION), {})
     return f"{100 * values[max(values)].value:.1f} % of the wall time" if values else "-"
 
 
@@ -345,6 +355,16 @@ def _cost_saving(record: RunRecord) -> str:
     if not values:
         return "-"
     return f"{sum(point.value for point in values.values()):,.1f} s for {len(values)} checkpoints"
+
+
+def _cost_memory(record: RunRecord) -> str:
+    for tag, where in (
+        (tags.MEMORY_RESERVED, "on a GPU"),
+        (tags.MEMORY_RESIDENT, "of a process on its host"),
+    ):
+        if values := record.points.get(tag):
+            return f"{max(values.values()):.3g} GB {where}"
+    return "-"
 
 
 def _cost_disk(record: RunRecord) -> str:
@@ -360,6 +380,7 @@ COSTS = {
     "processes": _cost_processes,
     "devices": _cost_device,
     "process-hours": _cost_hours,
+    "most memory": _cost_memory,
     "evaluations took": _cost_evaluation,
     "training stood still for saving": _cost_saving,
     "checkpoints on disk now": _cost_disk,
@@ -418,6 +439,20 @@ def _sparsity_caption(points: Mapping[str, Mapping[int, float]]) -> str:
     )
 
 
+def _settling_caption(points: Mapping[str, Mapping[int, float]]) -> str:
+    last = {
+        kind: list(points[tags.undecided(kind)].values())[-1]
+        for kind in kinds_of(points)
+        if tags.undecided(kind) in points
+    }
+    most = max(last, key=lambda kind: last[kind])
+    return (
+        f"The share of gates whose chance to be open lies between 10 and 90 %, and the share that "
+        f"opened or closed since the evaluation before: both fall as the masks settle; at the end "
+        f"{100 * last[most]:.1f} % of the {KIND_NAMES[most]} are undecided, the most of all kinds."
+    )
+
+
 def _mixture_caption(points: Mapping[str, Mapping[int, float]]) -> str:
     shares = {
         name: list(points[tags.mixture_weight(name)].values())[-1] for name in domains_of(points)
@@ -446,10 +481,13 @@ def _timeline_caption(record: RunRecord) -> str:
 
 def _speed_caption(points: Mapping[str, Mapping[int, float]]) -> str:
     rates = sorted(points[tags.TOKENS_PER_SECOND].values())
-    return (
+    words = (
         f"Training tokens per second over all processes, without evaluations and checkpoints; the "
-        f"median is {large(rates[len(rates) // 2])}."
+        f"median is {large(rates[len(rates) // 2])}"
     )
+    if parts_of(points):
+        words += "; below, what the time of a step goes to"
+    return words + "."
 
 
 def _layers_that_go(layers: Sequence[int]) -> str:

@@ -236,6 +236,7 @@ def test_every_figure_is_a_picture_with_a_sentence(job: Path, written: str) -> N
     figures = re.findall(r'<figure id="([^"]+)">.*?<figcaption>(.*?)</figcaption>', written, re.S)
     names = [name for name, _ in figures]
     assert {"run1-masks", "run1-loss", "run1-sparsity", "run1-domains", "run1-timeline"} <= {*names}
+    assert "run1-settling" in names
     assert {"run2-loss", "run2-domains", "run2-timeline", "run2-speed"} <= {*names}
     assert all(re.match(r"[A-Z].{20,}\.$", caption) for _, caption in figures)
     assert {path.stem for path in (job / "png").iterdir()} == {*names}
@@ -269,7 +270,7 @@ def test_folders_that_moved_together_are_found(job: Path, tmp_path: Path) -> Non
     shutil.move(job / "tensorboard", job / "hidden")
     try:
         record, *_ = records_of(tmp_path / "elsewhere" / "pruned")
-        assert record.tensorboard == (tmp_path / "elsewhere" / "pruned/../tensorboard/pruned",)
+        assert record.tensorboard == (tmp_path / "elsewhere" / "tensorboard" / "pruned",)
         assert [saved.step for saved in record.iterations] == [STOPPED, PRUNED]
     finally:
         shutil.move(job / "hidden", job / "tensorboard")

@@ -8,6 +8,7 @@ import pytest
 
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.tensorboard import TensorBoardSink
+from megashear.report.curves import settling_figure, sparsity_figure, speed_figure
 from megashear.report.page import Drawn, Section, bars, cards, large, moment, page, table
 from megashear.report.record import read_run
 from megashear.report.story import headline, sections_of, title_of
@@ -122,3 +123,31 @@ def test_a_figure_has_its_name_and_sentence(events: Path) -> None:
         *("run-loss", "run-sparsity", "run-domains", "run-timeline", "run-speed")
     ]
     assert "farthest at the end are hidden dimensions, 0.600 where 0.500" in drawn[1].caption
+
+
+def test_curves_of_masks_are_the_points() -> None:
+    kind = "hidden"
+    points = {
+        tags.expected_sparsity(kind): {1: 0.1, 2: 0.2},
+        tags.target_sparsity(kind): {1: 0.15, 2: 0.25},
+        tags.actual_size(kind): {2: 30.0},
+        tags.undecided(kind): {2: 0.5},
+        tags.churn(kind): {2: 0.125},
+    }
+    asked, expected, closed = sparsity_figure(points, {kind: 40}).axes[0].lines
+    assert list(asked.get_ydata()) == [0.15, 0.25]
+    assert list(expected.get_ydata()) == [0.1, 0.2]
+    assert (list(closed.get_xdata()), list(closed.get_ydata())) == ([2], [0.25])
+    undecided, churn = settling_figure(points).axes
+    assert list(undecided.lines[0].get_ydata()) == [50.0]
+    assert list(churn.lines[0].get_ydata()) == [12.5]
+
+
+def test_parts_of_a_step_lie_on_each_other() -> None:
+    points = {tags.TOKENS_PER_SECOND: {1: 10.0, 2: 20.0}}
+    assert len(speed_figure(points).axes) == 1
+    for number, part in enumerate(tags.STEP_PARTS, start=1):
+        points[tags.part_seconds(part)] = {1: float(number), 2: 1.0}
+    fields = speed_figure(points).axes[1].collections
+    tops = [max(y for x, y in field.get_paths()[0].vertices if x == 1) for field in fields]
+    assert tops == [1.0, 3.0, 6.0, 10.0]
