@@ -93,7 +93,7 @@ def headline(records: Sequence[RunRecord]) -> list[str]:
     """What stands below the title: what happened in a sentence or two, and the largest numbers."""
     lead = [paragraph(_sentence(records), kind="lead")]
     badges = "".join(
-        f'<p><span class="badge {record.state}">{text(record.state)}</span> '
+        f'<p class="state"><span class="badge {record.state}">{text(record.state)}</span> '
         f"{text(_status(record))}</p>"
         for record in records
     )
