@@ -36,6 +36,8 @@ RUNS = [
     config.PlanConfig,
 ]
 OTHERS_FLAGS = {
+    # chromium
+    *("--headless", "--hide-scrollbars", "--window-size", "--screenshot", "--blink-settings"),
     # torchrun, pip, tensorboard
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),
     *("--max-restarts", "--work", "--quickstart", "--steps", "--seeds", "--warmups"),
