@@ -276,7 +276,7 @@ def sessions(directories: Sequence[Path]) -> list[Session]:
         times, steps = [], []
         for event in LegacyEventFileLoader(str(path)).Load():
             times.append(event.wall_time)
-            if event.HasField("summary"):
+            if event.HasField("summary") and event.step:  # at 0 is the layout of the charts
                 steps.append(event.step)
         if ".at-" in path.name:
             later += times
