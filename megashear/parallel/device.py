@@ -92,11 +92,6 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
 
 
-def name() -> str:
-    """What this process computes on as its maker calls it: "NVIDIA H200", or "CPU"."""
-    return torch.cuda.get_device_name() if has_cuda() else "CPU"
-
-
 def backend() -> str:
     """The torch.distributed backend that fits the device: nccl or gloo."""
     return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"

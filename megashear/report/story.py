@@ -367,6 +367,11 @@ def _cost_memory(record: RunRecord) -> str:
     return "-"
 
 
+def _cost_utilisation(record: RunRecord) -> str:
+    values = sorted(record.points.get(tags.MODEL_FLOPS_UTILISATION, {}).values())
+    return f"{100 * values[len(values) // 2]:.1f} %" if values else "-"
+
+
 def _cost_disk(record: RunRecord) -> str:
     total = sum(saved.num_bytes for saved in record.iterations)
     return f"{total / 1e9:.3g} GB" if total else "-"
@@ -380,6 +385,7 @@ COSTS = {
     "processes": _cost_processes,
     "devices": _cost_device,
     "process-hours": _cost_hours,
+    "model FLOPs utilisation, median": _cost_utilisation,
     "most memory": _cost_memory,
     "evaluations took": _cost_evaluation,
     "training stood still for saving": _cost_saving,

@@ -375,7 +375,7 @@ def _trainer(
         groups=groups,
         train=train,
         optimizer_config=config.optimizer,
-        details=details | {"run": dataclasses.asdict(config), "device": device.name()},
+        details=details | {"run": dataclasses.asdict(config), "device": device.name() or "CPU"},
         token_ids=start.description.token_ids if start.description else {},
         tokenizer=_tokenizer(start, manifest),
         guard=guard,
