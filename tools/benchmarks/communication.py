@@ -1,0 +1,199 @@
+"""Count what masks and penalty add to a step's communication: calls and bytes of every rank.
+
+    torchrun --nproc-per-node 4 tools/benchmarks/communication.py \\
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+
+Every function of torch.distributed that sends is wrapped for one step, unmasked and masked, and
+counts what it is given: the elements that this rank puts in, before any algorithm multiplies them.
+The same is done with sequence length and batch doubled. Nothing is timed, so that other work of the
+machine does not matter. A table, then JSON, go to stdout, or JSON to --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch.distributed as dist
+from measuring import environment, report, table
+from step import add_flags, processes, work_of
+from torch import Tensor
+from ways import OurStep, Work, target_of
+
+from megashear.config import ModelConfig, ParallelConfig
+from megashear.parallel.groups import ParallelGroups
+
+_SENDS = {
+    "all_reduce": 0,
+    "all_gather": 1,
+    "all_gather_into_tensor": 1,
+    "_all_gather_base": 1,
+    "reduce_scatter_tensor": 1,
+    "_reduce_scatter_base": 1,
+    "broadcast": 0,
+    "isend": 0,
+    "send": 0,
+}
+"""Functions that send, and which argument is what this rank puts in."""
+
+
+def sent_bytes(given: Any) -> int:
+    """Bytes of a tensor, or of several."""
+    tensors = [given] if isinstance(given, Tensor) else given
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Counts:
+    """Calls and bytes by function and group size, of this rank."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def note(self, name: str, given: Any, group: Any) -> None:
+        """Count a call; one in a group of one moves nothing."""
+        if dist.get_world_size(group) == 1:
+            return
+        self.calls[name] += 1
+        self.bytes[name] += sent_bytes(given)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Counts]:
+    """Count what is sent within the block, by megatron-core too."""
+    counts, real = Counts(), {}
+    inside = [False]  # functions that call each other count once
+
+    def wrapped(name: str, place: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if inside[0]:
+                return function(*args, **kwargs)
+            inside[0] = True
+            try:
+                given = args[place] if len(args) > place else _named(kwargs, place)
+                counts.note(name, given, kwargs.get("group"))
+                return function(*args, **kwargs)
+            finally:
+                inside[0] = False
+
+        return call
+
+    for name, place in _SENDS.items():
+        function = getattr(dist, name, None)
+        if function is None:
+            continue
+        real[name] = function
+        setattr(dist, name, wrapped(name, place, function))
+        _replace_in_megatron(function, getattr(dist, name))
+    try:
+        yield counts
+    finally:
+        for name, function in real.items():
+            _replace_in_megatron(getattr(dist, name), function)
+            setattr(dist, name, function)
+
+
+def _named(kwargs: dict[str, Any], place: int) -> Any:
+    for name in ("tensor", "input", "input_tensor", "output_tensor")[place:]:
+        if name in kwargs:
+            return kwargs[name]
+    return next(value for value in kwargs.values() if isinstance(value, Tensor))
+
+
+def _replace_in_megatron(old: Any, new: Any) -> None:
+    # some modules hold the functions under names of their own
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core"):
+            for attribute, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, attribute, new)
+
+
+def of_step(
+    work: Work,
+    groups: ParallelGroups,
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    *,
+    masked: bool,
+) -> Counts:
+    """What one step sends, its model built and warmed up before."""
+    step = OurStep(work, groups, parallel, model, target=target_of(work.shape) if masked else None)
+    step()
+    with counting() as counts:
+        step()
+    return counts
+
+
+def added(masked: Counts, unmasked: Counts) -> dict[str, dict[str, int]]:
+    """Calls and bytes that masks and penalty add, by function."""
+    names = sorted(masked.calls.keys() | unmasked.calls.keys())
+    difference = {
+        name: {
+            "calls": masked.calls[name] - unmasked.calls[name],
+            "bytes": masked.bytes[name] - unmasked.bytes[name],
+        }
+        for name in names
+    }
+    return {name: each for name, each in difference.items() if any(each.values())}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Count, and print tables and JSON; the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    first = work_of(args)
+    works = {
+        f"s {first.seq_length}, b {first.micro_batch_size}": first,
+        f"s {2 * first.seq_length}": replace(first, seq_length=2 * first.seq_length),
+        f"b {2 * first.micro_batch_size}": replace(
+            first, micro_batch_size=2 * first.micro_batch_size
+        ),
+    }
+    with processes(args) as (parallel, model, groups):
+        found: dict[str, Any] = {}
+        for name, work in works.items():
+            counts = {
+                masked: of_step(work, groups, parallel, model, masked=masked)
+                for masked in (False, True)
+            }
+            mine = {
+                "step": sum(counts[False].bytes.values()),
+                "step calls": sum(counts[False].calls.values()),
+                "added": added(counts[True], counts[False]),
+            }
+            everyone: list[Any] = [None] * groups.world_size
+            dist.all_gather_object(everyone, mine)
+            found[name] = everyone
+        hidden = 4 * first.shape.hidden_size
+        rows = []
+        for name, everyone in found.items():
+            for rank, mine in enumerate(everyone):
+                calls = sum(each["calls"] for each in mine["added"].values())
+                size = sum(each["bytes"] for each in mine["added"].values())
+                rows.append((name, rank, f"{mine['step']:,}", calls, f"{size:,}"))
+        head = ["work", "rank", "unmasked step, bytes", "masks add, calls", "masks add, bytes"]
+        report(
+            "communication.py",
+            [f"one float32 row of the hidden mask is {hidden:,} bytes", table(head, rows)],
+            {
+                "environment": environment("communication.py", argv),
+                "shape": asdict(first.shape),
+                "hidden_row_bytes": hidden,
+                "found": found,
+            },
+            args.json,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
