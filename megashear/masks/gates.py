@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LOW = -0.1
 """Lower end of the stretched interval; what falls below 0 is a closed gate."""
@@ -41,8 +43,29 @@ def sample_gates(log_alpha: Tensor, noise: Tensor) -> Tensor:
 
     Source: Louizos et al. 2018 (arXiv:1712.01312), "The hard concrete distribution".
     """
-    s = torch.sigmoid((torch.logit(noise, eps=EPS) + log_alpha) / TEMPERATURE)
-    return (s * (HIGH - LOW) + LOW).clamp(0.0, 1.0)
+    z: Tensor = _SampledGates.apply(log_alpha, noise)
+    return z
+
+
+# One node of autograd each for what is done with every gate in every step, in place where it can
+# be: memory that is touched for the first time costs more than the arithmetic.
+
+
+class _SampledGates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_alpha: Tensor, noise: Tensor) -> Tensor:
+        s = torch.logit(noise, eps=EPS).to(log_alpha.dtype)
+        s.add_(log_alpha).div_(TEMPERATURE).sigmoid_()
+        ctx.save_for_backward(s)
+        return s.mul(HIGH - LOW).add_(LOW).clamp_(0.0, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (s,) = ctx.saved_tensors
+        slope = torch.addcmul(s, s, s, value=-1.0).mul_(grad).mul_((HIGH - LOW) / TEMPERATURE)
+        # the interval in which z is not clamped
+        return slope.mul_((s > -LOW / (HIGH - LOW)) & (s < (1.0 - LOW) / (HIGH - LOW))), None
 
 
 def probability_closed(log_alpha: Tensor) -> Tensor:
@@ -59,6 +82,38 @@ def probability_closed(log_alpha: Tensor) -> Tensor:
     """
     shift = TEMPERATURE * math.log(-LOW / HIGH)
     return torch.sigmoid(shift - log_alpha.double()).clamp(EPS, 1.0 - EPS)
+
+
+def closed_sums(log_alpha: Tensor) -> Tensor:
+    """Expected number of closed gates of every row, differentiable: `probability_closed` summed.
+
+    Args:
+        log_alpha: [rows, units].
+
+    Returns:
+        float64 [rows]. One node of autograd: at 7B some 357,408 gates are summed in each step.
+    """
+    sums: Tensor = _ClosedSums.apply(log_alpha)
+    return sums
+
+
+class _ClosedSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_alpha: Tensor) -> Tensor:
+        shift = TEMPERATURE * math.log(-LOW / HIGH)
+        closed = log_alpha.to(torch.float64, copy=True).neg_().add_(shift).sigmoid_()
+        closed.clamp_(EPS, 1.0 - EPS)
+        ctx.save_for_backward(closed)
+        ctx.dtype = log_alpha.dtype
+        return closed.sum(dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (closed,) = ctx.saved_tensors
+        slope = torch.addcmul(closed, closed, closed, value=-1.0)  # p (1 - p)
+        slope.mul_((closed > EPS) & (closed < 1.0 - EPS)).mul_(-grad[:, None])
+        return slope.to(ctx.dtype)
 
 
 def scores(log_alpha: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from megashear.masks.gates import (
     LOG_ALPHA_MAX,
+    closed_sums,
     deterministic_gates,
     num_closed_expected,
-    probability_closed,
     sample_gates,
     uniform_noise,
 )
@@ -91,10 +91,7 @@ class MaskSet:
             By kind, float64 [own rows]. Summed over the shards of a row they give the whole
             row's number, which :meth:`SparsityConstraint.penalty` wants beside them.
         """
-        return {
-            kind: probability_closed(log_alpha).sum(dim=1)
-            for kind, log_alpha in self.log_alpha.items()
-        }
+        return {kind: closed_sums(log_alpha) for kind, log_alpha in self.log_alpha.items()}
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """log_alpha of every kind, in the order of ``KINDS``."""
