@@ -193,7 +193,6 @@ class OurStep:
         parts.watch(self.optimizer, "get_grad_norm", "optimizer")
         parts.watch(self.optimizer, "step_with_ready_grads", "optimizer")
         if isinstance(objective, StructuredPruning):
-            parts.watch(objective, "_check_hidden", "masks: sampling")
             parts.watch(objective.masks, "sample", "masks: sampling")
             parts.watch(objective.binding, "bind", "masks: binding")
             parts.watch(objective.binding, "backward", "masks: gradients")

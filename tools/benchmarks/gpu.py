@@ -1,0 +1,372 @@
+"""Check and measure megashear on one GPU: right answers first, then speed at real shapes.
+
+    python tools/benchmarks/gpu.py --json gpu.json
+    python tools/benchmarks/gpu.py --dry-run
+
+Needs torch, megatron-core and this repository, nothing else; Apex and Transformer Engine are used
+where they are. Correctness: a masked model on the GPU against the same on the CPU in float32, in
+bfloat16 against float32, and its cut against it. Speed: LLaMA-2-7B-shaped pruning (random weights,
+full recompute), masked and unmasked steps in turn on the same weights, and continued pretraining of
+the 1.3B and 2.7B shapes, at sequences of 4096. MFU is the model's arithmetic (what recompute does
+again not counted) over the GPU's dense bfloat16 peak. --dry-run does all of it with tiny shapes on
+whatever device there is; on a CPU, speeds say "not measured". Tables, then JSON, go to stdout, or
+JSON to --json. Ends with 1 where an answer is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import (
+    Measured,
+    device_name,
+    environment,
+    interleave,
+    matmul_rate,
+    median_seconds,
+    ratio,
+    report,
+    table,
+)
+from step import breakdown, parts_of
+from torch import Tensor
+from ways import OPTIMIZER, SEED, OurStep, Work, target_of
+
+from megashear.config import ModelConfig, ParallelConfig
+from megashear.masks.mask_set import exact_gates
+from megashear.models.llama import build_llama
+from megashear.parallel import device
+from megashear.parallel.groups import ParallelGroups
+from megashear.parallel.launch import distributed
+from megashear.planning.hardware import GPUS
+from megashear.shape import PRESETS, ModelShape
+from megashear.train.in_flight import Optimized, cut_in_flight
+from megashear.train.objectives import EXACT, LanguageModelling, StructuredPruning
+from megashear.train.optim import build_optimizer
+from megashear.train.schedule import run_chunk
+
+NOT_MEASURED = "not measured"
+OTHER_DEVICE = 1e-4
+"""Relative: float32 sums in another order, over 1,376 products; TF32 is off."""
+BFLOAT16_LOSS = 0.01
+"""Relative: bfloat16 rounds at 2^-9, and the loss is a mean over tokens."""
+BFLOAT16_LOGITS = 0.05
+"""Relative: some twenty roundings at 2^-9 between embedding and logits, errors adding up."""
+CUT = 1e-4
+"""Relative: folding rounds every weight once; sums over fewer units, in another order."""
+
+SMALL = ModelShape(
+    num_layers=4,
+    hidden_size=512,
+    num_attention_heads=8,
+    num_query_groups=4,
+    head_dim=64,
+    ffn_hidden_size=1376,
+    vocab_size=1024,
+)
+TINY = ModelShape(
+    num_layers=2,
+    hidden_size=64,
+    num_attention_heads=8,
+    num_query_groups=8,
+    head_dim=8,
+    ffn_hidden_size=160,
+    vocab_size=256,
+)
+PUBLISHED = (
+    ("LLM-Shearing, 7B pruning", "A100", "28 %"),
+    ("LLM-Shearing, 2.7B pretraining", "A100", "32 %"),
+    ("LLM-Shearing, 1.3B pretraining", "A100", "29 %"),
+    ("Megatron-core, 1.7B", "H100", "41 %"),
+    ("Megatron-core, 7.1B", "H100", "47 %"),
+)
+"""MFU. Source: arXiv:2310.06694, its throughputs over A100's 312 TFLOP/s; Megatron-LM's README."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What is timed."""
+
+    name: str
+    work: Work
+    target: ModelShape | None
+    """Shape to prune to; None for continued pretraining."""
+    recompute: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One comparison."""
+
+    name: str
+    found: float
+    bound: float
+
+    @property
+    def verdict(self) -> str:
+        """In a word."""
+        return "ok" if self.found < self.bound else "WRONG"
+
+
+def cases(*, dry: bool) -> list[Case]:
+    """What is timed; with ``dry``, of the same kinds and tiny."""
+
+    def work(preset: str, micro_batch_size: int, num_microbatches: int) -> Work:
+        return Work(
+            shape=TINY if dry else PRESETS[preset],
+            seq_length=32 if dry else 4096,
+            micro_batch_size=micro_batch_size,
+            num_microbatches=num_microbatches,
+        )
+
+    seven = work("llama2-7b", 1, 4)
+    target = target_of(TINY) if dry else PRESETS["llama2-2.7b"]
+    return [
+        Case(name="7B pruning", work=seven, target=target, recompute=True),
+        Case(name="1.3B pretraining", work=work("llama2-1.3b", 4, 4), target=None, recompute=False),
+        Case(name="2.7B pretraining", work=work("llama2-2.7b", 2, 4), target=None, recompute=False),
+    ]
+
+
+def whole_pass(groups: ParallelGroups, model: ModelConfig) -> dict[str, Tensor]:
+    """Loss, logits and gradients of a small masked model, on the host: the same on any device."""
+    work = Work(shape=SMALL, seq_length=128, micro_batch_size=2)
+    step = OurStep(work, groups, ParallelConfig(), model, target=target_of(SMALL))
+    _same_weights(step.chunks)
+    objective = step.objective
+    assert isinstance(objective, StructuredPruning)
+    for chunk in step.chunks:
+        chunk.zero_grad_buffer()
+    losses = objective.forward_backward(step.batches, 0)
+    found = {"loss": losses[0].sums.sum() / losses[0].counts.sum()}
+    for name, parameter in step.chunks[0].named_parameters():
+        found[f"gradient of {name}"] = parameter.main_grad
+    for kind, log_alpha in objective.masks.log_alpha.items():
+        assert log_alpha.grad is not None
+        found[f"gradient of log_alpha {kind}"] = log_alpha.grad
+    found["logits"] = _masked_logits(step)[0]
+    return {name: tensor.detach().float().cpu() for name, tensor in found.items()}
+
+
+def _same_weights(chunks: Sequence[torch.nn.Module]) -> None:
+    """Weights from the host's generator: devices draw others from one seed."""
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                drawn = torch.randn(parameter.shape, generator=generator) * 0.05
+                parameter.copy_(drawn + float("norm" in name))
+
+
+def _masked_logits(step: OurStep) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits under the target's gates, and these whole."""
+    objective = step.objective
+    assert isinstance(objective, StructuredPruning)
+    objective.begin_evaluation(EXACT)
+    with torch.no_grad():
+        logits = run_chunk(
+            step.chunks[0],
+            step.batches[0],
+            select=objective.binding.select,
+            with_labels=False,
+        )
+    objective.end_evaluation()
+    return logits, exact_gates(objective.binding.gather_log_alpha(), objective.targets)
+
+
+def cut_error(groups: ParallelGroups) -> float:
+    """Relative difference of the masked model's logits and its cut's."""
+    work, target = Work(shape=SMALL, seq_length=128, micro_batch_size=2), target_of(SMALL)
+    parallel, model = ParallelConfig(), ModelConfig()
+    step = OurStep(work, groups, parallel, model, target=target)
+    step()  # the cut wants moments
+    logits, gates = _masked_logits(step)
+    chunks = build_llama(target, groups, parallel, model, variant="local", seed=SEED)
+    optimizer = build_optimizer(chunks, OPTIMIZER, bf16=False)
+    cut_in_flight(
+        Optimized(step.chunks, step.optimizer, SMALL, groups),
+        Optimized(chunks, optimizer, target, groups),
+        gates,
+    )
+    with torch.no_grad():
+        smaller = run_chunk(chunks[0], step.batches[0], with_labels=False)
+    return relative(smaller, logits)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """||found - wanted|| / ||wanted||."""
+    found, wanted = found.double().cpu(), wanted.double().cpu()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def on_the_cpu() -> dict[str, Tensor]:
+    """`whole_pass` in a process that sees no GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "reference.pt"
+        subprocess.run(
+            [sys.executable, __file__, "--reference", str(output)],
+            check=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        )
+        found: dict[str, Tensor] = torch.load(output, weights_only=True)
+    return found
+
+
+def correctness(groups: ParallelGroups) -> list[Check]:
+    """Every comparison; a GPU's own numbers against the CPU's, bfloat16 and the cut."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    reference, here = on_the_cpu(), whole_pass(groups, ModelConfig())
+    rough = whole_pass(groups, ModelConfig(bf16=True))
+    worst = max(relative(here[name], tensor) for name, tensor in reference.items())
+    return [
+        Check(
+            name="float32 against the CPU, worst of all tensors", found=worst, bound=OTHER_DEVICE
+        ),
+        Check(
+            name="loss, bfloat16 against float32",
+            found=relative(rough["loss"], here["loss"]),
+            bound=BFLOAT16_LOSS,
+        ),
+        Check(
+            name="logits, bfloat16 against float32",
+            found=relative(rough["logits"], here["logits"]),
+            bound=BFLOAT16_LOGITS,
+        ),
+        Check(name="logits, cut against masked", found=cut_error(groups), bound=CUT),
+    ]
+
+
+def timed(case: Case, groups: ParallelGroups, rounds: int) -> dict[str, Any]:
+    """Steps of a case; of pruning also unmasked ones of the same model and optimizer, in turn."""
+    model = ModelConfig(bf16=True, recompute_granularity="full" if case.recompute else None)
+    step = OurStep(case.work, groups, ParallelConfig(), model, target=case.target)
+    ways: dict[str, Callable[[], None]] = {case.name: step}
+    watched = {case.name: step}
+    if case.target is not None:
+        # without gates a masked model is its plain self; two such models do not fit on one GPU
+        plain = copy.copy(step)
+        plain.objective = LanguageModelling(step.chunks)
+        ways[f"{case.name}, unmasked"] = watched[f"{case.name}, unmasked"] = plain
+        again = copy.copy(plain)
+        ways[f"{case.name}, unmasked again"] = again
+    if device.has_cuda():
+        torch.cuda.reset_peak_memory_stats()
+    measured = interleave(ways, rounds, warm_up=2)
+    peak = torch.cuda.max_memory_allocated() if device.has_cuda() else None
+    parts = {way: parts_of(each, max(3, rounds // 2)) for way, each in watched.items()}
+    return {"measured": measured, "peak_bytes": peak, "parts_s": parts, "ways": list(ways)}
+
+
+def peak_flops() -> float | None:
+    """Dense bfloat16 peak of this GPU, FLOP/s; None where it is not known."""
+    if not device.has_cuda():
+        return None
+    found = device_name().upper()
+    kinds = [gpu for name, gpu in GPUS.items() if name.partition("-")[0] in found]
+    return kinds[0].peak_flops if kinds else None
+
+
+def speed_rows(
+    all_cases: Sequence[Case], found: dict[str, dict[str, Any]], peak: float | None
+) -> list[list[object]]:
+    """A row for each way of each case."""
+    rows: list[list[object]] = []
+    for case in all_cases:
+        measured: list[Measured] = found[case.name]["measured"]
+        base = f"{case.name}, unmasked"
+        for way in found[case.name]["ways"]:
+            row: list[object] = [way, f"{case.work.tokens:,}"]
+            if not device.has_cuda():
+                rows.append([*row, *[NOT_MEASURED] * 5])
+                continue
+            seconds = median_seconds(measured, way)
+            mfu = NOT_MEASURED
+            if peak is not None:
+                mfu = f"{100 * case.work.flops() / seconds / peak:.1f} %"
+            over = ratio(measured, way, base) if case.target is not None else ""
+            memory = f"{found[case.name]['peak_bytes'] / 2**30:.1f}"
+            rows.append(
+                [*row, f"{seconds:.3f}", f"{case.work.tokens / seconds:,.0f}", mfu, over, memory]
+            )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, measure, and print tables and JSON; the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on any device")
+    parser.add_argument("--only", choices=["correctness", "speed"], help="both unless given")
+    parser.add_argument("--rounds", type=int, default=10, help="measured steps of each way")
+    parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="file for every measurement; stdout if none")
+    args = parser.parse_args(argv)
+    with distributed(ParallelConfig(), ModelConfig()) as groups:
+        if args.reference is not None:
+            torch.save(whole_pass(groups, ModelConfig()), args.reference)
+            return 0
+        if not (device.has_cuda() or args.dry_run):
+            print("gpu.py: no CUDA device is found; --dry-run shows that it works", file=sys.stderr)
+            return 2
+        checks = correctness(groups) if args.only != "speed" else []
+        all_cases = cases(dry=args.dry_run) if args.only != "correctness" else []
+        found = {}
+        for case in all_cases:
+            found[case.name] = timed(case, groups, args.rounds)
+            gc.collect()
+            if device.has_cuda():
+                torch.cuda.empty_cache()
+        peak = peak_flops()
+        rate = matmul_rate(torch.bfloat16) if device.has_cuda() else None
+        head = ["way", "tokens", "s a step", "tokens/s", "MFU", "over unmasked", "memory, GiB"]
+        tables = [
+            f"{device_name()}: dense bfloat16 peak "
+            f"{NOT_MEASURED if peak is None else f'{peak / 1e12:.0f} TFLOP/s'}, large products "
+            f"reach {NOT_MEASURED if rate is None else f'{rate / 1e12:.0f} TFLOP/s'}",
+            table(
+                ["check", "relative difference", "bound", ""],
+                [
+                    (
+                        c.name,
+                        f"{c.found:.1e}",
+                        f"{c.bound:g}",
+                        "ok" if c.found < c.bound else "WRONG",
+                    )
+                    for c in checks
+                ],
+            ),
+            table(head, speed_rows(all_cases, found, peak)),
+            *(breakdown(each["parts_s"]) for each in found.values() if device.has_cuda()),
+            table(["published", "GPU", "MFU"], PUBLISHED),
+        ]
+        report(
+            "gpu.py",
+            tables,
+            {
+                "environment": environment("gpu.py", argv),
+                "peak_flops_per_s": peak,
+                "matmul_flops_per_s": rate,
+                "checks": checks,
+                "speed": found,
+                "work": {case.name: asdict(replace(case.work)) for case in all_cases},
+            },
+            args.json,
+        )
+    return 0 if all(check.found < check.bound for check in checks) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
