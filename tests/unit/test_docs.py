@@ -46,7 +46,6 @@ OTHERS_FLAGS = {
     # tools/benchmarks
     *("--rounds", "--copies", "--shape", "--target-shape", "--work", "--step-seconds"),
     "--size",  # tools/docs/screenshot.py
-    *("--rounds", "--copies", "--shape", "--target-shape", "--work"),
     *("--threads", "--preset", "--json", "--ranks", "--turns", "--no-transformers"),
     "--json-keys",  # Megatron-LM's name of --json-key
     # what Megatron-LM is started with on a checkpoint of ours
