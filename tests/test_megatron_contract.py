@@ -328,6 +328,18 @@ def test_cross_entropy_casts_to_float32_whatever_the_model_computes_in(dtype: to
     assert relative_error(loss.flatten(), wanted) > 0  # nothing end to end runs in float64
 
 
+def test_the_fused_cross_entropy_rounds_its_gradient_to_bfloat16() -> None:
+    from megatron.core.fusions import fused_cross_entropy
+
+    compiled = fused_cross_entropy.calculate_gradients
+    plain = getattr(compiled, "_torchdynamo_orig_callable", compiled)  # no compiler is needed
+    softmax = torch.full((2, 1, 4), 0.25)
+    gradient = plain(
+        softmax, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.bool), torch.tensor([1, 2])
+    )
+    assert gradient.dtype == torch.bfloat16
+
+
 def test_megatron_norms_refuse_sequence_parallelism() -> None:
     # why megashear has its own RMSNorm
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
