@@ -316,6 +316,13 @@ def test_float32_masters_are_cut_under_bf16(
             r"tensorboard_dir is ./same, that of pruning",
         ),
         (
+            lambda prune, then: (
+                replace(prune, train=replace(prune.train, jsonl_log="run.jsonl")),
+                replace(then, train=replace(then.train, jsonl_log="./run.jsonl")),
+            ),
+            r"jsonl_log is ./run.jsonl, that of pruning, whose lines begin at the same steps",
+        ),
+        (
             lambda prune, then: (replace(prune, train=replace(prune.train, save=None)), then),
             r"needs --save",
         ),
