@@ -116,9 +116,9 @@ def runs(text: TextRun, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def errors(here: Finished, there: Finished) -> dict[str, float]:
     """Relative error of every tensor of a checkpoint."""
     assert here.tensors.keys() == there.tensors.keys()
+    pairs = {n: (here.tensors[n].double(), t.double()) for n, t in there.tensors.items()}
     return {
-        name: float((here.tensors[name] - tensor).norm() / tensor.norm().clamp(min=1e-12))
-        for name, tensor in there.tensors.items()
+        name: float((a - b).norm() / b.norm().clamp(min=1e-12)) for name, (a, b) in pairs.items()
     }
 
 
