@@ -827,12 +827,22 @@ class PlanConfig:
     """Tokens of the pruning run."""
     pruning_global_batch_size: int = 32
     """Sequences per step of the pruning run."""
-    mask_noise_streams: int = 1
+    pruning_eval_interval: int = 50
+    """Steps between its evaluations; 0 is never."""
+    pruning_eval_sequences: int = 32
+    """Held-out sequences per domain in each of them."""
+    mask_noise_streams: int = 8
     """Independent mask draws per global batch of the pruning run."""
     pretraining_tokens: float = 48000 * 256 * 4096
     """Tokens of the continued pretraining."""
     pretraining_global_batch_size: int = 256
     """Sequences per step of the continued pretraining."""
+    pretraining_eval_interval: int = 400
+    """Steps between its evaluations; 0 is never."""
+    pretraining_eval_sequences: int = 500
+    """Held-out sequences per domain in each of them."""
+    eval_domains: int = 7
+    """Domains that both runs evaluate."""
     tensor_model_parallel_size: int | None = None
     """Only layouts with so many tensor ranks."""
     pipeline_model_parallel_size: int | None = None
@@ -844,9 +854,10 @@ class PlanConfig:
     pruning_mfu: float = 0.28
     """Share of the GPU's peak that a pruning run reaches while it computes. An assumption: what the
     reference implementation of Sheared LLaMA reached on A100."""
-    mfu: float = 0.40
-    """The same of continued pretraining. An assumption: megatron-core publishes 41 to 48 percent on
-    H100 for whole steps, with kernels of Transformer Engine."""
+    mfu: float = 0.32
+    """The same of continued pretraining. An assumption: what the reference implementation reached
+    with 2.7B on A100. Megatron-LM publishes 41 to 48 percent on H100, with Transformer Engine's
+    kernels."""
     memory_reserve_gib: float = 5.0
     """Memory of each GPU that tensors may not take, GiB. An assumption: CUDA's context, NCCL's and
     the libraries' buffers, and what the allocator cannot use."""
@@ -865,6 +876,9 @@ class PlanConfig:
             "mask_noise_streams",
             "pretraining_tokens",
             "pretraining_global_batch_size",
+            "pruning_eval_sequences",
+            "pretraining_eval_sequences",
+            "eval_domains",
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
             "num_virtual_stages_per_pipeline_rank",
@@ -873,6 +887,9 @@ class PlanConfig:
         ):
             if (value := getattr(self, name)) is not None and not 1 <= value < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        for name in ("pruning_eval_interval", "pretraining_eval_interval"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; wanted steps; 0 is never")
         for name in ("pruning_mfu", "mfu"):
             if not 0 < (value := getattr(self, name)) <= 1:
                 raise ValueError(

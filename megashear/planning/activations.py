@@ -138,12 +138,29 @@ def in_flight(work: Work, stage: int) -> tuple[int, int]:
         if direction == "backward":
             live -= kept[chunk]
     assert live == 0
+    return most, peak + _throughout(work)
+
+
+def _throughout(work: Work) -> int:
+    """There while a schedule runs."""
     lasting = FLOAT32 * work.seq_length * work.shape.head_dim  # cosines and sines
     if work.parallel.sequence_parallel:
         lasting += work.element * work.tokens * work.shape.hidden_size  # gathered inputs, reused
     if work.pipeline > 1:
         lasting += 2 * _stream(work)  # received, sent
-    return most, peak + lasting
+    return lasting
+
+
+def forward_only(work: Work, stage: int) -> int:
+    """Bytes at the fullest moment of a forward pass that keeps nothing for a backward one."""
+    # only bfloat16 is copied to float32 and back
+    copy, back = (FLOAT32, work.element) if work.model.bf16 else (0, 0)
+    # gate and up with their copies, and their product
+    activation = (2 * (work.element + copy) + FLOAT32 + back) * work.own_ffn
+    # logits, and their copy, which becomes the softmax
+    logits = (work.element + copy) * work.own_vocab if stage == work.pipeline - 1 else 0
+    # beside them a layer's input and its norm's output
+    return work.tokens * max(activation, logits) + 2 * _stream(work) + _throughout(work)
 
 
 def schedule(work: Work, stage: int) -> Iterator[tuple[Direction, int]]:

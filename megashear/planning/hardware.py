@@ -77,10 +77,12 @@ def gpu_of_device(device_name: str) -> Gpu | None:
     """The kind of GPU that a device is, by the name that its driver gives it.
 
     None where the kind is not known, or where it is a card with other arithmetic than the SXM
-    module of its kind (PCIe, NVL). Where memory distinguishes two of a kind, the first: their
-    arithmetic is the same.
+    module of its kind (PCIe, NVL), or a slice of one (MIG). Where memory distinguishes two of a
+    kind, the first: their arithmetic is the same.
     """
     words = re.findall(r"[A-Z0-9]+", device_name.upper())
+    if "MIG" in words:
+        return None
     for gpu in GPUS.values():
         kind = gpu.name.partition("-")[0]
         # A100 and L40S are as fast in every form

@@ -14,6 +14,8 @@ from megashear.shape import ModelShape
 
 PRUNING = "pruning"
 CONTINUED = "continued pretraining"
+MASKED_MODES = 2
+"""Passes that a pruning run makes over its held-out text: masks as expected, and as cut."""
 BITS = 8
 """Bits of a byte."""
 
@@ -72,6 +74,11 @@ def _jobs(config: PlanConfig, source: ModelShape, target: ModelShape | None) -> 
             seq_length=config.seq_length,
             noise_streams=1,
             mfu=config.mfu,
+            held_out_per_step=_held_out_per_step(
+                config,
+                interval=config.pretraining_eval_interval,
+                sequences=config.pretraining_eval_sequences,
+            ),
         )
     ]
     if target is not None:
@@ -91,6 +98,17 @@ def _jobs(config: PlanConfig, source: ModelShape, target: ModelShape | None) -> 
                 seq_length=config.seq_length,
                 noise_streams=config.mask_noise_streams,
                 mfu=config.pruning_mfu,
+                held_out_per_step=MASKED_MODES
+                * _held_out_per_step(
+                    config,
+                    interval=config.pruning_eval_interval,
+                    sequences=config.pruning_eval_sequences,
+                ),
             ),
         )
     return jobs
+
+
+def _held_out_per_step(config: PlanConfig, *, interval: int, sequences: int) -> float:
+    """Sequences that one mode of evaluation reads, over the steps between two of them."""
+    return config.eval_domains * sequences / interval if interval else 0.0

@@ -42,6 +42,8 @@ class Job:
     noise_streams: int
     mfu: float
     """Share of the peak that is reached while computing."""
+    held_out_per_step: float = 0.0
+    """Sequences that evaluations read, forward only, for each step."""
 
     @property
     def steps(self) -> int:
@@ -74,8 +76,8 @@ class Candidate:
         """Memory of the fullest rank, GiB."""
         return self.memory.total / GIB
 
-    def flags(self, target: ModelShape | None = None) -> str:
-        """What `prune`, with its target, or `pretrain` is started with."""
+    def flags(self, job: Job) -> str:
+        """What `prune` or `pretrain` is started with."""
         parallel, model = self.work.parallel, self.work.model
         words = [f"--tensor-model-parallel-size {self.work.tensor}"]
         if parallel.sequence_parallel:
@@ -94,13 +96,33 @@ class Candidate:
                 f"--recompute-granularity full --recompute-method {model.recompute_method} "
                 f"--recompute-num-layers {model.recompute_num_layers}"
             )
-        if target is not None and (fitting := _tensor_ranks(target, self.work.tensor)):
+        if job.target is not None and (fitting := _tensor_ranks(job.target, self.work.tensor)):
             words.append(f"--target-tensor-model-parallel-size {fitting}")
+        if job.masks:
+            words.append(f"--mask-noise-streams {job.noise_streams}")
         return " ".join([*words, "--bf16"])
 
 
-def divisions(job: Job, cluster: Cluster, fixed: Fixed) -> Iterator[Work]:
-    """Every division of the GPUs that the job's shape and batch allow, without recompute."""
+class DivisionError(ValueError):
+    """The GPUs cannot be divided so; says why in the words of the run."""
+
+    def __init__(self, message: str, passed: int) -> None:
+        super().__init__(message)
+        self.passed = passed
+        """Checks before it that were passed."""
+
+
+def divisions(
+    job: Job, cluster: Cluster, fixed: Fixed, refused: list[DivisionError] | None = None
+) -> Iterator[Work]:
+    """Every division of the GPUs that the job's shape and batch allow, without recompute.
+
+    Args:
+        job: what is trained.
+        cluster: what there is.
+        fixed: what the user has chosen.
+        refused: gets why the others are none.
+    """
     for tensor in _choices(fixed.tensor, _divisors(cluster.gpus_per_node)):
         for pipeline in _choices(fixed.pipeline, _divisors(job.shape.num_layers)):
             virtual_sizes = [n for n in _divisors(job.shape.num_layers) if n <= MOST_CHUNKS]
@@ -116,8 +138,9 @@ def divisions(job: Job, cluster: Cluster, fixed: Fixed) -> Iterator[Work]:
                             virtual=virtual,
                             micro_batch_size=size,
                         )
-                    except ValueError:
-                        continue
+                    except DivisionError as error:
+                        if refused is not None:
+                            refused.append(error)
 
 
 def division(
@@ -130,34 +153,39 @@ def division(
     there are replicas.
 
     Raises:
-        ValueError: it is none: in the words of the run that would refuse it.
+        DivisionError: it is none: in the words of the run that would refuse it.
     """
     replicated = num_gpus > tensor * pipeline
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        num_virtual_stages_per_pipeline_rank=virtual,
-        sequence_parallel=tensor > 1,
-        use_distributed_optimizer=replicated,
-        overlap_grad_reduce=replicated,
-        overlap_param_gather=replicated,
-    )
-    replicas = parallel.data_parallel_size(num_gpus)
-    job.shape.check_division(tensor=tensor, pipeline=pipeline, virtual=virtual)
-    train = TrainConfig(
-        micro_batch_size=micro_batch_size,
-        global_batch_size=job.global_batch_size,
-        seq_length=job.seq_length,
-    )
-    microbatches = train.num_microbatches(replicas)
-    parallel.check_microbatches(microbatches)
-    parallel.check_sequence(job.seq_length)
-    if job.masks:
-        check_streams(
-            job.noise_streams,
-            global_batch_size=job.global_batch_size,
-            micro_batch_size=micro_batch_size,
+    with _check(0, job):
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            num_virtual_stages_per_pipeline_rank=virtual,
+            sequence_parallel=tensor > 1,
+            use_distributed_optimizer=replicated,
+            overlap_grad_reduce=replicated,
+            overlap_param_gather=replicated,
         )
+        replicas = parallel.data_parallel_size(num_gpus)
+    with _check(1, job):
+        job.shape.check_division(tensor=tensor, pipeline=pipeline, virtual=virtual)
+    with _check(2, job):
+        train = TrainConfig(
+            micro_batch_size=micro_batch_size,
+            global_batch_size=job.global_batch_size,
+            seq_length=job.seq_length,
+        )
+        microbatches = train.num_microbatches(replicas)
+    with _check(3, job):
+        parallel.check_microbatches(microbatches)
+        parallel.check_sequence(job.seq_length)
+    with _check(4, job):
+        if job.masks:
+            check_streams(
+                job.noise_streams,
+                global_batch_size=job.global_batch_size,
+                micro_batch_size=micro_batch_size,
+            )
     return Work(
         shape=job.shape,
         parallel=parallel,
@@ -169,6 +197,16 @@ def division(
         masks=job.masks,
         noise_streams=-(-job.noise_streams // replicas),
     )
+
+
+@contextlib.contextmanager
+def _check(number: int, job: Job) -> Iterator[None]:
+    """Turn a run's refusal into a plan's, with what the plan calls the global batch."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error).replace("--global-batch-size", job.batch_flag)
+        raise DivisionError(message, number) from None
 
 
 def candidate(work: Work, job: Job, cluster: Cluster) -> Candidate:

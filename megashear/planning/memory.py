@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
-from megashear.planning.activations import in_flight
+from megashear.planning.activations import forward_only, in_flight
 from megashear.planning.work import FLOAT32, Work
 
 MOMENTS = 2
@@ -77,6 +77,12 @@ def fullest(work: Work) -> tuple[int, Memory]:
     """The stage whose ranks hold most, and what they hold."""
     stages = ((stage, rank_memory(work, stage)) for stage in range(work.pipeline))
     return max(stages, key=lambda found: found[1].total)
+
+
+def evaluating(work: Work, stage: int, *, micro_batch_size: int) -> Memory:
+    """What a rank of ``stage`` holds in an evaluation of so many sequences a forward pass."""
+    passes = replace(work, micro_batch_size=micro_batch_size)
+    return replace(rank_memory(work, stage), activations=0, buffers=forward_only(passes, stage))
 
 
 def stage_parameters(work: Work, stage: int) -> Iterator[int]:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from megashear.planning.hardware import GPUS
 from megashear.planning.layouts import (
     Candidate,
+    DivisionError,
     Fixed,
     Job,
     candidate,
-    division,
     divisions,
     order,
     recomputes,
@@ -67,21 +67,10 @@ def _first_that_fits(work: Work, job: Job, cluster: Cluster, room: float) -> Can
 
 
 def _nothing_divides(job: Job, cluster: Cluster, fixed: Fixed) -> str:
-    """Why, in the words of the run; and the numbers of GPUs nearest that divide."""
-    micro = fixed.micro_batch_size or 1
-    tensor, pipeline = fixed.tensor or 1, fixed.pipeline or 1
-    why = ""
-    try:
-        division(
-            job,
-            cluster.num_gpus,
-            tensor=tensor,
-            pipeline=pipeline,
-            virtual=fixed.virtual or 1,
-            micro_batch_size=micro,
-        )
-    except ValueError as error:
-        why = f": {error}"
+    """Why the division that gets farthest is none, and the numbers of GPUs nearest that divide."""
+    refused: list[DivisionError] = []
+    list(divisions(job, cluster, fixed, refused))
+    why = max(refused, key=lambda error: error.passed)
     others = [
         str(count)
         for count in (_nearest_below(job, cluster, fixed), _nearest_above(job, cluster, fixed))
@@ -90,7 +79,7 @@ def _nothing_divides(job: Job, cluster: Cluster, fixed: Fixed) -> str:
     way_out = f"; --gpus {' or '.join(others)} can" if others else ""
     return (
         f"{job.name}: {cluster.num_gpus} GPUs cannot be divided so that layers, heads, neurons "
-        f"and {job.batch_flag} {job.global_batch_size} go into them{why}{way_out}"
+        f"and {job.batch_flag} {job.global_batch_size} go into them: {why}{way_out}"
     )
 
 
@@ -135,8 +124,8 @@ def _nothing_fits(
             ways.append(f"--gpu {gpu.name}")
             break
     return (
-        f"{job.name}: no layout fits. The nearest, {least.flags()}, needs {least.needed_gib:.1f} "
-        f"GiB a GPU, and {room:.1f} are there ({cluster.gpu.name}: "
+        f"{job.name}: no layout fits. The nearest, {least.flags(job)}, needs "
+        f"{least.needed_gib:.1f} GiB a GPU, and {room:.1f} are there ({cluster.gpu.name}: "
         f"{cluster.gpu.memory_gib:.1f}, less --memory-reserve-gib {reserve_gib:g}): "
         f"{least.needed_gib - room:.1f} GiB too much, although every layer is run again and "
         f"replicas, where there are any, share the optimizer's state; what would do: "

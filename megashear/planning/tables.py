@@ -8,7 +8,7 @@ from typing import Any
 
 from megashear.planning.hardware import GB
 from megashear.planning.layouts import Candidate, Job
-from megashear.planning.time import Cluster
+from megashear.planning.time import Cluster, forward_seconds
 from megashear.planning.work import GIB
 
 HOUR = 3600.0
@@ -23,12 +23,16 @@ class Planned:
     cluster: Cluster
     candidates: Sequence[Candidate]
 
+    def evaluating(self, found: Candidate) -> float:
+        """Seconds of evaluations for each step."""
+        return self.job.held_out_per_step * forward_seconds(found.work, found.time)
+
     def hours(self, found: Candidate) -> float:
-        """Of the whole job, evaluations and checkpoints not counted."""
-        return self.job.steps * found.time.total / HOUR
+        """Of the whole job with its evaluations; checkpoints are not counted."""
+        return self.job.steps * (found.time.total + self.evaluating(found)) / HOUR
 
     def tokens_per_second(self, found: Candidate) -> float:
-        """Of one GPU."""
+        """Of one GPU, training alone."""
         batch = self.job.global_batch_size * self.job.seq_length
         return batch / found.time.total / self.cluster.num_gpus
 
@@ -79,11 +83,11 @@ def lines(planned: Planned, *, top: int) -> Iterator[str]:
         yield f"and {left} more that fit; --top {len(planned.candidates)} shows all"
     yield ""
     first = planned.candidates[0]
-    yield f"The first: {first.flags(job.target)}"
+    yield f"The first: {first.flags(job)}"
     yield ""
     yield from _memory(first, cluster)
     yield ""
-    yield from _time(first)
+    yield from _time(planned, first)
 
 
 def as_dict(planned: Planned) -> dict[str, Any]:
@@ -98,6 +102,7 @@ def as_dict(planned: Planned) -> dict[str, Any]:
         "masks": sorted(job.masks),
         "flops_per_token": job.shape.training_flops(job.seq_length),
         "assumed_mfu": job.mfu,
+        "held_out_sequences_per_step": job.held_out_per_step,
         "gpu": planned.cluster.gpu.name,
         "gpus": planned.cluster.num_gpus,
         "layouts": [_candidate(planned, found) for found in planned.candidates],
@@ -118,7 +123,7 @@ def _candidate(planned: Planned, found: Candidate) -> dict[str, Any]:
         "recompute_granularity": work.model.recompute_granularity,
         "recompute_method": work.model.recompute_method,
         "recompute_num_layers": work.model.recompute_num_layers,
-        "flags": found.flags(planned.job.target),
+        "flags": found.flags(planned.job),
         "fullest_stage": found.stage,
         "bytes": found.memory.parts() | {"total": found.memory.total},
         "seconds": {
@@ -129,6 +134,7 @@ def _candidate(planned: Planned, found: Candidate) -> dict[str, Any]:
             "data": time.data.exposed,
             "step": time.total,
         },
+        "evaluation_seconds_per_step": planned.evaluating(found),
         "sent_bytes": {
             kind: {"bytes": traffic.sent, "link": traffic.link}
             for kind, traffic in (
@@ -196,7 +202,7 @@ def _memory(found: Candidate, cluster: Cluster) -> Iterator[str]:
     )
 
 
-def _time(found: Candidate) -> Iterator[str]:
+def _time(planned: Planned, found: Candidate) -> Iterator[str]:
     time, work = found.time, found.work
     yield f"One step, seconds ({work.num_microbatches} microbatches a replica), and GB a GPU sends:"
     yield f"  {'compute':12} {time.compute:8.3f}"
@@ -209,6 +215,10 @@ def _time(found: Candidate) -> Iterator[str]:
         sent = f"  {traffic.sent / GB:8.2f} GB over the {traffic.link}" if traffic.sent else ""
         yield f"  {name:12} {traffic.exposed:8.3f}{sent}"
     yield f"  {'step':12} {time.total:8.3f}"
+    yield (
+        f"  {'evaluation':12} {planned.evaluating(found):8.3f}  a step, "
+        f"{planned.job.held_out_per_step:.2f} sequences forward"
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megashear.planning.hardware import Gpu
@@ -11,6 +12,9 @@ from megashear.planning.work import FLOAT32, Work
 LINK_EFFICIENCY = 0.75
 """Share of a link's nominal speed that collectives reach. An assumption: NVIDIA's nccl-tests report
 all-reduces of large messages at about 230 of 300 GB/s on eight A100."""
+
+FORWARD_SHARE = 1 / 3
+"""Of a training pass without recompute: the backward pass takes twice as much."""
 
 BUCKET = 40_000_000
 """Parameters of a bucket, at least. Source: megatron-core 0.16.1, DistributedDataParallel."""
@@ -28,9 +32,27 @@ class Cluster:
     network: float
     """Between nodes, bytes a second and GPU in each direction."""
 
-    def link(self, span: int) -> tuple[str, float]:
-        """The slowest link between ``span`` neighbouring ranks: its name, bytes a second."""
-        inside = span <= self.gpus_per_node
+    def ring(self, size: int, *, apart: int = 1) -> tuple[str, float]:
+        """What a collective's rank sends over: the name of the link, bytes a second.
+
+        Of a group that crosses nodes NCCL makes as many rings as it has ranks on a node, each
+        through another's adapter, so that a rank sees their sum, up to what the node's own link
+        carries. (NVIDIA/nccl, issue 812: 192 GB/s a GPU on two DGX A100 with eight adapters of 25.)
+
+        Args:
+            size: ranks of the group.
+            apart: from one of its ranks to the next; groups lie side by side in ``size * apart``.
+        """
+        span, node = size * apart, self.gpus_per_node
+        if self.num_gpus <= node or node % span == 0:
+            return "node", self.gpu.node_link * LINK_EFFICIENCY
+        # the least of its ranks on any node: groups begin at multiples of the span
+        rings = max(1, math.gcd(span, node) // apart)
+        return "network", min(self.gpu.node_link, rings * self.network) * LINK_EFFICIENCY
+
+    def hop(self) -> tuple[str, float]:
+        """The slowest link between two stages, which send through one adapter."""
+        inside = self.num_gpus <= self.gpus_per_node
         speed = self.gpu.node_link if inside else self.network
         return ("node" if inside else "network"), speed * LINK_EFFICIENCY
 
@@ -84,16 +106,15 @@ def step_time(work: Work, cluster: Cluster, *, mfu: float) -> StepTime:
     speed = cluster.gpu.peak_flops * mfu
     compute = max(_stage_flops(work, stage) for stage in _ends(work)) / speed
     tensor_exposed, tensor_sent = _tensor_bytes(work)
-    tensor_link, tensor_speed = cluster.link(work.tensor)
+    tensor_link, tensor_speed = cluster.ring(work.tensor)
     hop = work.element * work.own_tokens * work.shape.hidden_size if work.pipeline > 1 else 0
-    # stages are the farthest apart of all ranks
-    pipeline_link, pipeline_speed = cluster.link(cluster.num_gpus)
+    pipeline_link, pipeline_speed = cluster.hop()  # stages are the farthest apart of all ranks
     tensor_time = tensor_exposed / tensor_speed
     pipeline_time = 2 * work.virtual * hop / pipeline_speed
     pace = compute + tensor_time + pipeline_time
     count = work.num_microbatches
     reduced, gathered = _data_bytes(work)
-    data_link, data_speed = cluster.link(work.tensor * work.data_size)
+    data_link, data_speed = cluster.ring(work.data_size, apart=work.tensor)
     overlap = work.parallel.overlap_grad_reduce, work.parallel.overlap_param_gather
     reducing = _beside(work, reduced / data_speed, pace * 2 / 3, overlaps=overlap[0])
     gathering = _beside(work, gathered / data_speed, pace / 3, overlaps=overlap[1])
@@ -118,6 +139,13 @@ def step_time(work: Work, cluster: Cluster, *, mfu: float) -> StepTime:
     )
 
 
+def forward_seconds(work: Work, time: StepTime) -> float:
+    """Seconds that a sequence takes forward only, at the pace of a step: nothing is run again."""
+    sequences = work.num_microbatches * work.micro_batch_size * work.data_size
+    whole = 1 + FORWARD_SHARE * _run_again(work)
+    return time.total / sequences * FORWARD_SHARE / whole
+
+
 def _ends(work: Work) -> set[int]:
     """First and last stage: no other has more to do."""
     return {0, work.pipeline - 1}
@@ -129,7 +157,7 @@ def _stage_flops(work: Work, stage: int) -> float:
     head = 6 * shape.vocab_size * shape.hidden_size
     layers = shape.training_flops(seq) - head
     share = 1 / work.pipeline
-    per_token = layers * share * (1 + _run_again(work) / 3)
+    per_token = layers * share * (1 + _run_again(work) * FORWARD_SHARE)
     if stage == work.pipeline - 1:
         per_token += head
     return per_token * work.tokens / work.tensor

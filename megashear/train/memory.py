@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 from megashear.config import PretrainRun, PruneRun
 from megashear.parallel.groups import ParallelGroups
-from megashear.planning.memory import fullest
+from megashear.planning.memory import Memory, evaluating, fullest
 from megashear.planning.work import GIB, Work
 from megashear.shape import ModelShape
 from megashear.train.objectives import LanguageModelling, StructuredPruning
@@ -20,7 +21,7 @@ def tell_memory(
     objective: LanguageModelling,
     groups: ParallelGroups,
 ) -> None:
-    """Log what the fullest rank will hold, as `megashear plan` counts it."""
+    """Log what the fullest rank will hold, as `megashear plan` counts it, and what is left out."""
     masks, streams = frozenset[str](), 1
     if isinstance(objective, StructuredPruning):
         masks, streams = frozenset(objective.masks.parts), objective.config.mask_noise_streams
@@ -36,8 +37,29 @@ def tell_memory(
         noise_streams=-(-streams // groups.data_size),
     )
     stage, memory = fullest(work)
+    when = ""
+    for other, evaluation in _evaluations(config, work):
+        if evaluation.total > memory.total:
+            stage, memory, when = other, evaluation, ", in an evaluation"
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.parts().items() if size)
     logger.info(
-        "a rank of stage %d is planned to hold most, %.2f GiB at its fullest: %s",
-        *(stage, memory.total / GIB, parts),
+        "a rank of stage %d is planned to hold most, %.2f GiB at its fullest%s: %s%s",
+        *(stage, memory.total / GIB, when, parts, _not_counted(config, objective)),
     )
+
+
+def _evaluations(config: PruneRun | PretrainRun, work: Work) -> Iterator[tuple[int, Memory]]:
+    """What each stage holds while it evaluates."""
+    train = config.train
+    size = train.eval_micro_batch_size or train.micro_batch_size
+    for stage in range(work.pipeline):
+        yield stage, evaluating(work, stage, micro_batch_size=size)
+
+
+def _not_counted(config: PruneRun | PretrainRun, objective: LanguageModelling) -> str:
+    """What is set and no part of the plan; pruning's layers are always the local ones."""
+    model = config.model
+    foreign = model.transformer_impl != "local" and not isinstance(objective, StructuredPruning)
+    found = ["--reset-attention-mask"] * model.reset_attention_mask
+    found += [f"--transformer-impl {model.transformer_impl}"] * foreign
+    return f"; not counted: {', '.join(found)}" if found else ""

@@ -39,7 +39,8 @@ def test_json_has_every_layout_with_parts_that_add_up(capsys: pytest.CaptureFixt
         assert parts.pop("total") == sum(parts.values())
         assert seconds.pop("step") == pytest.approx(sum(seconds.values()))
         assert found["gpu_hours"] == pytest.approx(8 * found["hours"])
-        assert found["hours"] == pytest.approx(3200 * found["seconds"]["step"] / 3600)
+        step = found["seconds"]["step"] + found["evaluation_seconds_per_step"]
+        assert found["hours"] == pytest.approx(3200 * step / 3600)
         rate = 32 * 4096 / found["seconds"]["step"] / 8
         assert found["tokens_per_second_per_gpu"] == pytest.approx(rate)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megashear.config import PlanConfig
 from megashear.planning import search
@@ -87,15 +89,18 @@ def test_recompute_is_taken_where_nothing_fits_without() -> None:
 
 def test_flags_are_those_of_the_run() -> None:
     (one,) = found(fixed=Fixed(tensor=2, pipeline=2, virtual=2, micro_batch_size=1))
-    assert one.flags(SMALL) == (
+    assert one.flags(job()) == (
         "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
         "--num-virtual-stages-per-pipeline-rank 2 --use-distributed-optimizer "
-        "--overlap-grad-reduce --overlap-param-gather --micro-batch-size 1 --bf16"
+        "--overlap-grad-reduce --overlap-param-gather --micro-batch-size 1 "
+        "--mask-noise-streams 8 --bf16"
     )
     (wide,) = found(fixed=Fixed(tensor=8, pipeline=1, virtual=1))
     # 20 heads go into 4 ranks, not into 8
-    assert "--target-tensor-model-parallel-size 4" in wide.flags(SMALL)
-    assert "--target" not in wide.flags()
+    assert "--target-tensor-model-parallel-size 4" in wide.flags(job())
+    continued = wide.flags(job(target=None, masks=frozenset()))
+    assert "--target" not in continued
+    assert "--mask-noise-streams" not in continued
 
 
 @pytest.mark.parametrize(
@@ -105,7 +110,8 @@ def test_flags_are_those_of_the_run() -> None:
             7,
             Fixed(),
             "pruning: 7 GPUs cannot be divided so that .* --pruning-global-batch-size 32 go into "
-            "them: --global-batch-size 32 is not a multiple of .* = 1 \\* 7.*; --gpus 4 or 8 can",
+            "them: --pruning-global-batch-size 32 is not a multiple of .* = 1 \\* 7.*; --gpus 4 or "
+            "8 can",
         ),
         (
             8,
@@ -127,17 +133,24 @@ def test_flags_are_those_of_the_run() -> None:
         (
             8,
             Fixed(micro_batch_size=3),
-            "--global-batch-size 32 is not a multiple of --micro-batch-size \\* data-parallel "
-            "size = 3 \\* 8",
+            "--pruning-global-batch-size 32 is not a multiple of --micro-batch-size \\* "
+            "data-parallel size = 3 \\* 8",
         ),
-        (8, Fixed(micro_batch_size=8), r"= 8 \* 8; the nearest that are: 64; --gpus 4 can|64$"),
+        # over eight tensor ranks 8 divide 32; it is the streams that they cannot be divided among
+        (
+            8,
+            Fixed(micro_batch_size=8),
+            "them: --mask-noise-streams 8 does not divide --pruning-global-batch-size 32 into "
+            "whole microbatches of 8; possible: 1, 2, 4$",
+        ),
     ],
 )
 def test_what_does_not_divide_is_said_as_the_run_says_it(
     gpus: int, fixed: Fixed, message: str
 ) -> None:
-    with pytest.raises(NothingFitsError, match=message):
+    with pytest.raises(NothingFitsError, match=message) as refused:
         found(gpus, fixed=fixed)
+    assert " --global-batch-size" not in str(refused.value)  # which the plan does not have
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
@@ -180,6 +193,7 @@ def test_pruning_asks_for_masks_that_lead_to_the_target() -> None:
     assert both[0].job.masks == KINDS
     assert both[0].job.steps == 3200
     assert both[1].job.steps == 48000
+    assert both[0].job.noise_streams == 8
     (alone,) = make_plans(config, SEVEN, None)
     assert alone.job.shape == SEVEN
     with pytest.raises(ValueError, match=r"is a sparsity of .* the nearest --target-hidden-size"):
@@ -188,9 +202,39 @@ def test_pruning_asks_for_masks_that_lead_to_the_target() -> None:
         make_plans(replace(config, seq_length=8192), PRESETS["mistral-7b-v0.1"], None)
 
 
+def test_hours_include_the_evaluations_of_the_recipe() -> None:
+    recipes = Path(__file__).parents[3] / "examples/llama2_7b_to_2.7b"
+    config = PlanConfig(model="llama2-7b", gpus=8)
+    pruning, continued = make_plans(config, SEVEN, SMALL)
+    for planned, recipe, modes in ((pruning, "prune", 2), (continued, "pretrain", 1)):
+        run = yaml.safe_load((recipes / f"{recipe}.yaml").read_text())
+        domains, batch = len(run["domain_weights"]), run["global_batch_size"]
+        trained = run["eval_interval"] * batch  # sequences, between two evaluations
+        share = domains * run["eval_sequences"] * modes / 3 / trained
+        assert share == pytest.approx({"prune": 0.0933, "pretrain": 0.0114}[recipe], rel=0.01)
+        best = planned.candidates[0]
+        assert best.work.model.recompute_granularity is None
+        alone = run["train_iters"] * best.time.total / 3600
+        assert planned.hours(best) == pytest.approx(alone * (1 + share))
+    never = replace(config, pruning_eval_interval=0, pretraining_eval_interval=0)
+    for planned in make_plans(never, SEVEN, SMALL):
+        best = planned.candidates[0]
+        assert planned.hours(best) == planned.job.steps * best.time.total / 3600
+
+
+def test_the_published_runs_take_about_as_long_as_planned() -> None:
+    config = PlanConfig(model="llama2-7b", gpus=8, gpu="A100-80G")
+    # tokens a second and GPU of LLM-Shearing, docs/algorithm.md section 6
+    for planned, published in zip(make_plans(config, SEVEN, SMALL), (1844, 4957)):
+        best = planned.candidates[0]
+        assert planned.tokens_per_second(best) == pytest.approx(published, rel=0.03)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("pruning_eval_interval", -1, "--pruning-eval-interval is -1; wanted steps; 0 is never"),
+        ("eval_domains", 0, "--eval-domains is 0; it must be at least 1"),
         ("gpus", 0, "--gpus is 0; it must be at least 1"),
         ("pruning_tokens", 0.5, "--pruning-tokens is 0.5; it must be at least 1"),
         ("pretraining_tokens", float("inf"), "--pretraining-tokens is inf; it must be"),

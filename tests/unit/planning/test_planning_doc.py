@@ -16,7 +16,7 @@ from megashear.config import ModelConfig, ParallelConfig
 from megashear.planning.activations import attention_kept, loss_kept, mlp_kept
 from megashear.planning.hardware import GPUS
 from megashear.planning.memory import rank_memory, stage_parameters
-from megashear.planning.time import Cluster, step_time
+from megashear.planning.time import Cluster, forward_seconds, step_time
 from megashear.planning.work import Work
 from megashear.shape import PRESETS
 from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)
@@ -99,6 +99,11 @@ def test_the_seconds_explained_are_those_planned() -> None:
     assert table_row(text, "compute") == f"{time.compute:.3f}"
     assert float(table_row(text, "data")) == pytest.approx(time.data.exposed, abs=5e-4)
     assert f"{SEVEN.shape.training_flops(4096) / 1e9:.3f} GFLOP" in text
+    assert f"{PRESETS['llama2-2.7b'].training_flops(4096) / 1e9:.3f} GFLOP" in text
+    evaluating = 2 * 7 * 32 / 50 * forward_seconds(SEVEN, time)
+    assert float(table_row(text, "evaluation")) == pytest.approx(evaluating, abs=5e-4)
+    assert f"are {3200 * 32 * 4096 / 8 / 1844 / 3600:.1f} hours" in " ".join(text.split())
+    assert f"are {48000 * 256 * 4096 / 8 / 4957 / 3600:.1f} hours" in " ".join(text.split())
 
 
 def test_the_traffic_explained_is_the_traffic_planned() -> None:

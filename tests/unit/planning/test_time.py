@@ -9,7 +9,7 @@ import pytest
 from megashear.config import ModelConfig
 from megashear.planning.activations import schedule
 from megashear.planning.hardware import GB, GPUS, find_gpu, gpu_of_device
-from megashear.planning.time import LINK_EFFICIENCY, Cluster, step_time
+from megashear.planning.time import LINK_EFFICIENCY, Cluster, forward_seconds, step_time
 from megashear.planning.work import Work
 from megashear.shape import PRESETS, ModelShape
 from tests.tiny import layout
@@ -120,7 +120,65 @@ def test_gradients_go_over_the_network_when_replicas_do_not_share_a_node() -> No
     assert (inside.link, outside.link) == ("node", "network")
     assert inside.sent == outside.sent == round(2 * 7 / 8 * 4 * PRESETS["llama2-7b"].num_params())
     assert inside.exposed == pytest.approx(inside.sent / (450 * GB * LINK_EFFICIENCY))
-    assert outside.exposed == pytest.approx(outside.sent / (50 * GB * LINK_EFFICIENCY))
+    # four ranks on each node, four adapters
+    assert outside.exposed == pytest.approx(outside.sent / (4 * 50 * GB * LINK_EFFICIENCY))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "size", "apart", "link", "speed"),
+    [
+        (8, 8, 1, "node", 450),
+        (16, 8, 1, "node", 450),
+        (16, 2, 4, "node", 450),
+        (16, 16, 1, "network", 400),  # eight adapters of 50
+        (16, 8, 2, "network", 200),
+        (16, 4, 4, "network", 100),
+        (16, 2, 8, "network", 50),
+        (32, 2, 16, "network", 50),
+        # spans that no node holds whole: ranks 6, 7 | 8 of the third group of three
+        (24, 3, 1, "network", 50),
+        (24, 6, 1, "network", 2 * 50),
+        (24, 3, 2, "network", 50),
+        (12, 12, 1, "network", 4 * 50),  # four ranks on the second node
+        (6, 3, 1, "node", 450),  # all on one
+    ],
+)
+def test_a_ring_crosses_nodes_through_the_adapters_of_all_its_ranks(
+    gpus: int, size: int, apart: int, link: str, speed: float
+) -> None:
+    found = cluster(gpus).ring(size, apart=apart)
+    assert found == (link, pytest.approx(speed * GB * LINK_EFFICIENCY))
+    # the same by counting: ranks of each group on each node, the fewest where a group crosses
+    groups = [
+        [start + offset + apart * n for n in range(size)]
+        for start in range(0, gpus, size * apart)
+        for offset in range(apart)
+    ]
+    nodes = [[rank // 8 for rank in group] for group in groups]
+    crossing = [group for group in nodes if len(set(group)) > 1]
+    assert (link == "network") == bool(crossing)
+    if crossing:
+        fewest = min(group.count(node) for group in crossing for node in set(group))
+        assert speed == 50 * fewest
+
+
+def test_a_ring_is_no_faster_than_the_link_in_the_node() -> None:
+    l40s = GPUS["L40S-48G"]
+    many = Cluster(gpu=l40s, num_gpus=16, gpus_per_node=8, network=l40s.network)
+    assert many.ring(16) == ("network", 32 * GB * LINK_EFFICIENCY)  # not 8 * 12.5
+
+
+def test_stages_send_through_one_adapter() -> None:
+    assert cluster(16).hop() == ("network", 50 * GB * LINK_EFFICIENCY)
+    assert cluster(8).hop() == ("node", 450 * GB * LINK_EFFICIENCY)
+
+
+def test_an_evaluations_sequence_is_a_third_and_never_run_again() -> None:
+    plain = step_time(work(), cluster(1), mfu=0.5)
+    assert forward_seconds(work(), plain) == pytest.approx(plain.total / 8 / 3)
+    whole = work(model=ModelConfig(bf16=True, recompute_granularity="full"))
+    again = step_time(whole, cluster(1), mfu=0.5)
+    assert forward_seconds(whole, again) == pytest.approx(again.total / 8 / 4)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
@@ -181,6 +239,8 @@ def test_overlap_leaves_the_last_bucket_and_what_is_longer_than_a_pass() -> None
         ("NVIDIA H100 NVL", None),
         ("NVIDIA GH200 480GB", None),
         ("NVIDIA L40", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
         ("Tesla V100-SXM2-32GB", None),
     ],
 )
