@@ -281,7 +281,7 @@ class TrainConfig:
     """Directory for TensorBoard event files."""
     jsonl_log: str | None = None
     """File of JSON lines for the scalars that TensorBoard has: a line for each step with points.
-    Must not exist, unless the run goes on from a checkpoint."""
+    Must not exist, unless the run goes on from a checkpoint or --resume is given."""
     wandb_project: str | None = None
     """Project of Weights & Biases to send scalars, images and histograms to; needs wandb."""
     wandb_entity: str | None = None

@@ -8,7 +8,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,8 @@ class Sink(Protocol):
 
     takes_images: bool
     """Whether it keeps images and histograms; nobody need draw for one that does not."""
+    name: str
+    """What the user typed to have it."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Take points by tag; a NaN is none."""
@@ -57,63 +60,86 @@ class Sink(Protocol):
 class Sinks:
     """Several sinks as one; none at all is one that keeps nothing.
 
+    One rank has them, and would be alone with what they raise while the others wait for it: a sink
+    that fails is told of and gets nothing more, and training goes on without it.
+
     Args:
         sinks: those that get everything.
     """
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = list(sinks)
+        self.name = ", ".join(sink.name for sink in sinks)
         self.takes_images = any(sink.takes_images for sink in self._sinks)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Take points by tag; a NaN is none."""
-        for sink in self._sinks:
-            sink.scalars(step, values)
+        self._each(lambda sink: sink.scalars(step, values))
 
     def replace(self, step: int, values: Mapping[str, float]) -> None:
         """Take points that an earlier process may have written at this very step already."""
-        for sink in self._sinks:
-            sink.replace(step, values)
+        self._each(lambda sink: sink.replace(step, values))
 
     def images(self, step: int, values: Mapping[str, Pixels]) -> None:
         """Take images by tag, red, green and blue, [height, width, 3]."""
-        for sink in self._sinks:
-            sink.images(step, values)
+        self._each(lambda sink: sink.images(step, values))
 
     def histograms(self, step: int, values: Mapping[str, Floats]) -> None:
         """Take values whose distribution is of interest, by tag, any shape."""
-        for sink in self._sinks:
-            sink.histograms(step, values)
+        self._each(lambda sink: sink.histograms(step, values))
 
     def flush(self) -> None:
         """Write what is held back, which is lost if this process is killed."""
-        for sink in self._sinks:
-            sink.flush()
+        self._each(lambda sink: sink.flush())
 
     def close(self) -> None:
         """Write what is still held back; nothing may follow."""
-        for sink in self._sinks:
-            sink.close()
+        self._each(lambda sink: sink.close())
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            with tolerated(f"{sink.name} gets nothing more of this run"):
+                act(sink)
+                continue
+            self._sinks.remove(sink)
+        self.takes_images = any(sink.takes_images for sink in self._sinks)
+
+
+@contextlib.contextmanager
+def tolerated(consequence: str) -> Iterator[None]:
+    """Tell of what the block raises and go on: for what only one rank does, and no step needs.
+
+    Args:
+        consequence: what is missing from now on.
+    """
+    try:
+        yield
+    except Exception as error:  # of the disk, of W&B, of a library that draws
+        logger.warning("%s: %s: %s", consequence, type(error).__name__, error, exc_info=True)
 
 
 class JsonLinesSink:
     """Appends a line of JSON for every step that has points: ``{"step": 20, "eval/mean-loss": 2}``.
 
-    It holds scalars only. Points of one step may be in several lines.
+    It holds scalars only. Points of one step may be in several lines. Half a line that a killed
+    process left at the end of the file is removed.
 
     Args:
         file: made, with its directory, if need be.
         purge_step: first step that this process will write; lines of an earlier process at it or
             later are removed. None keeps all lines.
+
+    Raises:
+        ValueError: the file holds something else.
     """
 
     takes_images = False
 
     def __init__(self, file: str | Path, *, purge_step: int | None = None) -> None:
         self._path = Path(file)
+        self.name = f"--jsonl-log {file}"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        if purge_step is not None and self._path.exists():
-            self._keep(lambda line: line[STEP] < purge_step)
+        self._keep(lambda line: purge_step is None or line[STEP] < purge_step)
         self._file = self._path.open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -143,16 +169,36 @@ class JsonLinesSink:
         """Write what is still held back."""
         self._file.close()
 
-    def _keep(self, wanted: Any) -> None:
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Rewrite the file with the lines for which ``wanted`` holds, in one step."""
+        if not self._path.is_file():  # nothing yet, or a pipe
+            return
+        *whole, last = self._path.read_bytes().split(b"\n")
+        if last and not _is_begun(last):
+            whole.append(last)
+        lines = [(text, self._parse(number, text)) for number, text in enumerate(whole, start=1)]
         beside = self._path.with_name(f"{self._path.name}.tmp")
-        with beside.open("w", encoding="utf-8") as kept:
-            for text in self._path.read_text(encoding="utf-8").splitlines():
-                # a process that was killed may leave half a line, the last
-                with contextlib.suppress(json.JSONDecodeError):
-                    if wanted(json.loads(text)):
-                        kept.write(text + "\n")
+        with beside.open("wb") as kept:
+            kept.writelines(text + b"\n" for text, line in lines if wanted(line))
         beside.replace(self._path)
+
+    def _parse(self, number: int, text: bytes) -> dict[str, Any]:
+        try:
+            line = json.loads(text)
+        except ValueError:  # no JSON, or no UTF-8
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get(STEP), int):
+            raise ValueError(
+                f"--jsonl-log {self._path} is no log of a run: line {number} is {text[:40]!r}, "
+                f'wanted JSON with a "{STEP}"; nothing in it is changed: choose another file'
+            )
+        return line
+
+
+def _is_begun(text: bytes) -> bool:
+    """Whether this is the beginning of a line and not all of it."""
+    head = f'{{"{STEP}": '.encode()
+    return not text.endswith(b"}") and (text.startswith(head) or head.startswith(text))
 
 
 class WandbSink:
@@ -172,9 +218,12 @@ class WandbSink:
     def __init__(self, train: TrainConfig, config: Mapping[str, Any], *, resume: bool) -> None:
         import wandb
 
+        self.name = f"--wandb-project {train.wandb_project}"
         folder = Path(train.wandb_save_dir or train.tensorboard_dir or train.save or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = folder / RUN_ID
+        # beside the checkpoints that a run is resumed from: other directories may have many runs
+        kept = Path(train.save or folder) / RUN_ID
+        for directory in (folder, kept.parent):
+            directory.mkdir(parents=True, exist_ok=True)
         # an environment variable of W&B's own goes first
         known = kept.read_text(encoding="utf-8").strip() if resume and kept.is_file() else None
         self._wandb = wandb
@@ -219,8 +268,8 @@ class WandbSink:
         """W&B's own process writes without being asked."""
 
     def close(self) -> None:
-        """Wait until everything is sent, or written."""
-        self._run.finish()
+        """Wait until everything is sent, or written; what fails just now has failed at W&B too."""
+        self._run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
 
 
 def check_sinks(train: TrainConfig) -> None:
@@ -266,6 +315,15 @@ def _named(
     if train.tensorboard_dir is not None:
         yield TensorBoardSink(train.tensorboard_dir, purge_step=first_step + 1, layout=layout)
     if train.jsonl_log is not None:
-        yield JsonLinesSink(train.jsonl_log, purge_step=first_step + 1)
+        path = Path(train.jsonl_log)
+        if first_step == 0 and path.is_file() and path.stat().st_size:
+            # a job that was killed before its first save, or another run: nobody can tell
+            logger.warning(
+                "--jsonl-log %s holds lines already, and this run begins at step 0: they stay, and "
+                "its own come behind them",
+                path,
+            )
+        yield JsonLinesSink(path, purge_step=first_step + 1 if first_step else None)
     if train.wandb_project is not None:
-        yield WandbSink(train, config, resume=train.resume or first_step > 0)
+        # from step 0 on nothing is gone on with, whatever --resume would have liked
+        yield WandbSink(train, config, resume=first_step > 0)

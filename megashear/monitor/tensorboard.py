@@ -180,7 +180,7 @@ def part_seconds(part: str) -> str:
 
 
 def part_share(part: str) -> str:
-    """Share of the wall time so far for which training stood still, between 0 and 1."""
+    """Share of the wall time since this start for which training stood still, 0 to 1."""
     return f"system/{part}-share"
 
 
@@ -206,6 +206,7 @@ class TensorBoardSink:
     ) -> None:
         self._writer: SummaryWriter | None = None
         self.takes_images = directory is not None
+        self.name = f"--tensorboard-dir {directory}"
         if directory is not None:
             # Here, not above: it imports torch, and most commands log nothing.
             from torch.utils.tensorboard import SummaryWriter

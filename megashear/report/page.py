@@ -244,7 +244,7 @@ summary { cursor: pointer; color: var(--kept); }
 pre { font-size: .85rem; line-height: 1.4; margin: 8px 0; }
 .badge { display: inline-block; border: 1px solid currentColor; border-radius: 99px;
   padding: 0 10px; font-size: .85rem; font-weight: 600; color: var(--good); }
-.badge.stopped, .badge.unknown { color: var(--warn); }
+.badge.stopped, .badge.unknown, .badge.ended-early { color: var(--warn); }
 .badge.running { color: var(--kept); }
 footer { margin-top: 30px; font-size: .85rem; }
 @media (max-width: 600px) { main { padding: 18px 12px 40px; } section { padding: 14px; }

@@ -28,10 +28,13 @@ from megashear.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
+EVALUATION, _ = tags.PAUSES
 RESULTS = "results.json"
 """What the quickstart writes at its end, beside its runs."""
 QUICKSTART_RUNS = ("pruned", "sheared")
 """Runs of a quickstart that a report tells of, where they are there."""
+HELD_OUT_LOSS = "held_out_loss"
+"""Key of the last evaluation's losses in the details of a run's last checkpoint."""
 ALIVE_S = 900.0
 """Seconds since the last point for which a run that is not at its end counts as running."""
 
@@ -56,8 +59,9 @@ class Session:
     began: float
     """Seconds since 1970."""
     ended: float
-    first_step: int
-    last_step: int
+    first_step: int | None
+    """None where it took no step: it was killed before, or only evaluated what was there."""
+    last_step: int | None
 
     @property
     def seconds(self) -> float:
@@ -95,10 +99,13 @@ class RunRecord:
         return {tag: {step: p.value for step, p in of.items()} for tag, of in self.events.items()}
 
     @property
+    def _details(self) -> Mapping[str, Any]:
+        return {} if self.description is None else self.description.details
+
+    @property
     def config(self) -> dict[str, Any]:
         """Settings of the run by group; empty before the first checkpoint."""
-        found = {} if self.description is None else self.description.details.get("run", {})
-        return dict(found)
+        return dict(self._details.get("run", {}))
 
     @property
     def stage(self) -> str | None:
@@ -123,10 +130,15 @@ class RunRecord:
 
     @property
     def state(self) -> str:
-        """ "finished", "running" or "stopped"; "unknown" where no file says anything."""
+        """ "finished", "ended early" for lack of text, "running" or "stopped"; "unknown" where no
+        file says anything.
+
+        A run is at its end with its last evaluation, which comes after its last checkpoint.
+        """
         iteration = None if self.description is None else self.description.iteration
-        if iteration is not None and iteration == self.train_iters:
-            return "finished"
+        # what goes on from there, with more steps or text, has points behind it
+        if iteration == self.step and HELD_OUT_LOSS in self._details:
+            return "finished" if iteration == self.train_iters else "ended early"
         if not self.sessions:
             return "unknown" if iteration is None else "stopped"
         return "running" if self.now - self.sessions[-1].ended < ALIVE_S else "stopped"
@@ -146,17 +158,30 @@ class RunRecord:
     @property
     def tokens(self) -> int | None:
         """Training tokens read up to the newest checkpoint, or the last point where none is."""
-        if self.description is None:
-            return None
-        details = self.description.details
         length = self.config.get("train", {}).get("seq_length")
-        samples = details.get("consumed_samples")
+        samples = self._details.get("consumed_samples")
         return None if samples is None or length is None else int(samples) * int(length)
 
     @property
     def seconds(self) -> float:
         """Wall time of all sessions together."""
         return sum(session.seconds for session in self.sessions)
+
+    @property
+    def evaluation_share(self) -> float | None:
+        """Share of the wall time that evaluations within the run took; None where none did.
+
+        Every start logs the share of its own time so far.
+        """
+        points = self.events.get(tags.part_share(EVALUATION), {})
+        if not points or not self.seconds:
+            return None
+        taken = 0.0
+        for session in self.sessions:
+            own = [p for p in points.values() if session.began <= p.wall_time <= session.ended]
+            last = max(own, key=lambda point: point.wall_time, default=None)
+            taken += 0.0 if last is None else last.value * session.seconds
+        return taken / self.seconds
 
     @property
     def target_shape(self) -> ModelShape | None:
@@ -263,7 +288,7 @@ def read_run(folder: Path, tensorboard_dirs: Sequence[Path] = ()) -> RunRecord:
 
 
 def sessions(directories: Sequence[Path]) -> list[Session]:
-    """The starts of a run, oldest first: every process that trained wrote an event file of its own.
+    """The starts of a run, oldest first: every process that writes has an event file of its own.
 
     Files of the evaluation at the end (`TensorBoardSink.replace`) are no starts; they make the
     start longer that wrote them.
@@ -276,17 +301,18 @@ def sessions(directories: Sequence[Path]) -> list[Session]:
         times, steps = [], []
         for event in LegacyEventFileLoader(str(path)).Load():
             times.append(event.wall_time)
-            if event.HasField("summary") and event.step:  # at 0 is the layout of the charts
+            # at 0 is the layout of the charts; an evaluation alone may draw masks
+            if event.step and any(v.HasField("simple_value") for v in event.summary.value):
                 steps.append(event.step)
         if ".at-" in path.name:
             later += times
-        elif steps:
+        elif times:
             found.append(
                 Session(
                     began=min(times),
                     ended=max(times),
-                    first_step=min(steps),
-                    last_step=max(steps),
+                    first_step=min(steps, default=None),
+                    last_step=max(steps, default=None),
                 )
             )
     found.sort(key=lambda session: session.began)

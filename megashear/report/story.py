@@ -41,11 +41,10 @@ from megashear.report.page import (
     table,
     text,
 )
-from megashear.report.record import RESULTS, RunRecord
+from megashear.report.record import HELD_OUT_LOSS, RESULTS, RunRecord
 from megashear.report.tables import EXTENT_NAMES, KIND_NAMES, PARTS, part_params
 from megashear.shape import ModelShape
 
-EVALUATION, _ = tags.PAUSES
 STAGES = {"prune": "Pruning", "pretrain": "Continued pretraining", None: "Run"}
 GLOSSARY = {
     "pruning": "Making a model smaller by taking whole parts out of it: layers, attention heads, "
@@ -93,7 +92,8 @@ def headline(records: Sequence[RunRecord]) -> list[str]:
     """What stands below the title: what happened in a sentence or two, and the largest numbers."""
     lead = [paragraph(_sentence(records), kind="lead")]
     badges = "".join(
-        f'<p class="state"><span class="badge {record.state}">{text(record.state)}</span> '
+        f'<p class="state"><span class="badge {record.state.replace(" ", "-")}">'
+        f"{text(record.state)}</span> "
         f"{text(_status(record))}</p>"
         for record in records
     )
@@ -293,7 +293,9 @@ def _events_table(record: RunRecord) -> str:
             [
                 moment(session.began),
                 "started" if number == 1 else "started again",
-                f"steps {session.first_step:,} to {session.last_step:,}",
+                "no step"
+                if session.first_step is None
+                else f"steps {session.first_step:,} to {session.last_step:,}",
                 format_duration(session.seconds),
             ]
         )
@@ -346,8 +348,8 @@ def _cost_hours(record: RunRecord) -> str:
 
 
 def _cost_evaluation(record: RunRecord) -> str:
-    values = record.events.get(tags.part_share(EVALUATION), {})
-    return f"{100 * values[max(values)].value:.1f} % of the wall time" if values else "-"
+    share = record.evaluation_share
+    return "-" if share is None else f"{100 * share:.1f} % of the wall time"
 
 
 def _cost_saving(record: RunRecord) -> str:
@@ -560,7 +562,7 @@ def _before_and_after(
 def _final_loss(record: RunRecord) -> tuple[float, str] | None:
     """The held-out loss that says most of a run, and what it was measured on."""
     if record.description is not None:
-        by_mode = record.description.details.get("held_out_loss", {})
+        by_mode = record.description.details.get(HELD_OUT_LOSS, {})
         for mode, words in (
             ("loss", "over all held-out text"),
             ("exact", "over all held-out text, cut to the target"),

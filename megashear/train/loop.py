@@ -166,12 +166,19 @@ class Trainer:
         return open_sinks(self.train, first_step=first_step, config=run, layout=layout)
 
     def _run(self, first_step: int, stops: Stops) -> dict[str, Any]:
-        train, last = self.train, self.train.train_iters
         saver = self._saver()
-        if saver is not None and first_step < last:
+        if saver is not None and first_step < self.train.train_iters:
             saver.check(checkpoint_bytes(self.shape, bf16=self.bf16))
         with raise_together():
             sink = self._sinks(first_step)
+        # points that explain a failure are written before it ends the run
+        with contextlib.closing(sink):
+            return self._train_and_evaluate(first_step, stops, saver, sink)
+
+    def _train_and_evaluate(
+        self, first_step: int, stops: Stops, saver: Saver | None, sink: Sinks
+    ) -> dict[str, Any]:
+        train, last = self.train, self.train.train_iters
         meter = Throughput(num_devices=self.groups.world_size)
         window: list[SequenceLosses] = []
         saved: Path | None = None
@@ -241,7 +248,6 @@ class Trainer:
             # whoever goes on behind this run must hear of a signal that came meanwhile
             _, request = self._agree([], stops.request())
             stop = stops.reason(request, 1)
-        sink.close()
         reached = {
             "step": step,
             "stopped": stop,

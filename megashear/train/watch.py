@@ -11,7 +11,7 @@ from megashear.masks.gates import scores
 from megashear.masks.mask_set import MaskPart
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.mask_pictures import mask_pictures
-from megashear.monitor.sinks import Sink
+from megashear.monitor.sinks import Sink, tolerated
 from megashear.parallel import device
 from megashear.parallel.agree import flat_all_reduce
 from megashear.parallel.groups import ParallelGroups
@@ -60,13 +60,14 @@ def show_masks(
     """
     if not sink.takes_images:
         return
-    pictures = mask_pictures(
-        {kind: gates.numpy() for kind, gates in survey.gates.items()},
-        {kind: scores(log_alpha).numpy() for kind, log_alpha in survey.log_alpha.items()},
-        rows_per_layer={kind: part.rows_per_layer for kind, part in parts.items()},
-        targets=targets,
-    )
-    sink.images(step, {tags.mask_image(kind): each.pixels for kind, each in pictures.items()})
+    with tolerated(f"step {step}: masks are not drawn"):
+        pictures = mask_pictures(
+            {kind: gates.numpy() for kind, gates in survey.gates.items()},
+            {kind: scores(log_alpha).numpy() for kind, log_alpha in survey.log_alpha.items()},
+            rows_per_layer={kind: part.rows_per_layer for kind, part in parts.items()},
+            targets=targets,
+        )
+        sink.images(step, {tags.mask_image(kind): each.pixels for kind, each in pictures.items()})
     sink.histograms(
         step, {tags.log_alpha(kind): values.numpy() for kind, values in survey.log_alpha.items()}
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +18,7 @@ from megashear.checkpoint.description import read_description
 from megashear.config import PretrainRun, PruneRun
 from megashear.train import loop, objectives, run
 from megashear.train.stops import EXIT_STATUS
+from tests import text_run
 from tests.distributed.test_resume import configuration, differences, finished, finished_tensors
 from tests.ranks import run_ranks
 from tests.text_run import TextRun
@@ -121,14 +124,22 @@ def test_a_skipped_step_resumes_bit_equal(text: TextRun, tmp_path: Path) -> None
 def test_too_many_bad_steps_stop_the_run_and_name_the_samples(
     text: TextRun, tmp_path: Path
 ) -> None:
-    config = configuration(text, "pretrain", SPLIT, tmp_path, save_interval=1, max_skipped_steps=1)
-    with pytest.raises(AssertionError, match=r"step 4: the loss is nan, and") as caught:
-        start(config, 1, spoil_loss(range(BAD_STEP, BAD_STEP + 2)))
+    log = tmp_path / "run.jsonl"
+    more = {"save_interval": 3, "max_skipped_steps": 2, "jsonl_log": str(log)}
+    config = configuration(text, "pretrain", SPLIT, tmp_path, **more)
+    with pytest.raises(AssertionError, match=r"step 5: the loss is nan, and") as caught:
+        start(config, 1, spoil_loss(range(BAD_STEP, BAD_STEP + 3)))
     message = str(caught.value)
-    assert "--max-skipped-steps 1 in a row are used up" in message
-    assert "samples of this step: words " in message
+    assert "--max-skipped-steps 2 in a row are used up" in message
+    assert re.search(r"samples of this step: \w+ \d+ to \d+", message)
     found = finished_tensors(tmp_path / "saved", BAD_STEP + 1)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in found.values())
+    # points since the last save tell why the run ended
+    tag = "train/skipped-steps"
+    skipped = {1: 0.0, 2: 0.0, 3: 1.0, 4: 2.0}
+    assert text_run.scalars(tmp_path / "events")[tag] == skipped
+    lines = map(json.loads, log.read_text().splitlines())
+    assert {line["step"]: line[tag] for line in lines if tag in line} == skipped
 
 
 @pytest.mark.parametrize(("stage", "replicas"), [("prune", 1), ("pretrain", 2)])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import importlib.util
 import json
 import math
+import os
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +22,9 @@ import pytest
 from megashear.config import TrainConfig
 from megashear.monitor import sinks
 from megashear.monitor.sinks import JsonLinesSink, Sinks, check_sinks, open_sinks
+from megashear.monitor.tensorboard import TensorBoardSink
+from megashear.train import watch
+from megashear.train.objectives import MaskSurvey
 from tests.text_run import scalars
 
 
@@ -56,6 +65,55 @@ def test_half_a_line_of_a_killed_process_is_left_out(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path / "run.jsonl")] == [1, 3]
 
 
+def test_half_a_line_is_left_out_by_a_start_at_step_0_too(tmp_path: Path) -> None:
+    file = tmp_path / "run.jsonl"
+    file.write_text('{"step": 1, "a": 1.0}\n{"st')
+    train = TrainConfig(jsonl_log=str(file), save=str(tmp_path / "saved"), resume=True)
+    sink = open_sinks(train, first_step=0, config={}, layout={})
+    sink.scalars(1, {"a": 2.0})
+    sink.close()
+    assert [line["a"] for line in lines(file)] == [1.0, 2.0]
+
+
+def test_a_start_at_step_0_takes_back_no_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "run.jsonl"
+    train = TrainConfig(jsonl_log=str(file), save=str(tmp_path / "saved"), resume=True)
+    for value in (1.0, 2.0):  # another run's, or its own before the first save
+        sink = open_sinks(train, first_step=0, config={}, layout={})
+        sink.scalars(5, {"a": value})
+        sink.close()
+    assert [line["a"] for line in lines(file)] == [1.0, 2.0]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--jsonl-log {file} holds lines already, and this run begins at step 0: they stay, and "
+        f"its own come behind them"
+    ]
+
+
+@pytest.mark.parametrize("first_step", [0, 4])
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"my notes", "line 1 is b'my notes'"),
+        (b'{"step": 1}\n{"loss": 2}\n', "line 2 is b'{\"loss\": 2}'"),
+        (b'{"step": 1}\n{"step": 2, "a"\n{"step": 3}\n', 'line 2 is b\'{"step": 2'),
+        (b"[1]", r"line 1 is b'\[1\]'"),
+        (b"\xff\xfe", "line 1 is"),
+    ],
+)
+def test_a_file_that_is_no_log_is_refused_and_stays(
+    first_step: int, content: bytes, found: str, tmp_path: Path
+) -> None:
+    (tmp_path / "notes").write_bytes(content)
+    notes = str(tmp_path / "notes")
+    train = TrainConfig(jsonl_log=notes, save=str(tmp_path / "saved"), resume=True)
+    with pytest.raises(ValueError, match=rf"--jsonl-log .*notes is no log of a run: {found}"):
+        open_sinks(train, first_step=first_step, config={}, layout={})
+    assert (tmp_path / "notes").read_bytes() == content
+    assert list(tmp_path.iterdir()) == [tmp_path / "notes"]
+
+
 def test_points_are_replaced_and_others_of_their_step_stay(tmp_path: Path) -> None:
     sink = JsonLinesSink(tmp_path / "run.jsonl")
     sink.scalars(6, {"train": 1.0})
@@ -84,6 +142,68 @@ def test_all_sinks_get_the_same_points(tmp_path: Path) -> None:
     assert scalars(tmp_path / "events") == {"x": {3: 0.25}, "y": {3: 4.0}, "z": {3: 1.0}}
     assert lines(tmp_path / "run.jsonl")[-1] == {"step": 3, "z": 1.0}
     assert both.takes_images
+
+
+def test_a_sink_that_fails_is_dropped_and_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = JsonLinesSink("/dev/full")  # as a disk without room: writing raises
+    other = JsonLinesSink(tmp_path / "run.jsonl")
+    both = Sinks([full, other])
+    for step in (1, 2):
+        both.scalars(step, {"a": 0.5})
+        both.flush()
+    both.replace(2, {"b": 1.0})
+    both.close()
+    assert [line["step"] for line in lines(tmp_path / "run.jsonl")] == [1, 2, 2]
+    (record,) = caplog.records
+    assert re.match(r"--jsonl-log /dev/full gets nothing more of this run: OSError", record.message)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_event_files_without_room_are_given_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = TensorBoardSink(tmp_path)
+    sink = Sinks([events])
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    # the thread of TensorBoard's own that writes
+    assert events._writer is not None
+    writer = events._writer._get_file_writer().event_writer._async_writer._writer
+    monkeypatch.setattr(writer, "write", full)
+    for step in (1, 2):
+        sink.scalars(step, {"a": 0.5})
+        sink.flush()
+    sink.close()
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        f"--tensorboard-dir {tmp_path} gets nothing more of this run"
+    ]
+    assert not sink.takes_images
+
+
+def test_masks_that_cannot_be_drawn_end_no_run(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*args: object, **more: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(watch, "mask_pictures", broken)
+    survey = MaskSurvey(
+        gates={},
+        log_alpha={},
+        census={},
+        changed={},
+        target_sizes={},
+        expected_parameters=0.0,
+        actual_parameters=0.0,
+    )
+    sink = Sinks([TensorBoardSink(tmp_path)])
+    watch.show_masks(sink, 3, survey, {}, {})
+    sink.close()
+    assert "step 3: masks are not drawn: MemoryError: no room" in caplog.text
 
 
 def test_without_flags_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,10 +262,12 @@ def test_wandb_gets_what_the_others_get(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
-    train = TrainConfig(
+    common = TrainConfig(
         wandb_project="shears", wandb_exp_name="first", wandb_save_dir=str(tmp_path)
     )
-    for first_step in (0, 4):  # and once more, gone on with
+    # a run, another that logs to the same directory, and the first once more, gone on with
+    for save, first_step in (("pruned", 0), ("small", 0), ("pruned", 4)):
+        train = dataclasses.replace(common, save=str(tmp_path / save), resume=True)
         sink = open_sinks(train, first_step=first_step, config={"lr": 0.5}, layout={})
         sink.scalars(first_step + 1, {"x": 0.25 + first_step, "y": math.nan})
         sink.images(first_step + 1, {"picture": np.zeros((2, 2, 3), dtype=np.uint8)})
@@ -153,8 +275,12 @@ def test_wandb_gets_what_the_others_get(tmp_path: Path, monkeypatch: pytest.Monk
         sink.close()
     wandb.teardown()
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    runs = {file.stem.removeprefix("run-") for file in files}
-    assert runs == {(tmp_path / sinks.RUN_ID).read_text().strip()}  # both are one run
+    runs = [file.stem.removeprefix("run-") for file in files]
+    first, second = (
+        (tmp_path / save / sinks.RUN_ID).read_text().strip() for save in ("pruned", "small")
+    )
+    assert first != second
+    assert sorted(runs) == sorted([first, second, first])
     points: list[dict[str, Any]] = []
     for file in files:
         for data in records(file.read_bytes()):
@@ -168,8 +294,43 @@ def test_wandb_gets_what_the_others_get(tmp_path: Path, monkeypatch: pytest.Monk
                         for item in record.history.item
                     }
                 )
-    assert [(p["step"], p["x"]) for p in points if "x" in p] == [(1, 0.25), (5, 4.25)]
+    logged = [(p["step"], p["x"]) for p in points if "x" in p]
+    assert sorted(logged) == [(1, 0.25), (1, 0.25), (5, 4.25)]
     assert not any("y" in point for point in points)
     images = [point for point in points if any(key.startswith("picture") for key in point)]
     spreads = [point for point in points if any(key.startswith("spread") for key in point)]
-    assert len(images) == len(spreads) == 2
+    assert len(images) == len(spreads) == 3
+
+
+def test_a_wandb_run_begun_anew_takes_no_earlier_one_on_and_a_failed_one_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    class Run:
+        id = "new"
+
+        def define_metric(self, *args: str, **more: str) -> None: ...
+
+        def finish(self, exit_code: int) -> None:
+            calls.append(exit_code)
+
+    def init(**settings: Any) -> Run:
+        calls.append(settings["id"])
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    train = TrainConfig(wandb_project="shears", save=str(tmp_path), resume=True)
+    (tmp_path / sinks.RUN_ID).write_text("old\n")
+    # --resume of a run that was killed before its first save
+    with contextlib.closing(open_sinks(train, first_step=0, config={}, layout={})):
+        pass
+    assert calls == [None, 0]
+    calls.clear()
+    with (
+        pytest.raises(RuntimeError, match="steps are used up"),
+        contextlib.closing(open_sinks(train, first_step=4, config={}, layout={})),
+    ):
+        raise RuntimeError("steps are used up")
+    assert calls == ["new", 1]

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from megashear.checkpoint.description import Description
 from megashear.monitor import tensorboard as tags
+from megashear.monitor.figures import Point
 from megashear.monitor.tensorboard import TensorBoardSink
 from megashear.report.curves import settling_figure, sparsity_figure, speed_figure
 from megashear.report.page import Drawn, Section, bars, cards, large, moment, page, table
-from megashear.report.record import read_run
-from megashear.report.story import headline, sections_of, title_of
+from megashear.report.record import RunRecord, Session, read_run
+from megashear.report.story import COSTS, headline, sections_of, title_of
 from megashear.report.write import write_report
 from tests.end_to_end.test_report import check_alone
+from tests.tiny import PAIRS
 
 NASTY = '<b>"bold"</b> & <script>alert(1)</script>'
 
@@ -74,6 +80,90 @@ def test_the_last_evaluation_counts_to_the_start_that_made_it(events: Path) -> N
     for path in events.glob("*.at-6"):
         path.unlink()
     assert read_run(events).sessions[-1].ended < last
+
+
+def test_a_start_for_the_last_evaluation_alone_is_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = 2 * 86400.0
+    now = [1e9]
+    monkeypatch.setattr("time.time", lambda: now[0])
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    first = TensorBoardSink(tmp_path, purge_step=1)
+    for step in (1, 2):
+        passes(60)
+        points = {tags.LM_LOSS: 2.0, tags.part_share("evaluation"): 0.5}
+        first.scalars(step, points)
+    first.close()  # killed in its last evaluation
+    passes(queue)
+    second = TensorBoardSink(tmp_path, purge_step=3, layout={"1": {"loss": [tags.LM_LOSS]}})
+    second.images(2, {"mask": np.zeros((2, 2, 3), dtype=np.uint8)})
+    passes(60)
+    second.replace(2, {tags.FULL_MEAN_LOSS: 2.0})
+    second.close()
+    record = read_run(tmp_path)
+    assert [(s.first_step, s.last_step) for s in record.sessions] == [(1, 2), (None, None)]
+    assert [session.seconds for session in record.sessions] == [120, 60]
+    assert record.seconds == 180
+    assert record.evaluation_share == pytest.approx(0.5 * 120 / 180)
+    assert "no step" in "".join(map(str, sections_of([record], None)[0].parts))
+
+
+def test_evaluations_share_is_of_all_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1e9]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    # every start logs the share of its own time so far
+    for first_step, seconds, share in ((1, 900.0, 0.1), (3, 100.0, 0.6)):
+        sink = TensorBoardSink(tmp_path, purge_step=first_step)
+        for step, so_far in ((first_step, 0.9), (first_step + 1, share)):
+            now[0] += seconds / 2
+            sink.scalars(step, {tags.LM_LOSS: 2.0, tags.part_share("evaluation"): so_far})
+        sink.close()
+        now[0] += 3600
+    record = read_run(tmp_path)
+    assert record.evaluation_share == pytest.approx((900 * 0.1 + 100 * 0.6) / 1000)
+    assert COSTS["evaluations took"](record) == "15.0 % of the wall time"
+
+
+@pytest.mark.parametrize(
+    ("iteration", "logged", "is_evaluated", "state"),
+    [
+        (6, 6, True, "finished"),
+        (6, 6, False, "running"),  # the last evaluation is still to come, or on its way
+        (4, 4, True, "ended early"),
+        (4, 4, False, "running"),
+        (4, 5, True, "running"),  # with more text behind its early end
+    ],
+)
+def test_a_run_is_at_its_end_with_its_last_evaluation(
+    iteration: int, logged: int, is_evaluated: bool, state: str
+) -> None:
+    details: dict[str, Any] = {"run": {"train": {"train_iters": 6}}}
+    if is_evaluated:
+        details["held_out_loss"] = {"loss": {"c": 2.0}}
+    description = Description(
+        shape=PAIRS["multi-head"][0],
+        iteration=iteration,
+        stage="pretrain",
+        token_ids={},
+        details=details,
+    )
+    record = RunRecord(
+        name="run",
+        save=None,
+        description=description,
+        events={tags.LM_LOSS: {logged: Point(value=2.0, wall_time=95.0)}},
+        sessions=(Session(began=0.0, ended=100.0, first_step=1, last_step=logged),),
+        now=101.0,
+    )
+    assert record.state == state
+    later = dataclasses.replace(record, now=1e6)
+    assert later.state == {"running": "stopped"}.get(state, state)
 
 
 def test_a_run_that_is_silent_has_stopped(events: Path) -> None:
