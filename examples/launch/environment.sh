@@ -6,7 +6,8 @@
 # before the computation that hides it.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 # Blocks of GPU memory grow instead of leaving gaps between them.
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+# torch reads this name before PYTORCH_ALLOC_CONF: what is set under that one is kept, too.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-${PYTORCH_ALLOC_CONF:-expandable_segments:True}}"
 # Errors of NCCL are said, and nothing else.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 

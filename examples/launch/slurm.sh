@@ -15,6 +15,13 @@
 #SBATCH --signal=TERM@300
 set -euo pipefail
 
+# The run's --save: the job is queued again only when a checkpoint has come since its start.
+SAVE="${SAVE:-}"
+# Without SAVE nobody sees whether the run moves: a failure before the time is over is no reason to
+# queue the job again once it has been, for whatever reason, this often.
+MAX_BLIND_REQUEUES="${MAX_BLIND_REQUEUES:-3}"
+# Seconds before the end of the time at which SIGTERM comes; the number in --signal.
+SIGNAL="${SIGNAL:-300}"
 # A failure sooner than this, in seconds, is one of the call or of a node, and would come again.
 SHORTEST="${SHORTEST:-600}"
 # How often the job is queued again, at most.
@@ -26,6 +33,25 @@ if (($# == 0)); then
   echo "usage: sbatch [flags of sbatch] slurm.sh SCRIPT [ARGUMENT ...]" >&2
   exit 2
 fi
+
+# What Slurm knows of this job under a name, and nothing where it does not say.
+shown() {
+  local all
+  all="$(SLURM_TIME_FORMAT=standard scontrol -o show job "$SLURM_JOB_ID")" || return 0
+  if [[ " $all " =~ " $1="([^ ]*) ]]; then echo "${BASH_REMATCH[1]}"; fi
+}
+checkpoint() { cat "$SAVE/latest_checkpointed_iteration.txt" 2>/dev/null || echo none; }
+# Slurm may send the signal up to a minute early.
+is_time_over() {
+  local end
+  end="$(shown EndTime)"
+  end="$(date -d "${end:-Unknown}" +%s 2>/dev/null)" && ((end - $(date +%s) <= SIGNAL + 60))
+}
+give_up() {
+  echo "status $status after $SECONDS s$1; not queued again" >&2
+  exit "$status"
+}
+
 mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR="${HOSTS[0]:?scontrol named no hosts for $SLURM_JOB_NODELIST}"
 # Jobs that share a host meet at different ports.
@@ -36,6 +62,8 @@ export NPROC_PER_NODE="${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}"
 export MAX_RESTARTS="${MAX_RESTARTS:-3}"
 
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): ${HOSTS[*]}"
+PREEMPTED_BEFORE="$(shown PreemptTime)"
+SAVED_BEFORE="$(checkpoint)"
 SECONDS=0
 status=0
 # shellcheck disable=SC2016,SC2086  # each task expands its own SLURM_NODEID; SRUN is a list of words
@@ -44,14 +72,24 @@ if ((status == 0)); then
   echo "done after $SECONDS s"
   exit 0
 fi
-if ((SECONDS < SHORTEST)); then
-  echo "status $status after $SECONDS s, sooner than SHORTEST=$SHORTEST: read the log above; not" \
-    "queued again" >&2
-  exit "$status"
-fi
-if ((${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
-  echo "status $status after $SECONDS s; queued again $MAX_REQUEUES times already, no more" >&2
-  exit "$status"
+
+RESTARTS="${SLURM_RESTART_COUNT:-0}"
+PREEMPTED="$(shown PreemptTime)"
+if ((RESTARTS >= MAX_REQUEUES)); then
+  give_up ", and MAX_REQUEUES=$MAX_REQUEUES reached"
+elif [[ "${PREEMPTED:-None}" != None && "$PREEMPTED" != "$PREEMPTED_BEFORE" ]]; then
+  # Slurm gave the job time to leave, and does not queue again what has left in it.
+  echo "preempted at $PREEMPTED"
+elif ((SECONDS < SHORTEST)); then
+  give_up ", sooner than SHORTEST=$SHORTEST: read the log above"
+elif [[ -n "$SAVE" ]]; then
+  if [[ "$(checkpoint)" == "$SAVED_BEFORE" ]]; then
+    give_up ", and no checkpoint in $SAVE since the start ($SAVED_BEFORE then and now): read the log above"
+  fi
+elif ((RESTARTS >= MAX_BLIND_REQUEUES)) && ! is_time_over; then
+  give_up ", before the time was over, and queued again $RESTARTS times already (at most \
+MAX_BLIND_REQUEUES=$MAX_BLIND_REQUEUES): read the log above. With SAVE set to the run's --save it goes on \
+as long as checkpoints come"
 fi
 echo "status $status after $SECONDS s: queued again, to go on from the last checkpoint"
 scontrol requeue "$SLURM_JOB_ID"

@@ -11,7 +11,8 @@ if ((NNODES > 1)); then
 fi
 NODE_RANK="${NODE_RANK:-0}"
 MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
-MASTER_PORT="${MASTER_PORT:-29500}"
+# The port there: on one node any free one, so that jobs do not meet.
+MASTER_PORT="${MASTER_PORT:-$( ((NNODES > 1)) && echo 29500 || echo 0)}"
 JOB="${JOB:-megashear}"
 # Processes of each node, one a GPU.
 NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
@@ -24,6 +25,24 @@ PYTHON="${PYTHON:-python3}"
 
 # shellcheck source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+# An older torch kills after 30 s whatever the variable says. Its source is looked at, for importing
+# it takes seconds.
+knows_the_timeout() {
+  "$PYTHON" - <<'PYTHON'
+import importlib.util, pathlib, sys
+torch = importlib.util.find_spec("torch")
+if torch is not None and torch.origin:
+    launcher = pathlib.Path(torch.origin).parent / "distributed/launcher/api.py"
+    sys.exit("TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in launcher.read_text(encoding="utf-8"))
+PYTHON
+}
+if ((TORCH_ELASTIC_SHUTDOWN_TIMEOUT > 30)) && ! knows_the_timeout; then
+  echo "torchrun.sh: this torch does not know TORCH_ELASTIC_SHUTDOWN_TIMEOUT: it kills the processes" \
+    "30 s after SIGTERM, saved or not. Where an evaluation, a step and two saves take longer: a newer" \
+    "torch (2.13 knows it), or --exit-duration-in-mins below the job's time limit, which needs no" \
+    "signal, and --save-interval for what stops the job otherwise" >&2
+fi
 
 # c10d, not static: when a process fails, the agents of all nodes start theirs anew at once. Ranks
 # then follow the names of the hosts, and NODE_RANK says only which node keeps the meeting place:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from megashear.checkpoint import hf
 from tests.end_to_end.torchrun import ROOT
 from tests.reference_llama import random_weights
@@ -31,7 +33,17 @@ SIZES = {
     "RATE": "1e-3",
     "HELD_OUT": 0.04,
     "EVAL": 2,
+    "LOG_EVERY": 2,
+    "PRUNE_EVAL_EVERY": 2,
+    "PRUNE_SAVE_EVERY": 4,
+    "TRAIN_EVAL_EVERY": 4,
+    "TRAIN_SAVE_EVERY": 6,
 }
+JOBS = {
+    "pruned": {"iter_0000004", "iter_0000008"},
+    "small": {"iter_0000006", "iter_0000008"},
+}
+"""Checkpoints of those sizes."""
 PROGRAMS = {
     "megashear": 'exec "{python}" -m megashear "$@"',
     # one process: how torchrun starts many is tried elsewhere
@@ -66,12 +78,28 @@ def test_every_command_of_the_tutorial_runs(text: TextRun, tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "work/report.html").is_file()
+    # what was shown as a dry run is what ran, and a long run saves on its way
+    shown = yaml.safe_load((tmp_path / "work/prune.yaml").read_text())
+    assert (shown["load_hf"], shown["train_iters"]) == (str(model), SIZES["PRUNE_STEPS"])
+    saved = {job: {path.name for path in (tmp_path / "work" / job).iterdir()} for job in JOBS}
+    assert {job: steps & saved[job] for job, steps in JOBS.items()} == JOBS
     config = json.loads((tmp_path / "work/small-hf/config.json").read_text())
     assert (config["hidden_size"], config["num_hidden_layers"]) == (32, 3)
     assert (config["num_attention_heads"], config["intermediate_size"]) == (4, 56)
     parameters, shape = done.stdout.splitlines()[-1].split(" ", 1)
     assert int(parameters) < sum(weight.numel() for weight in weights.values())
     assert re.fullmatch(rf"torch\.Size\(\[1, \d+, {SHAPE.vocab_size}\]\)", shape)
+
+
+def test_intervals_are_those_of_the_recipe() -> None:
+    recipe = ROOT / "examples/llama2_7b_to_2.7b"
+    for job in ("prune", "pretrain"):
+        given = yaml.safe_load((recipe / f"{job}.yaml").read_text())
+        prefix = {"prune": "PRUNE", "pretrain": "TRAIN"}[job]
+        defaults = dict(re.findall(r'\b([A-Z_]+)="\$\{\1:?-([^}]*)\}', COMMANDS[0]))
+        found = [defaults[f"{prefix}_{what}_EVERY"] for what in ("EVAL", "SAVE")]
+        assert found == [str(given["eval_interval"]), str(given["save_interval"])]
+        assert defaults["LOG_EVERY"] == str(given["log_interval"])
 
 
 def test_all_sizes_are_settings_at_the_top() -> None:
