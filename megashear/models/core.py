@@ -79,8 +79,9 @@ class CausalAttention(MegatronModule):
         if self.rotary is not None:
             cos, sin = self.rotary.chunk(2, dim=-1)
             query, key = (kernels.rotate(x, cos, sin) for x in (query, key))
-        if not value.is_cuda:  # as `kernels.rotate` lays out the others
-            value = value.transpose(0, 1).contiguous().transpose(0, 1)
+        # As `kernels.rotate` lays out the others; and a copy, for a view would keep all that the
+        # projection gave until the backward pass.
+        value = value.transpose(0, 1).contiguous().transpose(0, 1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
         if attention_mask is not None:
             # on CUDA no kernel takes both a mask and groups without materialising the scores

@@ -29,12 +29,13 @@ def attention_kept(work: Work) -> int:
     shape, e, t = work.shape, work.element, work.tokens
     q, k = work.own_query, work.own_key
     kept = _norm(work) + _stream(work)  # the norm's output is the input of the projection
-    kept += e * t * (q + 2 * k)  # what the projection gave, whole, because values are a view of it
-    kept += e * t * (q + k)  # turned queries and keys
+    kept += e * t * (q + 2 * k)  # turned queries and keys, and values copied out of what came
     kept += e * t * q + FLOAT32 * t * shape.num_attention_heads // work.tensor  # flash: out, lse
     if shape.qk_norm:
         kept += FLOAT32 * t * (shape.num_attention_heads + shape.num_query_groups) // work.tensor
-        # queries of several heads a group are copied out of what the projection gave
+        # what the projection gave, whole, because keys are a view of it
+        kept += e * t * (q + 2 * k)
+        # queries of several heads a group are copied out of it
         kept += e * t * q if shape.heads_per_group > 1 else 0
     return kept
 
@@ -138,12 +139,17 @@ def in_flight(work: Work, stage: int) -> tuple[int, int]:
         if direction == "backward":
             live -= kept[chunk]
     assert live == 0
-    return most, peak + _throughout(work)
+    return most + _rotary_table(work), peak + _throughout(work)
+
+
+def _rotary_table(work: Work) -> int:
+    """Cosines and sines of all positions, which every layer keeps, once."""
+    return FLOAT32 * work.seq_length * work.shape.head_dim
 
 
 def _throughout(work: Work) -> int:
     """There while a schedule runs."""
-    lasting = FLOAT32 * work.seq_length * work.shape.head_dim  # cosines and sines
+    lasting = _rotary_table(work)
     if work.parallel.sequence_parallel:
         lasting += work.element * work.tokens * work.shape.hidden_size  # gathered inputs, reused
     if work.pipeline > 1:
