@@ -165,8 +165,8 @@ def forward_only(work: Work, stage: int) -> int:
     activation = (2 * (work.element + copy) + FLOAT32 + back) * work.own_ffn
     # logits, and their copy, which becomes the softmax
     logits = (work.element + copy) * work.own_vocab if stage == work.pipeline - 1 else 0
-    # beside them a layer's input and its norm's output
-    return work.tokens * max(activation, logits) + 2 * _stream(work) + _throughout(work)
+    # beside them a layer's input, its norm's output, and the chunk's input, which its caller holds
+    return work.tokens * max(activation, logits) + 3 * _stream(work) + _throughout(work)
 
 
 def schedule(work: Work, stage: int) -> Iterator[tuple[Direction, int]]:

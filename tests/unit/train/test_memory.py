@@ -73,7 +73,7 @@ def test_an_evaluation_of_many_sequences_is_the_fullest(caplog: pytest.LogCaptur
     tokens = 64 * 4096
     logits = (2 + 4) * tokens * 32000 // 2
     activation = (2 * (2 + 4) + 4 + 2) * tokens * 11008 // 2
-    streams = (2 * 2 + 2 * 2) // 2 * tokens * 4096  # in the layer, and sent and received
+    streams = (3 + 2) * 2 * tokens * 4096 // 2  # of the layer; received and sent
     gathered, turns = 2 * tokens * 4096, 4 * 4096 * 128
     buffers = max(logits, activation) + streams + gathered + turns
     assert buffers > sum(fullest(work)[1].parts()[name] for name in ("activations", "buffers"))
