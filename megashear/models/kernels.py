@@ -2,7 +2,8 @@
 backward pass, which torch's own operators, one node each, would keep several times over.
 
 Gates come in here where the activation that they gate is in hand anyway. Arithmetic is float32
-whatever the activation's precision, and the result is rounded once.
+whatever the activation's precision, and the result is rounded once; a norm on CUDA rounds its weight
+too, see `rms_norm`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ def swiglu(x: Tensor, units: Tensor | None = None) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
+    On CUDA it is torch's fused kernel, which takes weights of the activation's precision alone: a
+    masked norm's float32 weight, gates folded in, is rounded once, as the cut rounds what it folds,
+    and masked and unmasked norms run one kernel. On a CPU the weight is taken as it is.
+
     Args:
         x: [..., h].
         weight: [h], of any precision.
@@ -41,10 +46,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467).
     """
-    if x.is_cuda and x.dtype == weight.dtype:
-        return torch.nn.functional.rms_norm(x, (x.size(-1),), weight, eps)  # one kernel there
+    if x.is_cuda:
+        return fused_rms_norm(x, weight, eps)
     output: Tensor = _RMSNorm.apply(x, weight, eps)
     return output
+
+
+def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` as it is on CUDA; a float32 weight beside bfloat16 would run as seven kernels."""
+    return torch.nn.functional.rms_norm(x, (x.size(-1),), weight.to(x.dtype), eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from megashear.models import kernels
 
@@ -120,9 +121,14 @@ def with_gradients(function: Function, inputs: Inputs, dtype: torch.dtype | None
 
 
 def worst(found: Inputs, wanted: Inputs) -> float:
-    return max(
-        float((found[name].double() - tensor).norm() / tensor.norm())
-        for name, tensor in wanted.items()
+    # torch's maximum: Python's passes over a NaN
+    return float(
+        torch.stack(
+            [
+                (found[name].double() - tensor).norm() / tensor.norm()
+                for name, tensor in wanted.items()
+            ]
+        ).max()
     )
 
 
@@ -163,6 +169,54 @@ def test_what_is_broken_is_noticed(breakage: str) -> None:
     ours, formula, inputs = CASES[case]
     wanted = with_gradients(formula, inputs, torch.float64)
     assert worst(with_gradients(ours, inputs | broken), wanted) > 100 * FLOAT32
+
+
+@pytest.mark.parametrize("name", ["output", "x", "weight"])
+def test_one_nan_is_noticed(name: str) -> None:
+    ours, formula, inputs = CASES["norm"]
+    wanted = with_gradients(formula, inputs, torch.float64)
+    found = with_gradients(ours, inputs)
+    found[name].view(-1)[-1] = float("nan")
+    assert not worst(found, wanted) < FLOAT32
+
+
+def test_a_folded_weight_is_rounded_once_where_the_norm_is_torchs() -> None:
+    _, formula, inputs = CASES["norm"]
+    folded = inputs | {"x": inputs["x"].bfloat16()}  # its weight stays float32
+    wanted = with_gradients(formula, folded, torch.float64)
+
+    def fused(x: Tensor, weight: Tensor) -> Tensor:
+        return kernels.fused_rms_norm(x, weight, EPS)
+
+    found = with_gradients(fused, folded)
+    assert found["output"].dtype == torch.bfloat16
+    assert found["weight"].dtype == torch.float32
+    assert worst(found, wanted) < BFLOAT16
+    rounded = folded | {"weight": folded["weight"].bfloat16()}
+    assert torch.equal(found["output"], with_gradients(fused, rounded)["output"])
+    broken = folded | {"weight": folded["weight"].roll(1)}
+    assert worst(with_gradients(fused, broken), wanted) > 10 * BFLOAT16
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_on_cuda_masked_and_unmasked_norms_are_torchs_in_one_precision(
+    precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    real = torch.nn.functional.rms_norm
+
+    def note(x: Tensor, extents: tuple[int, ...], weight: Tensor, eps: float) -> Tensor:
+        seen.append((x.dtype, weight.dtype))
+        return real(x, extents, weight, eps)
+
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", note)
+    for place in ("cuda", "cpu"):
+        with FakeTensorMode(), torch.no_grad():  # a GPU's tensors without their memory
+            x = torch.empty(*TOKENS, HIDDEN, dtype=precision, device=place)
+            for weight in (torch.float32, precision):  # masked and unmasked
+                y = kernels.rms_norm(x, torch.empty(HIDDEN, dtype=weight, device=place), EPS)
+                assert (y.dtype, y.device.type) == (precision, place)
+    assert seen == [(precision, precision)] * 2  # and on a CPU never
 
 
 def test_the_twin_of_a_rotation_is_noticed() -> None:
