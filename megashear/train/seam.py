@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _SEAM = 1e-4
 """Relative; law 2 holds logits to 1e-5 in float32, and a loss is a mean of many."""
-_SEAM_BF16 = 3e-2
+SEAM_BF16 = 3e-2
 """Relative; bfloat16 keeps 8 bits, and gates are folded into weights instead of activations."""
 
 
@@ -127,7 +127,7 @@ def check_seam(masked: dict[str, float], cut: dict[str, float], *, bf16: bool) -
     Raises:
         RuntimeError: on every rank, if they differ by more than rounding.
     """
-    tolerance = _SEAM_BF16 if bf16 else _SEAM
+    tolerance = SEAM_BF16 if bf16 else _SEAM
     for name, before in masked.items():
         after = cut[name]
         logger.info("cut in flight: %s loss %.6f masked, %.6f cut", name, before, after)

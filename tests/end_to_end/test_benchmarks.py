@@ -19,6 +19,23 @@ TINY = [
     *("--ffn-hidden-size", "160", "--vocab-size", "96", "--seq-length", "24"),
 ]
 
+ANOTHER_WEIGHT = """
+import gpu
+import torch
+
+same_weights = gpu._same_weights
+
+
+def another(chunks):
+    same_weights(chunks)
+    with torch.no_grad():
+        dict(chunks[0].named_parameters())["module.output_layer.weight"][5, COLUMN] += 0.05
+
+
+gpu._same_weights = another
+raise SystemExit(gpu.main())
+"""
+
 
 @pytest.fixture(autouse=True)
 def _scripts_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +78,34 @@ def test_a_masked_step_keeps_what_an_unmasked_one_keeps_and_one_tensor_more(
     ways = [each["way"] for each in found["measured"]]
     assert sorted(set(ways)) == ["masked", "unmasked", "unmasked again"]
     assert ways[:3] != ways[3:]  # turning order
+
+
+def test_parts_of_a_pipelined_step_are_counted_once(tmp_path: Path) -> None:
+    layout = ["--num-layers", "4", "--pipeline-model-parallel-size", "2", "--num-microbatches", "2"]
+    argv = [*TINY, *layout, "--rounds", "2", "--no-transformers"]
+    for parts in results("step", argv, tmp_path, ranks=2)["parts_s"].values():
+        assert parts["backward"] > 0
+        assert sum(seconds for name, seconds in parts.items() if name != "whole") <= parts["whole"]
+
+
+def test_a_part_within_another_is_refused() -> None:
+    parts = __import__("ways").Parts()
+
+    class Pass:
+        def outer(self) -> None:
+            self.inner()
+
+        def inner(self) -> None: ...
+
+    parts.watch(Pass, "outer", "backward")
+    with parts.time("whole"):
+        Pass().outer()
+    parts.watch(Pass, "inner", "backward")
+    with pytest.raises(RuntimeError, match="backward lies within backward"), parts.time("whole"):
+        Pass().outer()
+    parts.restore()
+    Pass().outer()
+    assert set(parts.seconds) == {"backward", "whole"}
 
 
 def test_what_masks_send_depends_on_neither_sequence_nor_batch(tmp_path: Path) -> None:
@@ -107,8 +152,27 @@ def test_the_gpu_script_runs_on_a_cpu_and_knows_a_wrong_answer(
 ) -> None:
     gpu = __import__("gpu")
     if wrong:
-        monkeypatch.setattr(gpu, "cut_error", lambda groups: 0.1)
-        monkeypatch.setattr(gpu, "on_the_cpu", lambda: {"loss": torch.tensor(1.0)})
+        logits_and_gates, whole_pass = gpu._masked_logits, gpu.whole_pass
+
+        def another_gate(step: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            logits, gates = logits_and_gates(step)
+            gates["intermediate"][0] = gates["intermediate"][0].roll(1)
+            return logits, gates
+
+        def another_head(groups: Any, model: Any) -> dict[str, torch.Tensor]:
+            found: dict[str, torch.Tensor] = whole_pass(groups, model)
+            if model.bf16:
+                name = "gradient of log_alpha head"
+                found[name] = found[name].roll(1, dims=-1)
+            return found
+
+        monkeypatch.setattr(gpu, "_masked_logits", another_gate)
+        monkeypatch.setattr(gpu, "whole_pass", another_head)
+        # the process of the reference has one weight of its own
+        (tmp_path / "reference.py").write_text(ANOTHER_WEIGHT, encoding="utf-8")
+        monkeypatch.setattr(gpu, "__file__", str(tmp_path / "reference.py"))
+        path = os.pathsep.join([str(FOLDER), str(FOLDER.parents[1])])
+        monkeypatch.setenv("PYTHONPATH", path)
 
     def body(rank: int) -> int:
         argv = ["--dry-run", "--rounds", "1", "--json", str(tmp_path / "gpu.json")]
@@ -117,14 +181,38 @@ def test_the_gpu_script_runs_on_a_cpu_and_knows_a_wrong_answer(
 
     assert run_ranks(1, body) == [int(wrong)]
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert len(found["checks"]) == 4
     right = [each["found"] < each["bound"] for each in found["checks"]]
-    assert right == [not wrong, True, True, not wrong]
+    # against the reference; loss, logits and gradients in bfloat16; the cut, twice
+    assert right == [not wrong, True, True, not wrong, not wrong, not wrong]
+    printed = capfd.readouterr().out
+    assert printed.count("| WRONG |") == 4 * wrong
     if not wrong:
-        printed = capfd.readouterr().out
         for row in ("7B pruning", "7B pruning, unmasked", "1.3B pretraining", "2.7B pretraining"):
             assert f"| {row} |" in printed
         assert printed.count("not measured") > 5 * 5
+
+
+def test_a_nan_or_a_tensor_of_zeros_is_no_agreement() -> None:
+    gpu = __import__("gpu")
+    wanted = {"first": torch.ones(3), "second": torch.ones(3), "third": torch.ones(3)}
+    assert gpu.worst(wanted, wanted) == 0.0
+    for name in wanted:
+        broken = wanted | {name: torch.tensor([1.0, float("nan"), 1.0])}
+        for found in (gpu.worst(broken, wanted), gpu.worst(wanted, wanted | {name: torch.zeros(3)})):
+            assert gpu.Check(name="", found=found, bound=1.0).verdict == "WRONG"
+
+
+@pytest.mark.parametrize(
+    ("card", "tera"), [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", None), ("GH200", None)]
+)
+def test_the_gpu_script_knows_a_peak_or_gives_no_mfu(
+    monkeypatch: pytest.MonkeyPatch, card: str, tera: int | None
+) -> None:
+    gpu = __import__("gpu")
+    assert gpu.peak_flops() is None or torch.cuda.is_available()
+    monkeypatch.setattr(gpu.device, "has_cuda", lambda: True)
+    monkeypatch.setattr(gpu, "device_name", lambda: card)
+    assert gpu.peak_flops() == (None if tera is None else tera * 1e12)
 
 
 def test_the_gpu_script_says_that_there_is_no_gpu() -> None:

@@ -29,7 +29,7 @@ from measuring import (
     report,
     table,
 )
-from ways import OurStep, Parts, TransformersStep, Work, saved_bytes, target_of
+from ways import WHOLE, OurStep, Parts, TransformersStep, Work, saved_bytes, target_of
 
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.parallel.groups import ParallelGroups
@@ -143,7 +143,7 @@ def parts_of(step: OurStep, rounds: int) -> dict[str, float]:
     found: list[dict[str, float]] = []
     for _ in range(rounds):
         parts.clear()
-        with parts.time("whole"):
+        with parts.time(WHOLE):
             step()
         found.append(dict(parts.seconds))
     parts.restore()

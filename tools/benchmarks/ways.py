@@ -24,6 +24,8 @@ from megashear.train.optim import build_optimizer, ready_gradients, step_with_no
 
 SEED = 1234
 OPTIMIZER = OptimizerConfig(lr=1e-5)
+WHOLE = "whole"
+"""The step that all parts lie in."""
 MASKS = MaskConfig(sparsity_warmup_iters=10)
 
 
@@ -84,6 +86,7 @@ class Parts:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._running: list[str] = []
         self._patched: list[tuple[Any, str, Any]] = []
 
     def clear(self) -> None:
@@ -92,10 +95,20 @@ class Parts:
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
-        """Count the block to ``part``."""
+        """Count the block to ``part``.
+
+        Raises:
+            RuntimeError: it lies within another part than `WHOLE` and would be counted twice.
+        """
+        if self._running not in ([], [WHOLE]):
+            raise RuntimeError(f"{part} lies within {self._running[-1]}: it would be counted twice")
         device.synchronize()
         begin = time.perf_counter()
-        yield
+        self._running.append(part)
+        try:
+            yield
+        finally:
+            self._running.pop()
         device.synchronize()
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
 
@@ -187,7 +200,6 @@ class OurStep:
 
         parts.watch(schedules, "forward_step", "forward")
         parts.watch(schedules, "backward_step", "backward")
-        parts.watch(schedules, "custom_backward", "backward")
         objective = self.objective
         parts.watch(self.optimizer, "prepare_grads", "optimizer")
         parts.watch(self.optimizer, "get_grad_norm", "optimizer")
