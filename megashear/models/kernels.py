@@ -2,8 +2,8 @@
 backward pass, which torch's own operators, one node each, would keep several times over.
 
 Gates come in here where the activation that they gate is in hand anyway. Arithmetic is float32
-whatever the activation's precision, and the result is rounded once; a norm on CUDA rounds its weight
-too, see `rms_norm`.
+whatever the activation's precision, and the result is rounded once; a norm on CUDA rounds its
+weight too, see `rms_norm`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ same_weights = gpu._same_weights
 def another(chunks):
     same_weights(chunks)
     with torch.no_grad():
-        dict(chunks[0].named_parameters())["module.output_layer.weight"][5, COLUMN] += 0.05
+        dict(chunks[0].named_parameters())["module.output_layer.weight"][5, 2] += 0.05
 
 
 gpu._same_weights = another
@@ -198,7 +198,10 @@ def test_a_nan_or_a_tensor_of_zeros_is_no_agreement() -> None:
     assert gpu.worst(wanted, wanted) == 0.0
     for name in wanted:
         broken = wanted | {name: torch.tensor([1.0, float("nan"), 1.0])}
-        for found in (gpu.worst(broken, wanted), gpu.worst(wanted, wanted | {name: torch.zeros(3)})):
+        for found in (
+            gpu.worst(broken, wanted),
+            gpu.worst(wanted, wanted | {name: torch.zeros(3)}),
+        ):
             assert gpu.Check(name="", found=found, bound=1.0).verdict == "WRONG"
 
 

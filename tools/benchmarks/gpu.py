@@ -5,12 +5,12 @@
 
 Needs torch, megatron-core and this repository, nothing else; Apex and Transformer Engine are used
 where they are. Correctness: a masked model on the GPU against the same on the CPU in float32, in
-bfloat16 against float32, gradients included, and its cut against it in both. Speed: LLaMA-2-7B-shaped pruning (random weights,
-full recompute), masked and unmasked steps in turn on the same weights, and continued pretraining of
-the 1.3B and 2.7B shapes, at sequences of 4096. MFU is the model's arithmetic (what recompute does
-again not counted) over the GPU's dense bfloat16 peak. --dry-run does all of it with tiny shapes on
-whatever device there is; on a CPU, speeds say "not measured". Tables, then JSON, go to stdout, or
-JSON to --json. Ends with 1 where an answer is wrong.
+bfloat16 against float32, gradients included, and its cut against it in both. Speed:
+LLaMA-2-7B-shaped pruning (random weights, full recompute), masked and unmasked steps in turn on the
+same weights, and continued pretraining of the 1.3B and 2.7B shapes, at sequences of 4096. MFU is
+the model's arithmetic (what recompute does again not counted) over the GPU's dense bfloat16 peak.
+--dry-run does all of it with tiny shapes on whatever device there is; on a CPU, speeds say "not
+measured". Tables, then JSON, go to stdout, or JSON to --json. Ends with 1 where an answer is wrong.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def cut_error(groups: ParallelGroups, model: ModelConfig) -> float:
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    """||found - wanted|| / ||wanted||; NaN where nothing but 0 is wanted, which would test nothing."""
+    """||found - wanted|| / ||wanted||; not finite where only 0 is wanted, which tests nothing."""
     found, wanted = found.double().cpu(), wanted.double().cpu()
     return float((found - wanted).norm() / wanted.norm())
 
@@ -266,9 +266,7 @@ def correctness(groups: ParallelGroups) -> list[Check]:
             found=worst(rough, gradients),
             bound=BFLOAT16_GRADIENTS,
         ),
-        Check(
-            name="logits, cut against masked", found=cut_error(groups, ModelConfig()), bound=CUT
-        ),
+        Check(name="logits, cut against masked", found=cut_error(groups, ModelConfig()), bound=CUT),
         Check(
             name="logits, cut against masked, bfloat16",
             found=cut_error(groups, ModelConfig(bf16=True)),
