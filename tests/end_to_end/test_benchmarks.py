@@ -220,6 +220,6 @@ def test_the_gpu_script_knows_a_peak_or_gives_no_mfu(
 
 def test_the_gpu_script_says_that_there_is_no_gpu() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has a GPU")
     gpu = __import__("gpu")
     assert run_ranks(1, lambda rank: gpu.main([])) == [2]
