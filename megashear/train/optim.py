@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megashear.config import OptimizerConfig
@@ -114,10 +113,10 @@ def ready_gradients(optimizer: MegatronOptimizer) -> float:
 def step_with_norm(optimizer: MegatronOptimizer, norm: float) -> None:
     """Clip by a norm that `ready_gradients` returned, and step: the second half."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        parameters = part.get_parameters()
-        if parameters:
-            clip_grad_by_total_norm_fp32(
-                parameters, max_norm=part.config.clip_grad, total_norm=norm
+        if norm > part.config.clip_grad:
+            # in place; megatron-core writes a scaled copy first where Apex is absent
+            torch.nn.utils.clip_grads_with_norm_(
+                part.get_parameters(), part.config.clip_grad, torch.tensor(norm)
             )
     optimizer.step_with_ready_grads()
 
