@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megashear.config import ModelConfig
-from megashear.models.llama import build_llama, unwrap
+from megashear.models.llama import build_llama, transformer_config, unwrap
 from megashear.models.masked_layers import MaskedTransformerLayer
 from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
@@ -311,21 +311,57 @@ def test_query_key_and_value_are_interleaved_by_group() -> None:
     assert relative_error(key, (x @ stacked[1].T).unflatten(-1, (-1, d))) > 0.1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_cross_entropy_casts_to_float32_whatever_the_model_computes_in(dtype: torch.dtype) -> None:
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+def test_the_model_asks_for_its_loss_with_labels_by_sequence_and_logits_by_place() -> None:
+    from megatron.core.models.gpt import GPTModel
 
-    def body(rank: int) -> Tensor:
-        ParallelGroups.create(layout())
-        logits = torch.randn(6, 2, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
-        return vocab_parallel_cross_entropy(logits, torch.arange(12).view(6, 2))
+    from megashear.models.llama import Llama
 
-    [loss] = run_ranks(1, body)
-    logits = torch.randn(6, 2, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
-    wanted = F.cross_entropy(logits.double().flatten(0, 1), torch.arange(12), reduction="none")
-    assert loss.dtype == torch.float32
-    assert relative_error(loss.flatten(), wanted) < FLOAT32
-    assert relative_error(loss.flatten(), wanted) > 0  # nothing end to end runs in float64
+    seen: list[tuple[torch.Size, torch.Size]] = []
+    real = GPTModel.compute_language_model_loss
+
+    def body(rank: int) -> tuple[Tensor, Tensor, list[tuple[torch.Size, torch.Size]]]:
+        gpt = gpt_model()
+        tokens, places = torch.arange(6).view(2, 3), torch.arange(3).expand(2, 3)
+
+        def theirs(model: Any, labels: Tensor, logits: Tensor) -> Tensor:
+            seen.append((labels.shape, logits.shape))
+            return real(model, labels, logits)
+
+        with torch.no_grad():
+            ours = gpt(tokens, places, None, labels=tokens)
+            Llama.compute_language_model_loss = theirs  # type: ignore[method-assign]
+            return ours, gpt(tokens, places, None, labels=tokens), seen
+
+    [(ours, theirs, [(labels, logits)])] = run_ranks(1, body)
+    assert labels == (2, 3)
+    assert logits == (3, 2, SOURCE.vocab_size)
+    assert ours.shape == theirs.shape == (2, 3)
+    assert relative_error(ours, theirs) < FLOAT32
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_linears_add_gradients_of_weights_to_their_buffer(tp: int) -> None:
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    def body(rank: int) -> tuple[Tensor, Tensor, bool]:
+        groups = ParallelGroups.create(layout(tp=tp))
+        config = transformer_config(SOURCE, layout(tp=tp), ModelConfig(), variant="local")
+        built = ColumnParallelLinear(
+            6, 8, config=config, init_method=torch.nn.init.zeros_, bias=False,
+            tp_group=groups.tensor,
+        )  # fmt: skip
+        weight = built.weight
+        weight.main_grad = torch.ones_like(weight)
+        weight.grad_added_to_main_grad = False
+        x = torch.randn(5, 2, 6, generator=torch.Generator().manual_seed(1))
+        y, _ = built(x)
+        y.backward(torch.full_like(y, 0.5))
+        wanted = 1.0 + 0.5 * x.flatten(0, 1).sum(dim=0).expand_as(weight)
+        return weight.main_grad, wanted, weight.grad_added_to_main_grad
+
+    for found, wanted, added in run_ranks(tp, body):
+        assert relative_error(found, wanted) < FLOAT32
+        assert added  # which DDP's hook looks at, or it would add what came back too
 
 
 def test_the_fused_cross_entropy_rounds_its_gradient_to_bfloat16() -> None:

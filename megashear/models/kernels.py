@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megashear.models.fusion import fused
+from megashear.parallel import device
+
 
 def swiglu(x: Tensor, units: Tensor | None = None) -> Tensor:
     """silu(gate) * up * z.
@@ -84,6 +87,9 @@ def gated_linear(
     also what the gradient G of the weight, before it is gated, has in its rows:
     sum_t dy_ti (u @ W.T)_ti = sum_j W_ij (dy.T @ u)_ij = sum_j W_ij G_ij; and W.grad = g_i G_ij.
 
+    Where ``weight`` has a ``main_grad``, as DDP gives it one, its gradient is added to that, as
+    megatron-core's linears do under gradient_accumulation_fusion.
+
     Args:
         x: [..., units * width].
         weight: [outputs, units * width].
@@ -99,32 +105,44 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, units: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, units)
-        gate, up = x.float().chunk(2, dim=-1)
-        y = torch.nn.functional.silu(gate).mul_(up)
-        if units is not None:
-            y.mul_(units)
-        return y.to(x.dtype)
+        return _activate(x, units)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, units = ctx.saved_tensors
-        dy = dy.float()
-        gate, up = x.float().chunk(2, dim=-1)
-        dx = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        dgate, dup = dx.chunk(2, dim=-1)
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        torch.mul(dy, silu, out=dup)
-        # silu' = sigmoid + silu * (1 - sigmoid); both are overwritten, they are no longer needed
-        slope = silu.addcmul_(silu, sigmoid, value=-1.0).add_(sigmoid)
-        torch.mul(slope, dy, out=dgate).mul_(up)
-        dunits = None
-        if units is not None:
-            dunits = _sum_over_tokens(torch.mul(dup, up, out=sigmoid))
-            dup.mul_(units)
-            dgate.mul_(units)
-        return dx.to(x.dtype), dunits
+        return _activation_gradients(dy, *ctx.saved_tensors)
+
+
+@fused
+def _activate(x: Tensor, units: Tensor | None) -> Tensor:
+    gate, up = x.float().chunk(2, dim=-1)
+    y = torch.nn.functional.silu(gate).mul_(up)
+    if units is not None:
+        y.mul_(units)
+    return y.to(x.dtype)
+
+
+@fused
+def _activation_gradients(
+    dy: Tensor, x: Tensor, units: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Of the input and of the gates."""
+    dy = dy.float()
+    gate, up = x.float().chunk(2, dim=-1)
+    dx = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    dgate, dup = dx.chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    _product_into(dup, dy, silu)
+    # silu' = sigmoid + silu * (1 - sigmoid); both are overwritten, they are no longer needed
+    slope = silu.addcmul_(silu, sigmoid, value=-1.0).add_(sigmoid)
+    _product_into(dgate, slope, dy).mul_(up)
+    dunits = None
+    if units is not None:
+        dunits = _sum_over_tokens(_product_into(sigmoid, dup, up))
+        dup.mul_(units)
+        dgate.mul_(units)
+    return dx.to(x.dtype), dunits
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -153,15 +171,28 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        b_s = torch.empty((x.size(1), x.size(0), *x.shape[2:]), device=x.device)
-        return _turn_into(b_s.transpose(0, 1), x, cos, sin).to(x.dtype)
+        b_s = torch.empty((x.size(1), x.size(0), *x.shape[2:]), dtype=x.dtype, device=x.device)
+        return _turn_into(b_s.transpose(0, 1), x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        turned = torch.empty(dy.shape, device=dy.device)
-        return _turn_into(turned, dy, cos, -sin).to(dy.dtype), None, None
+        turned = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+        return _turn_into(turned, dy, cos, -sin), None, None
+
+
+@fused
+def _turn_into(turned: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    a, b = turned.chunk(2, dim=-1)
+    if turned.dtype == torch.float32:
+        _product_into(a, first, cos).addcmul_(second, sin, value=-1.0)
+        _product_into(b, second, cos).addcmul_(first, sin)
+    else:
+        a.copy_((first * cos).addcmul_(second, sin, value=-1.0))
+        b.copy_((second * cos).addcmul_(first, sin))
+    return turned
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -186,27 +217,58 @@ class _GatedLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight, units, outputs = ctx.saved_tensors
         dx = dunits = dweight = doutputs = None
-        gated = dy if outputs is None else (dy * outputs).to(dy.dtype)
         if ctx.needs_input_grad[0] or units is not None:
-            dx = gated @ weight
+            dx = _gate_outputs(dy, outputs) @ weight
             if units is not None:
-                each = (dx * x).unflatten(-1, (len(units), -1))  # [..., units, width]
-                dunits = _sum_over_tokens(each.sum(dim=-1, dtype=torch.float32))
-                dx = _gate_units(dx, units)
+                dx, dunits = _unit_gradients(dx, x, units)
         if ctx.needs_input_grad[1] or outputs is not None:
-            inputs = _gate_units(x, units).flatten(0, -2)
-            raw = dy.flatten(0, -2).T @ inputs  # [outputs, units * width]
-            dweight = raw
+            inputs, tokens = _gate_units(x, units).flatten(0, -2), dy.flatten(0, -2)
+            total = getattr(weight, "main_grad", None)
             if outputs is not None:
-                doutputs = (weight * raw).sum(dim=1, dtype=torch.float32).mul_(ctx.copies)
-                dweight = raw.mul_(outputs[:, None])
+                raw = tokens.T @ inputs  # [outputs, units * width]
+                doutputs = _output_gradients(raw, weight, outputs, total).mul_(ctx.copies)
+                dweight = raw
+            elif total is None:
+                dweight = tokens.T @ inputs
+            else:
+                device.add_product(total, tokens, inputs)
+            if total is not None:
+                # DDP's hook wants a gradient to see that there is one, and adds none twice
+                weight.grad_added_to_main_grad = True
+                dweight = torch.empty_like(weight) if dweight is None else dweight
         return dx, dweight, dunits, doutputs, None
 
 
+@fused
 def _gate_units(x: Tensor, units: Tensor | None) -> Tensor:
     if units is None:
         return x
     return (x.unflatten(-1, (len(units), -1)) * units[:, None]).flatten(-2).to(x.dtype)
+
+
+@fused
+def _gate_outputs(y: Tensor, outputs: Tensor | None) -> Tensor:
+    return y if outputs is None else (y * outputs).to(y.dtype)
+
+
+@fused
+def _unit_gradients(dx: Tensor, x: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the input, from that of the gated input; and of the gates."""
+    each = (dx * x).unflatten(-1, (len(units), -1))  # [..., units, width]
+    dunits = _sum_over_tokens(each.sum(dim=-1, dtype=torch.float32))
+    gated = (dx.unflatten(-1, (len(units), -1)) * units[:, None]).flatten(-2)
+    return gated.to(dx.dtype), dunits
+
+
+@fused
+def _output_gradients(raw: Tensor, weight: Tensor, outputs: Tensor, total: Tensor | None) -> Tensor:
+    """Of the output gates; that of the weight is added to ``total``, or written over ``raw``."""
+    doutputs = (weight * raw).sum(dim=1, dtype=torch.float32)
+    if total is None:
+        raw.mul_(outputs[:, None])
+    else:
+        total.addcmul_(raw, outputs[:, None])
+    return doutputs
 
 
 def _sum_over_tokens(x: Tensor) -> Tensor:
@@ -214,9 +276,7 @@ def _sum_over_tokens(x: Tensor) -> Tensor:
     return x.flatten(0, -2).sum(dim=0)
 
 
-def _turn_into(turned: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
-    a, b = turned.chunk(2, dim=-1)
-    torch.mul(first, cos, out=a).addcmul_(second, sin, value=-1.0)
-    torch.mul(second, cos, out=b).addcmul_(first, sin)
-    return turned
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a * b, written to ``out`` at once; torch.compile, which makes one pass of both, traces no
+    ``out=`` that is a part of another tensor."""
+    return out.copy_(a * b) if torch.compiler.is_compiling() else torch.mul(a, b, out=out)

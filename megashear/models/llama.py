@@ -12,9 +12,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
+from torch import Tensor
 
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.models.core import RotaryTable, VocabularyPadding, rotary_frequencies
+from megashear.models.cross_entropy import vocab_parallel_cross_entropy
 from megashear.models.masked_layers import EmbeddingGate
 from megashear.models.specs import Variant, block_spec
 from megashear.parallel import device
@@ -81,7 +83,8 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        # into DDP's buffer at once; Transformer Engine, Apex or `device.add_product`
+        gradient_accumulation_fusion=True,
         persist_layer_norm=False,
         use_cpu_initialization=not device.has_cuda(),
         params_dtype=dtype,
@@ -221,6 +224,21 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
     return chunk
 
 
+class Llama(GPTModel):
+    """GPTModel with the cross entropy of `cross_entropy`."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross entropy of each token, float32 [b, s].
+
+        Args:
+            labels: int64 [b, s].
+            logits: [s, b, vocab/tp]; overwritten in the backward pass.
+        """
+        by_place = labels.transpose(0, 1)  # [s, b]
+        loss = vocab_parallel_cross_entropy(logits, by_place, self.pg_collection.tp)
+        return loss.transpose(0, 1)
+
+
 def _build_chunk(
     shape: ModelShape,
     groups: ParallelGroups,
@@ -230,7 +248,7 @@ def _build_chunk(
 ) -> torch.nn.Module:
     first = groups.is_first_stage and vp_stage in (None, 0)
     last = groups.is_last_stage and vp_stage in (None, groups.virtual_size - 1)
-    gpt = GPTModel(
+    gpt = Llama(
         config=config,
         transformer_layer_spec=block_spec(config, variant, vp_stage=vp_stage),
         vocab_size=padded_vocab_size(shape, groups.tensor_size),

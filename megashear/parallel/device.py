@@ -4,12 +4,14 @@ megatron-core 0.16.1 names CUDA devices outright in its schedules, pipeline send
 buffers, optimizers and random-state tracker. Without CUDA, ``install`` gives every loaded
 ``megatron.core`` module a stand-in for its global ``torch`` whose ``torch.cuda`` answers for the
 CPU; torch as everybody else sees it stays as it is, but for the two methods named in
-``_patch_tensor_methods``. With CUDA it changes nothing.
+``_patch_tensor_methods``. On every device it puts `add_product` in the place of Apex's extension
+for the gradients of weights, where that is not there; with CUDA it changes nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -63,6 +65,9 @@ _MODULES = (
     "dist_checkpointing.tensor_aware_state_dict",
 )
 
+_compiles = False
+"""Of `choose_kernels`: a state of the process, as the seam itself is."""
+
 # torch functions that megatron-core calls with ``device="cuda"`` or the current CUDA device.
 _FACTORIES = (
     "arange",
@@ -80,6 +85,10 @@ _FACTORIES = (
 )
 
 _CPU = torch.device("cpu")
+
+# Parameters of glibc's mallopt, from its malloc.h: how many blocks may be maps of their own, and
+# how many free bytes at the end of the heap are given back.
+_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 
 
 def has_cuda() -> bool:
@@ -163,6 +172,85 @@ def waiting_inside(around: Callable[[], contextlib.AbstractContextManager[None]]
         work.wait = real
 
 
+def keep_memory() -> None:
+    """Have the C library keep what tensors free for the next ones; nothing with CUDA.
+
+    By default it gives a large block back to the kernel as soon as it is free, and the next step
+    takes a page fault for every 4 KiB of its activations: a tenth of a step with a vocabulary of
+    32,000. Memory that was needed once stays with the process. Only glibc knows the two settings,
+    and one that the user chose (mallopt(3), environment) counts more.
+    """
+    chosen = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
+    if has_cuda() or chosen:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left.T @ right, without writing the product down where a kernel can.
+
+    Args:
+        total: [m, n], of the factors' precision or float32.
+        left: [tokens, m].
+        right: [tokens, n].
+    """
+    if left.dtype == total.dtype:
+        total.addmm_(left.t(), right)
+    elif total.is_cuda and _adds_wider(left.dtype):
+        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(left.t() @ right)
+
+
+@functools.cache
+def _adds_wider(factors: torch.dtype) -> bool:
+    """Whether this GPU and torch add a product of ``factors`` to a float32 total, and rightly.
+
+    Tried, not looked up: which devices and versions of torch can is nowhere said.
+    """
+    left, right = (torch.eye(16, device=device(), dtype=factors) for _ in range(2))
+    total = torch.ones(16, 16, device=device())
+    try:
+        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return torch.equal(total, 1.0 + torch.eye(16, device=device()))
+
+
+def compiles_kernels() -> bool:
+    """Whether elementwise functions run compiled in this process, see `choose_kernels`."""
+    return _compiles
+
+
+def can_compile() -> bool:
+    """Whether torch.compile makes kernels for this process's GPU, tried on a small one.
+
+    It needs Triton, a C compiler and a folder to write to, and says so only when it is used.
+    """
+    if not has_cuda():
+        return False
+    one = torch.ones(2, device=device())
+    try:
+        return bool(torch.compile(lambda x: x + x)(one).eq(2).all())
+    except Exception as error:  # whatever a compiler that does not work ends in
+        warnings.warn(
+            f"torch.compile does not work here ({type(error).__name__}: {error}): elementwise "
+            f"parts run as torch's single operators, which is slower",
+            stacklevel=2,
+        )
+        return False
+
+
+def choose_kernels(*, compiled: bool) -> None:
+    """Say whether elementwise functions run compiled; alike on all ranks, for copies that they
+    compute must stay bit-equal."""
+    global _compiles
+    _compiles = compiled
+
+
 def use_deterministic_kernels() -> None:
     """Choose deterministic kernels, for runs that must repeat bit for bit on a GPU."""
     # cuBLAS is deterministic only with a workspace of fixed size, read when CUDA starts
@@ -236,6 +324,7 @@ def install() -> None:
         RuntimeError: megatron-core is missing, of another version, or cannot be imported.
     """
     _check_megatron_core()
+    _install_add_product()
     if not has_cuda():
         _install_cpu()
 
@@ -268,6 +357,23 @@ def require_version(found: str) -> None:
             f"because other versions may use the device differently; "
             f"pip install megatron-core=={SUPPORTED_MEGATRON_CORE}"
         )
+
+
+@functools.cache
+def _install_add_product() -> None:
+    """Have megatron-core add gradients of weights up through `add_product` without Apex."""
+    layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
+    if layers._grad_accum_fusion_available:
+        return  # Apex's extension does it
+
+    def add(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        add_product(main_grad, grad_output, total_input)
+
+    stand_in: Any = types.ModuleType("fused_weight_gradient_mlp_cuda for torch alone")
+    # named after the precision of the gradient that is added to
+    stand_in.wgrad_gemm_accum_fp32 = stand_in.wgrad_gemm_accum_fp16 = add
+    layers.fused_weight_gradient_mlp_cuda = stand_in
+    layers._grad_accum_fusion_available = True
 
 
 @functools.cache

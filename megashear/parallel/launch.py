@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.parallel import device
+from megashear.parallel.agree import gather_objects
 from megashear.parallel.groups import ParallelGroups
 
 logger = logging.getLogger(__name__)
@@ -51,10 +52,14 @@ def distributed(
     device.install()
     device.check_settings(parallel, model)
     device.select(int(os.environ.get("LOCAL_RANK", "0")))
+    device.keep_memory()
     if model.deterministic_mode:
         device.use_deterministic_kernels()
     with process_group(timeout_s=timeout_s):
         groups = ParallelGroups.create(parallel)
+        # not where bits must repeat: each process's compiler may choose another order of sums
+        mine = not model.deterministic_mode and device.can_compile()
+        device.choose_kernels(compiled=all(gather_objects(mine)))
         found = [name for name, is_here in device.find_accelerators().items() if is_here]
         logger.info(
             "%d processes on %s: tensor %d, pipeline %d, data %d; found of apex and "

@@ -52,10 +52,10 @@ def embedding_kept(work: Work) -> int:
 
 
 def loss_kept(work: Work) -> int:
-    """Bytes that final norm, output layer and cross entropy keep: the softmax is in float32."""
-    softmax = FLOAT32 * work.tokens * work.own_vocab
-    target, is_other, counted = 8 * work.tokens, work.tokens, FLOAT32 * work.tokens
-    return _norm(work) + _stream(work) + softmax + target + is_other + counted
+    """Bytes that final norm, output layer and cross entropy keep: logits, and a few numbers a token
+    (largest logit, sum, loss, whether it counts; the label, and whether it is this rank's)."""
+    logits = work.element * work.tokens * work.own_vocab
+    return _norm(work) + _stream(work) + logits + (4 * FLOAT32 + 8 + 1) * work.tokens
 
 
 def _layers_kept(work: Work) -> int:
@@ -106,13 +106,12 @@ def _layer_backward(work: Work) -> int:
 
 def _chunk_moment(work: Work, *, first: bool, last: bool) -> int:
     """Most that passes of a chunk need beside what one microbatch keeps."""
-    e, t, hidden, vocab = work.element, work.tokens, work.shape.hidden_size, work.own_vocab
+    e, hidden, vocab = work.element, work.shape.hidden_size, work.own_vocab
     moments = [_layer_backward(work) + _run_again(work, last=last)]
     if last:
-        # logits beside their float32 copy, in either direction; then the output layer's gradients
-        moments.append(e * t * vocab if work.model.bf16 else 0)
-        freed = FLOAT32 * t * vocab if work.model.bf16 else 0
-        moments.append((e * t * vocab if work.model.bf16 else 0) - freed + e * vocab * hidden)
+        # The output layer's gradient. That of the logits lies where they lay, and what passes
+        # through float32 on the way is bounded: models/cross_entropy.py
+        moments.append(e * vocab * hidden + _stream(work))
     if first:
         # a dense gradient of the whole embedding, when all else of the microbatch is free
         moments.append(e * vocab * hidden - _chunk_kept(work, first=first, last=last))
@@ -163,8 +162,7 @@ def forward_only(work: Work, stage: int) -> int:
     copy, back = (FLOAT32, work.element) if work.model.bf16 else (0, 0)
     # gate and up with their copies, and their product
     activation = (2 * (work.element + copy) + FLOAT32 + back) * work.own_ffn
-    # logits, and their copy, which becomes the softmax
-    logits = (work.element + copy) * work.own_vocab if stage == work.pipeline - 1 else 0
+    logits = work.element * work.own_vocab if stage == work.pipeline - 1 else 0
     # beside them a layer's input, its norm's output, and the chunk's input, which its caller holds
     return work.tokens * max(activation, logits) + 3 * _stream(work) + _throughout(work)
 

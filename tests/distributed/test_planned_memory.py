@@ -12,6 +12,7 @@ import torch
 
 from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megashear.data.batch import MicroBatch
+from megashear.models import cross_entropy
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.planning.hardware import GPUS
@@ -154,6 +155,8 @@ def measured(name: str) -> list[dict[str, Any]]:
 
 
 def measured_here(case: Case, *, counts_sent: bool) -> dict[str, Any]:
+    # in proportion: at these sizes what goes through float32 at once would be all logits
+    cross_entropy._AT_ONCE = {"cpu": 2**12}
     groups = ParallelGroups.create(case.parallel)
     variant = "masked" if case.masked else "local"
     chunks = build_llama(case.shape, groups, case.parallel, case.work().model, variant=variant)
@@ -187,9 +190,14 @@ def measured_here(case: Case, *, counts_sent: bool) -> dict[str, Any]:
     live, saved = LiveBytes(known), SavedBytes(known)
     sent = SentBytes(ring=max(case.parallel.tensor_model_parallel_size, case.replicas))
     # the first step makes what lasts: cached tables, buffers that are used again
-    for way in (live, saved.hooks(), *([sent] if counts_sent else [])):
+    counting_saved = saved.hooks()
+    for way in (live, counting_saved, *([sent] if counts_sent else [])):
         for chunk in chunks:
             chunk.zero_grad_buffer()
+            for module in chunk.modules():
+                # a weight that went through hooks has lost what DDP knows it by
+                if hasattr(module, "gradient_accumulation_fusion"):
+                    module.gradient_accumulation_fusion = way is not counting_saved
         optimizer.zero_grad()
         with way:
             objective.forward_backward(batches, 0)

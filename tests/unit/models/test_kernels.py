@@ -237,6 +237,36 @@ def test_copies_scale_the_output_gates_gradient_alone() -> None:
         assert torch.equal(twice[name], 2 * tensor if name == "outputs" else tensor), name
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["linear", "gated inputs", "gated outputs", "gated linear"])
+def test_a_weights_gradient_is_added_to_its_buffer(case: str, precision: torch.dtype) -> None:
+    gates = {
+        name: value
+        for name, value in CASES["gated linear"][2].items()
+        if name == {"gated inputs": "units", "gated outputs": "outputs"}.get(case)
+        or (case == "gated linear" and name in ("units", "outputs"))
+    }
+    inputs = {name: value.to(precision) for name, value in LINEAR_INPUT.items()}
+    wanted = with_gradients(written_out_linear, inputs | gates, torch.float64)
+    before = random(HIDDEN, UNITS * WIDTH, seed=12)
+
+    def into_the_buffer(weight: Tensor, **others: Tensor) -> Tensor:
+        weight.main_grad = before.clone()  # type: ignore[attr-defined]
+        weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+        buffers.append(weight)
+        return linear(weight=weight, **others)
+
+    buffers: list[Any] = []
+    found = with_gradients(into_the_buffer, inputs | gates)
+    [weight] = buffers
+    assert weight.grad_added_to_main_grad  # so that what came back is not added too
+    found["weight"] = weight.main_grad.double() - before
+    tolerance = FLOAT32 if precision == torch.float32 else BFLOAT16
+    assert worst(found, wanted) < tolerance
+    found["weight"] = weight.main_grad  # the twin: overwritten, or added to another start
+    assert worst(found, wanted) > 0.1
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_inputs_alone_are_kept_for_the_backward_pass(case: str) -> None:
     ours, formula, inputs = CASES[case]

@@ -1,6 +1,7 @@
 """The device seam: what it refuses, what it leaves alone, and that CUDA switches it off."""
 
 import json
+import platform
 import subprocess
 import sys
 import types
@@ -193,3 +194,114 @@ def test_with_cuda_nothing_is_replaced() -> None:
         assert twin["real"] == []
         assert set(twin["replaced"]) >= set(with_cuda["real"])
         assert twin["methods"] is False
+
+
+APEX = """
+import sys, types
+if {apex}:
+    sys.modules["fused_weight_gradient_mlp_cuda"] = types.ModuleType("of Apex")
+from megashear.parallel import device
+device.has_cuda = lambda: {cuda}
+device.install()
+from megatron.core.tensor_parallel import layers
+print(layers.fused_weight_gradient_mlp_cuda.__name__, layers._grad_accum_fusion_available)
+"""
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+@pytest.mark.parametrize("apex", [True, False])
+def test_apex_is_stood_in_for_only_where_it_is_not(apex: bool, cuda: bool) -> None:
+    probe = APEX.format(apex=apex, cuda=cuda)
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, timeout=120, check=True
+    )
+    name = "of Apex" if apex else "fused_weight_gradient_mlp_cuda for torch alone"
+    assert done.stdout.splitlines()[-1] == f"{name} True"
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_product_is_added_to_what_is_there(precision: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(6, n, generator=generator).to(precision) for n in (5, 4))
+    before = torch.randn(5, 4, generator=generator)
+    total = before.clone()
+    device.add_product(total, left, right)
+    wanted = left.double().T @ right.double()
+    tolerance = 1e-6 if precision == torch.float32 else 2**-8  # of sums over 6 rounded products
+    assert (total - before - wanted).abs().max() < tolerance * wanted.abs().max()
+    device.add_product(total, left, right)
+    assert (total - before - 2 * wanted).abs().max() < 2 * tolerance * wanted.abs().max()
+
+
+def test_a_gpu_that_cannot_add_a_wider_product_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def adds(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **_: Any) -> None:
+        total.add_(left @ right)
+
+    def refuses(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not implemented for this dtype")
+
+    def overwrites(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **_: Any) -> None:
+        total.copy_(left @ right)
+
+    for addmm, answer in ((adds, True), (refuses, False), (overwrites, False)):
+        monkeypatch.setattr(torch, "addmm", addmm)
+        assert device._adds_wider.__wrapped__(torch.float32) is answer
+
+
+FAULTS = """
+import resource, torch
+from megashear.parallel import device
+if {keep}:
+    device.keep_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(2**24), torch.ones(2**22)  # 64 and 16 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory"
+)
+def test_freed_memory_is_kept_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    def faults(keep: bool) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS.format(keep=keep)],
+            capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        return int(done.stdout)
+
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    pages = 4 * 2**26 // 4096
+    assert faults(keep=False) > pages // 2
+    assert faults(keep=True) < pages // 20
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "65536")
+    assert faults(keep=True) > pages // 2
+
+
+def test_a_compiler_that_does_not_work_is_told_and_not_used(
+    with_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert device.can_compile()
+
+    def broken(function: Any) -> Any:
+        def run(*_: Any) -> None:
+            raise RuntimeError("no C compiler found")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match=r"torch\.compile does not work here.*no C compiler found"):
+        assert not device.can_compile()
+
+
+@WITHOUT_CUDA
+def test_on_a_cpu_nothing_is_compiled() -> None:
+    assert not device.can_compile()

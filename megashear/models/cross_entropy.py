@@ -1,0 +1,91 @@
+"""Cross entropy over a vocabulary that tensor ranks share, in the memory of the logits.
+
+megatron-core's keeps a float32 softmax beside bfloat16 logits and passes over them a dozen times.
+This one keeps the logits themselves and writes their gradient over them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megashear.models.fusion import fused
+from megashear.parallel.agree import flat_all_reduce
+
+_AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
+"""Logits that go through float32 together: as many as a core's cache holds, or as a GPU is kept
+busy with while the copy is small beside the model."""
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor, labels: Tensor, group: dist.ProcessGroup
+) -> Tensor:
+    """-log softmax(logits) at the labels, in float32. Collective over ``group``.
+
+    Args:
+        logits: this rank's slice of the vocabulary, [..., vocab/tp]. The backward pass writes their
+            gradient over them, so that nobody else may need them.
+        labels: int64 [...], in the whole vocabulary.
+        group: the tensor ranks.
+
+    Returns:
+        float32 [...], equal on the ranks of ``group``; its gradient may be asked for once.
+    """
+    loss: Tensor = _CrossEntropy.apply(logits, labels, group)
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+        rows = logits.flatten(0, -2)  # [tokens, vocab/tp]
+        width = rows.size(1)
+        own = labels.flatten() - dist.get_rank(group) * width
+        is_own = (own >= 0) & (own < width)
+        place = own.clamp(0, width - 1)[:, None]
+        found = [_exponentials(part) for part in rows.split(_rows_at_once(rows))]
+        most, total = (torch.cat(parts) for parts in zip(*found))
+        predicted = torch.where(is_own, rows.gather(1, place).squeeze(1).float(), 0.0)
+        (largest,) = flat_all_reduce([most], group, dist.ReduceOp.MAX)
+        total, predicted = flat_all_reduce([total * (most - largest).exp(), predicted], group)
+        # small numbers beside each other: log(total) + largest would round away what follows
+        loss = total.log() - (predicted - largest)
+        ctx.save_for_backward(logits, largest, total, loss, place, is_own)
+        return loss.view(labels.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
+        logits, largest, total, loss, place, is_own = ctx.saved_tensors
+        rows, dloss = logits.flatten(0, -2), dloss.flatten()
+        assert rows.data_ptr() == logits.data_ptr(), "a view, for the gradient is written here"
+        size, factor = _rows_at_once(rows), dloss / total
+        for part, *each in zip(rows.split(size), largest.split(size), factor.split(size)):
+            _exponentials_over(part, *each)
+        # p - 1 at the label, of which p was rounded
+        at_label = (torch.expm1(-loss) * dloss).to(rows.dtype)[:, None]
+        rows.scatter_(1, place, torch.where(is_own[:, None], at_label, rows.gather(1, place)))
+        return logits, None, None
+
+
+@fused
+def _exponentials(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest logit of each row, and the sum of exp(logit - largest); float32 [tokens]."""
+    wide = rows.float()
+    # finite, even where all of this rank's rows are padding
+    most = wide.amax(dim=1).clamp(min=torch.finfo(torch.float32).min)
+    return most, (wide - most[:, None]).exp_().sum(dim=1)
+
+
+@fused
+def _exponentials_over(rows: Tensor, largest: Tensor, factor: Tensor) -> None:
+    """Write exp(logit - largest) * factor over the logits."""
+    rows.copy_((rows.float() - largest[:, None]).exp_().mul_(factor[:, None]))
+
+
+def _rows_at_once(rows: Tensor) -> int:
+    return max(1, _AT_ONCE[rows.device.type] // rows.size(1))
