@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megashear.config import ModelConfig
+from megashear.parallel import device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,11 +79,12 @@ def micro_batch(
     loss_mask[num_counted:] = 0.0
     if documents is not None and borders.mask_loss:
         loss_mask = loss_mask * (documents[0] == documents[1])
+    apart = documents[0] if documents is not None and borders.part_attention else None
     return MicroBatch(
-        tokens=tokens,
-        labels=labels,
-        loss_mask=loss_mask,
-        documents=documents[0] if documents is not None and borders.part_attention else None,
+        tokens=device.pinned(tokens),
+        labels=device.pinned(labels),
+        loss_mask=device.pinned(loss_mask),
+        documents=None if apart is None else device.pinned(apart),
         domains=torch.tensor(domains, dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int64),
     )

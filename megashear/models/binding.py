@@ -93,7 +93,9 @@ class MaskBinding:
         self._sampled = {stream: dict(gates) for stream, gates in sampled.items()}
         self._leaves = {
             stream: {
-                kind: z.detach().to(device.device()).requires_grad_(z.requires_grad)
+                kind: device.pinned(z.detach())
+                .to(device.device(), non_blocking=True)
+                .requires_grad_(z.requires_grad)
                 for kind, z in gates.items()
             }
             for stream, gates in sampled.items()

@@ -128,6 +128,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory that a GPU can read while the host goes on; itself without CUDA.
+
+    Copied from other memory, even a few kilobytes have the host wait for all work that the device
+    was given before, and the device then for the host.
+    """
+    return tensor if not has_cuda() or tensor.is_pinned() else tensor.pin_memory()
+
+
 def name() -> str | None:
     """What the driver calls this process's CUDA device; None without."""
     return torch.cuda.get_device_name() if has_cuda() else None

@@ -113,7 +113,7 @@ def run_chunk(
 
 
 def _loss(batch: MicroBatch, per_token: Tensor) -> tuple[Tensor, SequenceLosses]:
-    mask = batch.loss_mask.to(per_token.device)
+    mask = batch.loss_mask.to(per_token.device, non_blocking=True)
     sums, counts = (per_token * mask).sum(dim=1), mask.sum(dim=1)  # [b]
     loss = sums.sum() / counts.sum().clamp(min=1.0)
     return loss, SequenceLosses(sums.detach(), counts, batch.domains)
