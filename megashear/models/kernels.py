@@ -129,20 +129,30 @@ def _activation_gradients(
     """Of the input and of the gates."""
     dy = dy.float()
     gate, up = x.float().chunk(2, dim=-1)
-    dx = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    dgate, dup = dx.chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
-    _product_into(dup, dy, silu)
-    # silu' = sigmoid + silu * (1 - sigmoid); both are overwritten, they are no longer needed
-    slope = silu.addcmul_(silu, sigmoid, value=-1.0).add_(sigmoid)
-    _product_into(dgate, slope, dy).mul_(up)
     dunits = None
+    if torch.compiler.is_compiling():
+        # the compiler makes one pass of this, and of writes to parts of a tensor several
+        dup, dgate = dy * silu, dy * up * (sigmoid + silu * (1 - sigmoid))
+        if units is not None:
+            dunits = _sum_over_tokens(dup * up)
+            dup, dgate = dup * units, dgate * units
+        return torch.stack((dgate.to(x.dtype), dup.to(x.dtype)), dim=-2).flatten(-2), dunits
+    dx = torch.empty_like(x)
+    dgate, dup = dx.chunk(2, dim=-1)
+    if units is None:
+        torch.mul(dy, silu, out=dup)
+    else:
+        ungated = dy * silu
+        dunits = _sum_over_tokens(ungated * up)
+        torch.mul(ungated, units, out=dup)
+    # silu' = sigmoid + silu * (1 - sigmoid); both are overwritten, they are no longer needed
+    slope = silu.addcmul_(silu, sigmoid, value=-1.0).add_(sigmoid).mul_(dy)
     if units is not None:
-        dunits = _sum_over_tokens(_product_into(sigmoid, dup, up))
-        dup.mul_(units)
-        dgate.mul_(units)
-    return dx.to(x.dtype), dunits
+        slope.mul_(units)
+    torch.mul(slope, up, out=dgate)
+    return dx, dunits
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -12,106 +12,18 @@ machine does not matter. A table, then JSON, go to stdout, or JSON to --json.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch.distributed as dist
+from counting import Counts, counting
 from measuring import environment, report, table
 from step import add_flags, processes, work_of
-from torch import Tensor
 from ways import OurStep, Work, target_of
 
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.parallel.groups import ParallelGroups
-
-_SENDS = {
-    "all_reduce": 0,
-    "all_gather": 1,
-    "all_gather_into_tensor": 1,
-    "_all_gather_base": 1,
-    "reduce_scatter_tensor": 1,
-    "_reduce_scatter_base": 1,
-    "broadcast": 0,
-    "isend": 0,
-    "send": 0,
-}
-"""Functions that send, and which argument is what this rank puts in."""
-
-
-def sent_bytes(given: Any) -> int:
-    """Bytes of a tensor, or of several."""
-    tensors = [given] if isinstance(given, Tensor) else given
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-class Counts:
-    """Calls and bytes by function and group size, of this rank."""
-
-    def __init__(self) -> None:
-        self.calls: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-
-    def note(self, name: str, given: Any, group: Any) -> None:
-        """Count a call; one in a group of one moves nothing."""
-        if dist.get_world_size(group) == 1:
-            return
-        self.calls[name] += 1
-        self.bytes[name] += sent_bytes(given)
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[Counts]:
-    """Count what is sent within the block, by megatron-core too."""
-    counts, real = Counts(), {}
-    inside = [False]  # functions that call each other count once
-
-    def wrapped(name: str, place: int, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if inside[0]:
-                return function(*args, **kwargs)
-            inside[0] = True
-            try:
-                given = args[place] if len(args) > place else _named(kwargs, place)
-                counts.note(name, given, kwargs.get("group"))
-                return function(*args, **kwargs)
-            finally:
-                inside[0] = False
-
-        return call
-
-    for name, place in _SENDS.items():
-        function = getattr(dist, name, None)
-        if function is None:
-            continue
-        real[name] = function
-        setattr(dist, name, wrapped(name, place, function))
-        _replace_in_megatron(function, getattr(dist, name))
-    try:
-        yield counts
-    finally:
-        for name, function in real.items():
-            _replace_in_megatron(getattr(dist, name), function)
-            setattr(dist, name, function)
-
-
-def _named(kwargs: dict[str, Any], place: int) -> Any:
-    for name in ("tensor", "input", "input_tensor", "output_tensor")[place:]:
-        if name in kwargs:
-            return kwargs[name]
-    return next(value for value in kwargs.values() if isinstance(value, Tensor))
-
-
-def _replace_in_megatron(old: Any, new: Any) -> None:
-    # some modules hold the functions under names of their own
-    for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.core"):
-            for attribute, value in list(vars(module).items()):
-                if value is old:
-                    setattr(module, attribute, new)
 
 
 def of_step(

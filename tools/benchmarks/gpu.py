@@ -7,16 +7,20 @@ Needs torch, megatron-core and this repository, nothing else; Apex and Transform
 where they are. Correctness: a masked model on the GPU against the same on the CPU in float32, in
 bfloat16 against float32, gradients included, and its cut against it in both. Speed:
 LLaMA-2-7B-shaped pruning (random weights, full recompute), masked and unmasked steps in turn on the
-same weights, and continued pretraining of the 1.3B and 2.7B shapes, at sequences of 4096. MFU is
-the model's arithmetic (what recompute does again not counted) over the GPU's dense bfloat16 peak.
---dry-run does all of it with tiny shapes on whatever device there is; on a CPU, speeds say "not
-measured". Tables, then JSON, go to stdout, or JSON to --json. Ends with 1 where an answer is wrong.
+same weights, and continued pretraining of the 1.3B and 2.7B shapes, at sequences of 4096, with
+torch's kernels and, where it is, Transformer Engine's; torch's attention kernels beside each other.
+MFU is the model's arithmetic (what recompute does again not counted) over the GPU's dense bfloat16
+peak. What by plan does not fit on the GPU is left out, which is said. --dry-run does all of it with
+tiny shapes on whatever device there is; on a CPU, speeds say "not measured". Tables, then JSON, go
+to stdout, or JSON to --json. Ends with 1 where an answer is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import functools
 import gc
 import os
 import subprocess
@@ -41,15 +45,19 @@ from measuring import (
 )
 from step import breakdown, parts_of
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from ways import OPTIMIZER, SEED, OurStep, Work, target_of
 
 from megashear.config import ModelConfig, ParallelConfig
-from megashear.masks.mask_set import exact_gates
+from megashear.masks.mask_set import exact_gates, target_units
 from megashear.models.llama import build_llama
+from megashear.models.specs import Variant
 from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
+from megashear.planning import work as planned_work
 from megashear.planning.hardware import gpu_of_device
+from megashear.planning.memory import fullest
 from megashear.shape import PRESETS, ModelShape
 from megashear.train.in_flight import Optimized, cut_in_flight
 from megashear.train.objectives import EXACT, LanguageModelling, StructuredPruning
@@ -109,6 +117,39 @@ class Case:
     target: ModelShape | None
     """Shape to prune to; None for continued pretraining."""
     recompute: bool
+    variant: Variant = "local"
+    """Of the layers, where there is no target."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Precision and recompute."""
+        return ModelConfig(bf16=True, recompute_granularity="full" if self.recompute else None)
+
+    def obstacle(self) -> str | None:
+        """Why it cannot be timed here; None where it can."""
+        if (
+            self.variant == "transformer_engine"
+            and not device.find_accelerators()["transformer_engine"]
+        ):
+            return "no Transformer Engine"
+        if not device.has_cuda():
+            return None
+        _, planned = fullest(
+            planned_work.Work(
+                shape=self.work.shape,
+                parallel=ParallelConfig(),
+                model=self.model,
+                seq_length=self.work.seq_length,
+                micro_batch_size=self.work.micro_batch_size,
+                num_microbatches=self.work.num_microbatches,
+                data_size=1,
+                masks=frozenset(target_units(self.work.shape, self.target) if self.target else ()),
+            )
+        )
+        free, _ = torch.cuda.mem_get_info()
+        if planned.total <= free:
+            return None
+        return f"{planned.total / 2**30:.0f} GiB planned, {free / 2**30:.0f} free"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,10 +179,26 @@ def cases(*, dry: bool) -> list[Case]:
 
     seven = work("llama2-7b", 1, 4)
     target = target_of(TINY) if dry else PRESETS["llama2-2.7b"]
+    pretraining = {
+        "1.3B pretraining": work("llama2-1.3b", 4, 4),
+        "2.7B pretraining": work("llama2-2.7b", 2, 4),
+    }
     return [
         Case(name="7B pruning", work=seven, target=target, recompute=True),
-        Case(name="1.3B pretraining", work=work("llama2-1.3b", 4, 4), target=None, recompute=False),
-        Case(name="2.7B pretraining", work=work("llama2-2.7b", 2, 4), target=None, recompute=False),
+        *(
+            Case(name=name, work=each, target=None, recompute=False)
+            for name, each in pretraining.items()
+        ),
+        *(
+            Case(
+                name=f"{name}, Transformer Engine",
+                work=each,
+                target=None,
+                recompute=False,
+                variant="transformer_engine",
+            )
+            for name, each in pretraining.items()
+        ),
     ]
 
 
@@ -277,8 +334,9 @@ def correctness(groups: ParallelGroups) -> list[Check]:
 
 def timed(case: Case, groups: ParallelGroups, rounds: int) -> dict[str, Any]:
     """Steps of a case; of pruning also unmasked ones of the same model and optimizer, in turn."""
-    model = ModelConfig(bf16=True, recompute_granularity="full" if case.recompute else None)
-    step = OurStep(case.work, groups, ParallelConfig(), model, target=case.target)
+    step = OurStep(
+        case.work, groups, ParallelConfig(), case.model, target=case.target, variant=case.variant
+    )
     ways: dict[str, Callable[[], None]] = {case.name: step}
     watched = {case.name: step}
     if case.target is not None:
@@ -292,6 +350,61 @@ def timed(case: Case, groups: ParallelGroups, rounds: int) -> dict[str, Any]:
     peaks = {way: peak_bytes(each) for way, each in ways.items()}
     parts = {way: parts_of(each, max(3, rounds // 2)) for way, each in watched.items()}
     return {"measured": measured, "peak_bytes": peaks, "parts_s": parts, "ways": list(ways)}
+
+
+CHOICE = "torch's choice"
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+"""torch's attention kernels that do not write the scores down."""
+
+
+def attention(shape: ModelShape, length: int, rounds: int) -> dict[str, Any]:
+    """Forward and backward passes of one layer's attention by every kernel that takes it, in turn.
+
+    Args:
+        shape: gives heads.
+        length: of one sequence, tokens.
+        rounds: measured passes of each.
+    """
+    heads, width = shape.num_attention_heads, shape.head_dim
+    q, k, v = (
+        # as `CausalAttention` has them: sequences in a row, seen as [b, heads, s, d]
+        torch.randn(1, length, heads, width, device=device.device(), dtype=torch.bfloat16)
+        .transpose(1, 2)
+        .requires_grad_()
+        for _ in range(3)
+    )
+
+    def run(backends: Sequence[SDPBackend]) -> None:
+        with sdpa_kernel(list(backends)) if backends else contextlib.nullcontext():
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out.backward(out.detach())
+
+    ways: dict[str, Callable[[], object]] = {CHOICE: lambda: run(())}
+    missing = []
+    for name, backend in KERNELS.items():
+        try:
+            run((backend,))
+        except RuntimeError:  # torch's way to say that a kernel does not take it
+            missing.append(name)
+        else:
+            ways[name] = functools.partial(run, (backend,))
+    return {"measured": interleave(ways, rounds), "ways": list(ways), "missing": missing}
+
+
+def attention_rows(found: dict[str, Any]) -> list[list[object]]:
+    """A row for each kernel."""
+    rows: list[list[object]] = [[name, "not here", ""] for name in found["missing"]]
+    for way in found["ways"]:
+        if not device.has_cuda():
+            rows.append([way, NOT_MEASURED, NOT_MEASURED])
+            continue
+        seconds = median_seconds(found["measured"], way)
+        rows.append([way, f"{1e3 * seconds:.3f}", ratio(found["measured"], way, CHOICE)])
+    return rows
 
 
 def peak_bytes(step: Callable[[], None]) -> int | None:
@@ -317,6 +430,10 @@ def speed_rows(
     """A row for each way of each case."""
     rows: list[list[object]] = []
     for case in all_cases:
+        if "obstacle" in found[case.name]:
+            why = found[case.name]["obstacle"]
+            rows.append([case.name, f"{case.work.tokens:,}", f"{NOT_MEASURED}: {why}", *[""] * 4])
+            continue
         measured: list[Measured] = found[case.name]["measured"]
         base = f"{case.name}, unmasked"
         for way in found[case.name]["ways"]:
@@ -356,9 +473,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         checks = correctness(groups) if args.only != "speed" else []
         all_cases = cases(dry=args.dry_run) if args.only != "correctness" else []
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
+        kernels = None
+        if all_cases:
+            first = all_cases[0].work
+            kernels = attention(first.shape, first.seq_length, args.rounds)
         for case in all_cases:
-            found[case.name] = timed(case, groups, args.rounds)
+            why = case.obstacle()
+            found[case.name] = (
+                timed(case, groups, args.rounds) if why is None else {"obstacle": why}
+            )
             gc.collect()
             if device.has_cuda():
                 torch.cuda.empty_cache()
@@ -382,7 +506,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ],
             ),
             table(head, speed_rows(all_cases, found, peak)),
-            *(breakdown(each["parts_s"]) for each in found.values() if device.has_cuda()),
+            *(
+                breakdown(each["parts_s"])
+                for each in found.values()
+                if device.has_cuda() and "parts_s" in each
+            ),
+            table(
+                ["attention of one layer", "ms forward and backward", f"over {CHOICE}"],
+                [] if kernels is None else attention_rows(kernels),
+            ),
             table(["published", "GPU", "MFU"], PUBLISHED),
         ]
         report(
@@ -394,6 +526,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "matmul_flops_per_s": rate,
                 "checks": checks,
                 "speed": found,
+                "attention": kernels,
+                "compiled": device.compiles_kernels(),
                 "work": {case.name: asdict(replace(case.work)) for case in all_cases},
             },
             args.json,

@@ -6,7 +6,10 @@ part by part, beside what the machine's matrix products and memory allow.
 
 All ways run in one process (of each rank), interleaved round by round, so that what else the
 machine does meets all of them; a second unmasked model gives the noise: what two equal ways differ
-by. Tables, then JSON, go to stdout, or JSON to --json.
+by. Beside each part stands its floor: its matrix products at the rate that large ones reach here,
+or the bytes that it cannot do without at the speed of a copy. Memory and what is sent are counted,
+not timed. Tables, then JSON, go to stdout, or JSON to --json. `steps.py` runs it over shapes,
+layouts and precisions.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from counting import counting, peak_bytes
 from measuring import (
     copy_bandwidth,
     environment,
@@ -35,6 +39,7 @@ from megashear.config import ModelConfig, ParallelConfig
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.shape import PRESETS, ModelShape
+from megashear.train.objectives import StructuredPruning
 
 UNMASKED, AGAIN, MASKED = "unmasked", "unmasked again", "masked"
 PLAIN, PLAIN_DEFAULT = "transformers, fused AdamW", "transformers, default AdamW"
@@ -152,30 +157,83 @@ def parts_of(step: OurStep, rounds: int) -> dict[str, float]:
     return middle
 
 
-def breakdown(parts: dict[str, dict[str, float]]) -> str:
-    """Parts of each way, seconds and share of the step."""
+BYTES_OF_GATES = {
+    "masks: sampling": 8,
+    "masks: gradients": 8,
+    "masks: penalty": 4,
+    "masks: update": 28,
+}
+"""Bytes a gate that a part reads and writes at least, float32: log_alpha in, gate out; gradients of
+gates in, of log_alpha out; log_alpha in; the two, and Adam's moments, in, three of them out."""
+
+
+def floors(
+    work: Work, step: OurStep, *, rate: float, bandwidth: float, model_parallel: int
+) -> dict[str, float]:
+    """Seconds that no implementation of a part goes below on this machine.
+
+    Args:
+        work: the step.
+        step: whose weights and gates are counted.
+        rate: FLOP/s that large matrix products reach.
+        bandwidth: bytes/s that a copy moves, read and written ones counted.
+        model_parallel: ranks that share the arithmetic.
+    """
+    products = work.flops() / model_parallel / rate
+    parameters = [p for chunk in step.chunks for p in chunk.parameters()]
+    # the norm reads every float32 gradient; Adam reads it again, reads and writes the float32
+    # weight and two moments, and under bfloat16 writes the weight once more
+    each = 4 + 4 + 2 * 12 + (2 if parameters[0].dtype == torch.bfloat16 else 0)
+    optimizer = each * sum(p.numel() for p in parameters) / bandwidth
+    found = {"forward": products / 3, "backward": products * 2 / 3, "optimizer": optimizer}
+    if isinstance(step.objective, StructuredPruning):
+        gates = sum(each.numel() for each in step.objective.masks.log_alpha.values())
+        found |= {part: size * gates / bandwidth for part, size in BYTES_OF_GATES.items()}
+    return found | {"whole": sum(found.values())}
+
+
+def breakdown(
+    parts: dict[str, dict[str, float]], least: dict[str, dict[str, float]] | None = None
+) -> str:
+    """Parts of each way, seconds and share of the step; beside them their floors, if given."""
     names = list(dict.fromkeys(name for each in parts.values() for name in each))
     rows = []
     for name in names:
         row: list[object] = [name]
-        for each in parts.values():
+        for way, each in parts.items():
             seconds = each.get(name)
             share = (
                 "" if seconds is None else f"{seconds:.4f} ({100 * seconds / each['whole']:.1f}%)"
             )
             row.append(share)
+            if least is not None:
+                floor = least[way].get(name)
+                row.append("" if floor is None or seconds is None else f"{floor:.4f}")
         rows.append(row)
-    return table(["part", *(f"{way}, s" for way in parts)], rows)
+    heads = [(f"{way}, s", "its floor, s")[: 1 if least is None else 2] for way in parts]
+    return table(["part", *(head for each in heads for head in each)], rows)
 
 
 def memory(step: OurStep) -> dict[str, int]:
-    """Bytes that a step keeps for its backward passes on this rank, and those of its weights."""
+    """Bytes that a step keeps for its backward passes on this rank, those of its weights, and the
+    most that its tensors take at once beside model and optimizer."""
     weights = {
         parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes()
         for chunk in step.chunks
         for parameter in chunk.parameters()
     }
-    return {"saved": saved_bytes(step, set(weights)), "weights": sum(weights.values())}
+    return {
+        "saved": saved_bytes(step, set(weights)),
+        "weights": sum(weights.values()),
+        "peak": peak_bytes(step),
+    }
+
+
+def sent(step: OurStep) -> dict[str, int]:
+    """Calls in which this rank sends in a step, and the bytes that it puts in."""
+    with counting() as counts:
+        step()
+    return {"calls": sum(counts.calls.values()), "bytes": sum(counts.bytes.values())}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,16 +264,43 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{floor:.4f} s; copies move {bandwidth / 1e9:.1f} GB/s",
             f"unmasked: {floor / median_seconds(measured, UNMASKED):.2f} of that rate",
         ]
-        saved = table(
-            ["way", "kept for backward passes, bytes", "over unmasked"],
+        least = {
+            way: floors(
+                work,
+                ours[way],
+                rate=rate,
+                bandwidth=bandwidth,
+                model_parallel=parallel.model_parallel_size,
+            )
+            for way in parts
+        }
+        sends = {way: sent(ours[way]) for way in (UNMASKED, MASKED)}
+        counted = table(
             [
-                (way, f"{each['saved']:,}", f"{each['saved'] / kept[UNMASKED]['saved']:.3f}")
+                *("way", "kept for backward passes, bytes", "over unmasked"),
+                *("most at once, bytes", "over unmasked", "sends, calls", "bytes"),
+            ],
+            [
+                (
+                    way,
+                    f"{each['saved']:,}",
+                    f"{each['saved'] / kept[UNMASKED]['saved']:.3f}",
+                    f"{each['peak']:,}",
+                    f"{each['peak'] / kept[UNMASKED]['peak']:.3f}",
+                    sends[way]["calls"],
+                    f"{sends[way]['bytes']:,}",
+                )
                 for way, each in kept.items()
             ],
         )
         report(
             "step.py",
-            ["\n".join(lines), comparison(measured, list(ways)), breakdown(parts), saved],
+            [
+                "\n".join(lines),
+                comparison(measured, list(ways)),
+                breakdown(parts, least),
+                counted,
+            ],
             {
                 "environment": environment("step.py", argv),
                 "work": {"shape": asdict(work.shape), "tokens": work.tokens, "flops": flops},
@@ -223,7 +308,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "copy_bytes_per_s": bandwidth,
                 "measured": measured,
                 "parts_s": parts,
+                "floors_s": least,
                 "memory": kept,
+                "sent": sends,
             },
             args.json,
         )

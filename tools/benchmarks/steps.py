@@ -1,0 +1,149 @@
+"""Measure training steps over shapes, layouts, precisions and recompute: `step.py` for each, one
+table and one JSON file.
+
+    python tools/benchmarks/steps.py --json steps.json
+    python tools/benchmarks/steps.py --only base tp2 --rounds 40
+
+Every variant is a run of its own, of one thread a rank, under torchrun where it has several ranks;
+inside it masked, unmasked and transformers' steps are interleaved. Ratios compare, seconds of
+different variants need not: what else the machine did may have changed between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from measuring import Measured, environment, median_seconds, ratio, report, table
+from step import AGAIN, MASKED, PLAIN, UNMASKED
+from tqdm import tqdm
+
+SMALL_VOCABULARY = ("--vocab-size", "1024")
+"""With 32,000 tokens the output layer is more than half of a small model's arithmetic, and hides
+what masks cost its layers."""
+VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "base": (1, SMALL_VOCABULARY),
+    "vocabulary of 32,000": (1, ()),
+    "bfloat16": (1, (*SMALL_VOCABULARY, "--bf16")),
+    "full recompute": (1, (*SMALL_VOCABULARY, "--recompute-granularity", "full")),
+    "grouped queries": (1, (*SMALL_VOCABULARY, "--num-query-groups", "2")),
+    "four microbatches": (
+        1,
+        (*SMALL_VOCABULARY, "--micro-batch-size", "1", "--num-microbatches", "4"),
+    ),
+    "wide and shallow": (
+        1,
+        (
+            *SMALL_VOCABULARY,
+            *("--hidden-size", "1024", "--ffn-hidden-size", "2752"),
+            *("--num-attention-heads", "16", "--num-layers", "1"),
+        ),
+    ),
+    "tp2": (2, (*SMALL_VOCABULARY, "--tensor-model-parallel-size", "2")),
+    "tp2, sequence parallel": (
+        2,
+        (*SMALL_VOCABULARY, "--tensor-model-parallel-size", "2", "--sequence-parallel"),
+    ),
+    "pp2, four microbatches": (
+        2,
+        (
+            *SMALL_VOCABULARY,
+            *("--pipeline-model-parallel-size", "2"),
+            *("--micro-batch-size", "1", "--num-microbatches", "4"),
+        ),
+    ),
+}
+"""Ranks and flags of `step.py` by name; the rest of the shape is `step.py`'s default."""
+
+
+def command(ranks: int, flags: Sequence[str]) -> list[str]:
+    """What runs `step.py` in so many ranks."""
+    script = [str(Path(__file__).with_name("step.py")), *flags]
+    if ranks == 1:
+        return [sys.executable, *script]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *torchrun, *script]
+
+
+def measure(name: str, extra: Sequence[str]) -> dict[str, Any]:
+    """What `step.py` found of a variant.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    ranks, flags = VARIANTS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "step.json"
+        argv = [*flags, "--threads", "1", *extra, "--json", str(output)]
+        done = subprocess.run(command(ranks, argv), capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name}: step.py {' '.join(argv)} failed:\n{done.stderr[-3000:]}")
+        found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    found["measured"] = [Measured(**each) for each in found["measured"]]
+    return found
+
+
+def row(name: str, found: dict[str, Any]) -> list[object]:
+    """The variant's line of the table."""
+    measured = found["measured"]
+    ways = {each.way for each in measured}
+    seconds = median_seconds(measured, UNMASKED)
+    kept, sends = found["memory"], found["sent"]
+    more = {key: sends[MASKED][key] - sends[UNMASKED][key] for key in ("calls", "bytes")}
+    return [
+        name,
+        ratio(measured, MASKED, UNMASKED),
+        ratio(measured, AGAIN, UNMASKED),
+        ratio(measured, PLAIN, UNMASKED) if PLAIN in ways else "",
+        f"{found['floors_s'][UNMASKED]['whole'] / seconds:.2f}",
+        f"{kept[MASKED]['saved'] / kept[UNMASKED]['saved']:.3f}",
+        f"{kept[MASKED]['peak'] / kept[UNMASKED]['peak']:.3f}",
+        f"{sends[UNMASKED]['calls']}, {sends[UNMASKED]['bytes']:,}",
+        f"{more['calls']}, {more['bytes']:,}",
+    ]
+
+
+HEAD = [
+    *("variant", "masked over unmasked", "unmasked again", "transformers over unmasked"),
+    *("floor over unmasked", "kept, masked over unmasked", "peak, masked over unmasked"),
+    *("rank 0 sends, calls and bytes", "masks add"),
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and print a table and JSON; the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(VARIANTS),
+        default=list(VARIANTS),
+        metavar="VARIANT",
+        help=f"of: {'; '.join(VARIANTS)}",
+    )
+    parser.add_argument("--rounds", type=int, default=20, help="measured steps of each way")
+    parser.add_argument("--json", type=Path, help="file for every measurement; stdout if none")
+    args, extra = parser.parse_known_args(argv)
+    found = {
+        name: measure(name, ["--rounds", str(args.rounds), *extra])
+        for name in tqdm(args.only, unit="variant", file=sys.stderr)
+    }
+    report(
+        "steps.py",
+        [table(HEAD, [row(name, each) for name, each in found.items()])],
+        {"environment": environment("steps.py", argv), "variants": found},
+        args.json,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
