@@ -139,14 +139,17 @@ def _activation_gradients(
             dunits = _sum_over_tokens(dup * up)
             dup, dgate = dup * units, dgate * units
         return torch.stack((dgate.to(x.dtype), dup.to(x.dtype)), dim=-2).flatten(-2), dunits
-    dx = torch.empty_like(x)
-    dgate, dup = dx.chunk(2, dim=-1)
-    if units is None:
-        torch.mul(dy, silu, out=dup)
-    else:
+    ungated = None
+    if units is not None:
         ungated = dy * silu
         dunits = _sum_over_tokens(ungated * up)
+    dx = torch.empty_like(x)
+    dgate, dup = dx.chunk(2, dim=-1)
+    if units is None or ungated is None:
+        torch.mul(dy, silu, out=dup)
+    else:
         torch.mul(ungated, units, out=dup)
+        del ungated
     # silu' = sigmoid + silu * (1 - sigmoid); both are overwritten, they are no longer needed
     slope = silu.addcmul_(silu, sigmoid, value=-1.0).add_(sigmoid).mul_(dy)
     if units is not None:
@@ -217,7 +220,7 @@ class _GatedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, units, outputs)
         ctx.copies = copies
-        y = _gate_units(x, units) @ weight.T
+        y = (x if units is None else _gate_units(x, units)) @ weight.T
         return y if outputs is None else y.mul_(outputs)
 
     @staticmethod
@@ -228,11 +231,12 @@ class _GatedLinear(torch.autograd.Function):
         x, weight, units, outputs = ctx.saved_tensors
         dx = dunits = dweight = doutputs = None
         if ctx.needs_input_grad[0] or units is not None:
-            dx = _gate_outputs(dy, outputs) @ weight
+            dx = (dy if outputs is None else _gate_outputs(dy, outputs)) @ weight
             if units is not None:
                 dx, dunits = _unit_gradients(dx, x, units)
         if ctx.needs_input_grad[1] or outputs is not None:
-            inputs, tokens = _gate_units(x, units).flatten(0, -2), dy.flatten(0, -2)
+            inputs = (x if units is None else _gate_units(x, units)).flatten(0, -2)
+            tokens = dy.flatten(0, -2)
             total = getattr(weight, "main_grad", None)
             if outputs is not None:
                 raw = tokens.T @ inputs  # [outputs, units * width]
@@ -250,15 +254,13 @@ class _GatedLinear(torch.autograd.Function):
 
 
 @fused
-def _gate_units(x: Tensor, units: Tensor | None) -> Tensor:
-    if units is None:
-        return x
-    return (x.unflatten(-1, (len(units), -1)) * units[:, None]).flatten(-2).to(x.dtype)
+def _gate_units(x: Tensor, units: Tensor) -> Tensor:
+    return _gated(x, units)
 
 
 @fused
-def _gate_outputs(y: Tensor, outputs: Tensor | None) -> Tensor:
-    return y if outputs is None else (y * outputs).to(y.dtype)
+def _gate_outputs(y: Tensor, outputs: Tensor) -> Tensor:
+    return (y * outputs).to(y.dtype)
 
 
 @fused
@@ -266,8 +268,7 @@ def _unit_gradients(dx: Tensor, x: Tensor, units: Tensor) -> tuple[Tensor, Tenso
     """Of the input, from that of the gated input; and of the gates."""
     each = (dx * x).unflatten(-1, (len(units), -1))  # [..., units, width]
     dunits = _sum_over_tokens(each.sum(dim=-1, dtype=torch.float32))
-    gated = (dx.unflatten(-1, (len(units), -1)) * units[:, None]).flatten(-2)
-    return gated.to(dx.dtype), dunits
+    return _gated(dx, units), dunits
 
 
 @fused
@@ -279,6 +280,10 @@ def _output_gradients(raw: Tensor, weight: Tensor, outputs: Tensor, total: Tenso
     else:
         total.addcmul_(raw, outputs[:, None])
     return doutputs
+
+
+def _gated(x: Tensor, units: Tensor) -> Tensor:
+    return (x.unflatten(-1, (len(units), -1)) * units[:, None]).flatten(-2).to(x.dtype)
 
 
 def _sum_over_tokens(x: Tensor) -> Tensor:

@@ -95,9 +95,11 @@ def _run_again(work: Work, *, last: bool) -> int:
 def _layer_backward(work: Work) -> int:
     """Most that the backward pass of the layer at the end of a chunk needs at once."""
     e, t, i, hidden = work.element, work.tokens, work.own_ffn, work.shape.hidden_size
-    # The activation: under bfloat16 float32 copies of its input and of its output's gradient, its
-    # input's gradient in both, sigmoid and silu of the gate. The projection behind it is through.
-    activation = t * i * (32 if work.model.bf16 else 16) + _stream(work)
+    # The activation, as torch's single operators have it: its input's gradient, sigmoid and silu of
+    # the gate, the gradient of the product before its gates; under bfloat16 float32 copies of its
+    # input and of its output's gradient. The projection behind it is through.
+    each = 2 * e + 8 + (4 if "intermediate" in work.masks else 0) + (12 if work.model.bf16 else 0)
+    activation = t * i * each + _stream(work)
     gathered = e * t * hidden if work.parallel.sequence_parallel else 0
     # the projection: gradients of its input and, twice, of its weight
     projection = e * t * i + 2 * e * i * hidden + gathered + 2 * _stream(work)
