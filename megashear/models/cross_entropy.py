@@ -1,7 +1,8 @@
 """Cross entropy over a vocabulary that tensor ranks share, in the memory of the logits.
 
 megatron-core's keeps a float32 softmax beside bfloat16 logits and passes over them a dozen times.
-This one keeps the logits themselves and writes their gradient over them.
+This one keeps the logits, or in float32 their exponentials where they lay, and writes the gradient
+over them.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def vocab_parallel_cross_entropy(
     """-log softmax(logits) at the labels, in float32. Collective over ``group``.
 
     Args:
-        logits: this rank's slice of the vocabulary, [..., vocab/tp]. The backward pass writes their
-            gradient over them, so that nobody else may need them.
+        logits: this rank's slice of the vocabulary, [..., vocab/tp]. They are overwritten, by what
+            the backward pass needs and then by their gradient, so that nobody else may need them.
         labels: int64 [...], in the whole vocabulary.
         group: the tensor ranks.
 
@@ -47,25 +48,36 @@ class _CrossEntropy(torch.autograd.Function):
         own = labels.flatten() - dist.get_rank(group) * width
         is_own = (own >= 0) & (own < width)
         place = own.clamp(0, width - 1)[:, None]
-        found = [_exponentials(part) for part in rows.split(_rows_at_once(rows))]
-        most, total = (torch.cat(parts) for parts in zip(*found))
         predicted = torch.where(is_own, rows.gather(1, place).squeeze(1).float(), 0.0)
+        # bfloat16 would round exponentials: they are taken again in the backward pass
+        kept = rows.dtype == torch.float32
+        exponentials = _exponentials_over if kept else _exponentials
+        found = [exponentials(part) for part in rows.split(_rows_at_once(rows))]
+        most, total = (torch.cat(parts) for parts in zip(*found))
         (largest,) = flat_all_reduce([most], group, dist.ReduceOp.MAX)
-        total, predicted = flat_all_reduce([total * (most - largest).exp(), predicted], group)
+        share = (most - largest).exp()
+        total, predicted = flat_all_reduce([total * share, predicted], group)
         # small numbers beside each other: log(total) + largest would round away what follows
         loss = total.log() - (predicted - largest)
-        ctx.save_for_backward(logits, largest, total, loss, place, is_own)
+        # what the exponentials that the backward pass finds or takes are to be multiplied by
+        factor = (share if kept else torch.ones_like(share)) / total
+        ctx.save_for_backward(logits, largest, factor, loss, place, is_own)
+        ctx.kept = kept
         return loss.view(labels.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
-        logits, largest, total, loss, place, is_own = ctx.saved_tensors
+        logits, largest, factor, loss, place, is_own = ctx.saved_tensors
         rows, dloss = logits.flatten(0, -2), dloss.flatten()
         assert rows.data_ptr() == logits.data_ptr(), "a view, for the gradient is written here"
-        size, factor = _rows_at_once(rows), dloss / total
-        for part, *each in zip(rows.split(size), largest.split(size), factor.split(size)):
-            _exponentials_over(part, *each)
+        factor = factor * dloss
+        if ctx.kept:
+            rows.mul_(factor[:, None])
+        else:
+            size = _rows_at_once(rows)
+            for part, *each in zip(rows.split(size), largest.split(size), factor.split(size)):
+                _gradient_over(part, *each)
         # p - 1 at the label, of which p was rounded
         at_label = (torch.expm1(-loss) * dloss).to(rows.dtype)[:, None]
         rows.scatter_(1, place, torch.where(is_own[:, None], at_label, rows.gather(1, place)))
@@ -76,15 +88,26 @@ class _CrossEntropy(torch.autograd.Function):
 def _exponentials(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Largest logit of each row, and the sum of exp(logit - largest); float32 [tokens]."""
     wide = rows.float()
-    # finite, even where all of this rank's rows are padding
-    most = wide.amax(dim=1).clamp(min=torch.finfo(torch.float32).min)
+    most = _largest(wide)
     return most, (wide - most[:, None]).exp_().sum(dim=1)
 
 
 @fused
-def _exponentials_over(rows: Tensor, largest: Tensor, factor: Tensor) -> None:
+def _exponentials_over(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_exponentials`, which are written over the logits, float32."""
+    most = _largest(rows)
+    return most, rows.sub_(most[:, None]).exp_().sum(dim=1)
+
+
+@fused
+def _gradient_over(rows: Tensor, largest: Tensor, factor: Tensor) -> None:
     """Write exp(logit - largest) * factor over the logits."""
     rows.copy_((rows.float() - largest[:, None]).exp_().mul_(factor[:, None]))
+
+
+def _largest(rows: Tensor) -> Tensor:
+    # finite, even where all of this rank's rows are padding
+    return rows.amax(dim=1).clamp(min=torch.finfo(torch.float32).min)
 
 
 def _rows_at_once(rows: Tensor) -> int:

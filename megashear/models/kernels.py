@@ -139,17 +139,14 @@ def _activation_gradients(
             dunits = _sum_over_tokens(dup * up)
             dup, dgate = dup * units, dgate * units
         return torch.stack((dgate.to(x.dtype), dup.to(x.dtype)), dim=-2).flatten(-2), dunits
-    ungated = None
+    factors = dy, silu
     if units is not None:
-        ungated = dy * silu
-        dunits = _sum_over_tokens(ungated * up)
+        factors = dy * silu, units
+        dunits = _sum_over_tokens(factors[0] * up)
     dx = torch.empty_like(x)
     dgate, dup = dx.chunk(2, dim=-1)
-    if units is None or ungated is None:
-        torch.mul(dy, silu, out=dup)
-    else:
-        torch.mul(ungated, units, out=dup)
-        del ungated
+    torch.mul(*factors, out=dup)
+    del factors
     # silu' = sigmoid + silu * (1 - sigmoid); both are overwritten, they are no longer needed
     slope = silu.addcmul_(silu, sigmoid, value=-1.0).add_(sigmoid).mul_(dy)
     if units is not None:

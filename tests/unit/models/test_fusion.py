@@ -49,7 +49,12 @@ def in_one_graph(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 
 def test_every_fused_function_is_found() -> None:
     assert {"_activate", "_activation_gradients", "_turn_into", "_gate_units"} < FUSED.keys()
-    assert {"_output_gradients", "_exponentials", "_exponentials_over"} < FUSED.keys()
+    assert {
+        "_output_gradients",
+        "_exponentials",
+        "_exponentials_over",
+        "_gradient_over",
+    } < FUSED.keys()
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -69,6 +74,7 @@ def test_kernels_are_traced_whole_and_compute_the_same(
 
 def test_cross_entropy_is_traced_whole_and_computes_the_same(in_one_graph: set[str]) -> None:
     test_cross_entropy.test_loss_and_gradient_are_those_of_the_whole_vocabulary(1, None)
+    test_cross_entropy.test_bfloat16_is_rounded_once(1)
 
 
 def test_a_function_runs_as_written_until_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
