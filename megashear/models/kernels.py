@@ -182,20 +182,23 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         b_s = torch.empty((x.size(1), x.size(0), *x.shape[2:]), dtype=x.dtype, device=x.device)
-        return _turn_into(b_s.transpose(0, 1), x, cos, sin)
+        return _turn_into(b_s.transpose(0, 1), x, cos, sin, back=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         turned = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
-        return _turn_into(turned, dy, cos, -sin), None, None
+        return _turn_into(turned, dy, cos, sin, back=True), None, None
 
 
 @fused
-def _turn_into(turned: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turn_into(turned: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    """Turn by the angles, or back; each half's place tells the direction."""
     first, second = x.float().chunk(2, dim=-1)
     a, b = turned.chunk(2, dim=-1)
+    if back:
+        first, second, a, b = second, first, b, a
     if turned.dtype == torch.float32:
         _product_into(a, first, cos).addcmul_(second, sin, value=-1.0)
         _product_into(b, second, cos).addcmul_(first, sin)

@@ -232,7 +232,7 @@ class Llama(GPTModel):
 
         Args:
             labels: int64 [b, s].
-            logits: [s, b, vocab/tp]; overwritten in the backward pass.
+            logits: [s, b, vocab/tp]; overwritten, see `vocab_parallel_cross_entropy`.
         """
         by_place = labels.transpose(0, 1)  # [s, b]
         loss = vocab_parallel_cross_entropy(logits, by_place, self.pg_collection.tp)

@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import subprocess
 import sys
 import types
 import warnings
@@ -234,23 +235,24 @@ def compiles_kernels() -> bool:
     return _compiles
 
 
-def can_compile() -> bool:
-    """Whether torch.compile makes kernels for this process's GPU, tried on a small one.
+def compile_obstacle() -> str | None:
+    """Why torch.compile makes no kernels for this process; None where it does. Tried on a tiny one.
 
-    It needs Triton, a C compiler and a folder to write to, and says so only when it is used.
+    It needs a GPU, Triton, a C compiler and a folder to write to, and says so when it is used.
     """
     if not has_cuda():
-        return False
-    one = torch.ones(2, device=device())
+        return "no CUDA device"
+
+    def double(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        return x + x, torch.compiler.is_compiling()
+
     try:
-        return bool(torch.compile(lambda x: x + x)(one).eq(2).all())
-    except Exception as error:  # whatever a compiler that does not work ends in
-        warnings.warn(
-            f"torch.compile does not work here ({type(error).__name__}: {error}): elementwise "
-            f"parts run as torch's single operators, which is slower",
-            stacklevel=2,
-        )
-        return False
+        two, was_compiled = torch.compile(double)(torch.ones(2, device=device()))
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        return f"{type(error).__name__}: {error}"
+    if not was_compiled:
+        return "it is switched off, as by TORCH_COMPILE_DISABLE=1"
+    return None if two.eq(2).all() else "it computes 1 + 1 wrongly"
 
 
 def choose_kernels(*, compiled: bool) -> None:
@@ -372,8 +374,8 @@ def require_version(found: str) -> None:
 def _install_add_product() -> None:
     """Have megatron-core add gradients of weights up through `add_product` without Apex."""
     layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
-    if layers._grad_accum_fusion_available:
-        return  # Apex's extension does it
+    if has_cuda() and layers._grad_accum_fusion_available:
+        return  # Apex's extension does it, and does not look where its tensors lie
 
     def add(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
         add_product(main_grad, grad_output, total_input)
@@ -389,6 +391,9 @@ def _install_add_product() -> None:
 def _install_cpu() -> None:
     for module in _MODULES:
         importlib.import_module(f"megatron.core.{module}")
+    # Transformer Engine would make the placeholders of gradients on a CUDA device
+    layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
+    layers.HAVE_TE = False
     stand_in = _torch_for_cpu()
     for name, module_object in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module_object, "torch", None) is torch:

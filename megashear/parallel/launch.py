@@ -57,9 +57,7 @@ def distributed(
         device.use_deterministic_kernels()
     with process_group(timeout_s=timeout_s):
         groups = ParallelGroups.create(parallel)
-        # not where bits must repeat: each process's compiler may choose another order of sums
-        mine = not model.deterministic_mode and device.can_compile()
-        device.choose_kernels(compiled=all(gather_objects(mine)))
+        _choose_kernels(model)
         found = [name for name, is_here in device.find_accelerators().items() if is_here]
         logger.info(
             "%d processes on %s: tensor %d, pipeline %d, data %d; found of apex and "
@@ -75,6 +73,23 @@ def distributed(
             yield groups
         finally:
             groups.destroy()
+
+
+def _choose_kernels(model: ModelConfig) -> None:
+    """Have elementwise functions compiled where every rank can. Collective over the world."""
+    if model.deterministic_mode:
+        # each process's compiler may choose another order of sums
+        device.choose_kernels(compiled=False)
+        return
+    obstacles = gather_objects(device.compile_obstacle())
+    device.choose_kernels(compiled=not any(obstacles))
+    if device.has_cuda() and any(obstacles):
+        rank = next(rank for rank, obstacle in enumerate(obstacles) if obstacle)
+        logger.warning(
+            "torch.compile does not work on rank %d (%s): elementwise parts run as torch's single "
+            "operators on all ranks, which is slower",
+            *(rank, obstacles[rank]),
+        )
 
 
 def recorded(main: Callable[[], int]) -> int:

@@ -53,7 +53,7 @@ def embedding_kept(work: Work) -> int:
 
 def loss_kept(work: Work) -> int:
     """Bytes that final norm, output layer and cross entropy keep: logits, and a few numbers a token
-    (largest logit, sum, loss, whether it counts; the label, and whether it is this rank's)."""
+    (largest logit, factor, loss, whether it counts; the label, and whether it is this rank's)."""
     logits = work.element * work.tokens * work.own_vocab
     return _norm(work) + _stream(work) + logits + (4 * FLOAT32 + 8 + 1) * work.tokens
 
@@ -112,8 +112,11 @@ def _chunk_moment(work: Work, *, first: bool, last: bool) -> int:
     moments = [_layer_backward(work) + _run_again(work, last=last)]
     if last:
         # The output layer's gradient. That of the logits lies where they lay, and what passes
-        # through float32 on the way is bounded: models/cross_entropy.py
-        moments.append(e * vocab * hidden + _stream(work))
+        # through float32 on the way is bounded: models/cross_entropy.py. Where padding is closed
+        # behind the output layer autograd copies it.
+        padded = work.tensor * vocab != work.shape.vocab_size
+        copied = work.element * work.tokens * vocab if padded else 0
+        moments.append(e * vocab * hidden + _stream(work) + copied)
     if first:
         # a dense gradient of the whole embedding, when all else of the microbatch is free
         moments.append(e * vocab * hidden - _chunk_kept(work, first=first, last=last))

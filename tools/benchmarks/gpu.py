@@ -204,7 +204,8 @@ def cases(*, dry: bool) -> list[Case]:
 
 def whole_pass(groups: ParallelGroups, model: ModelConfig) -> dict[str, Tensor]:
     """Loss, logits and gradients of a small masked model, on the host: the same on any device."""
-    work = Work(shape=SMALL, seq_length=128, micro_batch_size=2)
+    # two microbatches, so that gradients are added to what is there
+    work = Work(shape=SMALL, seq_length=128, micro_batch_size=2, num_microbatches=2)
     step = OurStep(work, groups, ParallelConfig(), model, target=target_of(SMALL))
     _same_weights(step.chunks)
     objective = step.objective
@@ -282,12 +283,22 @@ def worst(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     return float(torch.tensor(each, dtype=torch.float64).max())
 
 
+WITHOUT_GPU = """
+import os, runpy, sys
+# they would make tensors on a GPU that this process does not see
+sys.modules["transformer_engine"] = sys.modules["apex"] = None
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def on_the_cpu() -> dict[str, Tensor]:
     """`whole_pass` in a process that sees no GPU."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "reference.pt"
         subprocess.run(
-            [sys.executable, __file__, "--reference", str(output)],
+            [sys.executable, "-c", WITHOUT_GPU, __file__, "--reference", str(output)],
             check=True,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         )
@@ -464,6 +475,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="file for every measurement; stdout if none")
     args = parser.parse_args(argv)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     with distributed(ParallelConfig(), ModelConfig()) as groups:
         if args.reference is not None:
             torch.save(whole_pass(groups, ModelConfig()), args.reference)
@@ -479,6 +491,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             first = all_cases[0].work
             kernels = attention(first.shape, first.seq_length, args.rounds)
         for case in all_cases:
+            # each with kernels of its own, as in a run, and none left uncompiled unseen
+            torch.compiler.reset()
             why = case.obstacle()
             found[case.name] = (
                 timed(case, groups, args.rounds) if why is None else {"obstacle": why}

@@ -25,8 +25,8 @@ _PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "ap
 _MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 """Rows and columns of the square matrices whose product gives the machine's rate: large enough
 that it no longer rises, small enough for seconds."""
-_COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
-"""Bytes copied to find the bandwidth: many times any cache."""
+_STREAMED_BYTES = {"cpu": 2**28, "cuda": 2**31}
+"""Bytes passed over to find the bandwidth: many times any cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,12 +127,14 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return 2 * size**3 / _best_of(lambda: a @ b)
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second that a copy moves, read and written ones counted."""
-    source = torch.empty(_COPY_BYTES[device.device().type], dtype=torch.uint8)
-    source = source.fill_(1).to(device.device())
-    target = torch.empty_like(source)
-    return 2 * source.numel() / _best_of(lambda: target.copy_(source))
+def memory_bandwidth() -> float:
+    """Bytes a second that an operation in place moves, read and written ones counted.
+
+    Not a copy: a CPU first reads what a copy only writes.
+    """
+    many = _STREAMED_BYTES[device.device().type] // 4
+    values = torch.ones(many, device=device.device())
+    return 2 * 4 * many / _best_of(lambda: values.mul_(1.0))
 
 
 def _best_of(work: Callable[[], object], repeats: int = 9) -> float:

@@ -7,9 +7,9 @@ part by part, beside what the machine's matrix products and memory allow.
 All ways run in one process (of each rank), interleaved round by round, so that what else the
 machine does meets all of them; a second unmasked model gives the noise: what two equal ways differ
 by. Beside each part stands its floor: its matrix products at the rate that large ones reach here,
-or the bytes that it cannot do without at the speed of a copy. Memory and what is sent are counted,
-not timed. Tables, then JSON, go to stdout, or JSON to --json. `steps.py` runs it over shapes,
-layouts and precisions.
+or the bytes that it cannot do without at the speed of an operation in place. Memory and what is
+sent are counted, not timed. Tables, then JSON, go to stdout, or JSON to --json. `steps.py` runs it
+over shapes, layouts and precisions.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from counting import counting, peak_bytes
 from measuring import (
-    copy_bandwidth,
     environment,
     interleave,
     matmul_rate,
     median_seconds,
+    memory_bandwidth,
     ratio,
     report,
     table,
@@ -176,7 +176,7 @@ def floors(
         work: the step.
         step: whose weights and gates are counted.
         rate: FLOP/s that large matrix products reach.
-        bandwidth: bytes/s that a copy moves, read and written ones counted.
+        bandwidth: bytes/s that an operation in place moves, read and written ones counted.
         model_parallel: ranks that share the arithmetic.
     """
     products = work.flops() / model_parallel / rate
@@ -255,13 +255,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = {way: parts_of(ours[way], args.rounds) for way in (UNMASKED, MASKED)}
         kept = {way: memory(ours[way]) for way in (UNMASKED, MASKED)}
         rate = matmul_rate(torch.bfloat16 if model.bf16 else torch.float32)
-        bandwidth = copy_bandwidth()
+        bandwidth = memory_bandwidth()
         flops = work.flops() / parallel.model_parallel_size
         floor = flops / rate
         lines = [
             f"{work.tokens:,} tokens a step and replica, {flops / 1e9:.1f} GFLOP on each rank; "
             f"matrix products of this machine reach {rate / 1e9:.1f} GFLOP/s, so no step is below "
-            f"{floor:.4f} s; copies move {bandwidth / 1e9:.1f} GB/s",
+            f"{floor:.4f} s; memory moves {bandwidth / 1e9:.1f} GB/s",
             f"unmasked: {floor / median_seconds(measured, UNMASKED):.2f} of that rate",
         ]
         least = {
@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "environment": environment("step.py", argv),
                 "work": {"shape": asdict(work.shape), "tokens": work.tokens, "flops": flops},
                 "matmul_flops_per_s": rate,
-                "copy_bytes_per_s": bandwidth,
+                "memory_bytes_per_s": bandwidth,
                 "measured": measured,
                 "parts_s": parts,
                 "floors_s": least,

@@ -132,17 +132,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20, help="measured steps of each way")
     parser.add_argument("--json", type=Path, help="file for every measurement; stdout if none")
     args, extra = parser.parse_known_args(argv)
-    found = {
-        name: measure(name, ["--rounds", str(args.rounds), *extra])
-        for name in tqdm(args.only, unit="variant", file=sys.stderr)
-    }
+    found: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    for name in tqdm(args.only, unit="variant", file=sys.stderr):
+        try:
+            found[name] = measure(name, ["--rounds", str(args.rounds), *extra])
+        except RuntimeError as error:  # what the others took minutes for is not lost
+            failed[name] = str(error)
+            print(error, file=sys.stderr)
     report(
         "steps.py",
         [table(HEAD, [row(name, each) for name, each in found.items()])],
-        {"environment": environment("steps.py", argv), "variants": found},
+        {"environment": environment("steps.py", argv), "variants": found, "failed": failed},
         args.json,
     )
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

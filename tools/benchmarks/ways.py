@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megashear.data.batch import MicroBatch
+from megashear.data.batch import DocumentBorders, MicroBatch, micro_batch
 from megashear.models.llama import build_llama
 from megashear.models.specs import Variant
 from megashear.parallel import device
@@ -69,13 +69,15 @@ class Work:
                 self.shape.vocab_size, (size, self.seq_length + 1), generator=generator
             )
             first = (groups.data_rank * self.num_microbatches + number) * size
+            # as the loader makes them, pinned for a GPU
             found.append(
-                MicroBatch(
-                    tokens=text[:, :-1],
-                    labels=text[:, 1:],
-                    loss_mask=torch.ones(size, self.seq_length),
-                    domains=torch.zeros(size, dtype=torch.int64),
-                    positions=torch.arange(first, first + size),
+                micro_batch(
+                    text[:, :-1].contiguous(),
+                    text[:, 1:].contiguous(),
+                    [0] * size,
+                    range(first, first + size),
+                    size,
+                    borders=DocumentBorders(),
                 )
             )
         return found

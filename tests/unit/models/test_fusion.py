@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from megashear.models import cross_entropy, kernels
+from megashear.models.cross_entropy import vocab_parallel_cross_entropy
 from megashear.models.fusion import fused
 from megashear.parallel import device
-from tests.unit.models import test_cross_entropy
+from tests.ranks import run_ranks
+from tests.tiny import relative_error
+from tests.unit.models import test_kernels
+from tests.unit.models.test_cross_entropy import BFLOAT16, labels, weights, whole_logits
+from tests.unit.models.test_cross_entropy import wanted as whole_vocabulary
 from tests.unit.models.test_kernels import CASES, FLOAT32, with_gradients, worst
 
 MODULES = (kernels, cross_entropy)
@@ -35,9 +42,9 @@ def in_one_graph(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         # whose writes to views and arguments it gets wrong, shows here; no compiler is needed
         compiled = torch.compile(inspect.unwrap(function), backend="aot_eager", fullgraph=True)
 
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             called.add(name)
-            return compiled(*args)
+            return compiled(*args, **kwargs)
 
         return run
 
@@ -69,12 +76,34 @@ def test_kernels_are_traced_whole_and_compute_the_same(
         found = with_gradients(ours, rounded)
         wanted = with_gradients(formula, rounded, torch.float64)
         assert worst(found, wanted) < (FLOAT32 if precision == torch.float32 else 0.01)
-    assert in_one_graph >= {name for name, (module, _) in FUSED.items() if module is kernels}
+    # what a run does: a gradient goes into the buffer, whose view the function writes to
+    test_kernels.test_a_weights_gradient_is_added_to_its_buffer("gated linear", precision)
+    assert in_one_graph == {name for name, (module, _) in FUSED.items() if module is kernels}
 
 
-def test_cross_entropy_is_traced_whole_and_computes_the_same(in_one_graph: set[str]) -> None:
-    test_cross_entropy.test_loss_and_gradient_are_those_of_the_whole_vocabulary(1, None)
-    test_cross_entropy.test_bfloat16_is_rounded_once(1)
+@pytest.mark.parametrize("at_once", [None, 30])
+def test_cross_entropy_is_traced_whole_and_computes_the_same(
+    in_one_graph: set[str], at_once: int | None
+) -> None:
+    for logits, wanted in (
+        (whole_logits(), {"_exponentials_over"}),
+        (whole_logits().bfloat16(), {"_exponentials", "_gradient_over"}),
+    ):
+
+        def body(rank: int) -> tuple[Tensor, Tensor, set[str]]:
+            if at_once is not None:
+                cross_entropy._AT_ONCE = {"cpu": at_once}
+            leaf = logits.clone().requires_grad_()  # noqa: B023
+            loss = vocab_parallel_cross_entropy(leaf.clone(), labels(), dist.group.WORLD)
+            loss.backward(weights())
+            assert leaf.grad is not None
+            return loss.detach(), leaf.grad, in_one_graph
+
+        [(loss, gradient, called)] = run_ranks(1, body)
+        wanted_loss, wanted_gradient = whole_vocabulary(logits)
+        assert relative_error(loss, wanted_loss) < FLOAT32
+        assert relative_error(gradient, wanted_gradient) < BFLOAT16
+        assert called == wanted
 
 
 def test_a_function_runs_as_written_until_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch.distributed as dist
 
 from megashear.config import ModelConfig, ParallelConfig
+from megashear.parallel import device, launch
 from megashear.parallel.launch import distributed, fresh_store, recorded
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize(
@@ -82,3 +84,30 @@ def test_ranks_that_do_not_come_are_named() -> None:
         fresh_store(store, 0, 3, timeout_s=0.3)
     with pytest.raises(RuntimeError, match=r"rank 1: the start did not come about in 0.3 s"):
         fresh_store(store, 1, 3, timeout_s=0.3)
+
+
+@pytest.mark.parametrize(
+    ("obstacles", "deterministic", "compiled"),
+    [
+        ((None, None), False, True),
+        ((None, "no C compiler"), False, False),
+        ((None, None), True, False),
+    ],
+)
+def test_kernels_are_compiled_on_all_ranks_or_on_none(
+    obstacles: tuple[str | None, ...], deterministic: bool, compiled: bool
+) -> None:
+    def body(rank: int) -> tuple[bool, list[str]]:
+        device.compile_obstacle = lambda: obstacles[rank]
+        device.has_cuda = lambda: True
+        told: list[str] = []
+        launch.logger.warning = lambda text, *values: told.append(text % values)  # type: ignore[method-assign]
+        launch._choose_kernels(ModelConfig(deterministic_mode=deterministic))
+        return device.compiles_kernels(), told
+
+    for chosen, told in run_ranks(2, body):
+        assert chosen is compiled
+        if any(obstacles):
+            assert "torch.compile does not work on rank 1 (no C compiler)" in told[0]
+        else:
+            assert told == []
