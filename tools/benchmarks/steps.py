@@ -85,6 +85,7 @@ def measure(name: str, extra: Sequence[str]) -> dict[str, Any]:
         if done.returncode:
             raise RuntimeError(f"{name}: step.py {' '.join(argv)} failed:\n{done.stderr[-3000:]}")
         found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    found["environment"]["command"] = f"tools/benchmarks/step.py {' '.join(argv[:-2])}"
     found["measured"] = [Measured(**each) for each in found["measured"]]
     return found
 
