@@ -186,9 +186,9 @@ def keep_memory() -> None:
     """Have the C library keep what tensors free for the next ones; nothing with CUDA.
 
     By default it gives a large block back to the kernel as soon as it is free, and the next step
-    takes a page fault for every 4 KiB of its activations: a tenth of a step with a vocabulary of
-    32,000. Memory that was needed once stays with the process. Only glibc knows the two settings,
-    and one that the user chose (mallopt(3), environment) counts more.
+    takes a page fault for every 4 KiB of its activations. Memory that was needed once stays with
+    the process. Only glibc knows the two settings, and one that the user chose (mallopt(3),
+    environment) counts more.
     """
     chosen = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
     if has_cuda() or chosen:
