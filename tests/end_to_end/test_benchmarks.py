@@ -81,6 +81,12 @@ def test_a_masked_step_keeps_what_an_unmasked_one_keeps_and_one_tensor_more(
     assert ways[:3] != ways[3:]  # turning order
 
 
+def test_a_width_that_heads_do_not_divide_is_refused() -> None:
+    message = "--hidden-size 63 is not a multiple of --num-attention-heads 8"
+    with pytest.raises(SystemExit, match=message):
+        __import__("step").main(["--hidden-size", "63"])
+
+
 def test_parts_of_a_pipelined_step_are_counted_once(tmp_path: Path) -> None:
     layout = ["--num-layers", "4", "--pipeline-model-parallel-size", "2", "--num-microbatches", "2"]
     argv = [*TINY, *layout, "--rounds", "2", "--no-transformers"]

@@ -71,9 +71,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def work_of(args: argparse.Namespace) -> Work:
-    """What the flags ask for."""
+    """What the flags ask for.
+
+    Raises:
+        SystemExit: the hidden size does not divide over the heads.
+    """
     shape = PRESETS[args.preset] if args.preset else None
     if shape is None:
+        if args.hidden_size % args.num_attention_heads:
+            raise SystemExit(
+                f"--hidden-size {args.hidden_size} is not a multiple of --num-attention-heads "
+                f"{args.num_attention_heads}; give a multiple, or other heads"
+            )
         shape = ModelShape(
             num_layers=args.num_layers,
             hidden_size=args.hidden_size,
