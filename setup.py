@@ -45,6 +45,7 @@ setup(
         "wandb": ["wandb>=0.19"],
         "test": [
             "pytest>=8",
+            "pytest-timeout>=2.3",
             "hypothesis>=6",
             "transformers>=4.51",
             "matplotlib>=3.8",

@@ -10,6 +10,10 @@ import threading
 import torch
 import tqdm
 
+from tests.time_limits import pytest_collection_modifyitems, pytest_sessionfinish
+
+__all__ = ["pytest_collection_modifyitems", "pytest_sessionfinish"]
+
 # forking after threaded ops hangs the child
 torch.set_num_threads(1)
 # tqdm's own lock is shared with forked processes: one that is killed as it draws its bar would keep

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from megashear.checkpoint import hf
@@ -53,6 +54,7 @@ PROGRAMS = {
 """As installing puts them into an environment."""
 
 
+@pytest.mark.timeout(1500)
 def test_every_command_of_the_tutorial_runs(text: TextRun, tmp_path: Path) -> None:
     model = tmp_path / "a model"  # a space, for whoever has one in a path
     weights = random_weights(SHAPE, scale=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -20,12 +21,22 @@ def torchrun(
     """
     # --standalone takes a free port, so that runs at the same time cannot meet
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
-        [*start, f"--nproc-per-node={processes}", "-m", "megashear", *map(str, words)],
+    command = [*start, f"--nproc-per-node={processes}", "-m", "megashear", *map(str, words)]
+    with subprocess.Popen(
+        command,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout_s,
-        check=False,
-    )
+    ) as job:
+        try:
+            stdout, stderr = job.communicate(timeout=timeout_s)
+        except BaseException:
+            # one that is killed at once would leave its ranks, which are in sessions of their own
+            job.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.wait(timeout=60)
+            job.kill()
+            raise
+    return subprocess.CompletedProcess(command, job.returncode, stdout, stderr)
