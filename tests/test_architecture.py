@@ -11,19 +11,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 MAY_IMPORT = {
+    "files": set(),
     "config": set(),
-    "shape": set(),
-    "parallel": {"config"},
+    "shape": {"files"},
+    "parallel": {"config", "files"},
     "masks": {"shape", "config"},
     "models": {"masks", "parallel", "shape", "config"},
     "planning": {"masks", "shape", "config"},
-    "checkpoint": {"models", "masks", "parallel", "shape", "config"},
-    "data": {"parallel", "config"},
-    "monitor": {"parallel", "config"},
-    "report": {"checkpoint", "models", "masks", "monitor", "parallel", "shape", "config"},
+    "checkpoint": {"models", "masks", "parallel", "shape", "config", "files"},
+    "data": {"parallel", "config", "files"},
+    "monitor": {"parallel", "config", "files"},
+    "report": {"checkpoint", "models", "masks", "monitor", "parallel", "shape", "config", "files"},
     "train": {
         *("checkpoint", "models", "masks", "data", "monitor", "planning", "parallel"),
-        *("shape", "config"),
+        *("shape", "config", "files"),
     },
 }
 """Parts of megashear that each part may import besides itself; those on top may import all."""

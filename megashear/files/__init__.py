@@ -1,0 +1,1 @@
+"""Files that others made: opened as regular files only, read within bounds."""
