@@ -508,6 +508,9 @@ class MaskConfig:
     target_tensor_model_parallel_size: int | None = None
     """Tensor-parallel ranks that the cut model shall divide over; those of the pruning run unless
     given."""
+    force_unloadable_target: bool = False
+    """Prune to a target that stock runtimes refuse to load, such as a LLaMA whose heads do not
+    divide its hidden size."""
     sparsity_warmup_iters: int = 640
     """Steps over which the target sparsity rises from 0."""
     mask_lr: float = 1.0
@@ -813,6 +816,8 @@ class PlanConfig:
     target: str | None = None
     """What it shall become: a preset or a JSON file of extents. Without, the plan is for training
     --model as it is."""
+    force_unloadable_target: bool = False
+    """Plan for a --target that stock runtimes refuse to load, as `megashear prune` does with it."""
     gpus: int
     """How many."""
     gpu: str = "H100-80G"

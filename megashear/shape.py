@@ -52,8 +52,8 @@ class ModelShape:
     """Everything that fixes the function a model of the LLaMA family computes, but its weights.
 
     Raises:
-        ValueError: an extent is not positive, query groups do not divide the heads, or the family
-            is unknown.
+        ValueError: an extent is not positive, head_dim is odd, query groups do not divide the
+            heads, or the family is unknown.
     """
 
     num_layers: int
@@ -96,6 +96,11 @@ class ModelShape:
         for name, value in asdict(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim is {self.head_dim}; rotary positions turn pairs of it, and it must be "
+                f"even"
+            )
         if self.family not in FAMILIES:
             raise ValueError(f"family is {self.family!r}; it must be one of {', '.join(FAMILIES)}")
         if self.num_attention_heads % self.num_query_groups:

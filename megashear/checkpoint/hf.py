@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megashear.checkpoint import tokenizer_files
+from megashear.checkpoint import loadable, tokenizer_files
 from megashear.checkpoint.aside import check_space, written_aside
 from megashear.checkpoint.formats import DTYPES, dtype_of, dtypes_of, name_of, stored_bytes
 from megashear.checkpoint.hf_config import CONFIG, check_expressible, config_of_shape, read_shape
@@ -215,6 +215,7 @@ def write_directory(
     """
     stored = dtype_of(dtype)
     check_expressible(shape)
+    loadable.warn(shape)  # before hours of writing, not after
     files = tokenizer_files.find(tokenizer)
     ids = tokenizer_files.token_ids(files) | {
         name: value for name, value in (token_ids or {}).items() if value is not None

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megashear.shape import Family, ModelShape, RopeScaling
-
-logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 
@@ -35,12 +32,10 @@ class _Family:
     """What an absent ``sliding_window`` means, tokens."""
     qkv_bias: bool = False
     qk_norm: bool = False
-    needs_even_heads: bool = False
-    """Whether release 5 refuses a hidden size that is not a multiple of the heads."""
 
 
 _FAMILIES: dict[Family, _Family] = {
-    "llama": _Family(architecture="LlamaForCausalLM", max_positions=2048, needs_even_heads=True),
+    "llama": _Family(architecture="LlamaForCausalLM", max_positions=2048),
     "mistral": _Family(
         architecture="MistralForCausalLM",
         max_positions=131072,
@@ -287,22 +282,6 @@ def config_of_shape(
     """
     check_expressible(shape)
     family = _FAMILIES[shape.family]
-    if family.needs_even_heads and shape.hidden_size % shape.num_attention_heads:
-        logger.warning(
-            "hidden_size %d is not a multiple of num_attention_heads %d: transformers from "
-            "release 5 refuses such a LLaMA, although head_dim is given",
-            shape.hidden_size,
-            shape.num_attention_heads,
-        )
-    if shape.family == "qwen2" and shape.head_dim * shape.num_attention_heads != shape.hidden_size:
-        # Source: vLLM's model_executor/models/qwen2.py, early 2025
-        logger.warning(
-            "head_dim %d is not hidden_size %d over num_attention_heads %d: vLLM may take the "
-            "width of a Qwen2's heads from these two and cannot load it then, transformers can",
-            shape.head_dim,
-            shape.hidden_size,
-            shape.num_attention_heads,
-        )
     ids = token_ids or {}
     scaling = _rope_fields(shape.rope_scaling)
     config = {

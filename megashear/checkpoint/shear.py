@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megashear.checkpoint import loadable
 from megashear.checkpoint.aside import check_absent
 from megashear.checkpoint.cut import cut, rounding_changes
 from megashear.checkpoint.description import Description, find_iteration
@@ -38,6 +39,7 @@ def cut_checkpoint(
     log_alpha = read_log_alpha(weights.directory)
     details = weights.description.details
     source, target = weights.shape, ModelShape(**details["target_shape"])
+    loadable.warn(target, "target ")
     targets = target_units(source, target)
     changes = rounding_changes(log_alpha, targets)
     gates = exact_gates(log_alpha, targets) if exact_target else expected_gates(log_alpha)

@@ -21,11 +21,14 @@ def main(argv: Sequence[str]) -> int:
     config = parse(PlanConfig, argv, prog=PROG, description=__doc__ or "")
     refuse_torchrun(PROG)
     # Here, not above: torch takes seconds that --help should not.
+    from megashear.checkpoint import loadable
     from megashear.planning.jobs import make_plans
     from megashear.planning.tables import as_dict, lines
 
     source = _model(config.model)
     target = None if config.target is None else _target(config.target, source)
+    if target is not None:
+        loadable.check_target(target, source, force=config.force_unloadable_target)
     jobs = make_plans(config, source, target)
     if config.json:
         report(json.dumps({planned.job.name: as_dict(planned) for planned in jobs}, indent=2))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megashear.checkpoint import tokenizer_files
+from megashear.checkpoint import loadable, tokenizer_files
 from megashear.checkpoint.cut import rounding_changes
 from megashear.checkpoint.description import Description, holds_iterations
 from megashear.checkpoint.sharded_hf import load_hf
@@ -231,6 +231,7 @@ def pretrain(config: PretrainRun) -> dict[str, Any]:
         "or --init-shape for fresh weights",
         fresh=fresh,
     )
+    loadable.warn(start.shape)
     inputs = check_inputs(config, start)
     timeout_s = collective_timeout_s(config.train.distributed_timeout_minutes)
     with distributed(config.parallel, config.model, timeout_s=timeout_s) as groups:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megashear.checkpoint import sharded_hf
+from megashear.checkpoint import loadable, sharded_hf
 from megashear.checkpoint.description import (
     TOKENIZER,
     Description,
@@ -262,8 +262,8 @@ def check_masks(masks: MaskConfig, train: TrainConfig, start: Start, target: Mod
     """Refuse masks that cannot lead from the start to the target.
 
     Raises:
-        ValueError: an unreachable target, a bound too low, noise streams that do not divide, or
-            masks of a resumed run that had another target.
+        ValueError: an unreachable target, one that no stock runtime loads, a bound too low, noise
+            streams that do not divide, or masks of a resumed run that had another target.
     """
     if masks.sparsity_warmup_iters > train.train_iters:
         raise ValueError(
@@ -278,6 +278,9 @@ def check_masks(masks: MaskConfig, train: TrainConfig, start: Start, target: Mod
         lambda2_max=masks.lambda2_max,
         force=masks.force_lambda2_max,
     )
+    # a run that began before this was asked goes on
+    force = masks.force_unloadable_target or start.continues
+    loadable.check_target(target, start.shape, force=force)
     check_streams(
         masks.mask_noise_streams,
         global_batch_size=train.global_batch_size,

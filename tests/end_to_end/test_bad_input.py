@@ -179,6 +179,12 @@ def test_a_layout_that_does_not_divide(
             "target ffn_hidden_size 2 of 96 is a sparsity of 0.9792, and masks reach 0.0020 to "
             "0.9529; the nearest --target-ffn-hidden-size is 5",
         ),
+        (
+            {"target_hidden_size": 25},
+            "target hidden_size 25 is not a multiple of num_attention_heads 2: transformers from "
+            "release 5 refuses such a llama model, although head_dim is given; the nearest that it "
+            "loads: --target-hidden-size 24 or 26; or add --force-unloadable-target",
+        ),
         (dict.fromkeys(text_run.TARGET), "nothing to prune"),
         ({"lambda2_max": 10}, "lambda2_max is 10; below 100"),
     ],

@@ -391,22 +391,3 @@ def test_a_weight_in_two_files_is_refused(directory: Path) -> None:
     (directory / hf.INDEX).write_text(json.dumps({"weight_map": {"a": one, "b": two}}))
     with pytest.raises(ValueError, match=r"two.safetensors: lm_head.weight is in another file"):
         hf.HfWeights(directory)
-
-
-def test_a_shape_that_new_transformers_refuse_is_warned_of(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    config_of_shape(CUT_GROUPED, dtype="float32")
-    assert not caplog.records
-    odd = ModelShape(**{**CUT_GROUPED.to_dict(), "hidden_size": 25})
-    config_of_shape(odd, dtype="float32")
-    assert "25 is not a multiple of num_attention_heads 6" in caplog.text
-
-
-def test_a_shape_that_vllm_may_not_load_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    even = replace(FAMILIES["qwen2"], hidden_size=64)
-    config_of_shape(even, dtype="float32")
-    config_of_shape(CUT_GROUPED, dtype="float32")
-    assert not caplog.records
-    config_of_shape(FAMILIES["qwen2"], dtype="float32")
-    assert "head_dim 8 is not hidden_size 40 over num_attention_heads 8" in caplog.text
