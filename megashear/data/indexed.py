@@ -119,6 +119,7 @@ def check_pair(prefix: Path) -> IndexedText:
                 f"{index} has {size} bytes, its header wants {wanted} for {sequences} sequences; "
                 f"it was cut short: copy it again, or preprocess again"
             )
+        _check_border_ends(stream, index, sequences, borders)
         num_bytes = 0
         if sequences:
             stream.seek(HEADER_BYTES + 4 * (sequences - 1))
@@ -139,9 +140,11 @@ def read_documents(prefix: Path) -> Iterator[npt.NDArray[np.integer]]:
     """Tokens of each document of ``prefix``, its sentences joined; one held at a time.
 
     Raises:
-        ValueError: as ``check_pair``.
+        ValueError: as ``check_pair``, or the index's lengths, places and documents do not belong
+            together; found before the first document is given.
     """
     text = check_pair(prefix)
+    _check_entries(text)
     item = np.dtype(text.dtype).itemsize
     index = Path(f"{prefix}.idx")
     with (
@@ -158,6 +161,66 @@ def read_documents(prefix: Path) -> Iterator[npt.NDArray[np.integer]]:
             length = sum(next(lengths) for _ in range(end - begin))
             yield np.frombuffer(tokens.read(length * item), dtype=text.dtype)
             begin = end
+
+
+def _check_border_ends(stream: BinaryIO, index: Path, sequences: int, borders: int) -> None:
+    """Refuse documents that leave sequences out: their text would be missing without a word."""
+    if not borders and not sequences:
+        return
+    ends = []
+    if borders:
+        begin = HEADER_BYTES + (4 + 8) * sequences
+        for place in (begin, begin + 8 * (borders - 1)):
+            stream.seek(place)
+            ends.append(int(np.frombuffer(stream.read(8), np.int64)[0]))
+    if ends != [0, sequences]:
+        reach = f"goes from sequence {ends[0]} to {ends[1]}" if ends else "is empty"
+        raise ValueError(
+            f"{index} has {sequences} sequences, but its document index {reach}; wanted 0 to "
+            f"{sequences}, or text is left out. Files that were merged can be so: put those that "
+            f"they were merged from into one folder, which is a domain, or tokenise again"
+        )
+
+
+def _check_entries(text: IndexedText) -> None:
+    """Hold every length, place and border of an index against those before it."""
+    index, count = Path(f"{text.prefix}.idx"), text.num_sequences
+    item = np.dtype(text.dtype).itemsize
+    with index.open("rb") as lengths_at, index.open("rb") as rest:
+        lengths_at.seek(HEADER_BYTES)
+        rest.seek(HEADER_BYTES + 4 * count)
+        begin, number = 0, 1
+        for lengths, places in zip(
+            _blocks(lengths_at, np.dtype(np.int32), count),
+            _blocks(rest, np.dtype(np.int64), count),
+        ):
+            ends = begin + np.cumsum(lengths, dtype=np.int64) * item
+            wanted = np.concatenate([[begin], ends[:-1]])
+            if (at := _first(lengths < 0)) is not None:
+                told = f"sequence {number + at} has {lengths[at]} tokens; wanted at least 0"
+                raise _contradiction(index, told)
+            if (at := _first(places != wanted)) is not None:
+                told = (
+                    f"sequence {number + at} begins at byte {places[at]} of the .bin; wanted "
+                    f"{wanted[at]}, where the one before it ends"
+                )
+                raise _contradiction(index, told)
+            begin, number = int(ends[-1]), number + len(lengths)
+        before = number = 0
+        for borders in _blocks(rest, np.dtype(np.int64), text.num_borders):
+            if (at := _first(np.diff(borders, prepend=before) < 0)) is not None:
+                told = f"document {number + at} ends at sequence {borders[at]}, before it begins"
+                raise _contradiction(index, told)
+            before, number = int(borders[-1]), number + len(borders)
+
+
+def _first(wrong: npt.NDArray[np.bool_]) -> int | None:
+    """Return the place of the first True, None where there is none."""
+    return int(wrong.argmax()) if wrong.any() else None
+
+
+def _contradiction(index: Path, told: str) -> ValueError:
+    return ValueError(f"{index}: {told}; copy both files again, or tokenise again")
 
 
 def _header_fields(header: bytes) -> tuple[int, int, int, int]:

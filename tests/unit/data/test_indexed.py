@@ -111,6 +111,71 @@ def test_text_of_another_length_than_its_index_is_refused(tmp_path, change: byte
         check_pair(tmp_path / "text")
 
 
+def rewrite(prefix: Path, part: str, numbers: list[int]) -> None:
+    """Put other numbers into one of the three lists of an .idx."""
+    index = Path(f"{prefix}.idx")
+    content = bytearray(index.read_bytes())
+    count = int(np.frombuffer(content, np.uint64, 1, HEADER_BYTES - 16)[0])
+    begin = HEADER_BYTES + {"lengths": 0, "places": 4 * count, "borders": 12 * count}[part]
+    new = np.array(numbers, dtype=np.int32 if part == "lengths" else np.int64).tobytes()
+    if part == "borders":
+        content[HEADER_BYTES - 8 : HEADER_BYTES] = np.uint64(len(numbers)).tobytes()
+        del content[begin:]
+    content[begin : begin + len(new)] = new
+    index.write_bytes(content)
+
+
+DOCUMENTS = [[1], [2, 3], [4, 5, 6], [7]]
+
+
+@pytest.mark.parametrize(
+    ("borders", "reach"),
+    [
+        ([0, 1, 2], "goes from sequence 0 to 2"),
+        ([0, 1, 2, 2, 2], "goes from sequence 0 to 2"),
+        ([0], "goes from sequence 0 to 0"),
+        ([], "is empty"),
+        ([1, 2, 3, 4], "goes from sequence 1 to 4"),
+        ([0, 1, 2, 3, 5], "goes from sequence 0 to 5"),
+    ],
+)
+def test_a_document_index_that_leaves_text_out_is_refused(tmp_path, borders, reach) -> None:
+    prefix = build(tmp_path / "text", DOCUMENTS)
+    rewrite(prefix, "borders", borders)
+    message = f"text.idx has 4 sequences, but its document index {reach}; wanted 0 to 4, or text"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_pair(prefix)
+
+
+def test_a_document_index_that_takes_all_text_is_read(tmp_path) -> None:
+    """The twin: whatever the documents, as long as none of their sequences is left out."""
+    prefix = build(tmp_path / "text", DOCUMENTS)
+    rewrite(prefix, "borders", [0, 1, 1, 4])
+    read = [tokens.tolist() for tokens in read_documents(prefix)]
+    assert read == [[1], [], [2, 3, 4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("part", "numbers", "message"),
+    [
+        ("lengths", [1, -2, 3, 1], "sequence 2 has -2 tokens; wanted at least 0"),
+        ("lengths", [1, 3, 2, 1], "sequence 3 begins at byte 6 of the .bin; wanted 8, where"),
+        ("places", [0, 2, 2, 12], "sequence 3 begins at byte 2 of the .bin; wanted 6, where"),
+        ("borders", [0, 3, 2, 4], "document 2 ends at sequence 2, before it begins"),
+    ],
+)
+@pytest.mark.parametrize("block", [2, 1 << 18])
+def test_an_index_that_contradicts_itself_is_refused(
+    tmp_path, monkeypatch, part, numbers, message, block
+) -> None:
+    monkeypatch.setattr(indexed, "BLOCK", block)
+    prefix = build(tmp_path / "text", DOCUMENTS)
+    assert len(list(read_documents(prefix))) == 4
+    rewrite(prefix, part, numbers)
+    with pytest.raises(ValueError, match=re.escape(f"text.idx: {message}")):
+        next(read_documents(prefix))
+
+
 @pytest.mark.parametrize(("missing", "there"), [(".idx", ".bin"), (".bin", ".idx")])
 def test_half_a_pair_is_refused(tmp_path, missing: str, there: str) -> None:
     build(tmp_path / "text", [[1]])
