@@ -11,7 +11,7 @@ from megashear.config import CutConfig
 PROG = "megashear cut"
 
 
-@user_errors(PROG)
+@user_errors(PROG, interrupted="nothing of --output is left; the same command starts anew")
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
     config = parse(CutConfig, argv, prog=PROG, description=__doc__ or "")

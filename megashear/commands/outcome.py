@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,24 +19,30 @@ USAGE = 2
 """Exit status where the user can mend the call."""
 CANNOT_SAVE = 3
 """Exit status where a checkpoint could not be written; the ones before it are whole."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status after Ctrl-C, as a shell would say it."""
+UNSAVED = "checkpoints in --save are whole; the same command with --resume resumes from the last"
+"""What a Ctrl-C leaves of a run that does not take it for a request to save."""
 
 
 class UsageError(ValueError):
     """The command line or its YAML file cannot be understood; equal on all ranks."""
 
 
-def user_errors(prog: str) -> Callable[[Main], Main]:
+def user_errors(prog: str, *, interrupted: str = "nothing was written") -> Callable[[Main], Main]:
     """Wrap a command so that what a user can mend is one line on stderr, exit status 2.
 
     That is ValueError, FileExistsError and FileNotFoundError; every other exception keeps its
     traceback. A checkpoint that cannot be written is one line too, exit status 3. All ranks of a
     run find the same usage errors, so rank 0 alone prints those; of the others each rank prints
-    its own, for it may be the only one that met it.
+    its own, for it may be the only one that met it. Ctrl-C is one line as well, exit status 130.
 
     Logging is configured on the way, so that whatever a command calls can speak.
 
     Args:
         prog: the command as the user typed it, ``megashear prune``.
+        interrupted: what a Ctrl-C leaves of the command, and how to resume; a KeyboardInterrupt
+            that carries a text of its own is reported with that instead.
     """
 
     def wrap(main: Main) -> Main:
@@ -54,6 +61,10 @@ def user_errors(prog: str) -> Callable[[Main], Main]:
                 if is_first_rank():  # all ranks have the same
                     print(f"{prog}: error: {error}", file=sys.stderr)
                 return CANNOT_SAVE
+            except KeyboardInterrupt as error:
+                if is_first_rank():
+                    print(f"{prog}: interrupted; {str(error) or interrupted}", file=sys.stderr)
+                return INTERRUPTED
             return USAGE
 
         return wrapped
@@ -83,6 +94,25 @@ def status_of(summary: Mapping[str, object]) -> int:
     status = summary.get("exit status", 0)
     assert isinstance(status, int)
     return status
+
+
+def tell_stop(prog: str, summary: Mapping[str, object], *, resumes: bool) -> None:
+    """Print what a run that was stopped early has saved and how to resume, last, on rank 0.
+
+    Args:
+        prog: the command as the user typed it.
+        summary: what the run reported.
+        resumes: whether the command had --resume.
+    """
+    parts = [part for part in summary.values() if isinstance(part, Mapping) and "stopped" in part]
+    last = parts[-1] if parts else summary
+    if last["stopped"] is None or not is_first_rank():
+        return
+    again = "the same command" if resumes else "the same command with --resume"
+    outcome = f"saved step {last['step']} in {last['checkpoint']}; {again} resumes from it"
+    if last["checkpoint"] is None:
+        outcome = f"step {last['step']} is not saved, for --save is not given"
+    print(f"{prog}: stopped, for {last['stopped']}; {outcome}", file=sys.stderr, flush=True)
 
 
 def report(summary: object) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megashear.commands.outcome import report, status_of, user_errors
+from megashear.commands.outcome import UNSAVED, report, status_of, tell_stop, user_errors
 from megashear.commands.parse import parse
 from megashear.config import PretrainRun
 
 PROG = "megashear pretrain"
 
 
-@user_errors(PROG)
+@user_errors(PROG, interrupted=UNSAVED)
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
     config = parse(PretrainRun, argv, prog=PROG, description=__doc__ or "")
@@ -20,4 +20,5 @@ def main(argv: Sequence[str]) -> int:
 
     reached = pretrain(config)
     report(reached)
+    tell_stop(PROG, reached, resumes=config.train.resume)
     return status_of(reached)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megashear.commands.outcome import report, status_of, user_errors
+from megashear.commands.outcome import UNSAVED, report, status_of, tell_stop, user_errors
 from megashear.commands.parse import parse
 from megashear.config import PretrainRun, PruneRun
 
 PROG = "megashear prune"
 
 
-@user_errors(PROG)
+@user_errors(PROG, interrupted=UNSAVED)
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
     config = parse(PruneRun, argv, prog=PROG, description=__doc__ or "")
@@ -28,4 +28,5 @@ def main(argv: Sequence[str]) -> int:
 
     reached = prune(config, then)
     report(reached)
+    tell_stop(PROG, reached, resumes=config.train.resume)
     return status_of(reached)

@@ -12,7 +12,10 @@ from megashear.config import QuickstartConfig
 PROG = "megashear quickstart"
 
 
-@user_errors(PROG)
+@user_errors(
+    PROG,
+    interrupted="what is finished stays in --output; choose another, or remove it, to start anew",
+)
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
     config = parse(QuickstartConfig, argv, prog=PROG, description=__doc__ or "")

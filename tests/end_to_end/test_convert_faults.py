@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megashear.__main__ import main
 from megashear.checkpoint import aside as aside_module
 from megashear.checkpoint import certificate, hf, integrity, weights
 from megashear.checkpoint.aside import written_aside
@@ -130,6 +131,26 @@ def test_what_a_killed_conversion_leaves_is_refused_by_readers(
         read: Callable[[Path], object] = weights.CheckpointWeights if kind == "hf" else hf.HfWeights
         with pytest.raises(ValueError, match=r"has no (megashear|config)\.json"):
             read(moment)
+
+
+@pytest.mark.parametrize("kind", DIRECTIONS)
+def test_ctrl_c_in_a_conversion_is_one_line_and_leaves_nothing(
+    small: Path,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["convert", "--input", str(small / kind), "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        # all is written and nothing has its name yet
+        patch.setattr(aside_module, "_sync", lambda aside: os.kill(os.getpid(), signal.SIGINT))
+        assert main(flags) == 130
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("megashear convert: interrupted; nothing of --output")
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+    assert main(flags) == 0
 
 
 def test_a_second_writer_of_an_output_is_refused(small: Path, tmp_path: Path) -> None:

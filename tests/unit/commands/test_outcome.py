@@ -1,0 +1,72 @@
+"""Ctrl-C and stopped runs: one line, last, that says what is kept and how to resume."""
+
+import os
+import signal
+from collections.abc import Sequence
+
+import pytest
+
+from megashear.commands import outcome
+
+
+def pressed(text: str = "") -> outcome.Main:
+    """A command in which somebody presses Ctrl-C."""
+
+    @outcome.user_errors("megashear cut", interrupted="nothing is left")
+    def command(argv: Sequence[str]) -> int:
+        if text:
+            raise KeyboardInterrupt(text)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the signal did not come")
+
+    return command
+
+
+def test_ctrl_c_is_one_line_and_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert pressed()([]) == outcome.INTERRUPTED == 130
+    assert capsys.readouterr().err == "megashear cut: interrupted; nothing is left\n"
+    assert pressed("3 of 7 files stay")([]) == 130
+    assert capsys.readouterr().err == "megashear cut: interrupted; 3 of 7 files stay\n"
+
+
+def test_ctrl_c_in_a_command_that_is_not_wrapped_is_a_traceback() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        pressed().__wrapped__([])  # type: ignore[attr-defined]
+
+
+def test_of_several_ranks_one_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert pressed()([]) == 130
+    outcome.tell_stop("megashear prune", STOPPED, resumes=True)
+    assert capsys.readouterr().err == ""
+
+
+STOPPED = {"step": 7, "stopped": "SIGTERM was received", "checkpoint": "saved/iter_0000007"}
+DONE = STOPPED | {"stopped": None}
+
+
+@pytest.mark.parametrize(
+    ("summary", "resumes", "wanted"),
+    [
+        (STOPPED, True, "saved step 7 in saved/iter_0000007; the same command resumes from it"),
+        (STOPPED, False, "iter_0000007; the same command with --resume resumes from it"),
+        ({"pruning": DONE, "continued pretraining": STOPPED}, True, "saved step 7 in saved"),
+        (STOPPED | {"checkpoint": None}, False, "step 7 is not saved, for --save is not given"),
+    ],
+)
+def test_a_stopped_run_ends_with_what_is_saved(
+    summary: dict[str, object], resumes: bool, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome.tell_stop("megashear prune", summary, resumes=resumes)
+    said = capsys.readouterr().err
+    assert said.startswith("megashear prune: stopped, for SIGTERM was received; ")
+    assert wanted in said
+    assert said.count("\n") == 1
+
+
+def test_a_run_that_is_done_ends_without(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome.tell_stop("megashear prune", DONE, resumes=True)
+    outcome.tell_stop("megashear prune", {"pruning": DONE, "then": DONE}, resumes=True)
+    assert capsys.readouterr().err == ""
