@@ -647,7 +647,8 @@ class PlotMixtureConfig:
     """`megashear plot-mixture`: weights and losses per domain over a run, as a figure."""
 
     tensorboard_dir: tuple[str, ...]
-    """Directories of TensorBoard event files; those of runs that follow each other are joined."""
+    """Directories of TensorBoard event files. One that begins after the first step of the one
+    before continues its run; others are runs of their own, drawn one after the other."""
     output: str
     """Figure to write, .png, .pdf or .svg; must not exist."""
     title: str = ""

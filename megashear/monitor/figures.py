@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,34 +37,94 @@ class Point(NamedTuple):
 
 
 def read_events(directories: Sequence[str | Path]) -> dict[str, dict[int, Point]]:
-    """Every tag's points by step in directories of event files; of two at a step the later counts.
+    """Read every point of one run, by tag and step; of two at a step the later directory's counts.
+
+    Args:
+        directories: of event files, of one run and in its order: each begins after the one before.
 
     Raises:
-        ValueError: a directory does not exist or holds no event file.
+        ValueError: a directory does not exist, holds no event file or is of another run.
     """
+    first, *others = runs_in(directories)
+    if others:
+        again = next(d for d in directories if d not in first.directories)
+        raise ValueError(
+            f"--tensorboard-dir {first.directories[0]} and {again} both begin at step "
+            f"{first.first_step}, so they are two runs, and one is wanted here; leave one out"
+        )
+    return first.events
+
+
+@dataclass(frozen=True)
+class RunEvents:
+    """What the event files of one run hold."""
+
+    directories: tuple[str | Path, ...]
+    """In the order of their steps."""
+    events: dict[str, dict[int, Point]]
+    """Points by tag and step."""
+
+    @property
+    def points(self) -> dict[str, dict[int, float]]:
+        """Values by tag and step, without their times."""
+        return {tag: {step: p.value for step, p in of.items()} for tag, of in self.events.items()}
+
+    @property
+    def first_step(self) -> int:
+        """Step of the first point."""
+        return min((step for of_tag in self.events.values() for step in of_tag), default=0)
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last point."""
+        return max((step for of_tag in self.events.values() for step in of_tag), default=0)
+
+
+def runs_in(directories: Sequence[str | Path]) -> list[RunEvents]:
+    """Read event files, and tell runs apart.
+
+    A directory that begins after the first step of the one before continues its run: the job was
+    started again and wrote elsewhere. One that begins there or earlier is another run.
+
+    Args:
+        directories: of event files, in their order.
+
+    Raises:
+        ValueError: a directory does not exist, holds no event file or is given twice.
+    """
+    runs: list[RunEvents] = []
+    seen: set[Path] = set()
+    for directory in directories:
+        if Path(directory).resolve() in seen:
+            raise ValueError(f"--tensorboard-dir {directory} is given twice; leave one out")
+        seen.add(Path(directory).resolve())
+        found = RunEvents((directory,), _read_directory(directory))
+        if not runs or found.first_step <= runs[-1].first_step:
+            runs.append(found)
+            continue
+        before = runs.pop()
+        joined = {
+            tag: dict(sorted((before.events.get(tag, {}) | found.events.get(tag, {})).items()))
+            for tag in before.events | found.events
+        }
+        runs.append(RunEvents((*before.directories, directory), joined))
+    return runs
+
+
+def _read_directory(directory: str | Path) -> dict[str, dict[int, Point]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    points: dict[str, dict[int, Point]] = {}
-    for directory in directories:
-        if not any(Path(directory).glob(EVENT_FILES)):
-            raise ValueError(
-                f"--tensorboard-dir {directory} holds no event files; give the directory that the "
-                f"run wrote"
-            )
-        # 0 keeps all points; by default it thins them out
-        reader = EventAccumulator(str(directory), size_guidance={"scalars": 0})
-        reader.Reload()
-        for tag in reader.Tags()["scalars"]:
-            found = {e.step: Point(e.value, e.wall_time) for e in reader.Scalars(tag)}
-            points.setdefault(tag, {}).update(found)
-    return {tag: dict(sorted(of_tag.items())) for tag, of_tag in points.items()}
-
-
-def read_points(directories: Sequence[str | Path]) -> dict[str, dict[int, float]]:
-    """Values of `read_events`, without their times."""
+    if not any(Path(directory).glob(EVENT_FILES)):
+        raise ValueError(
+            f"--tensorboard-dir {directory} holds no event files; give the directory that the "
+            f"run wrote"
+        )
+    # 0 keeps all points; by default it thins them out
+    reader = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    reader.Reload()
     return {
-        tag: {step: point.value for step, point in of_tag.items()}
-        for tag, of_tag in read_events(directories).items()
+        tag: dict(sorted((e.step, Point(e.value, e.wall_time)) for e in reader.Scalars(tag)))
+        for tag in reader.Tags()["scalars"]
     }
 
 
@@ -74,7 +135,8 @@ def plot_mixture(directories: Sequence[str | Path], output: str | Path, *, title
     references.
 
     Args:
-        directories: of event files; those of runs that follow each other are joined.
+        directories: of event files. Those of one run are joined; runs (`runs_in`) are drawn one
+            after the other, each from where the one before ended.
         output: figure to write, of the kind its ending names.
         title: above the figure.
 
@@ -84,44 +146,60 @@ def plot_mixture(directories: Sequence[str | Path], output: str | Path, *, title
     """
     path = Path(output)
     check_image(path, "--output", formats=(".png", ".pdf", ".svg"))
-    points = read_points(directories)
-    if not domains_of(points):
-        raise ValueError(
-            f"{', '.join(map(str, directories))}: no {tags.mixture_weight('')}<domain> among the "
-            f"{len(points)} tags of the event files; give the directory of a prune or pretrain run"
-        )
-    save(mixture_figure(points, title=title), path)
+    runs = runs_in(directories)
+    for run in runs:
+        if not domains_of(run.points):
+            raise ValueError(
+                f"--tensorboard-dir {', '.join(map(str, run.directories))}: no "
+                f"{tags.mixture_weight('')}<domain> among the {len(run.events)} tags of the event "
+                f"files; give the directory of a prune or pretrain run"
+            )
+    names = [Path(run.directories[0]).name for run in runs] if len(runs) > 1 else []
+    save(mixture_figure([run.points for run in runs], names=names, title=title), path)
 
 
 def domains_of(points: Points) -> list[str]:
-    """Domains of a mixture, the heaviest at the end first; none where a run logged no mixture."""
+    """Return the domains of a mixture, the heaviest at the end first; none where none is logged."""
     prefix = tags.mixture_weight("")
     domains = [tag.removeprefix(prefix) for tag in points if tag.startswith(prefix)]
     return sorted(domains, key=lambda name: -list(points[prefix + name].values())[-1])
 
 
-def mixture_figure(points: Points, *, title: str = "") -> Figure:
-    """The figure of `plot_mixture`, of points that are read already and have a mixture."""
+def mixture_figure(runs: Sequence[Points], *, names: Sequence[str] = (), title: str = "") -> Figure:
+    """Return the figure of `plot_mixture`, of points that are read already and have a mixture.
+
+    Args:
+        runs: points of each run, in their order.
+        names: of the runs, written where each begins; none for one run alone.
+        title: above the figure.
+    """
     # the heaviest first, so that the legend reads from the top of the first panel
-    domains = domains_of(points)
-    has_excess = any(tags.eval_excess(name) in points for name in domains)
-    has_losses = has_excess or any(tags.eval_loss(name) in points for name in domains)
+    domains = list(dict.fromkeys(name for points in reversed(runs) for name in domains_of(points)))
+    has_excess = any(tags.eval_excess(name) in points for points in runs for name in domains)
+    has_losses = has_excess or any(
+        tags.eval_loss(name) in points for points in runs for name in domains
+    )
     num_panels = 1 + has_losses + has_excess
     figure = new_figure(HEIGHTS.get(num_panels, 3.0))
     panels: list[Any] = list(figure.subplots(num_panels, 1, sharex=True, squeeze=False)[:, 0])
-    for number, name in enumerate(domains):
-        line = {
-            "color": COLOURS[number % len(COLOURS)],
-            "linestyle": DASHES[number // len(COLOURS) % len(DASHES)],
-        }
-        # a weight holds for the steps of its log window and jumps between two
-        jumps = line | {"drawstyle": "steps-pre", "label": name}
-        _draw(panels[0], points.get(tags.mixture_weight(name), {}), {}, jumps)
-        errors = points.get(tags.eval_error(name), {})
-        if has_losses:
-            _draw(panels[1], points.get(tags.eval_loss(name), {}), errors, line)
-        if has_excess:
-            _draw(panels[2], points.get(tags.eval_excess(name), {}), {}, line)  # bands as above
+    begins = run_begins(runs)
+    for begin, points in zip(begins, runs):
+        for number, name in enumerate(domains):
+            line = {
+                "color": COLOURS[number % len(COLOURS)],
+                "linestyle": DASHES[number // len(COLOURS) % len(DASHES)],
+            }
+            weights = points.get(tags.mixture_weight(name), {})
+            # a weight holds from its step on; runs of before have the one of the steps up to it,
+            # and none at step 0
+            jumps = {"drawstyle": "steps-post" if 0 in weights else "steps-pre", "label": name}
+            _draw(panels[0], _from(begin, weights), {}, line | jumps)
+            errors = _from(begin, points.get(tags.eval_error(name), {}))
+            if has_losses:
+                losses = _from(begin, points.get(tags.eval_loss(name), {}))
+                _draw(panels[1], losses, errors, line)
+            if has_excess:  # bands as above
+                _draw(panels[2], _from(begin, points.get(tags.eval_excess(name), {})), {}, line)
     labels = [
         "weight in the mixture",
         "held-out loss\nnats per token",
@@ -132,12 +210,59 @@ def mixture_figure(points: Points, *, title: str = "") -> Figure:
     panels[0].set_ylim(bottom=0)
     if has_excess:
         panels[2].axhline(0, color=INK, linewidth=0.8)
-    panels[-1].set_xlabel("step")
+    panels[-1].set_xlabel("step" if len(runs) == 1 else "step, of all runs together")
     figure.align_ylabels(panels)
-    legend(figure, loc="outside right upper")
+    mark_runs(panels, begins, names)
+    _legend_once(figure, panels[0])
     if title:
         figure.suptitle(title, color=INK)
     return figure
+
+
+def run_begins(runs: Sequence[Points]) -> list[int]:
+    """Return the step, on an axis of all runs together, from which each run is drawn."""
+    begins = [0]
+    for points in runs:
+        begins.append(begins[-1] + max((max(of, default=0) for of in points.values()), default=0))
+    return begins[:-1]
+
+
+def mark_runs(panels: Sequence[Axes], begins: Sequence[float], names: Sequence[str]) -> None:
+    """Draw a line where each run but the first begins, and its name beside it.
+
+    Args:
+        panels: of a figure, top to bottom; the first gets the names.
+        begins: on their x axis.
+        names: of the runs; none where there is nothing to tell apart.
+    """
+    for begin, name in zip(begins, names):
+        for panel in panels:
+            if begin != begins[0]:
+                panel.axvline(begin, color=INK, linestyle=":", linewidth=1.2)
+        panels[0].annotate(
+            name,
+            (begin, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 3),
+            textcoords="offset points",
+            color=INK,
+            fontsize=9,
+        )
+
+
+def _from(begin: int, values: Mapping[int, float]) -> dict[int, float]:
+    return {begin + step: value for step, value in values.items()}
+
+
+def _legend_once(figure: Figure, panel: Axes) -> None:
+    """Name every line once, however many runs have it."""
+    lines = {line.get_label(): line for line in reversed(panel.get_lines())}
+    shown = {name: lines[name] for name in dict.fromkeys(x.get_label() for x in panel.get_lines())}
+    legend(
+        figure,
+        handles=[line for name, line in shown.items() if not str(name).startswith("_")],
+        loc="outside right upper",
+    )
 
 
 def _draw(

@@ -312,8 +312,10 @@ def _named(
     config: Mapping[str, Any],
     layout: Mapping[str, Mapping[str, Sequence[str]]],
 ) -> Iterator[Sink]:
+    # a run that begins writes a point at step 0, too; one that continues has it
+    begin = first_step + 1 if first_step else 0
     if train.tensorboard_dir is not None:
-        yield TensorBoardSink(train.tensorboard_dir, purge_step=first_step + 1, layout=layout)
+        yield TensorBoardSink(train.tensorboard_dir, purge_step=begin, layout=layout)
     if train.jsonl_log is not None:
         path = Path(train.jsonl_log)
         if first_step == 0 and path.is_file() and path.stat().st_size:
@@ -323,7 +325,7 @@ def _named(
                 "its own come behind them",
                 path,
             )
-        yield JsonLinesSink(path, purge_step=first_step + 1 if first_step else None)
+        yield JsonLinesSink(path, purge_step=begin or None)
     if train.wandb_project is not None:
         # from step 0 on nothing is gone on with, whatever --resume would have liked
         yield WandbSink(train, config, resume=first_step > 0)

@@ -140,7 +140,8 @@ def quadratic_multiplier(kind: str) -> str:
 
 
 def mixture_weight(domain: str) -> str:
-    """Share of the samples that a domain is owed, between 0 and 1; 0 once it is exhausted."""
+    """Share of the samples after a step that a domain is owed, between 0 and 1; 0 once it is
+    exhausted. At step 0, at every log line, and wherever it moves."""
     return f"mix/weight/{domain}"
 
 

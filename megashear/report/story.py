@@ -247,7 +247,7 @@ def _run_section(record: RunRecord, name: str) -> Section:
         drawn("settling", settling_figure(points), _settling_caption(points))
     if domains_of(points):
         parts.append("<h3>Domains</h3>")
-        drawn("domains", mixture_figure(points), _mixture_caption(points))
+        drawn("domains", mixture_figure([points]), _mixture_caption(points))
     if record.sessions and tags.LM_LOSS in record.events:
         parts.append("<h3>Timeline</h3>")
         drawn("timeline", timeline_figure(record), _timeline_caption(record))

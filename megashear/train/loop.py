@@ -185,6 +185,10 @@ class Trainer:
         saved_step = first_step
         found: dict[str, DomainLosses] = {}
         step, stop, request = first_step, None, 0.0
+        mixture = self.data.loader.mixture
+        if step == 0:  # who continues a run has written them
+            self._log_mixture(step, sink)
+        shares, shares_at = mixture.shares.tolist(), step
         # asked before each step, so that all ranks end together where text runs out
         ran_out = self.data.loader.ran_out() if step < last else None
         with progress(
@@ -211,6 +215,10 @@ class Trainer:
                     with meter.pause(EVALUATION):
                         self._reweight(step, self.evaluate(step, sink, whole=False))
                     sink.scalars(step, {tags.part_share(EVALUATION): meter.share(EVALUATION)})
+                # after all that moves them: a phase, text that ran out, an evaluation
+                if is_logged or mixture.shares.tolist() != shares:
+                    self._log_mixture(step, sink)
+                    shares, shares_at = mixture.shares.tolist(), step
                 stop = stops.reason(request, step)
                 due = bool(train.save_interval) and step % train.save_interval == 0
                 if saver is not None:
@@ -234,6 +242,8 @@ class Trainer:
             )
             if window:
                 self._log(step, window, rate, norm, masks, meter, sink)
+                if shares_at != step:
+                    self._log_mixture(step, sink)
         if step == last or ran_out is not None:
             # before the long evaluation, which a time limit may cut off
             if saver is not None and step > saved_step:
@@ -511,7 +521,6 @@ class Trainer:
         device.synchronize()
         loss = self._mean_loss(window)
         pace = meter.window()
-        mixture = self.data.loader.mixture
         points = {
             tags.LM_LOSS: loss,
             tags.GRAD_NORM: norm,
@@ -525,12 +534,6 @@ class Trainer:
                 pace.tokens_per_second_per_device, self.shape, self.train.seq_length
             ),
         }
-        for number, name in enumerate(self.data.manifest.names):
-            drawn = int(mixture.drawn[number])
-            points[tags.mixture_weight(name)] = float(mixture.shares[number])
-            points[tags.mixture_share(name)] = drawn / mixture.num_drawn
-            epochs = self.data.loader.domains[number].epochs(drawn)
-            points[tags.mixture_epoch(name)] = epochs
         if masks is not None:
             points[tags.PENALTY] = masks.penalty
             points[tags.MASK_GRAD_NORM] = masks.grad_norm
@@ -559,6 +562,19 @@ class Trainer:
                 sparsity=sparsity,
             )
         )
+
+    def _log_mixture(self, step: int, sink: Sink) -> None:
+        """Log what is read from here on, and what was read."""
+        mixture = self.data.loader.mixture
+        points = {}
+        for number, name in enumerate(self.data.manifest.names):
+            points[tags.mixture_weight(name)] = float(mixture.shares[number])
+            if step:
+                drawn = int(mixture.drawn[number])
+                points[tags.mixture_share(name)] = drawn / mixture.num_drawn
+                epochs = self.data.loader.domains[number].epochs(drawn)
+                points[tags.mixture_epoch(name)] = epochs
+        sink.scalars(step, points)
 
     def _mean_loss(self, window: Sequence[SequenceLosses]) -> float:
         total = torch.zeros(2, dtype=torch.float64, device=device.device())

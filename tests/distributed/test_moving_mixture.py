@@ -71,6 +71,22 @@ def test_phases_change_at_their_sample_and_are_resumed(
     assert points[HALF + 1] == pytest.approx(LATE[-1], abs=SHARE_TOLERANCE)
 
 
+def test_weights_are_logged_where_they_move(text: TextRun, tmp_path: Path) -> None:
+    config = configuration(text, "pretrain", layout(), tmp_path)
+    start(replace(config, train=replace(config.train, log_interval=4)), 1)
+    found = finished(tmp_path)
+    points = text_run.scalars(tmp_path / "events")
+    weights = {name: points[f"mix/weight/{name}"] for name in text_run.REFERENCE}
+    # at the beginning, at evaluations (every second step), which move them, the last one too
+    assert [sorted(of_name) for of_name in weights.values()] == [[0, 2, 4, WHOLE]] * 3
+    assert sorted(points["train/lm-loss"]) == [4, WHOLE]
+    kept = found.counts["loader"]["mixture"]["weights"]
+    last = [of_name[WHOLE] for of_name in weights.values()]
+    assert last == pytest.approx(kept, abs=SHARE_TOLERANCE)
+    before = [of_name[4] for of_name in weights.values()]  # what an earlier log line would say
+    assert before != pytest.approx(kept, abs=100 * SHARE_TOLERANCE)
+
+
 def test_limits_hold_whatever_the_losses(text: TextRun, tmp_path: Path) -> None:
     config = configuration(text, "pretrain", layout(), tmp_path)
     data = replace(config.data, domain_cap=("numbers=.3",), domain_floor=(0.2,), reweight_eta=5.0)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from megashear.monitor import figures
 from megashear.monitor import tensorboard as tags
-from megashear.monitor.figures import plot_mixture, read_points
+from megashear.monitor.figures import plot_mixture, read_events, runs_in
 from megashear.monitor.tensorboard import TensorBoardSink
 
 DOMAINS = ("cc", "wiki")
@@ -82,8 +82,50 @@ def test_runs_that_follow_each_other_are_joined(tmp_path: Path) -> None:
         for step in steps:
             sink.scalars(step, {"x": step + (name == "b") / 2})
         sink.close()
-    points = read_points([tmp_path / "a", tmp_path / "b"])
-    assert points["x"] == {1: 1.0, 2: 2.0, 3: 3.5, 4: 4.5}
+    (run,) = runs_in([tmp_path / "a", tmp_path / "b"])
+    assert run.points["x"] == {1: 1.0, 2: 2.0, 3: 3.5, 4: 4.5}
+
+
+def write_weights(folder: Path, weights: dict[int, float]) -> Path:
+    sink = TensorBoardSink(folder)
+    for step, weight in weights.items():
+        sink.scalars(step, {tags.mixture_weight("cc"): weight, tags.eval_loss("cc"): 2.0})
+    sink.close()
+    return folder
+
+
+def test_runs_that_begin_alike_are_drawn_one_after_the_other(
+    drawn: list[Figure], tmp_path: Path
+) -> None:
+    pruned = write_weights(tmp_path / "pruned", {0: 0.25, 4: 0.5, 6: 0.5})
+    small = write_weights(tmp_path / "small", {0: 0.75, 3: 1.0})
+    plot_mixture([pruned, small], tmp_path / "mixture.svg")
+    weights = drawn[0].axes[0]
+    lines = [line for line in weights.lines if line.get_label() == "cc"]
+    assert [list(line.get_xdata()) for line in lines] == [[0, 4, 6], [6, 9]]
+    assert [list(line.get_ydata()) for line in lines] == [[0.25, 0.5, 0.5], [0.75, 1.0]]
+    assert [text.get_text() for text in weights.texts] == ["pruned", "small"]
+    (key,) = drawn[0].legends[0].get_texts()
+    assert key.get_text() == "cc"
+    assert "of all runs together" in drawn[0].axes[-1].get_xlabel()
+    with pytest.raises(ValueError, match=r"pruned and .*small both begin at step 0, so they are"):
+        read_events([pruned, small])
+    with pytest.raises(ValueError, match=r"--tensorboard-dir .*pruned is given twice; leave one"):
+        runs_in([pruned, small, pruned])
+
+
+def test_a_change_is_drawn_where_it_is(drawn: list[Figure], tmp_path: Path) -> None:
+    now = write_weights(tmp_path / "now", {0: 0.25, 10: 0.25, 15: 0.5, 20: 0.5})
+    before = write_weights(tmp_path / "before", {10: 0.25, 20: 0.5})
+    for number, (folder, where) in enumerate({now: 15, before: 10}.items()):
+        plot_mixture([folder], tmp_path / f"{number}.svg")
+        line = drawn[number].axes[0].lines[0]
+        drawn_by = {"steps-post": 0, "steps-pre": 1}[line.get_drawstyle()]
+        steps, values = list(line.get_xdata()), list(line.get_ydata())
+        jumps = [
+            steps[n + 1 - drawn_by] for n in range(len(values) - 1) if values[n] != values[n + 1]
+        ]
+        assert jumps == [where]
 
 
 def test_what_cannot_be_drawn_is_refused(
