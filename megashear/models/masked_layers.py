@@ -113,12 +113,16 @@ class MaskedRowParallelLinear(RowParallelLinear):
         return kernels.gated_linear(input, weight, units, outputs, copies)
 
     def _outputs(self) -> Tensor | None:
+        """Return the gates of the output channels, [h], or None where none is gated."""
         # The product is taken in every microbatch: taken once per step, it would be freed by the
         # first backward pass and missing in the second.
         if self.gates is None:
             return None
         _, hidden, layer = self.gates
-        return hidden if layer is None else layer if hidden is None else hidden * layer
+        if layer is None:
+            return hidden
+        # one gate for each channel in any case: the kernels take no scalar
+        return layer.expand(self.output_size) if hidden is None else hidden * layer
 
     @property
     def _gates_after_bias(self) -> bool:
