@@ -741,7 +741,8 @@ class ConvertConfig:
     """What to write: a checkpoint, or a Hugging Face directory (hf); auto makes the latter of a
     checkpoint and the former of all else."""
     dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
-    """Precision of the written weights."""
+    """Precision of the written weights; as-is keeps each weight's own, but a Hugging Face directory
+    of a --bf16 run, or of its cut, is bfloat16."""
     tokenizer: str | None = None
     """Directory or file of the tokenizer to copy, where the input carries none."""
     head_dim: int | None = None

@@ -66,7 +66,8 @@ def to_checkpoint(
         progress: show a bar; None shows it when stderr is a terminal.
 
     Returns:
-        ``bytes`` of weights written, and ``logits``, what their comparison found, or None.
+        ``bytes`` of weights written, their ``dtypes``, and ``logits``, what their comparison found,
+        or None.
 
     Raises:
         ValueError: see `weights.write_weights`; ``dtype`` is unknown; logits differ, or there is
@@ -112,7 +113,8 @@ def to_hf(
     Args:
         source: the model.
         output: directory to make; must not exist.
-        dtype: number format to store, a key of `hf.DTYPES`; None keeps each weight's own.
+        dtype: number format to store, a key of `hf.DTYPES`; None keeps each weight's own, but of
+            what a --bf16 run made stores bfloat16, the weights that the run computes with.
         tokenizer: directory or files of the tokenizer; by default the source's.
         max_shard_bytes: largest weights file, bytes.
         workers: threads.
@@ -127,6 +129,7 @@ def to_hf(
     """
     check_absent(output)
     dtype_of(dtype)
+    dtype = dtype or source.trained_in
     files = tokenizer_files.find(source.tokenizer if tokenizer is None else tokenizer)
     compare = _comparison(verify, source, CHECKPOINT)
     return _convert(
@@ -191,7 +194,8 @@ def _convert(
             if files is not None and files.error is not None:
                 raise files.error from None  # why a weight could not be read
             raise
-    return {"bytes": num_bytes, "logits": logits}
+    dtypes = sorted({record.dtype for record in witness.records.values()})
+    return {"bytes": num_bytes, "dtypes": dtypes, "logits": logits}
 
 
 class _ChecksumThread(threading.Thread):

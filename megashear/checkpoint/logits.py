@@ -18,11 +18,8 @@ from megashear.parallel.launch import distributed
 from megashear.shape import ModelShape
 
 SAME_WEIGHTS = 1e-5
-"""Largest relative difference of logits where both sides hold equal weights: float32 sums in
-another order (law 3 of the project's tests)."""
-ROUNDED_WEIGHTS = {torch.bfloat16: 0.1, torch.float16: 0.02}
-"""The same where the conversion rounded the weights: the 2^-9 and 2^-12 of each, as they add up
-through the layers of a model, with room; a wrong order of weights gives about 1."""
+"""Largest relative difference of logits: both sides hold equal weights, and float32 sums may come
+in another order (law 3 of the project's tests)."""
 _SEQUENCES, _LENGTH, _SEED = 2, 64, 1234
 """Random tokens to compare on: sequences, tokens in each, and what draws them."""
 
@@ -80,8 +77,9 @@ def compare(
         checkpoint: of the model, for megatron-core.
         hf_dir: of the model, for transformers.
         tokens: token ids, [b, s].
-        rounded_to: the number format that the conversion rounded weights to; None if it left
-            their values alone.
+        rounded_to: the number format that the conversion rounded weights to; both sides are
+            rounded to it, so that each computes with what was written. None if it left their
+            values alone.
 
     Returns:
         What was found, as plain values.
@@ -89,28 +87,27 @@ def compare(
     Raises:
         ValueError: transformers cannot load ``hf_dir``; the logits differ by more than the bound.
     """
-    theirs = _in_transformers(Path(hf_dir), tokens)
+    theirs = _in_transformers(Path(hf_dir), tokens, rounded_to)
     gc.collect()
-    ours = _in_megatron(Path(checkpoint), tokens)
+    ours = _in_megatron(Path(checkpoint), tokens, rounded_to)
     error = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
-    bound = SAME_WEIGHTS if rounded_to is None else ROUNDED_WEIGHTS[rounded_to]
     found = {
         "relative_error": error,
-        "bound": bound,
+        "bound": SAME_WEIGHTS,
         "largest_difference": float((ours - theirs).abs().max()),
         "same_next_token": float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()),
         "tokens": tokens.tolist(),
     }
-    if not error <= bound:  # not a number is no agreement
+    if not error <= SAME_WEIGHTS:  # not a number is no agreement
         raise ValueError(
             f"the logits of megatron-core and transformers differ by {error:.3g} of their norm, "
-            f"at most {bound:g} is right; nothing was written: report it with the model's "
+            f"at most {SAME_WEIGHTS:g} is right; nothing was written: report it with the model's "
             f"config.json"
         )
     return found
 
 
-def _in_transformers(directory: Path, tokens: Tensor) -> Tensor:
+def _in_transformers(directory: Path, tokens: Tensor, rounded_to: torch.dtype | None) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -120,20 +117,31 @@ def _in_transformers(directory: Path, tokens: Tensor) -> Tensor:
             f"transformers cannot load {directory}: {error}; convert without --verify, or with "
             f"another release of transformers"
         ) from error
+    model.float().eval()
+    _round(model, rounded_to)
     with torch.no_grad():
-        logits: Tensor = model.float().eval()(tokens).logits
+        logits: Tensor = model(tokens).logits
     return logits
 
 
-def _in_megatron(checkpoint: Path, tokens: Tensor) -> Tensor:
+def _in_megatron(checkpoint: Path, tokens: Tensor, rounded_to: torch.dtype | None) -> Tensor:
     """Logits [b, s, v] of the model in a checkpoint, at one process."""
     shape = read_description(find_iteration(checkpoint)).shape
     parallel, model = ParallelConfig(), ModelConfig()
     with distributed(parallel, model) as groups:
         chunks = build_chunks(shape, groups, parallel, model, variant="local")
-        store.load_weights(checkpoint, chunks)
+        store.load_weights(checkpoint, chunks, exact=True)
+        _round(chunks[0], rounded_to)
         here = next(chunks[0].parameters()).device
         positions = torch.arange(tokens.size(1), device=here).expand_as(tokens)
         with torch.no_grad():
             logits: Tensor = chunks[0].eval()(tokens.to(here), positions, None)
     return logits.float().cpu()[..., : shape.vocab_size]
+
+
+@torch.no_grad()
+def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    """Round float32 parameters in place to the values of a number format; None leaves them."""
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))

@@ -60,6 +60,9 @@ class Source:
     """Directory whose tokenizer files to carry along."""
     details: dict[str, Any] = field(default_factory=dict)
     """Plain values for megashear.json."""
+    trained_in: str | None = None
+    """Number format that the model computed in while it was trained, where ``weights`` are finer:
+    those of a --bf16 run and of its cut are float32 masters."""
 
     def described(self) -> Description:
         """What a checkpoint that is made of it says of itself, but for the tokenizer."""
@@ -138,6 +141,7 @@ def open_checkpoint(directory: Path | str, iteration: int | None = None) -> Sour
         shape=weights.shape,
         token_ids=weights.description.token_ids,
         tokenizer=weights.tokenizer,
+        trained_in=weights.trained_in,
     )
 
 

@@ -194,6 +194,8 @@ def load_weights(
     checkpoint: Path | str,
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None = None,
+    *,
+    exact: bool = False,
 ) -> None:
     """Fill the model from a checkpoint of its shape, whatever layout wrote it.
 
@@ -204,6 +206,7 @@ def load_weights(
         chunks: this rank's model chunks.
         optimizer: whose float32 masters of bfloat16 weights are filled too: from the checkpoint's
             masters where it has them, else from its weights, unrounded.
+        exact: fill the model from the checkpoint's masters too, where it has them.
 
     Raises:
         ValueError: on every rank, if the checkpoint is damaged, or could run code.
@@ -212,12 +215,13 @@ def load_weights(
         directory = find_iteration(checkpoint)
         stored = check_pickles(directory).state_dict_metadata
     model, num_tokens = _model_entries(chunks), unwrap(chunks[0]).num_tokens
+    prefix = MASTERS if any(key.startswith(MASTERS) for key in stored) else ""
+    if exact:
+        for entry in (entry for of_chunk in model.values() for entry in of_chunk.values()):
+            entry.key = prefix + entry.key
     _fill(chunks, _read(dict(model), directory, num_tokens))
     if optimizer is None:
         return
-    prefix = MASTERS
-    if not any(key.startswith(prefix) for key in stored):
-        prefix = ""
     # read anew: what went into bfloat16 weights is rounded
     masters = optimizer_state.master_shards(optimizer, _model_entries(chunks), prefix)
     loaded = _read({name: shard for name, (shard, _) in masters.items()}, directory, num_tokens)

@@ -222,6 +222,12 @@ class CheckpointWeights(Mapping[str, Tensor]):
         return found
 
     @property
+    def trained_in(self) -> str | None:
+        """Return "bfloat16" of what a --bf16 run made, or of its cut, which are read in float32."""
+        model = self.description.details.get("run", {}).get("model", {})
+        return "bfloat16" if self._prefix == MASTERS or model.get("bf16") else None
+
+    @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """Number format of every weight."""
         return {n: self._stored[row.key].properties.dtype for n, (row, _) in self._owners.items()}

@@ -43,9 +43,16 @@ def main(argv: Sequence[str]) -> int:
         verify=config.verify_tokens if config.verify else None,
     )
     kind = "Hugging Face directory" if wanted == "hf" else "checkpoint"
+    masters = ""
+    if source.trained_in is not None and config.dtype == "as-is":
+        masters = (
+            " (what the --bf16 run computed with; --dtype float32 writes its float32 masters)"
+            if wanted == "hf"
+            else " (the --bf16 run's masters, to train from; --dtype bfloat16 rounds them)"
+        )
     report(
         f"wrote {config.output}: {kind} of the {source.kind} {config.input}, "
-        f"{done['bytes'] / 2**30:.2f} GiB of weights"
+        f"{done['bytes'] / 2**30:.2f} GiB of weights in {' and '.join(done['dtypes'])}{masters}"
     )
     if (logits := done["logits"]) is not None:
         report(
