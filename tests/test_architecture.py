@@ -14,17 +14,18 @@ MAY_IMPORT = {
     "files": set(),
     "config": set(),
     "shape": {"files"},
+    "tokenizer": {"files"},
     "parallel": {"config", "files"},
     "masks": {"shape", "config"},
     "models": {"masks", "parallel", "shape", "config"},
     "planning": {"masks", "shape", "config"},
-    "checkpoint": {"models", "masks", "parallel", "shape", "config", "files"},
-    "data": {"parallel", "config", "files"},
+    "checkpoint": {"models", "masks", "parallel", "shape", "tokenizer", "config", "files"},
+    "data": {"parallel", "tokenizer", "config", "files"},
     "monitor": {"parallel", "config", "files"},
     "report": {"checkpoint", "models", "masks", "monitor", "parallel", "shape", "config", "files"},
     "train": {
         *("checkpoint", "models", "masks", "data", "monitor", "planning", "parallel"),
-        *("shape", "config", "files"),
+        *("shape", "tokenizer", "config", "files"),
     },
 }
 """Parts of megashear that each part may import besides itself; those on top may import all."""

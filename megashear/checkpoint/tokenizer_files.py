@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megashear.checkpoint import fast_tokenizer
+from megashear.files.regular import open_regular
+from megashear.files.structured import LARGE_JSON_BYTES, read_json_object
+from megashear.tokenizer.choice import preferred
+from megashear.tokenizer.companions import declared_ids
+from megashear.tokenizer.models import SentencePieceTokenizer
 
 CARRIED = (
     "tokenizer.model",
@@ -80,35 +84,41 @@ def copy_for_transformers(files: Sequence[Path], directory: Path) -> None:
 
 
 def fingerprint(files: Sequence[Path]) -> str | None:
-    """SHA-256 of what fixes the token ids: tokenizer.model, else tokenizer.json, else None."""
-    by_name = {_carried_name(path): path for path in files}
-    for name in ("tokenizer.model", "tokenizer.json"):
-        if name in by_name:
-            return hashlib.sha256(by_name[name].read_bytes()).hexdigest()
-    return None
+    """Return the SHA-256 of the file that fixes the token ids; None where there is none.
+
+    That is tokenizer.model or tokenizer.json, as `megashear.tokenizer.choice` has it.
+    """
+    chosen = _chosen({_carried_name(path): path for path in files})
+    if chosen is None:
+        return None
+    with open_regular(chosen) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def token_ids(files: Sequence[Path]) -> dict[str, Any]:
     """``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` as far as the files tell.
 
-    A generation_config.json is believed first, then the SentencePiece model, then the added
-    tokens of tokenizer.json under the names that tokenizer_config.json gives.
+    A generation_config.json is believed first, then the SentencePiece model unless tokenizer.json
+    knows more than it, then the added tokens of tokenizer.json under the names that
+    tokenizer_config.json gives.
     """
     by_name = {_carried_name(path): path for path in files}
+    chosen = _chosen(by_name)
     ids: dict[str, Any] = {}
     if "tokenizer.json" in by_name and "tokenizer_config.json" in by_name:
         added = _json(by_name["tokenizer.json"]).get("added_tokens") or []
-        number = {token["content"]: token["id"] for token in added}
+        number = declared_ids(by_name["tokenizer_config.json"])
+        number |= {token["content"]: token["id"] for token in added}
         names = _json(by_name["tokenizer_config.json"])
         for name in ("bos_token", "eos_token", "pad_token"):
             token = names.get(name)
             token = token.get("content") if isinstance(token, dict) else token
             if token in number:
                 ids[f"{name}_id"] = number[token]
-    if "tokenizer.model" in by_name:
-        pieces = _sentencepiece(by_name["tokenizer.model"])
-        found = {"bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id()}
-        ids |= {name: number for name, number in found.items() if number >= 0}
+    if chosen is not None and chosen == by_name.get("tokenizer.model"):
+        pieces = SentencePieceTokenizer(chosen)
+        found = {"bos_token_id": pieces.bos_id, "eos_token_id": pieces.eos_id}
+        ids |= {name: number for name, number in found.items() if number is not None}
     if "generation_config.json" in by_name:
         generation = _json(by_name["generation_config.json"])
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -123,20 +133,11 @@ def _carried_name(path: Path) -> str:
     return "tokenizer.model" if path.suffix == ".model" else path.name
 
 
-def _sentencepiece(path: Path) -> Any:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        return SentencePieceProcessor(model_file=str(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
+def _chosen(by_name: Mapping[str, Path]) -> Path | None:
+    """The file that fixes the token ids."""
+    model, fast = by_name.get("tokenizer.model"), by_name.get("tokenizer.json")
+    return preferred(model, fast) if model is not None and fast is not None else model or fast
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object")
-    return values
+    return read_json_object(path, max_bytes=LARGE_JSON_BYTES, wide_integers=True)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from megashear.data.inputs import read_chunks
 from megashear.data.text_files import Chunk, Record
-from megashear.data.tokenizer import load_tokenizer
+from megashear.tokenizer.choice import load_tokenizer
 
 EMPTY = "empty"
 """Why a document is skipped: no text but blanks, or no token."""

@@ -35,7 +35,8 @@ from megashear.data.manifest import (
 from megashear.data.mds import check_set
 from megashear.data.progress import Meter
 from megashear.data.text_files import CHUNK_BYTES, Chunk
-from megashear.data.tokenizer import Tokenizer, load_tokenizer
+from megashear.tokenizer.choice import load_tokenizer
+from megashear.tokenizer.models import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,8 @@ def preprocess(
     for first, *_ in files.values():  # rather than hours later, when it is this domain's turn
         check_first(first, json_key, tokens_dtype)
     tokenizer = load_tokenizer(tokenizer_path)
+    if tokenizer.note is not None:
+        logger.warning("--tokenizer-model: %s", tokenizer.note)
     _check_special_tokens(tokenizer, append_eod=append_eod, prepend_bos=prepend_bos)
     policy = EncodingPolicy(
         tokenizer_path=tokenizer.path.absolute(),

@@ -11,7 +11,7 @@ import numpy as np
 
 from megashear.data.indexed import check_pair
 from megashear.data.journal import write_whole
-from megashear.data.tokenizer import Tokenizer
+from megashear.tokenizer.models import Tokenizer
 
 FORMAT = "megashear-data-1"
 """Names the layout of the directory; another layout gets another name."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, Literal, overload
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -41,13 +42,25 @@ def check_regular(path: Path | str, name: str | None = None) -> os.stat_result:
     return found
 
 
-def open_regular(path: Path | str, name: str | None = None, *, buffering: int = -1) -> BinaryIO:
+@overload
+def open_regular(path: Path | str, name: str | None = None) -> io.BufferedReader: ...
+
+
+@overload
+def open_regular(
+    path: Path | str, name: str | None = None, *, buffering: Literal[0]
+) -> io.FileIO: ...
+
+
+def open_regular(
+    path: Path | str, name: str | None = None, *, buffering: int = -1
+) -> io.BufferedReader | io.FileIO:
     """Open a regular file to read its bytes, never waiting for a writer.
 
     Args:
         path: of the file; a symbolic link stands for what it leads to.
         name: what messages call it; by default the path.
-        buffering: as of ``open``.
+        buffering: 0 reads from the file system itself.
 
     Raises:
         NotRegularError: it is a pipe, a device, a socket or a directory.
@@ -59,11 +72,12 @@ def open_regular(path: Path | str, name: str | None = None, *, buffering: int = 
         # A pipe that took the file's place since would make open() wait for a writer.
         return os.open(path, flags | os.O_NONBLOCK)
 
-    stream: BinaryIO = open(path, "rb", buffering=buffering, opener=opener)  # noqa: SIM115
+    stream: Any = open(path, "rb", buffering=buffering, opener=opener)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
         raise NotRegularError(f"{name or path} changed while it was opened; a file is wanted")
-    return stream
+    opened: io.BufferedReader | io.FileIO = stream
+    return opened
 
 
 def read_bytes(path: Path | str, max_bytes: int, name: str | None = None) -> bytes:

@@ -30,7 +30,7 @@ import numpy as np
 from megashear.data.domains import preprocess
 from megashear.data.indexed import token_dtype
 from megashear.data.inputs import find_domains
-from megashear.data.tokenizer import load_tokenizer
+from megashear.tokenizer.choice import load_tokenizer
 
 SELF, CHILDREN = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
 

@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megashear.data.domains import preprocess
 from megashear.data.inputs import find_domains
 from megashear.data.manifest import read_manifest
-from megashear.data.tokenizer import load_tokenizer
+from megashear.tokenizer.choice import load_tokenizer
 from tests.unit.data.conftest import write_jsonl
 
 

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from megashear.data.domains import preprocess
-from megashear.data.tokenizer import load_tokenizer
+from megashear.tokenizer.choice import load_tokenizer
 from tests.unit.data.conftest import write_jsonl
 from tests.unit.data.test_domains import documents
 
@@ -102,7 +102,7 @@ def test_foreign_files_are_refused(tmp_path: Path, name: str, content: bytes, me
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is not JSON"), ("[]", "holds a list; an object is wanted")]
+    ("content", "message"), [("{", "is not JSON"), ("[]", "holds a list, not a JSON object")]
 )
 def test_broken_config_is_refused(
     tmp_path: Path, hugging_face_file: Path, content: str, message: str

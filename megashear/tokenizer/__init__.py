@@ -1,0 +1,1 @@
+"""Tokenizers: the ids of text, whatever files they come in."""
