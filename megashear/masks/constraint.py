@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from megashear.masks.gates import LOG_ALPHA_MAX, LOG_ALPHA_MIN, probability_closed, scores
+from megashear.masks.gates import LOG_ALPHA_MAX, LOG_ALPHA_MIN, probability_closed
 from megashear.masks.state import load_tensors
 from megashear.masks.targets import EXTENTS, KINDS, MaskPart, target_flag
-from megashear.shape import ModelShape
 
 LEAST_LAMBDA2_MAX = 100.0
 """Smallest bound of lambda2 that still holds the constraint; 10 was seen to lose control."""
@@ -143,55 +142,6 @@ class SparsityConstraint:
 
     def _multipliers(self, dtype: torch.dtype) -> dict[str, nn.Parameter]:
         return {kind: nn.Parameter(torch.zeros((), dtype=dtype)) for kind in self.parts}
-
-
-def expected_params(whole_log_alpha: Mapping[str, Tensor], source: ModelShape) -> float:
-    """Prunable parameters (attention and MLP matrices) expected to remain.
-
-    Args:
-        whole_log_alpha: **whole** masks by kind, [num_rows, num_units]; a kind that is missing
-            is not pruned.
-        source: shape of the unpruned model.
-    """
-    chances = {kind: scores(mask.detach()) for kind, mask in whole_log_alpha.items()}
-    return open_params(chances, source)
-
-
-def open_params(open_units: Mapping[str, Tensor], source: ModelShape) -> float:
-    """Prunable parameters (attention and MLP matrices) that open units keep.
-
-    A product of sums: outer products of the scores would take gigabytes at 7B.
-
-    Args:
-        open_units: 1 for every unit that stays, or the chance that it does, by kind, **whole**
-            masks, float64 [num_rows, num_units]; a kind that is missing is not pruned.
-        source: shape of the unpruned model.
-    """
-
-    def row_sums(kind: str) -> Tensor:
-        if kind in open_units:
-            return open_units[kind].sum(dim=1)  # [L], or [1] for hidden
-        return torch.tensor([float(getattr(source, EXTENTS[kind]))], dtype=torch.float64)
-
-    # Per hidden unit: a query head has d rows of q and d columns of o, a key/value head d rows of k
-    # and d of v, a neuron one of gate, up and down. A query head stays where its own gate and its
-    # group's are open; without grouped queries a key/value head goes with its one query head.
-    if source.heads_per_group == 1:
-        queries = keys = row_sums("head")  # [L] or [1]
-    else:
-        groups, heads = open_units.get("group"), open_units.get("head")
-        if groups is None:
-            groups = torch.ones(source.num_layers, source.num_query_groups, dtype=torch.float64)
-        in_group = torch.full_like(groups, source.heads_per_group)
-        if heads is not None:
-            in_group = heads.sum(dim=1).view_as(groups)  # [L, G]
-        queries, keys = (groups * in_group).sum(dim=1), groups.sum(dim=1)  # [L]
-    attention = 2 * source.head_dim * (queries + keys)
-    per_layer = attention + row_sums("intermediate") * 3  # [L] or [1]
-    layers = open_units["layer"][0] if "layer" in open_units else None
-    if layers is None:
-        layers = torch.ones(source.num_layers, dtype=torch.float64)
-    return float(row_sums("hidden").sum() * (layers * per_layer).sum())
 
 
 def _target_sparsity(part: MaskPart, wanted: int) -> float:

@@ -1,4 +1,4 @@
-"""Masks as pictures: which units stay, which go, and how sure that is."""
+"""Masks as pictures: which units are kept, which are pruned, and how sure that is."""
 
 from __future__ import annotations
 
@@ -70,16 +70,17 @@ def mask_pictures(
     rows_per_layer: Mapping[str, int] | None = None,
     targets: Mapping[str, int] | None = None,
 ) -> dict[str, Picture]:
-    """A picture of every kind of mask.
+    """Draw a picture of every kind of mask.
 
-    ``head``, ``group`` and ``layer`` have a cell for each gate: blue if it stays, vermilion if it
-    goes, the paler the less sure. ``intermediate`` has a row for each layer, whose cells are
-    neighbouring neurons: blue if all of them stay, vermilion if all go, pale if half of them do.
-    ``hidden`` is one row of bars, sorted, as high as the gate's chance to be open.
+    ``head``, ``group`` and ``layer`` have a cell for each unit: blue if it is kept, vermilion if it
+    is pruned, the paler the less sure. ``intermediate`` has a row for each layer, whose cells are
+    neighbouring neurons: blue if all of them are kept, vermilion if none is, pale if half of them
+    are. ``hidden`` is one row of bars, sorted, as high as the gate's chance to be open.
 
     Args:
-        gates: deterministic gates by kind, **whole** masks, [num_rows, num_units]; 0 is closed.
-        open_probability: P(gate > 0) by kind, of the same shapes.
+        gates: what is kept by kind, **whole** masks, [num_rows, num_units], 0 for what is pruned;
+            units of a layer that is pruned are pruned (`models.kept.KeptUnits`).
+        open_probability: chance to be kept by kind, of the same shapes.
         rows_per_layer: rows of a layer where they are not one: of ``head`` with grouped queries
             the key/value heads G, whose cells are then set apart.
         targets: units that shall stay in every row, for the mark in the picture of ``hidden``.
@@ -91,7 +92,7 @@ def mask_pictures(
     for kind, values in gates.items():
         is_open, chance = np.asarray(values) != 0, np.asarray(open_probability[kind])
         assert is_open.shape == chance.shape, f"{kind}: {is_open.shape} gates, {chance.shape}"
-        title = f"{kind}: {int(is_open.sum()):,} of {is_open.size:,} stay"
+        title = f"{kind}: {int(is_open.sum()):,} of {is_open.size:,} kept in evaluation"
         if kind == "hidden":
             wanted = None if targets is None else targets.get(kind)
             pictures[kind] = profile(is_open[0], chance[0], title=title, wanted=wanted)
@@ -108,7 +109,7 @@ def mask_pictures(
             rows="" if kind == "layer" else "layer",
             set_apart=is_open.shape[1] if each > 1 else 0,
             num_units=is_open.shape[1] * each,
-            ends=("all go", "all stay") if kind == "intermediate" else ("goes", "stays"),
+            ends=("all pruned", "all kept") if kind == "intermediate" else ("pruned", "kept"),
         )
     return pictures
 
@@ -153,7 +154,7 @@ def grid(
     rows: str = "",
     set_apart: int = 0,
     num_units: int | None = None,
-    ends: tuple[str, str] = ("goes", "stays"),
+    ends: tuple[str, str] = ("pruned", "kept"),
 ) -> Picture:
     """Cells in rows and columns, numbered from 0, with a legend.
 
@@ -248,7 +249,7 @@ def profile(
     middles = [column * width + width // 2 for column in range(num_columns)]
     canvas.numbers_below(left, foot, middles, num_units)
     canvas.text(left, foot + TEXT + 12, f"{AXES['hidden']}; height: chance to be open")
-    canvas.legend(left, foot + 2 * (TEXT + 10) + 4, ("goes", "stays"), shades=False)
+    canvas.legend(left, foot + 2 * (TEXT + 10) + 4, ("pruned", "kept"), shades=False)
     return Picture(
         pixels=canvas.pixels(),
         rows=(foot - 1,),

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from megashear.models.kept import KeptUnits
 from megashear.monitor.drawing import FAINT, INK, KEPT, PAPER, new_figure, style
 from megashear.monitor.mask_pictures import shares
-from megashear.report.kept import KeptUnits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,11 +97,8 @@ def cells(kept: KeptUnits) -> tuple[Cells, Cells, Cells]:
         Heads [L, H], neurons [L, at most ``MAX_COLUMNS``], hidden [1, at most
         ``HIDDEN_COLUMNS``]; rows of layers that go are 0.
     """
-    stays = kept.layers[:, None].numpy()
-    heads = (kept.heads.numpy() & stays).astype(float)
-    neurons = shares(
-        kept.neurons.numpy() & stays, columns_for(kept.source.ffn_hidden_size, MAX_COLUMNS)
-    )
+    heads = kept.heads.numpy().astype(float)
+    neurons = shares(kept.neurons.numpy(), columns_for(kept.source.ffn_hidden_size, MAX_COLUMNS))
     hidden = shares(kept.hidden.numpy()[None], columns_for(kept.source.hidden_size, HIDDEN_COLUMNS))
     return heads, neurons, hidden
 

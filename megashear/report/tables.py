@@ -11,8 +11,9 @@ from torch import Tensor
 
 from megashear.checkpoint.formats import dtypes_of, name_of
 from megashear.models import layout
+from megashear.models.kept import KeptUnits
 from megashear.report.comparison import Difference, GateDifference, WeightDistance
-from megashear.report.kept import KeptUnits, MaskReading, Mode
+from megashear.report.kept import MaskReading, Mode
 from megashear.report.opened import Opened
 from megashear.shape import ModelShape
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from megashear.config import MaskConfig
 from megashear.data.batch import MicroBatch
 from megashear.masks.census import Census, Sides, take_census, target_sizes
-from megashear.masks.constraint import SparsityConstraint, expected_params, open_params
+from megashear.masks.constraint import SparsityConstraint
+from megashear.masks.gates import scores
 from megashear.masks.mask_set import (
     MaskSet,
     exact_gates,
@@ -22,6 +23,7 @@ from megashear.masks.mask_set import (
 )
 from megashear.masks.optimizer import MaskOptimizer
 from megashear.models.binding import MaskBinding, own_layers, own_parts
+from megashear.models.kept import KeptUnits
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train.schedule import SequenceLosses, run_schedule
@@ -58,17 +60,15 @@ class MaskSurvey:
 
     log_alpha: dict[str, Tensor]
     """Whole, by kind, [num_rows, num_units]."""
-    gates: dict[str, Tensor]
-    """Deterministic gates in expected mode, of the same shapes."""
+    kept: KeptUnits
+    """What deterministic gates in expected mode keep, which evaluation measures."""
+    chances: KeptUnits
+    """The chance of every unit to be kept."""
     census: dict[str, Census]
     target_sizes: dict[str, float]
     """Units that a row shall leave open, by kind, at the step that was taken last."""
     changed: dict[str, int]
     """Gates that changed side since the last survey, by kind."""
-    expected_parameters: float
-    """Attention and MLP parameters that the masks expect to keep."""
-    actual_parameters: float
-    """The same of the gates that are open."""
 
 
 class LanguageModelling:
@@ -294,15 +294,14 @@ class StructuredPruning(LanguageModelling):
         gates = expected_gates(whole)
         own = self.sides.changed(self.binding.slice_gates(gates))
         changed = self.binding.whole_closed_sums(own)
-        is_open = {kind: (gate != 0).double() for kind, gate in gates.items()}
+        chances = {kind: scores(log_alpha) for kind, log_alpha in whole.items()}
         return MaskSurvey(
             log_alpha=whole,
-            gates=gates,
+            kept=KeptUnits.of(gates, self.source),
+            chances=KeptUnits.expected(chances, self.source),
             census=take_census(whole, gates, self.targets),
             target_sizes=target_sizes(self.constraint, max(0, step - 1)),
             changed={kind: round(float(rows.sum())) for kind, rows in changed.items()},
-            expected_parameters=expected_params(whole, self.source),
-            actual_parameters=open_params(is_open, self.source),
         )
 
     def replicated_tensors(self) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from megashear.masks.gates import scores
 from megashear.masks.mask_set import MaskPart
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.mask_pictures import mask_pictures
@@ -28,9 +27,9 @@ def survey_points(survey: MaskSurvey, target: ModelShape) -> dict[str, float]:
         target: shape to end with.
     """
     points = {
-        tags.EXPECTED_PARAMETERS: survey.expected_parameters,
-        tags.ACTUAL_PARAMETERS: survey.actual_parameters,
-        tags.TARGET_PARAMETERS: float(target.num_layers * target.layer_params()),
+        tags.EXPECTED_PARAMETERS: survey.chances.expected_params(),
+        tags.ACTUAL_PARAMETERS: float(survey.kept.num_params()),
+        tags.TARGET_PARAMETERS: float(target.num_params()),
     }
     for kind, counted in survey.census.items():
         points[tags.expected_size(kind)] = counted.expected_size
@@ -62,8 +61,8 @@ def show_masks(
         return
     with tolerated(f"step {step}: masks are not drawn"):
         pictures = mask_pictures(
-            {kind: gates.numpy() for kind, gates in survey.gates.items()},
-            {kind: scores(log_alpha).numpy() for kind, log_alpha in survey.log_alpha.items()},
+            {kind: survey.kept.of_kind(kind).numpy() for kind in parts},
+            {kind: survey.chances.of_kind(kind).numpy() for kind in parts},
             rows_per_layer={kind: part.rows_per_layer for kind, part in parts.items()},
             targets=targets,
         )

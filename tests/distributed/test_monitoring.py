@@ -23,6 +23,8 @@ from megashear.masks.gates import scores
 from megashear.masks.mask_set import MaskSet, expected_gates
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.mask_pictures import mask_pictures
+from megashear.report.kept import MaskReading
+from megashear.report.mask_map import cells
 from megashear.shape import ModelShape
 from megashear.train.objectives import RELAXED
 from tests import text_run
@@ -32,6 +34,10 @@ from tests.tiny import layout
 
 KINDS = ("hidden", "head", "group", "intermediate", "layer")
 GROUPS = text_run.SHAPE.num_query_groups
+TARGET = ModelShape(
+    **text_run.SHAPE.to_dict()
+    | {name.removeprefix("target_"): size for name, size in text_run.TARGET.items()}
+)
 
 
 class Watched(NamedTuple):
@@ -84,9 +90,20 @@ def test_the_picture_of_a_run_shows_exactly_the_closed_gates_of_its_checkpoint(
 ) -> None:
     log_alpha = read_log_alpha(watched.folder / "saved")
     is_open = {kind: (gate != 0).numpy() for kind, gate in expected_gates(log_alpha).items()}
+    own_gates = is_open["head"].copy()
+    stays = is_open["layer"][0][:, None]  # heads and neurons go with their layer
+    is_open["group"] &= stays
+    is_open["head"] &= is_open["group"].reshape(-1, 1)
+    is_open["intermediate"] &= stays
+    assert is_open["head"].sum() < own_gates.sum(), "a head goes although its gate is open"
     chances = {kind: scores(values).numpy() for kind, values in log_alpha.items()}
     # of these only where the cells are is looked at
     places = mask_pictures(is_open, chances, rows_per_layer={"head": GROUPS})
+    reading = MaskReading.of(log_alpha, text_run.SHAPE, TARGET)
+    heads, neurons, _ = cells(reading.expected)
+    by_report = {"head": heads != 0, "intermediate": neurons != 0}
+    points = watched.scalars
+    assert points[tags.ACTUAL_PARAMETERS][WHOLE] == reading.expected.num_params()
     for kind in KINDS:
         images = watched.events.Images(tags.mask_image(kind))
         assert [image.step for image in images] == [2, 4, WHOLE]
@@ -97,6 +114,8 @@ def test_the_picture_of_a_run_shows_exactly_the_closed_gates_of_its_checkpoint(
             wanted = np.sort(wanted)[:, ::-1]
         assert (found == wanted).all(), kind
         assert 0 < wanted.sum() < wanted.size, kind
+        if kind in ("head", "intermediate"):  # as the report and `inspect` show them
+            assert (found == by_report[kind]).all(), kind
         histogram = watched.events.Histograms(tags.log_alpha(kind))[-1].histogram_value
         assert histogram.num == wanted.size
         assert histogram.sum == pytest.approx(float(log_alpha[kind].double().sum()), abs=1e-3)
@@ -118,12 +137,7 @@ def test_every_count_has_a_point_at_every_evaluation(watched: Watched) -> None:
         *(tags.RELAXED_MEAN_LOSS, tags.EXACT_MEAN_LOSS, tags.DISCRETISATION_GAP),
     ):
         assert sorted(watched.scalars[tag]) == [2, 4, WHOLE], tag
-    target = ModelShape(
-        **text_run.SHAPE.to_dict()
-        | {name.removeprefix("target_"): size for name, size in text_run.TARGET.items()}
-    )
-    wanted = target.num_layers * target.layer_params()
-    assert set(watched.scalars[tags.TARGET_PARAMETERS].values()) == {wanted}
+    assert set(watched.scalars[tags.TARGET_PARAMETERS].values()) == {TARGET.num_params()}
     gap = watched.scalars[tags.DISCRETISATION_GAP][WHOLE]
     exact, expected = (
         watched.scalars[tag][WHOLE] for tag in (tags.EXACT_MEAN_LOSS, tags.EVAL_MEAN_LOSS)

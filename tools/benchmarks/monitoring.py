@@ -23,9 +23,10 @@ import torch
 
 from megashear.config import TrainConfig
 from megashear.masks.census import Sides, take_census
-from megashear.masks.constraint import expected_params, open_params
+from megashear.masks.gates import scores
 from megashear.masks.mask_set import expected_gates, whole_parts
 from megashear.masks.targets import target_units
+from megashear.models.kept import KeptUnits
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.layout import charts
 from megashear.monitor.sinks import Sinks, open_sinks
@@ -121,14 +122,11 @@ def ways(
         changed = sides.changed(gates)
         survey = MaskSurvey(
             log_alpha=whole,
-            gates=gates,
+            kept=KeptUnits.of(gates, source),
+            chances=KeptUnits.expected({k: scores(v) for k, v in whole.items()}, source),
             census=take_census(whole, gates, targets),
             target_sizes={kind: float(size) for kind, size in targets.items()},
             changed={kind: int(rows.sum()) for kind, rows in changed.items()},
-            expected_parameters=expected_params(whole, source),
-            actual_parameters=open_params(
-                {kind: (gate != 0).double() for kind, gate in gates.items()}, source
-            ),
         )
         show_masks(sinks, 1, survey, parts, targets)
         sinks.scalars(1, survey_points(survey, target))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megashear.masks import census
 from megashear.masks.census import Sides, take_census, target_sizes
-from megashear.masks.constraint import SparsityConstraint, expected_params, open_params
+from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import MaskPart, expected_gates, whole_parts
 from megashear.masks.targets import target_units
 from tests.tiny import PAIRS
@@ -103,15 +103,3 @@ def test_sides_go_on_from_what_was_saved() -> None:
     one.changed(gates)
     other.state_dict()["layer"].copy_(one.state_dict()["layer"])  # as a checkpoint does
     assert other.changed(gates)["layer"].tolist() == [0]
-
-
-def test_parameters_of_open_units_are_those_of_the_shape_they_leave() -> None:
-    whole = masks()
-    targets = target_units(SOURCE, TARGET)
-    is_open = {}
-    for kind, log_alpha in whole.items():
-        rows = torch.zeros_like(log_alpha, dtype=torch.float64)
-        rows[:, : targets[kind]] = 1
-        is_open[kind] = rows
-    assert open_params(is_open, SOURCE) == TARGET.num_layers * TARGET.layer_params()
-    assert expected_params(whole, SOURCE) != pytest.approx(open_params(is_open, SOURCE), rel=1e-3)

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from megashear.masks import constraint as constraint_module
-from megashear.masks import gates
-from megashear.masks.constraint import SparsityConstraint, expected_params
+from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import MaskSet, target_units, whole_parts
-from megashear.shape import ModelShape
 from tests.unit.masks import golden
-from tests.unit.masks.test_targets import GQA, MHA, MQA, WIDE
+from tests.unit.masks.test_targets import MHA, WIDE
 
 FLOAT32 = 2e-6  # relative, or absolute on sparsities; the reference sums and cancels in float32
 STEPS = (0, 3, 10, 50)
@@ -142,84 +140,6 @@ def test_penalty_of_heads_is_a_mean_over_the_groups_of_all_layers() -> None:
     # the twin: a row for each layer, where groups that close all and none make up for each other
     by_layer = groups + penalty("head", in_groups.mean(dim=(1, 2)), 0.25)
     assert by_layer != pytest.approx(wanted, rel=0.01)
-
-
-def test_expected_params_equal_the_reference() -> None:
-    found = expected_params(golden.log_alpha(), golden.shape("base"))
-    assert found == pytest.approx(golden.facts()["expected_params"], rel=FLOAT32)
-
-
-def test_expected_params_notice_a_missing_mask() -> None:
-    masks = golden.log_alpha()
-    del masks["layer"]
-    found = expected_params(masks, golden.shape("base"))
-    assert found != pytest.approx(golden.facts()["expected_params"], rel=0.1)
-
-
-HEADS_AND_GROUPS = pytest.mark.parametrize(
-    ("source", "heads"),
-    [
-        pytest.param(MHA, {"head": (4, 8)}, id="mha"),
-        pytest.param(GQA, {"group": (4, 4)}, id="groups"),
-        pytest.param(WIDE, {"head": (32, 4)}, id="heads-in-groups"),
-        pytest.param(WIDE, {"group": (4, 8), "head": (32, 4)}, id="both"),
-        pytest.param(MQA, {"head": (4, 8)}, id="one-group"),
-    ],
-)
-
-
-def outer_products(
-    masks: dict[str, Tensor], source: ModelShape, heads_of: Callable[[int], Tensor]
-) -> float:
-    """Weighs every entry of every matrix with the chance that its row and column stay.
-
-    ``heads_of`` gives a layer's scores of query heads, without their groups'.
-    """
-    hidden = gates.scores(masks["hidden"])[0]
-    layers = gates.scores(masks["layer"])[0]
-    wanted = 0.0
-    for layer in range(4):
-        heads = heads_of(layer)
-        groups = torch.ones(source.num_query_groups, dtype=torch.float64)
-        if "group" in masks:
-            groups = gates.scores(masks["group"][layer])
-        if source is MHA:
-            groups, heads = heads, torch.ones(8, dtype=torch.float64)
-        each = groups.repeat_interleave(source.heads_per_group) * heads
-        queries = each.repeat_interleave(source.head_dim)
-        keys = groups.repeat_interleave(source.head_dim)
-        neurons = torch.ones(96, dtype=torch.float64)
-        matrices = (queries, queries, keys, keys, neurons, neurons, neurons)
-        wanted += float(layers[layer]) * sum(float(torch.outer(m, hidden).sum()) for m in matrices)
-    return wanted
-
-
-@HEADS_AND_GROUPS
-def test_expected_params_are_the_outer_product_of_scores(
-    source: ModelShape, heads: dict[str, tuple[int, int]]
-) -> None:
-    torch.manual_seed(3)
-    units = {"hidden": (1, 40), "layer": (1, 4)} | heads  # intermediate: none
-    masks = {kind: 3 * torch.randn(shape) for kind, shape in units.items()}
-
-    def in_order(layer: int) -> Tensor:
-        if "head" not in masks:
-            return torch.ones(source.num_attention_heads, dtype=torch.float64)
-        return gates.scores(masks["head"].reshape(4, -1)[layer])
-
-    found = expected_params(masks, source)
-    assert found == pytest.approx(outer_products(masks, source, in_order), rel=1e-12)
-    if len(heads) == 2:  # the twin: heads and groups of a layer transposed meet the wrong groups
-
-        def transposed(layer: int) -> Tensor:
-            return in_order(layer).reshape(8, 4).T.flatten()
-
-        assert found != pytest.approx(outer_products(masks, source, transposed), rel=1e-4)
-
-
-def test_expected_params_without_masks_are_all() -> None:
-    for source in (MHA, GQA, WIDE, MQA):
-        assert expected_params({}, source) == source.num_layers * source.layer_params()
 
 
 def build(**settings: object) -> SparsityConstraint:

@@ -20,12 +20,14 @@ import numpy as np
 import pytest
 
 from megashear.config import TrainConfig
+from megashear.models.kept import KeptUnits
 from megashear.monitor import sinks
 from megashear.monitor.sinks import JsonLinesSink, Sinks, check_sinks, open_sinks
 from megashear.monitor.tensorboard import TensorBoardSink
 from megashear.train import watch
 from megashear.train.objectives import MaskSurvey
 from tests.text_run import scalars
+from tests.tiny import SOURCE
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -192,13 +194,12 @@ def test_masks_that_cannot_be_drawn_end_no_run(
 
     monkeypatch.setattr(watch, "mask_pictures", broken)
     survey = MaskSurvey(
-        gates={},
+        kept=KeptUnits.of({}, SOURCE),
+        chances=KeptUnits.expected({}, SOURCE),
         log_alpha={},
         census={},
         changed={},
         target_sizes={},
-        expected_parameters=0.0,
-        actual_parameters=0.0,
     )
     sink = Sinks([TensorBoardSink(tmp_path)])
     watch.show_masks(sink, 3, survey, {}, {})

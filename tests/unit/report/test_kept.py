@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megashear.masks.mask_set import whole_parts
-from megashear.report.kept import KeptUnits, MaskReading
+from megashear.models.kept import KeptUnits
+from megashear.report.kept import MaskReading
 from megashear.shape import ModelShape
 from tests.families import FAMILIES
 from tests.families import pruned as pruned_shape

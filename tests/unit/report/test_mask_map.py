@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from megashear.models.kept import KeptUnits
 from megashear.monitor.drawing import as_svg, check_image, save
-from megashear.report.kept import KeptUnits, MaskReading
+from megashear.report.kept import MaskReading
 from megashear.report.mask_map import cells, columns_for, mask_map
 from tests.tiny import PAIRS
 from tests.unit.report.test_kept import half_open
