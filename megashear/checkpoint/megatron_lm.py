@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megashear.checkpoint.description import DESCRIPTION, TRACKER, Description, iteration_name
 from megashear.checkpoint.integrity import CHECKSUMS
 from megashear.checkpoint.megatron_lm_args import shape_of_arguments, vocab_size_of_arguments
-from megashear.checkpoint.pickles import COMMON, METADATA, check_index, read_common
+from megashear.checkpoint.pickles import METADATA, check_index, read_common
 from megashear.checkpoint.weights import CheckpointWeights
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,9 @@ def find_megatron_lm(checkpoint: Path | str) -> Path | None:
 class MegatronLmWeights(CheckpointWeights):
     """The weights of a Megatron-LM checkpoint by Hugging Face name; see `CheckpointWeights`.
 
-    A GPT in the torch_dist format, of either spec. Its ``args`` say what model it is; no other
-    object of its pickles is made. Rows by which the vocabulary was padded are left behind.
+    A GPT in the torch_dist format, of either spec. The ``args`` of its common state (``common.pt``,
+    or an entry of the index from megatron-core 0.19 on) say what model it is; no other object of
+    its pickles is made. Rows by which the vocabulary was padded are left behind.
 
     Args:
         checkpoint: a checkpoint's directory, or one iteration's.
@@ -76,12 +77,12 @@ class MegatronLmWeights(CheckpointWeights):
             raise ValueError(f"{checkpoint} is no Megatron-LM checkpoint in the torch_dist format")
         where = f"Megatron-LM checkpoint {directory}"
         metadata = check_index(directory)
-        common = read_common(directory, foreign=True)
+        common = read_common(directory, foreign=True, metadata=metadata)
         args = common.get("args")
         if not isinstance(args, argparse.Namespace):
             raise ValueError(
-                f"{where} has no args in {COMMON}, which say what model it is; save it with "
-                f"Megatron-LM itself"
+                f"{where} has no args in its common state, which say what model it is; save it "
+                f"with Megatron-LM itself"
             )
         prefix = _prefix(metadata, where)
         stored = metadata.state_dict_metadata[prefix + _EMBEDDING]

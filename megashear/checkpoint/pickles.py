@@ -17,6 +17,9 @@ from megashear.checkpoint.torch_files import only_known, unread
 
 METADATA = ".metadata"
 COMMON = "common.pt"
+COMMON_ENTRY = "common_state/shard_0_1"
+"""Byte entry that holds what ``common.pt`` held before. Source: megatron-core 0.19.2,
+dist_checkpointing/serialization.py, `load_common_state_dict`: the first of a list."""
 
 # What torch 2.13 and megatron-core 0.16.1 put into .metadata: records and enumerations that do
 # nothing when they are made, and one lookup in a table of layouts.
@@ -55,7 +58,9 @@ _BESIDE_ARGUMENTS = (
     "megatron.core.rerun_state_machine.RerunMode",
     "megatron.core.rerun_state_machine.RerunState",
     "megatron.core.transformer.enums.AttnBackend",
+    "megatron.core.transformer.enums.CudaGraphModule",
     "megatron.core.transformer.enums.CudaGraphScope",
+    "megatron.core.transformer.enums.InferenceCudaGraphScope",
     "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray._reconstruct",
     "numpy.dtype",
@@ -64,10 +69,11 @@ _BESIDE_ARGUMENTS = (
     "pathlib.PosixPath",
     "pathlib._local.PosixPath",
     "signal.Signals",
+    "torch._C.Generator",
     "types.SimpleNamespace",
 )
-"""What else Megatron-LM's checkpoints hold, none of which is needed. Source: megatron-core 0.16.1,
-safe_globals.py, and what these are made of when they are unpickled."""
+"""What else Megatron-LM's checkpoints hold, none of which is needed. Source: megatron-core 0.16.1
+and 0.19.2, safe_globals.py, and what these are made of when they are unpickled."""
 
 
 def check_pickles(directory: Path) -> Metadata:
@@ -91,10 +97,7 @@ def check_pickles(directory: Path) -> Metadata:
         read_common(directory)
     for index, place in (metadata.storage_data or {}).items():
         if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
-            path = directory / place.relative_path
-            with path.open("rb") as file:
-                file.seek(place.offset)
-                _read_plain(file.read(place.length), f"{index.fqn} in {path}")
+            _read_byte_entry(directory, index.fqn, place)
     return metadata
 
 
@@ -122,27 +125,53 @@ def check_index(directory: Path) -> Metadata:
     return metadata
 
 
-def read_common(directory: Path, *, foreign: bool = False) -> dict[str, Any]:
-    """What ``common.pt`` of an iteration holds: tensors, plain values and Megatron-LM's arguments.
+def read_common(
+    directory: Path, *, foreign: bool = False, metadata: Metadata | None = None
+) -> dict[str, Any]:
+    """Read the common state of an iteration: tensors, plain values and Megatron-LM's arguments.
 
     Args:
         directory: one iteration of a checkpoint.
         foreign: Megatron-LM itself wrote it: let enumerations and the like pass, which are read as
             `torch_files.Unread` and not made.
+        metadata: the index of the directory, as `check_index` gives it: where there is no
+            ``common.pt``, the entry `COMMON_ENTRY` is read.
 
     Raises:
-        ValueError: the file is missing, broken, or wants anything else (the thing is named).
+        ValueError: there is neither, or it is broken, or wants anything else (the thing is named).
     """
-    path = directory / COMMON
-    if not path.is_file():
-        raise ValueError(f"checkpoint {directory} is incomplete: no {COMMON}; copy it again")
     known: list[tuple[type, str]] = [(argparse.Namespace, _ARGUMENTS)]
-    common = _read_plain(
-        path.read_bytes(), f"{path}", known + (unread(_BESIDE_ARGUMENTS) if foreign else [])
-    )
+    known += unread(_BESIDE_ARGUMENTS) if foreign else []
+    path = directory / COMMON
+    where = f"{path}"
+    if path.is_file():
+        common = _read_plain(path.read_bytes(), where, known)
+    else:
+        places = {} if metadata is None else metadata.storage_data or {}
+        place = next((at for index, at in places.items() if index.fqn == COMMON_ENTRY), None)
+        if place is None:
+            raise ValueError(
+                f"checkpoint {directory} is incomplete: neither a {COMMON} nor, as from "
+                f"megatron-core 0.19, an entry {COMMON_ENTRY} in its index; copy it again"
+            )
+        found = _read_byte_entry(directory, COMMON_ENTRY, place, known)
+        where = f"{COMMON_ENTRY} in {directory / place.relative_path}"
+        common = found[0] if isinstance(found, list) and len(found) == 1 else found
     if not isinstance(common, dict):
-        raise ValueError(f"{path} holds a {type(common).__name__}, not a checkpoint's values")
+        raise ValueError(f"{where} holds a {type(common).__name__}, not a checkpoint's values")
     return common
+
+
+def _read_byte_entry(
+    directory: Path, name: str, place: Any, known: Sequence[tuple[type, str]] = ()
+) -> Any:
+    path = directory / place.relative_path
+    where = f"{name} in {path}"
+    if transformed := getattr(place, "transform_descriptors", None):
+        raise ValueError(f"{where} is transformed by {transformed}, which is not known; refused")
+    with path.open("rb") as file:
+        file.seek(place.offset)
+        return _read_plain(file.read(place.length), where, known)
 
 
 class _Restricted(pickle.Unpickler):

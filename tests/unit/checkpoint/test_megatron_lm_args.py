@@ -1,7 +1,9 @@
 """Megatron-LM's arguments say what model it is, or are refused by name."""
 
 import argparse
+import io
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnBackend
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megashear.checkpoint import pickles
 from megashear.checkpoint.megatron_lm import MegatronLmWeights, find_megatron_lm
@@ -18,7 +21,7 @@ from megashear.checkpoint.megatron_lm_args import (
     flags_beside,
     shape_of_arguments,
 )
-from megashear.checkpoint.pickles import check_pickles, read_common
+from megashear.checkpoint.pickles import COMMON_ENTRY, check_index, check_pickles, read_common
 from megashear.checkpoint.torch_files import Unread
 from megashear.shape import PRESETS, ModelShape, RopeScaling
 from tests.megatron_lm import arguments
@@ -151,29 +154,82 @@ def as_megatron_lm(directory: Path, **common: Any) -> None:
     torch.save({"iteration": 120, **common}, directory / "common.pt")
 
 
-def test_arguments_are_read_and_nothing_else_is_made(tmp_path: Path, harmed: Harmed) -> None:
+def without_common_pt(directory: Path, value: Any = None) -> None:
+    """Move what common.pt holds to where megatron-core 0.19 puts it; or put ``value`` there."""
+    common = torch.load(directory / "common.pt", weights_only=False)
+    (directory / "common.pt").unlink()
+    stored = io.BytesIO()
+    torch.save([common] if value is None else value, stored)
+    (directory / "__0_8.distcp").write_bytes(b"before" + stored.getvalue())
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    place = type(next(iter(metadata.storage_data.values())))
+    metadata.state_dict_metadata[COMMON_ENTRY] = BytesStorageMetadata()
+    metadata.storage_data[MetadataIndex(COMMON_ENTRY)] = place(
+        "__0_8.distcp", 6, len(stored.getvalue())
+    )
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_a_checkpoint_without_common_pt_is_read_as_one_with_it(harmed: Harmed) -> None:
+    checkpoint = harmed(lambda directory: as_megatron_lm(directory, args=arguments(vocab_size=64)))
+    directory = checkpoint / "iter_0000120"
+    before = MegatronLmWeights(checkpoint)
+    wanted = dict(before)
+    without_common_pt(directory)
+    after = MegatronLmWeights(checkpoint)
+    assert (after.shape, after.description) == (before.shape, before.description)
+    assert after.description.details == {"megatron_lm_iteration": 120}
+    assert list(after) == list(wanted)
+    assert all(torch.equal(after[name], weight) for name, weight in wanted.items())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([[1]], r"shard_0_1 in \S+__0_8\.distcp holds a list, not a checkpoint's values"),
+        ([{"iteration": 3}], r"has no args in its common state, which say what model it is"),
+        ([{"args": arguments(vocab_size=65)}], r"--vocab-size is 65, and the checkpoint stores 64"),
+    ],
+)
+def test_another_common_state_entry_is_refused(harmed: Harmed, value: Any, message: str) -> None:
+    checkpoint = harmed(lambda directory: as_megatron_lm(directory, args=arguments()))
+    without_common_pt(checkpoint / "iter_0000120", value)
+    with pytest.raises(ValueError, match=message):
+        MegatronLmWeights(checkpoint)
+
+
+@pytest.mark.parametrize("entry", [False, True], ids=["common.pt", "entry"])
+def test_arguments_are_read_and_nothing_else_is_made(harmed: Harmed, entry: bool) -> None:
     args = arguments()
     checkpoint = harmed(lambda directory: as_megatron_lm(directory, args=args))
-    common = read_common(checkpoint / "iter_0000120", foreign=True)
+    directory = checkpoint / "iter_0000120"
+    if entry:
+        without_common_pt(directory)
+    common = read_common(directory, foreign=True, metadata=check_index(directory))
     found = common["args"]
     assert type(found) is argparse.Namespace
     assert isinstance(args.attention_backend, AttnBackend)
     assert isinstance(found.attention_backend, Unread)  # although megatron.core is imported here
     assert found.params_dtype is torch.float32
     assert vars(found).keys() == vars(args).keys()
-    with pytest.raises(ValueError, match=r"wants to load megatron\.core\.\S+ when it is read"):
-        check_pickles(checkpoint / "iter_0000120")  # ours have no need of them
+    with pytest.raises(ValueError, match=r"wants to load (megatron\.core|argparse)\.\S+ when"):
+        check_pickles(directory)  # ours have no need of them
 
 
-@pytest.mark.parametrize("place", ["args", "beside"])
+@pytest.mark.parametrize("place", ["args", "beside", "entry"])
 def test_code_in_common_values_is_refused_and_not_run(
     tmp_path: Path, harmed: Harmed, place: str
 ) -> None:
     ran = tmp_path / "ran"
     bad = Malicious(ran)
     values = {"args": arguments(data_path=bad)} if place == "args" else {"rng": [bad]}
+    values = {"args": arguments()} if place == "entry" else values
     checkpoint = harmed(lambda directory: as_megatron_lm(directory, **values))
-    with pytest.raises(ValueError, match=r"common.pt wants to load posix\.mkdir .*refused"):
+    if place == "entry":
+        without_common_pt(checkpoint / "iter_0000120", [{"args": arguments(), "rng": bad}])
+    with pytest.raises(
+        ValueError, match=r"(distcp|common.pt) wants to load posix\.mkdir .*refused"
+    ):
         MegatronLmWeights(checkpoint)
     assert not ran.exists()
 
@@ -190,7 +246,9 @@ def test_what_is_no_such_checkpoint(tmp_path: Path, harmed: Harmed) -> None:
     checkpoint = harmed(as_megatron_lm)
     directory = checkpoint / "iter_0000120"
     assert find_megatron_lm(checkpoint) == find_megatron_lm(directory) == directory
-    with pytest.raises(ValueError, match=r"has no args in common\.pt, which say what model it is"):
+    with pytest.raises(
+        ValueError, match=r"has no args in its common state, which say what model it is"
+    ):
         MegatronLmWeights(checkpoint)
     torch.save({"args": arguments(vocab_size=65)}, directory / "common.pt")
     with pytest.raises(ValueError, match=r"--vocab-size is 65, and the checkpoint stores 64 rows"):
@@ -202,7 +260,9 @@ def test_what_is_no_such_checkpoint(tmp_path: Path, harmed: Harmed) -> None:
     with pytest.raises(ValueError, match=r"common.pt holds a list, not a checkpoint's values"):
         MegatronLmWeights(checkpoint)
     (directory / "common.pt").unlink()
-    with pytest.raises(ValueError, match=r"is incomplete: no common.pt"):
+    with pytest.raises(
+        ValueError, match=r"is incomplete: neither a common\.pt nor, as from .* an "
+    ):
         MegatronLmWeights(checkpoint)
     (checkpoint / "latest_checkpointed_iteration.txt").write_text("release")
     directory.rename(checkpoint / "release")
