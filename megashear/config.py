@@ -8,12 +8,36 @@ from the configuration alone is judged here, before any process meets another.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from megashear.bounds import TINY, Between, check_bounds
 
 NamedNumbers = tuple[float | str, ...]
 """Numbers, or words ``name=number``; in YAML also a mapping of names to numbers, or one number."""
+
+MOST_RATE = 1e4
+"""Largest learning rate, of weights and masks."""
+MOST_EXTENT = 2**31 - 1
+"""Largest extent of a model: kernels index with 32 bits."""
+
+Ranks = Annotated[int, Between(1, 2**20)]
+"""Processes, devices, or parts of a model among them."""
+Steps = Annotated[int, Between(1, 10**9)]
+StepsOrNever = Annotated[int, Between(0, 10**9)]
+Sequences = Annotated[int, Between(1, 2**20)]
+"""Sequences that are held at once."""
+Length = Annotated[int, Between(1, 2**24)]
+"""Tokens of a sequence."""
+Tokens = Annotated[int, Between(1, 10**18)]
+Minutes = Annotated[int, Between(0, 10**6)]
+Extent = Annotated[int, Between(1, MOST_EXTENT)]
+Workers = Annotated[int, Between(1, 4096)]
+Seed = Annotated[int, Between(0, 2**53)]
+"""Every whole number up to it survives JSON; offsets for stages and ranks still fit beside it."""
+Share = Annotated[float, Between(1e-9, 1)]
+Part = Annotated[float, Between(0, 1, below=True)]
+Rate = Annotated[float, Between(TINY, MOST_RATE)]
 
 DEFAULT_EVAL_SEQUENCES = 64
 """Held-out sequences per domain in an evaluation, where no flag says how many."""
@@ -54,13 +78,13 @@ def check_streams(num_streams: int, *, global_batch_size: int, micro_batch_size:
 class ParallelConfig:
     """How processes are divided; data parallelism takes what tensor and pipeline leave over."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Ranks = 1
     """Tensor-parallel ranks. Divides query groups, intermediate size and vocabulary."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: Ranks = 1
     """Pipeline stages. Divides the number of layers."""
-    num_virtual_stages_per_pipeline_rank: int = 1
+    num_virtual_stages_per_pipeline_rank: Ranks = 1
     """Model chunks per pipeline rank (interleaved schedule); 1 is the plain 1F1B schedule."""
-    context_parallel_size: int = 1
+    context_parallel_size: Ranks = 1
     """Context-parallel ranks; only 1 is supported."""
     sequence_parallel: bool = False
     """Split the sequence over tensor ranks outside attention and MLP. Needs tensor parallelism."""
@@ -72,20 +96,14 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather stepped weights of other data-parallel ranks while the forward pass computes. Needs
     --use-distributed-optimizer and --overlap-grad-reduce."""
-    ddp_bucket_size: int | None = None
+    ddp_bucket_size: Extent | None = None
     """Weights whose gradients are reduced together under --overlap-grad-reduce; the larger of 40
     million and a million a data-parallel rank unless given."""
     overlap_p2p_communication: bool = False
     """Overlap pipeline sends with compute (interleaved schedule only)."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "num_virtual_stages_per_pipeline_rank",
-        ):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        check_bounds(self)
         if self.context_parallel_size != 1:
             raise ValueError(
                 f"--context-parallel-size {self.context_parallel_size} is not supported; use 1 and "
@@ -120,8 +138,6 @@ class ParallelConfig:
                 f"during the backward pass, and --overlap-grad-reduce is not given; give both or "
                 f"neither"
             )
-        if self.ddp_bucket_size is not None and self.ddp_bucket_size < 1:
-            raise ValueError(f"--ddp-bucket-size is {self.ddp_bucket_size}; it must be at least 1")
         if self.overlap_p2p_communication and self.num_virtual_stages_per_pipeline_rank == 1:
             raise ValueError(
                 "--overlap-p2p-communication needs --num-virtual-stages-per-pipeline-rank of at "
@@ -191,7 +207,7 @@ class ModelConfig:
     """Recompute whole layers in the backward pass to save activation memory."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     """With --recompute-granularity: uniform chunks of layers, or the first N layers of a stage."""
-    recompute_num_layers: int = 1
+    recompute_num_layers: Extent = 1
     """With --recompute-granularity: layers per chunk (uniform) or per stage (block)."""
     deterministic_mode: bool = False
     """Use deterministic kernels only, so that a resumed run repeats bit for bit on a GPU."""
@@ -206,6 +222,7 @@ class ModelConfig:
     about it."""
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if self.reset_position_ids and not self.reset_attention_mask:
             raise ValueError(
                 "--reset-position-ids without --reset-attention-mask would let tokens of one "
@@ -222,47 +239,45 @@ class ModelConfig:
                 "--fp16 is refused: its loss scaling would reach the gradients of the gates; "
                 "use --bf16"
             )
-        if self.recompute_num_layers < 1:
-            raise ValueError(f"--recompute-num-layers is {self.recompute_num_layers}; at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """How long, how much at a time, what is logged, saved and evaluated."""
 
-    train_iters: int = 100
+    train_iters: Steps = 100
     """Optimizer steps of the run."""
-    micro_batch_size: int = 1
+    micro_batch_size: Sequences = 1
     """Sequences per replica and forward pass."""
-    global_batch_size: int = 8
+    global_batch_size: Sequences = 8
     """Sequences per optimizer step, over all replicas."""
-    seq_length: int = 128
+    seq_length: Length = 128
     """Tokens per sequence."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the data order, of the mask noise and of fresh weights."""
-    log_interval: int = 10
+    log_interval: Steps = 10
     """Steps between console lines and TensorBoard points."""
-    eval_interval: int = 50
+    eval_interval: StepsOrNever = 50
     """Steps between evaluations, after each of which the mixture is reweighted; 0 is never."""
-    eval_sequences: int | None = None
+    eval_sequences: Steps | None = None
     """Held-out sequences per domain in an evaluation, a fixed seeded subsample; the last one reads
     all. 64 unless one of the three --eval-* sizes is given; a resumed run keeps its own."""
-    eval_tokens: int | None = None
+    eval_tokens: Tokens | None = None
     """The same in tokens per domain, rounded down to whole sequences."""
-    eval_share: float | None = None
+    eval_share: Share | None = None
     """The same as a share of the run's training compute, a forward pass counted as a third of a
     training pass: 0.02 lets evaluations cost 2 percent. Settled at the start, by no clock."""
-    eval_micro_batch_size: int | None = None
+    eval_micro_batch_size: Sequences | None = None
     """Sequences per replica and forward pass of an evaluation, which keeps no activations and has
     room for more; --micro-batch-size unless given."""
     save: str | None = None
     """Directory for checkpoints."""
-    save_interval: int = 0
+    save_interval: StepsOrNever = 0
     """Steps between checkpoints; 0 saves at the end only."""
     async_save: bool = False
     """Go on training while a checkpoint is written; needs host memory for a copy of it. The last
     one, and one before the run leaves, are waited for."""
-    keep: int = 0
+    keep: StepsOrNever = 0
     """Newest checkpoints to keep in --save; older ones are deleted once a new one is whole and
     named, but never the one the run started from. 0 keeps all."""
     load: str | None = None
@@ -290,33 +305,23 @@ class TrainConfig:
     """Name of the run in W&B; W&B makes one up unless given."""
     wandb_save_dir: str | None = None
     """Directory for what W&B keeps on disk; --tensorboard-dir, else --save, unless given."""
-    exit_interval: int = 0
+    exit_interval: StepsOrNever = 0
     """Save and stop when the step is divisible by this; 0 is never."""
-    exit_duration_in_mins: int = 0
+    exit_duration_in_mins: Minutes = 0
     """Save and stop at the first step that ends this many minutes after the start; 0 is never."""
     exit_signal_handler: bool = True
     """On SIGTERM or SIGINT save after the step and leave, with 128 + the signal's number."""
-    max_skipped_steps: int = 3
+    max_skipped_steps: StepsOrNever = 3
     """Steps in a row that may be skipped because loss or gradient is not finite, or the loss is a
     spike; one more stops the run. 0 stops at the first."""
-    loss_spike_factor: float = 0.0
+    loss_spike_factor: Annotated[float, Between(0, 1e6)] = 0.0
     """Skip a step whose loss is above this many times the mean of the last ones; 0 takes all."""
-    distributed_timeout_minutes: float = 10.0
+    distributed_timeout_minutes: Annotated[float, Between(1e-3, 1e5)] = 10.0
     """Minutes without progress after which a rank counts as hung and the job ends, and after which
     a collective that some rank does not enter fails."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "train_iters",
-            "micro_batch_size",
-            "global_batch_size",
-            "seq_length",
-            "log_interval",
-            "eval_sequences",
-            "eval_micro_batch_size",
-        ):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        check_bounds(self)
         self._check_eval_size()
         given = [n for n in ("entity", "exp_name", "save_dir") if getattr(self, f"wandb_{n}")]
         if given and self.wandb_project is None:
@@ -325,30 +330,11 @@ class TrainConfig:
         if self.resume and self.save is None:
             raise ValueError("--resume goes on from --save, and --save is not given")
         check_one_source(self.load, self.load_hf)
-        if not (math.isfinite(self.loss_spike_factor) and self.loss_spike_factor >= 0):
-            raise ValueError(f"--loss-spike-factor is {self.loss_spike_factor}; wanted 0 or more")
         if 0 < self.loss_spike_factor <= 1:
             raise ValueError(
                 f"--loss-spike-factor is {self.loss_spike_factor}: every second step is above its "
                 f"mean; wanted more than 1, say 2, or 0 to take all"
             )
-        if not (math.isfinite(self.distributed_timeout_minutes)) or (
-            self.distributed_timeout_minutes <= 0
-        ):
-            raise ValueError(
-                f"--distributed-timeout-minutes is {self.distributed_timeout_minutes}; wanted "
-                f"more than 0"
-            )
-        for name in (
-            "eval_interval",
-            "save_interval",
-            "exit_interval",
-            "exit_duration_in_mins",
-            "max_skipped_steps",
-            "keep",
-        ):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; 0 turns it off")
 
     def _check_eval_size(self) -> None:
         names = ("eval_sequences", "eval_tokens", "eval_share")
@@ -361,11 +347,6 @@ class TrainConfig:
             raise ValueError(
                 f"--eval-tokens {self.eval_tokens} is less than one sequence of --seq-length "
                 f"{self.seq_length}; give at least {self.seq_length}"
-            )
-        if self.eval_share is not None and not 0 < self.eval_share <= 1:
-            raise ValueError(
-                f"--eval-share is {self.eval_share}; wanted a share of the training compute, "
-                f"above 0 and at most 1"
             )
 
     def num_microbatches(self, data_parallel_size: int) -> int:
@@ -390,36 +371,30 @@ class TrainConfig:
 class OptimizerConfig:
     """AdamW of the weights, and the schedule that masks and multipliers share."""
 
-    lr: float = 1e-4
+    lr: Rate = 1e-4
     """Peak learning rate of the weights."""
-    min_lr: float | None = None
+    min_lr: Annotated[float, Between(0, MOST_RATE)] | None = None
     """Floor of the schedule; a tenth of --lr unless given."""
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after warm-up."""
-    lr_warmup_iters: int = 0
+    lr_warmup_iters: StepsOrNever = 0
     """Steps of linear warm-up from 0."""
-    lr_decay_iters: int | None = None
+    lr_decay_iters: Steps | None = None
     """Step at which the floor is reached; --train-iters unless given."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Between(0, 10)] = 0.0
     """AdamW weight decay."""
-    adam_beta1: float = 0.9
+    adam_beta1: Part = 0.9
     """Decay of the first moment."""
-    adam_beta2: float = 0.95
+    adam_beta2: Part = 0.95
     """Decay of the second moment."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Between(TINY, 1)] = 1e-8
     """Added to the root of the second moment."""
-    clip_grad: float = 1.0
+    clip_grad: Annotated[float, Between(1e-6, 1e9)] = 1.0
     """Largest gradient norm of the weights, and, apart from it, of masks with multipliers."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "adam_eps", "clip_grad"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be positive")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; wanted 0 <= beta < 1")
-        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
+        check_bounds(self)
+        if self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"--min-lr is {self.min_lr}; it must lie between 0 and --lr {self.lr}")
 
 
@@ -429,13 +404,13 @@ class DataConfig:
 
     data_path: str
     """Directory that `megashear preprocess` wrote."""
-    domain_weights: NamedNumbers = ()
+    domain_weights: Annotated[NamedNumbers, Between(0, 1e6)] = ()
     """Starting weight of each domain, as name=weight or in the order of the data directory; by
     tokens if empty."""
     data_exhausted: Literal["repeat", "redistribute", "stop"] = "repeat"
     """What happens when a domain's text was read once: repeat it in another order, redistribute
     its share over the other domains in proportion, or stop the run (it saves and evaluates)."""
-    num_workers: int = 2
+    num_workers: Annotated[int, Between(0, 256)] = 2
     """Processes per rank that read training sequences ahead; 0 reads in the rank itself. What is
     read does not depend on it."""
     reweight: Literal["signed", "clipped", "bandit", "constant", "schedule"] = "signed"
@@ -444,35 +419,22 @@ class DataConfig:
     domain_phases: str | None = None
     """With --reweight schedule: YAML list of phases, each with start_step, start_sample or
     start_token, and weights."""
-    domain_floor: NamedNumbers = ()
+    domain_floor: Annotated[NamedNumbers, Between(0, 1)] = ()
     """Least share of a domain, one number for all and name=share where one differs."""
-    domain_cap: NamedNumbers = ()
+    domain_cap: Annotated[NamedNumbers, Between(0, 1)] = ()
     """Largest share of a domain, one number for all and name=share where one differs."""
-    dominant_share: float = 0.6
+    dominant_share: Share = 0.6
     """Share of the mixture from which one domain is warned of."""
     reference_loss: str | None = None
     """YAML of `domain: loss`, what each domain's loss should be, or what `megashear reference-loss`
     or `megashear evaluate --output` wrote; needed unless --reweight is constant or schedule."""
-    reweight_eta: float = 1.0
+    reweight_eta: Annotated[float, Between(0, 1e3)] = 1.0
     """Step size of the exponential update of the weights."""
-    reweight_smoothing: float = 1e-4
+    reweight_smoothing: Part = 1e-4
     """Share of the uniform distribution mixed into each update."""
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise ValueError(
-                f"--num-workers is {self.num_workers}; wanted 0 (read in the rank itself) or more"
-            )
-        if not (math.isfinite(self.reweight_eta) and self.reweight_eta >= 0):
-            raise ValueError(f"--reweight-eta is {self.reweight_eta}; wanted 0 or more")
-        if not 0 <= self.reweight_smoothing < 1:
-            raise ValueError(
-                f"--reweight-smoothing is {self.reweight_smoothing}; wanted a share, 0 <= c < 1"
-            )
-        if not 0 < self.dominant_share <= 1:
-            raise ValueError(
-                f"--dominant-share is {self.dominant_share}; wanted a share, above 0 and at most 1"
-            )
+        check_bounds(self)
         if (self.domain_phases is None) is (self.reweight == "schedule"):
             raise ValueError(
                 "--reweight schedule follows the phases of --domain-phases, which is not given"
@@ -493,45 +455,40 @@ class MaskConfig:
 
     target: str | None = None
     """Preset (llama2-2.7b, llama2-1.3b, llama2-370m), or give the --target-* extents."""
-    target_num_layers: int | None = None
+    target_num_layers: Extent | None = None
     """Layers to keep; the source's unless given."""
-    target_hidden_size: int | None = None
+    target_hidden_size: Extent | None = None
     """Hidden dimensions to keep; the source's unless given."""
-    target_num_attention_heads: int | None = None
+    target_num_attention_heads: Extent | None = None
     """Query heads to keep. In a grouped-query model the same number goes from every key/value head,
     and given alone it keeps all key/value heads; the source's unless given."""
-    target_num_query_groups: int | None = None
+    target_num_query_groups: Extent | None = None
     """Key/value heads to keep, of a grouped-query model; given alone, each keeps all its query
     heads. The source's unless given; without grouped queries it follows the heads."""
-    target_ffn_hidden_size: int | None = None
+    target_ffn_hidden_size: Extent | None = None
     """MLP neurons to keep; the source's unless given."""
-    target_tensor_model_parallel_size: int | None = None
+    target_tensor_model_parallel_size: Ranks | None = None
     """Tensor-parallel ranks that the cut model shall divide over; those of the pruning run unless
     given."""
     force_unloadable_target: bool = False
     """Prune to a target that stock runtimes refuse to load, such as a LLaMA whose heads do not
     divide its hidden size."""
-    sparsity_warmup_iters: int = 640
+    sparsity_warmup_iters: StepsOrNever = 640
     """Steps over which the target sparsity rises from 0."""
-    mask_lr: float = 1.0
+    mask_lr: Rate = 1.0
     """Peak learning rate of log_alpha and of the multipliers."""
-    mask_noise_streams: int = 1
+    mask_noise_streams: Sequences = 1
     """Independent mask draws per global batch."""
     eval_relaxed_masks: bool = False
     """Evaluate under masks sampled as in training too, so that the loss of closing gates for good
     shows. Costs a third pass over the evaluation's text, half of what evaluations cost without."""
-    lambda2_max: float = 500.0
+    lambda2_max: Annotated[float, Between(TINY, 1e9)] = 500.0
     """Bound of the quadratic multiplier."""
     force_lambda2_max: bool = False
     """Allow --lambda2-max below 100, where the constraint loses control."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mask_lr) and self.mask_lr > 0):
-            raise ValueError(f"--mask-lr is {self.mask_lr}; it must be positive")
-        if (tp := self.target_tensor_model_parallel_size) is not None and tp < 1:
-            raise ValueError(f"--target-tensor-model-parallel-size is {tp}; at least 1")
-        if self.mask_noise_streams < 1:
-            raise ValueError(f"--mask-noise-streams is {self.mask_noise_streams}; at least 1")
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -560,8 +517,11 @@ class PretrainRun:
     data: DataConfig
     init_shape: str | None = None
     """Start from fresh weights of this shape: a preset or a JSON file of extents; else --load."""
-    init_method_std: float = 0.02
+    init_method_std: Annotated[float, Between(TINY, 10)] = 0.02
     """Standard deviation of fresh weights."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -576,9 +536,9 @@ class EvaluateRun:
     """Hugging Face directory to evaluate instead of --load; each rank reads its own slices."""
     data_path: str
     """Directory that `megashear preprocess` wrote."""
-    seq_length: int | None = None
+    seq_length: Length | None = None
     """Tokens per sequence; that of the run that made the checkpoint unless given."""
-    micro_batch_size: int = 1
+    micro_batch_size: Sequences = 1
     """Sequences per replica and forward pass."""
     output: str | None = None
     """JSON file to write the losses and their standard errors to."""
@@ -587,6 +547,7 @@ class EvaluateRun:
     sizes."""
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         check_one_source(self.load, self.load_hf)
         if self.load is None and self.load_hf is None:
             raise ValueError(
@@ -609,21 +570,22 @@ class ReferenceLossRun:
     {domain: loss}` with a line for each model."""
     target: str | None = None
     """What the model shall become, for the fit: a preset or a JSON file of extents; or --params."""
-    params: int | None = None
+    params: Tokens | None = None
     """Parameters of what the model shall become, embeddings included; in place of --target."""
     method: Literal["auto", "scaling-law", "power-law", "own-loss"] = "auto"
     """Fit L(N) = a N^-b + c through three or more sizes, a N^-b through two, or take the loss of
     the smallest model as it is; auto fits where it can."""
     data_path: str | None = None
     """With --load: directory that `megashear preprocess` wrote."""
-    seq_length: int | None = None
+    seq_length: Length | None = None
     """With --load: tokens per sequence; that of the run that made the checkpoint unless given."""
-    micro_batch_size: int = 1
+    micro_batch_size: Sequences = 1
     """Sequences per replica and forward pass."""
     verify_checkpoint: bool = True
     """Compare every file of a checkpoint with its checksum first; without, only names and sizes."""
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if not self.load and not self.losses:
             raise ValueError(
                 "no model is named; give checkpoints with --load, or files of losses with --losses"
@@ -638,8 +600,6 @@ class ReferenceLossRun:
                 f"--target {self.target} and --params {self.params} both say how large the target "
                 f"is; give one"
             )
-        if self.params is not None and self.params < 1:
-            raise ValueError(f"--params is {self.params}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -719,12 +679,15 @@ class PreprocessConfig:
     """End each document with the tokenizer's EOS; input that is tokens already stays as it is."""
     prepend_bos: bool = True
     """Begin each document with the tokenizer's BOS; input that is tokens already stays as it is."""
-    held_out_fraction: float = 0.02
+    held_out_fraction: Annotated[float, Between(1e-9, 1, below=True)] = 0.02
     """Share of documents, by hash of their text, that go to the held-out set."""
     tokens_dtype: Literal["uint16", "int32", "uint32", "int64"] = "uint16"
     """Type of the token ids in MDS shards, which do not say; LLM-Shearing writes uint16."""
-    workers: int = 1
+    workers: Workers = 1
     """Processes that tokenize; the output does not depend on their number."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -745,29 +708,30 @@ class ConvertConfig:
     of a --bf16 run, or of its cut, is bfloat16."""
     tokenizer: str | None = None
     """Directory or file of the tokenizer to copy, where the input carries none."""
-    head_dim: int | None = None
+    head_dim: Extent | None = None
     """Width of one head of an LLM-Shearing model, whose file does not say it; 128 unless given."""
-    norm_epsilon: float | None = None
+    norm_epsilon: Annotated[float, Between(TINY, 1)] | None = None
     """Epsilon of the norms of an LLM-Shearing model; 1e-5 unless given."""
-    rotary_base: float | None = None
+    rotary_base: Annotated[float, Between(TINY, 1e12)] | None = None
     """Base of the rotary embedding of an LLM-Shearing model; 10000 unless given."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: Extent | None = None
     """Longest sequence of an LLM-Shearing model, tokens; 4096 unless given."""
-    vocab_size: int | None = None
+    vocab_size: Extent | None = None
     """Tokens in the vocabulary of a Megatron-LM checkpoint whose arguments do not say it; rows
     beyond are padding."""
-    workers: int | None = None
+    workers: Workers | None = None
     """Threads that convert, each holding a few weights in memory; one a core, at most 4, unless
     given."""
     verify: bool = False
     """Compare logits with transformers before the output appears; needs memory for the model in
     float32, 4 bytes a parameter."""
-    verify_tokens: tuple[int, ...] = ()
+    verify_tokens: Annotated[tuple[int, ...], Between(0, MOST_EXTENT)] = ()
     """Token ids that --verify compares on; random ones unless given."""
     check: str | None = None
     """Converted directory to hold to its certificate, instead of converting."""
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if self.check is not None:
             given = [
                 f"--{field.name.replace('_', '-')}"
@@ -788,12 +752,6 @@ class ConvertConfig:
                     )
         if self.verify_tokens and not self.verify:
             raise ValueError("--verify-tokens is for --verify, which is not given")
-        for name in ("workers", "head_dim", "max_position_embeddings", "vocab_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-        for name in ("norm_epsilon", "rotary_base"):
-            if (number := getattr(self, name)) is not None and not 0 < number < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} is {number}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -820,93 +778,61 @@ class PlanConfig:
     --model as it is."""
     force_unloadable_target: bool = False
     """Plan for a --target that stock runtimes refuse to load, as `megashear prune` does with it."""
-    gpus: int
+    gpus: Ranks
     """How many."""
     gpu: str = "H100-80G"
     """Their kind; a wrong name lists all."""
-    gpus_per_node: int = 8
+    gpus_per_node: Ranks = 8
     """How many hang together by the fast link; tensor parallelism stays within a node."""
-    network_gbit: float | None = None
+    network_gbit: Annotated[float, Between(1e-3, 1e6)] | None = None
     """Between nodes, Gbit/s for each GPU; what its kind is usually sold with unless given."""
-    seq_length: int = 4096
+    seq_length: Length = 4096
     """Tokens per sequence."""
-    pruning_tokens: float = 3200 * 32 * 4096
+    pruning_tokens: Annotated[float, Between(1, 1e18)] = 3200 * 32 * 4096
     """Tokens of the pruning run."""
-    pruning_global_batch_size: int = 32
+    pruning_global_batch_size: Sequences = 32
     """Sequences per step of the pruning run."""
-    pruning_eval_interval: int = 50
+    pruning_eval_interval: StepsOrNever = 50
     """Steps between its evaluations; 0 is never."""
-    pruning_eval_sequences: int = 32
+    pruning_eval_sequences: Steps = 32
     """Held-out sequences per domain in each of them."""
-    mask_noise_streams: int = 8
+    mask_noise_streams: Sequences = 8
     """Independent mask draws per global batch of the pruning run."""
-    pretraining_tokens: float = 48000 * 256 * 4096
+    pretraining_tokens: Annotated[float, Between(1, 1e18)] = 48000 * 256 * 4096
     """Tokens of the continued pretraining."""
-    pretraining_global_batch_size: int = 256
+    pretraining_global_batch_size: Sequences = 256
     """Sequences per step of the continued pretraining."""
-    pretraining_eval_interval: int = 400
+    pretraining_eval_interval: StepsOrNever = 400
     """Steps between its evaluations; 0 is never."""
-    pretraining_eval_sequences: int = 500
+    pretraining_eval_sequences: Steps = 500
     """Held-out sequences per domain in each of them."""
-    eval_domains: int = 7
+    eval_domains: Sequences = 7
     """Domains that both runs evaluate."""
-    tensor_model_parallel_size: int | None = None
+    tensor_model_parallel_size: Ranks | None = None
     """Only layouts with so many tensor ranks."""
-    pipeline_model_parallel_size: int | None = None
+    pipeline_model_parallel_size: Ranks | None = None
     """Only layouts with so many stages."""
-    num_virtual_stages_per_pipeline_rank: int | None = None
+    num_virtual_stages_per_pipeline_rank: Ranks | None = None
     """Only layouts with so many model chunks per stage."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Sequences | None = None
     """Only layouts with so many sequences per forward pass."""
-    pruning_mfu: float = 0.28
+    pruning_mfu: Share = 0.28
     """Share of the GPU's peak that a pruning run reaches while it computes. An assumption: what the
     reference implementation of Sheared LLaMA reached on A100."""
-    mfu: float = 0.32
+    mfu: Share = 0.32
     """The same of continued pretraining. An assumption: what the reference implementation reached
     with 2.7B on A100. Megatron-LM publishes 41 to 48 percent on H100, with Transformer Engine's
     kernels."""
-    memory_reserve_gib: float = 5.0
+    memory_reserve_gib: Annotated[float, Between(0, 1e4)] = 5.0
     """Memory of each GPU that tensors may not take, GiB. An assumption: CUDA's context, NCCL's and
     the libraries' buffers, and what the allocator cannot use."""
-    top: int = 5
+    top: Sequences = 5
     """Layouts to list."""
     json: bool = False
     """Print every layout as JSON instead, in bytes and seconds."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "gpus",
-            "gpus_per_node",
-            "seq_length",
-            "pruning_tokens",
-            "pruning_global_batch_size",
-            "mask_noise_streams",
-            "pretraining_tokens",
-            "pretraining_global_batch_size",
-            "pruning_eval_sequences",
-            "pretraining_eval_sequences",
-            "eval_domains",
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "num_virtual_stages_per_pipeline_rank",
-            "micro_batch_size",
-            "top",
-        ):
-            if (value := getattr(self, name)) is not None and not 1 <= value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-        for name in ("pruning_eval_interval", "pretraining_eval_interval"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; wanted steps; 0 is never")
-        for name in ("pruning_mfu", "mfu"):
-            if not 0 < (value := getattr(self, name)) <= 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {value}; wanted a share of the peak, above 0 "
-                    f"and at most 1"
-                )
-        if self.network_gbit is not None and not 0 < self.network_gbit < math.inf:
-            raise ValueError(f"--network-gbit is {self.network_gbit}; it must be positive")
-        if not 0 <= self.memory_reserve_gib < math.inf:
-            raise ValueError(f"--memory-reserve-gib is {self.memory_reserve_gib}; 0 or more")
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -917,7 +843,10 @@ class QuickstartConfig:
     """Directory to write; must not exist."""
     data: str | None = None
     """Directory of jsonl files, one a domain; text of this Python installation unless given."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of data order, mask noise and fresh weights."""
     short: bool = False
     """Run few steps, only to see that everything works; its losses compare nothing."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)

@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 MAY_IMPORT = {
+    "bounds": set(),
     "files": set(),
-    "config": set(),
+    "config": {"bounds"},
     "shape": {"files"},
     "tokenizer": {"files"},
     "parallel": {"config", "files"},

@@ -16,6 +16,7 @@ from megashear.commands.outcome import UsageError, is_first_rank
 from megashear.commands.settings import (
     Setting,
     build,
+    check_values,
     flatten,
     groups_of,
     nearest,
@@ -64,10 +65,11 @@ def parse(
 
     Raises:
         UsageError: too many words before the first flag, an unknown key or flag (names the
-            nearest), a value of another type in the file, or values that the configuration
-            refuses.
-        SystemExit: 0 after --help and --dry-run; 2 where tyro refused a flag's value or misses
-            one, and has said so on stderr.
+            nearest), a value of another type in the file, a number out of its range, a flag that
+            is needed and not given, or values that the configuration refuses; looked at in this
+            order, so that a wrong value is reported whatever else is missing.
+        SystemExit: 0 after --help and --dry-run; 2 where tyro refused the words, and has said so
+            on stderr.
     """
     settings = settings_of(config_type)
     assert not {"config", "dry_run"} & settings.keys()
@@ -82,6 +84,8 @@ def parse(
     dry_run = values.pop(DRY_RUN.key)
     del values[CONFIG.key]
     try:
+        check_values(config_type, values)
+        _check_needed(values, settings, prog)
         config = build(config_type, values)
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -112,6 +116,15 @@ def to_yaml(config: object, *, prog: str) -> str:
     return "".join(lines)
 
 
+def _check_needed(values: Mapping[str, Any], settings: Mapping[str, Setting], prog: str) -> None:
+    missing = [s.flag for s in settings.values() if s.is_needed and values[s.key] is None]
+    if missing:
+        raise UsageError(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed and not given; "
+            f"`{prog} --help` says what to give"
+        )
+
+
 def _parse_flags(config_type: type, argv: Sequence[str], prog: str, description: str) -> object:
     """Let tyro read the flags; ranks other than 0 stay silent."""
     with contextlib.ExitStack() as stack:
@@ -120,7 +133,7 @@ def _parse_flags(config_type: type, argv: Sequence[str], prog: str, description:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         return tyro.cli(
-            _unchecked(config_type, [CONFIG, DRY_RUN]),
+            _unchecked(config_type, [CONFIG, DRY_RUN], is_help="--help" in argv),
             args=[_with_dashes(word) for word in argv],
             prog=prog,
             description=description,
@@ -128,21 +141,28 @@ def _parse_flags(config_type: type, argv: Sequence[str], prog: str, description:
         )
 
 
-def _unchecked(config_type: type, extra: Sequence[Setting] = ()) -> type:
+def _unchecked(config_type: type, extra: Sequence[Setting] = (), *, is_help: bool) -> type:
     """A twin of a configuration for tyro, with the same fields and groups but no checks.
 
     Without it tyro would frame the messages of ``__post_init__`` like its own, and would need a
-    valid configuration of the file alone where only file and flags together make one.
+    valid configuration of the file alone where only file and flags together make one. Only the
+    help says what is needed: else tyro would miss it before anyone looked at what is given.
     """
     fields: list[Any] = []
     for setting in [*extra, *settings_of(config_type).values()]:
         if setting.group:
             continue
-        note = tyro.conf.arg(help=setting.help)
-        kind: Any = Annotated[setting.wanted, note]
-        default = () if setting.default is dataclasses.MISSING else (setting.default,)
-        fields.append((setting.key, kind, *default))
-    fields += [(name, _unchecked(owner)) for name, owner in groups_of(config_type).items()]
+        bounds = "" if setting.range is None else f" Takes {setting.range}."
+        note = tyro.conf.arg(help=setting.help + bounds)
+        if not setting.is_needed:
+            fields.append((setting.key, Annotated[setting.wanted, note], setting.default))
+        elif is_help:
+            fields.append((setting.key, Annotated[setting.wanted, note]))
+        else:
+            fields.append((setting.key, Annotated[setting.wanted | None, note], None))
+    fields += [
+        (name, _unchecked(owner, is_help=is_help)) for name, owner in groups_of(config_type).items()
+    ]
     twin = dataclasses.make_dataclass(config_type.__name__, fields, frozen=True, kw_only=True)
     twin.__doc__ = config_type.__doc__
     return twin
@@ -157,6 +177,17 @@ def _check_flags(argv: Sequence[str], settings: Mapping[str, Setting]) -> None:
             raise UsageError(
                 f"unknown flag {flag}; nearest known: {nearest(flag, known)}; --help lists all"
             )
+    by_flag = {setting.flag: setting for setting in settings.values()}
+    for word, following in zip(argv, [*argv[1:], "--"]):
+        flag, equals, value = _with_dashes(word).partition("=")
+        setting = by_flag.get(flag)
+        if setting is None or setting.wanted is bool or get_origin(setting.wanted) is tuple:
+            continue  # a word of its own, or several, which tyro counts
+        wanted = type_name(setting.wanted).removesuffix(" or null")
+        if not equals and following.startswith("--"):
+            raise UsageError(f"{flag} has no value; wanted {wanted}")
+        if not setting.reads(value if equals else following):
+            raise UsageError(f"{flag} is {value if equals else following!r}; wanted {wanted}")
 
 
 def _named(argv: Sequence[str], positional: Sequence[Setting], prog: str) -> list[str]:

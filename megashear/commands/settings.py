@@ -12,6 +12,7 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from megashear.bounds import Between, ranges_of
 from megashear.config import NamedNumbers
 
 Config = TypeVar("Config")
@@ -33,6 +34,13 @@ class Setting:
     """Value where none is given; ``dataclasses.MISSING`` where one must be."""
     aliases: tuple[str, ...] = ()
     """Other names of the key that users know from elsewhere."""
+    range: Between | None = None
+    """What its numbers must lie in; None where it holds none."""
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is no default."""
+        return self.default is dataclasses.MISSING
 
     @property
     def flag(self) -> str:
@@ -42,6 +50,10 @@ class Setting:
     def accepts(self, value: object) -> bool:
         """Whether a value as YAML reads it fits the type."""
         return _fits(self.wanted, value)
+
+    def reads(self, word: str) -> bool:
+        """Whether a word of the command line is a value of the type, where that is one word."""
+        return _reads(self.wanted, word)
 
     def as_list(self, value: object) -> object:
         """Numbers by name, or one number, as the list that they stand for; others as they are."""
@@ -73,6 +85,10 @@ def settings_of(config_type: type) -> dict[str, Setting]:
                 help=notes.get(field.name, ""),
                 default=field.default,
                 aliases=field.metadata.get("aliases", ()),
+                range=ranges_of(owner).get(field.name),
+            )
+            assert (found[field.name].range is not None) is _is_number_type(hints[field.name]), (
+                f"{owner.__name__}.{field.name}: a number has a range, megashear.bounds.Between"
             )
     return found
 
@@ -99,6 +115,17 @@ def build(config_type: type[Config], values: Mapping[str, Any]) -> Config:
     fields = dataclasses.fields(config_type)  # type: ignore[arg-type]  # a dataclass, by contract
     own = {field.name: values[field.name] for field in fields if field.name in values}
     return config_type(**nested, **own)
+
+
+def check_values(config_type: type, values: Mapping[str, Any]) -> None:
+    """Refuse numbers out of their ranges, whatever else is missing or does not go together.
+
+    Raises:
+        ValueError: with the flag, the number and the range.
+    """
+    for key, setting in settings_of(config_type).items():
+        if setting.range is not None and key in values:
+            setting.range.check(values[key], setting.flag)
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -148,6 +175,20 @@ def _fits(wanted: Any, value: object) -> bool:
     return isinstance(value, (int, float) if wanted is float else wanted)
 
 
+def _reads(wanted: Any, word: str) -> bool:
+    if get_origin(wanted) in (Union, types.UnionType):
+        return any(_reads(choice, word) for choice in get_args(wanted))
+    if get_origin(wanted) is Literal:
+        return word in get_args(wanted)
+    if wanted is types.NoneType:
+        return word == "None"
+    try:
+        wanted(word)
+    except ValueError:
+        return False
+    return True
+
+
 def _is_number(text: str) -> bool:
     """YAML 1.1 reads 1e-4, without a point, as text."""
     try:
@@ -155,6 +196,10 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_number_type(wanted: Any) -> bool:
+    return wanted in (int, float) or any(map(_is_number_type, get_args(wanted)))
 
 
 @functools.cache  # reads the source, which takes longer than all the rest

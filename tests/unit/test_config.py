@@ -26,7 +26,7 @@ from megashear.config import ParallelConfig, TrainConfig
         ),
         (
             {"ddp_bucket_size": 0, "overlap_grad_reduce": True},
-            "--ddp-bucket-size is 0; it must be at least 1",
+            "--ddp-bucket-size is 0; wanted 1 to 2147483647",
         ),
         ({"overlap_p2p_communication": True}, "needs --num-virtual-stages-per-pipeline-rank of at"),
     ],
@@ -37,5 +37,5 @@ def test_overlap_that_cannot_be(flags: dict[str, Any], message: str) -> None:
 
 
 def test_evaluations_take_at_least_a_sequence() -> None:
-    with pytest.raises(ValueError, match="--eval-micro-batch-size is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="--eval-micro-batch-size is 0; wanted 1 to 1048576"):
         TrainConfig(eval_micro_batch_size=0)

@@ -44,12 +44,12 @@ def test_every_key_of_every_command_is_there_with_its_help(tool: ModuleType) -> 
 
 def test_values_and_defaults_are_said_as_a_user_types_them(tool: ModuleType) -> None:
     text = tool.page()
-    assert "| `--lr` | a number | `0.0001` | Peak learning rate" in text
+    assert "| `--lr` | a number, 1e-30 to 10000 | `0.0001` | Peak learning rate" in text
     assert "| `--bf16` | on or off | off |" in text
     assert "| `--data-path` | text | **required** |" in text
-    assert "| `--min-lr` | a number | - |" in text
+    assert "| `--min-lr` | a number, 0 to 10000 | - |" in text
     assert "| `--lr-decay-style` | `cosine`, `linear`, `constant` | `cosine` |" in text
-    assert "| `--domain-floor` | numbers, or `name=number` | - |" in text
+    assert "| `--domain-floor` | numbers, or `name=number`, 0 to 1 | - |" in text
 
 
 def test_a_stale_page_is_noticed(

@@ -102,7 +102,8 @@ def _table(settings: Sequence[Setting]) -> str:
 
 def _row(setting: Setting) -> Iterator[str]:
     yield f"`{setting.flag}`"
-    yield _values(setting.wanted)
+    bounds = "" if setting.range is None else f", {setting.range}"
+    yield _values(setting.wanted) + bounds
     yield _default(setting.default)
     yield setting.help
 

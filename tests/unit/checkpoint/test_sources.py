@@ -236,8 +236,8 @@ def test_what_a_source_says_itself_is_not_asked_for(
             ("--vocab-size", 8),
             "--vocab-size 8 is for a Megatron-LM checkpoint; .* is a LLM-Shearing",
         ),
-        (("--head-dim", 0), "--head-dim is 0; it must be at least 1"),
-        (("--norm-epsilon", -1), r"--norm-epsilon is -1\.0; it must be positive"),
+        (("--head-dim", 0), "--head-dim is 0; wanted 1 to 2147483647"),
+        (("--norm-epsilon", -1), r"--norm-epsilon is -1\.0; wanted 1e-30 to 1"),
         ((), r"wq\.weight has 40 rows, which is no multiple of --head-dim 128; give the width"),
     ],
 )

@@ -199,7 +199,7 @@ def test_convert_finds_out_the_direction(
         (["--check", "x", "--output", "y"], "--check x converts nothing: leave --output out"),
         (["--check", "x", "--input", "y", "--verify"], "leave --input, --verify out"),
         (["--check", "x", "--dtype", "float32"], "converts nothing: leave --dtype out"),
-        (["--input", "x", "--output", "y", "--workers", "0"], "--workers is 0; it must be at l"),
+        (["--input", "x", "--output", "y", "--workers", "0"], "--workers is 0; wanted 1 to 4096"),
         (["--input", "x", "--output", "y", "--verify-tokens", "3"], "is for --verify, which is"),
         (["--check", "nowhere"], "nothing to check at nowhere: it is not a directory"),
     ],

@@ -26,12 +26,12 @@ def test_every_setting_has_help(run: type) -> None:
 
 
 def test_a_missing_help_text_is_noticed() -> None:
-    assert settings_of(_Unexplained)["steps"].help == ""
+    assert settings_of(_Unexplained)["name"].help == ""
 
 
 @dataclasses.dataclass
 class _Unexplained:
-    steps: int = 1
+    name: str = ""
 
 
 def test_settings_keep_the_groups_of_a_run() -> None:

@@ -1,0 +1,109 @@
+"""Ranges of numbers, which stand in the type of a configuration's field."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """Metadata of a number's type: ``Annotated[int, Between(1, 1024)]``.
+
+    It holds for the number itself, for each number of a list, and for the number of each
+    ``name=number``. ``None`` and words that are no number pass: their own type judges them.
+    """
+
+    least: float
+    """Smallest value, allowed."""
+    most: float
+    """Largest value, allowed unless ``below``."""
+    below: bool = False
+    """Whether ``most`` itself is refused."""
+
+    def __str__(self) -> str:
+        if self.below:
+            return f"{_plain(self.least)} or more, below {_plain(self.most)}"
+        return f"{_plain(self.least)} to {_plain(self.most)}"
+
+    def allows(self, value: float) -> bool:
+        """Whether a number is in the range; NaN is in none."""
+        return self.least <= value and (value < self.most if self.below else value <= self.most)
+
+    def check(self, value: object, flag: str) -> None:
+        """Refuse a value with a number out of the range.
+
+        Args:
+            value: of a field.
+            flag: the name as the user typed it.
+
+        Raises:
+            ValueError: with the number and the range.
+        """
+        for word, number in _numbers(value):
+            if not self.allows(number):
+                found = f"is {word}" if word is value else f"has {word}"
+                raise ValueError(f"{flag} {_short(found)}; wanted {self}")
+
+
+def check_bounds(config: object) -> None:
+    """Refuse a configuration with a number out of its field's range.
+
+    Args:
+        config: a dataclass; of its fields those whose type has a range are looked at.
+
+    Raises:
+        ValueError: with the flag, the number and the range.
+    """
+    owner: type = type(config)
+    for name, bounds in ranges_of(owner).items():
+        bounds.check(getattr(config, name), "--" + name.replace("_", "-"))
+
+
+@functools.cache
+def ranges_of(owner: type) -> Mapping[str, Between]:
+    """Return the range of each field of a dataclass that has one, by the field's name."""
+    hints = get_type_hints(owner, include_extras=True)
+    return {name: found[0] for name, hint in hints.items() if (found := list(_ranges(hint)))}
+
+
+def _ranges(hint: Any) -> Iterator[Between]:
+    for part in getattr(hint, "__metadata__", ()):
+        if isinstance(part, Between):
+            yield part
+    for part in get_args(hint):
+        yield from _ranges(part)
+
+
+def _numbers(value: object) -> Iterator[tuple[object, float]]:
+    """Yield what was written and the number it says, for each number of a value."""
+    for word in value if isinstance(value, tuple) else (value,):
+        if isinstance(word, str):
+            try:
+                yield word, float(word.rpartition("=")[2])
+            except ValueError:
+                continue
+        elif isinstance(word, int | float) and not isinstance(word, bool):
+            yield word, word
+
+
+def _plain(number: float) -> str:
+    """Return a number as a person would type it."""
+    if isinstance(number, int) or (number.is_integer() and abs(number) < 1e6):
+        return str(int(number))
+    return re.sub(r"e([+-]?)0*", r"e\1", f"{number:g}").replace("e+", "e")
+
+
+def _short(found: str) -> str:
+    """Return a text without the middle of a number of hundreds of digits."""
+    return found if len(found) <= _LONGEST else f"{found[:24]}...{found[-8:]}"
+
+
+_LONGEST = 64
+"""Characters of a value in a message."""
+
+TINY = 1e-30
+"""Least of what must be above 0: float32 still holds it."""
