@@ -279,7 +279,7 @@ class TrainConfig:
     one, and one before the run leaves, are waited for."""
     keep: StepsOrNever = 0
     """Newest checkpoints to keep in --save; older ones are deleted once a new one is whole and
-    named, but never the one the run started from. 0 keeps all."""
+    a step was taken from it, but never the one the run started from. 0 keeps all."""
     load: str | None = None
     """Checkpoint directory to start from; a run of the same kind continues, else only its weights
     are taken."""

@@ -72,8 +72,8 @@ class Saver:
         groups: where this rank stands.
         background: let `save` return once everything is copied to host memory; the rest is done
             by threads, and `poll` or `wait` tells when the checkpoint is visible.
-        keep: newest iterations to keep; older ones are deleted once a new one is visible. 0 keeps
-            all.
+        keep: newest iterations to keep; older ones are deleted once a newer one is known to be
+            good, see `prove`. 0 keeps all.
         protected: an iteration that is never deleted: the one that the run started from.
         beat: told while a save is waited for and goes on, see `Watchdog`; not of a disk that
             hangs.
@@ -92,6 +92,8 @@ class Saver:
         self.root, self._groups, self._beat = Path(root), groups, beat
         self._background, self._keep, self._protected = background, keep, protected
         self._pending: _Pending | None = None
+        self._unproven: list[int] = []  # iterations that this process has made visible
+        self._deletion: Task[Any] | None = None
         # A thread that still writes while the interpreter is taken down ends the process with a
         # signal instead of its exit code.
         atexit.register(self._abandon)
@@ -200,6 +202,7 @@ class Saver:
             return []
         self._results(pending)
         self._pending = None
+        self._unproven.append(pending.description.iteration)
         saved = Saved(
             directory=pending.final,
             iteration=pending.description.iteration,
@@ -223,8 +226,63 @@ class Saver:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         return finished
 
+    def prove(self, iteration: int) -> None:
+        """Take note that iterations up to one are good, and delete what --keep has too many.
+
+        The weights of a checkpoint are known to be good when a later step was taken from them:
+        until then it does not count, and nothing older goes. Collective over nothing.
+
+        Args:
+            iteration: the newest that is known to be good.
+        """
+        proven = [number for number in self._unproven if number <= iteration]
+        if not proven:
+            return
+        self._unproven = [number for number in self._unproven if number > iteration]
+        if not self._keep or self._groups.rank != 0:
+            return
+        if self._deletion is not None:
+            self._deletion.wait()
+        self._deletion = Task(lambda: self._delete(max(proven)))
+        if not self._background:
+            self._deletion.wait()
+
+    def go_back(self, iteration: int) -> Path | None:
+        """Name the newest iteration up to one the latest, so that a resume begins there.
+
+        Later ones stay where they are, until the run gets there again. Collective over the world.
+
+        Args:
+            iteration: the newest that is known to be good.
+
+        Returns:
+            Where it lies; None if there is none so old, and nothing is changed.
+
+        Raises:
+            SaveError: on every rank, if it cannot be named.
+        """
+        good = None
+        with _fail_together(f"{self.root / TRACKER} cannot be written"):
+            if self._groups.rank == 0:
+                found = {n: path for n, path in iterations(self.root).items() if n <= iteration}
+                good = next(
+                    (n for n, path in found.items() if (path / DESCRIPTION).is_file()), None
+                )
+                if good is not None:
+                    name_latest(self.root, good)
+        good = broadcast_object(good, 0)
+        return None if good is None else self.root / iteration_name(good)
+
+    def _delete(self, good: int) -> None:
+        try:
+            forget_older(self.root, good, keep=self._keep, protected=self._protected)
+        except OSError as error:  # a full disk ends the next save, this one is whole
+            logger.warning("--keep %d: nothing is deleted: %s", self._keep, _reason(error))
+
     def _abandon(self) -> None:
         """Give up a save in flight, for this process ends; collective over nothing."""
+        if self._deletion is not None:
+            self._deletion.wait(_GIVE_UP_S)
         if self._pending is not None:
             self._pending.write.cancel()
             self._pending.task.wait(_GIVE_UP_S)
@@ -257,8 +315,6 @@ class Saver:
         aside.rename(pending.final)
         integrity.sync_directory(self.root)
         name_latest(self.root, iteration)
-        if self._keep:
-            forget_older(self.root, iteration, keep=self._keep, protected=self._protected)
 
 
 @dataclass(kw_only=True)
@@ -277,7 +333,7 @@ class _Pending:
 
 
 def forget_older(root: Path, newest: int, *, keep: int, protected: Path | None) -> list[Path]:
-    """Delete iterations of a run until ``keep`` are left.
+    """Delete iterations of a run until ``keep`` are left, those newer than ``newest`` not counted.
 
     Only directories that megashear wrote are touched, none newer than ``newest``, and never
     ``protected``. A deletion that is cut short leaves a hidden directory, which is no checkpoint
@@ -285,20 +341,15 @@ def forget_older(root: Path, newest: int, *, keep: int, protected: Path | None) 
 
     Args:
         root: the run's checkpoint directory.
-        newest: iteration that was just named the latest.
+        newest: the newest iteration that is known to be good.
         keep: how many to keep, ``newest`` among them.
         protected: an iteration to keep in any case.
 
     Returns:
         What was deleted.
     """
-    ours = [
-        path
-        for number, path in iterations(root).items()
-        if number <= newest and (path / DESCRIPTION).is_file()
-    ]
     deleted = []
-    for path in ours[keep:]:
+    for path in list(_ours(root, newest).values())[keep:]:
         if protected is not None and path.resolve() == protected.resolve():
             continue
         gone = root / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
@@ -308,6 +359,15 @@ def forget_older(root: Path, newest: int, *, keep: int, protected: Path | None) 
     if deleted:
         logger.info("deleted %s, as --keep asks", ", ".join(path.name for path in deleted))
     return deleted
+
+
+def _ours(root: Path, newest: int) -> dict[int, Path]:
+    """Iterations up to one that megashear wrote, newest first."""
+    return {
+        number: path
+        for number, path in iterations(root).items()
+        if number <= newest and (path / DESCRIPTION).is_file()
+    }
 
 
 def name_latest(root: Path, iteration: int) -> None:

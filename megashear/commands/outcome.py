@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megashear.checkpoint.integrity import SaveError
 from megashear.monitor.console import configure_logging
+from megashear.train.stops import DIVERGED, DivergedError
 
 Main = Callable[[Sequence[str]], int]
 """A command: arguments after its name in, exit status out."""
@@ -33,7 +34,8 @@ def user_errors(prog: str, *, interrupted: str = "nothing was written") -> Calla
     """Wrap a command so that what a user can mend is one line on stderr, exit status 2.
 
     That is ValueError, FileExistsError and FileNotFoundError; every other exception keeps its
-    traceback. A checkpoint that cannot be written is one line too, exit status 3. All ranks of a
+    traceback. A checkpoint that cannot be written is one line too, exit status 3, and so is a run
+    whose loss or weights are not finite, exit status 4. All ranks of a
     run find the same usage errors, so rank 0 alone prints those; of the others each rank prints
     its own, for it may be the only one that met it. Ctrl-C is one line as well, exit status 130.
 
@@ -61,6 +63,10 @@ def user_errors(prog: str, *, interrupted: str = "nothing was written") -> Calla
                 if is_first_rank():  # all ranks have the same
                     print(f"{prog}: error: {error}", file=sys.stderr)
                 return CANNOT_SAVE
+            except DivergedError as error:
+                if is_first_rank():  # all ranks have the same
+                    print(f"{prog}: error: {error}", file=sys.stderr)
+                return DIVERGED
             except KeyboardInterrupt as error:
                 if is_first_rank():
                     print(f"{prog}: interrupted; {str(error) or interrupted}", file=sys.stderr)

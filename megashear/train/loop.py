@@ -18,6 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megashear.checkpoint.description import Description, iteration_name, read_description
+from megashear.checkpoint.finite import not_finite_anywhere
 from megashear.checkpoint.saver import Saved, Saver
 from megashear.checkpoint.store import (
     MaskState,
@@ -61,7 +62,7 @@ from megashear.train.objectives import (
 )
 from megashear.train.optim import ready_gradients, schedule_fraction, step_with_norm
 from megashear.train.schedule import SequenceLosses
-from megashear.train.stops import EXIT_STATUS, REQUESTS, Stops, exit_status
+from megashear.train.stops import EXIT_STATUS, REQUESTS, DivergedError, Stops, exit_status
 from megashear.train.watch import cost_points, show_masks, survey_points, utilisation_points
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ class _Step(NamedTuple):
     masks: MaskMetrics | None
     request: float
     """To stop, as `Stops` has it; equal on every rank."""
+    skipped: str | None
+    """Why the step was not taken, and of which samples; None where it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +145,9 @@ class Trainer:
             What was reached: step, held-out losses, where the checkpoint lies, why it was stopped.
 
         Raises:
-            RuntimeError: on every rank, when too many steps are skipped or copies drift apart.
+            DivergedError: on every rank, when too many steps are skipped, or weights or the last
+                losses are not finite.
+            RuntimeError: on every rank, when copies drift apart.
             SaveError: on every rank, when a checkpoint cannot be written.
         """
         stops = Stops(self.train)
@@ -201,7 +206,14 @@ class Trainer:
                 is_logged = (step + 1) % train.log_interval == 0 or step + 1 == last
                 # on a GPU parts are told apart by waiting for it, which is done seldom
                 with self.clock.step(is_timed=is_logged or not device.has_cuda()):
-                    losses, norm, masks, request = self._step(step, stops.request())
+                    losses, norm, masks, request, skipped = self._step(step, stops.request())
+                if skipped is not None and self.guard.gives_up:
+                    raise self._diverged(
+                        f"step {step + 1}: {skipped}; --max-skipped-steps "
+                        f"{train.max_skipped_steps} in a row are used up",
+                        step + 1,
+                        saver,
+                    )
                 self._tell_phases(step, range(drawn, self.data.loader.consumed_samples))
                 window += losses
                 step += 1
@@ -223,6 +235,7 @@ class Trainer:
                 due = bool(train.save_interval) and step % train.save_interval == 0
                 if saver is not None:
                     self._report(saver.poll(), sink)
+                    saver.prove(self._newest_good(step))
                 if saver is not None and step < last and (due or stop):
                     with meter.pause(CHECKPOINT):
                         saved = self.save(step, saver, sink, wait=stop is not None)
@@ -253,6 +266,9 @@ class Trainer:
             elif self._is_ours(self.source):
                 saved = self.source  # killed before the evaluation that comes now
             found = self.evaluate(step, sink, whole=True)
+            self._check_losses(found, step, saver)
+            if saver is not None:
+                saver.prove(step)
             if saved is not None:
                 self._amend(saved, found)
             # whoever goes on behind this run must hear of a signal that came meanwhile
@@ -373,6 +389,9 @@ class Trainer:
 
         Returns:
             Where it lies, or will.
+
+        Raises:
+            DivergedError: on every rank: a number of it is not finite, on some rank.
         """
         gather_weights(self.chunks)
         # who goes on from this checkpoint writes no point up to it again
@@ -400,6 +419,8 @@ class Trainer:
             details=details,
         )
         state = run_state(description, self.chunks, self.optimizer, self.groups, masks=masks)
+        if (spoiled := not_finite_anywhere(state)) is not None:
+            raise self._diverged(f"step {step} is not saved: {spoiled}", step, saver)
         self._report(saver.save(description, state, tokenizer=self.tokenizer), sink)
         if wait:
             self._report(saver.wait(), sink)
@@ -471,9 +492,8 @@ class Trainer:
                 step_with_norm(self.optimizer, norms["weights"])
             masks = self.objective.update(step, fraction, skip=reason is not None)
             self.schedule.step(1)
-        if reason is not None:
-            self._skipped(step, reason, drawn)
-        return _Step(losses, norms["weights"], masks, request)
+        skipped = None if reason is None else self._skipped(step, reason, drawn)
+        return _Step(losses, norms["weights"], masks, request, skipped)
 
     def _agree(self, losses: Sequence[SequenceLosses], asked: float) -> tuple[float, float]:
         """Mean loss of the global batch, and what any rank asks for; equal on every rank."""
@@ -488,7 +508,7 @@ class Trainer:
         requests = [request for request, count in zip(REQUESTS, askers) if count]
         return loss / tokens if tokens else math.nan, max(requests, default=0.0)
 
-    def _skipped(self, step: int, reason: str, drawn: npt.NDArray[np.int64]) -> None:
+    def _skipped(self, step: int, reason: str, drawn: npt.NDArray[np.int64]) -> str:
         after, domains = self.data.loader.mixture.drawn, self.data.loader.domains
         samples = ", ".join(
             f"{domain.name} {first} to {last - 1}"
@@ -499,14 +519,40 @@ class Trainer:
             "step %d is skipped (%d in a row, %d in all): %s; its samples: %s",
             *(step + 1, self.guard.in_a_row, self.guard.skipped, reason, samples),
         )
-        if self.guard.gives_up:
-            # equal on all ranks, so that all of them stop here
-            raise RuntimeError(
-                f"step {step + 1}: {reason}, and --max-skipped-steps "
-                f"{self.train.max_skipped_steps} in a row are used up; samples of this step: "
-                f"{samples}. The weights of the last checkpoint are from before: lower --lr, or "
-                f"look at these samples, and go on from it with --resume"
+        return f"{reason}; samples of this step: {samples}"
+
+    def _newest_good(self, step: int) -> int:
+        """The newest iteration whose weights a step was taken from, after ``step`` steps."""
+        return step - self.guard.in_a_row - 1
+
+    def _check_losses(
+        self, found: Mapping[str, DomainLosses], step: int, saver: Saver | None
+    ) -> None:
+        """Refuse to end well with losses that are not finite; they are equal on all ranks."""
+        for mode, domains in found.items():
+            for name, loss in domains.losses.items():
+                if not math.isfinite(loss):
+                    what = f"step {step}: the held-out loss of {name} is {loss}"
+                    what += "" if mode == "loss" else f" under {mode} masks"
+                    raise self._diverged(what, step, saver)
+
+    def _diverged(self, what: str, step: int, saver: Saver | None) -> DivergedError:
+        """The error that ends a run that is not finite, once the last good checkpoint is named
+        the latest. Collective over the world."""
+        way_out = "lower --lr, or look at the text of these steps"
+        if saver is None:
+            return DivergedError(f"{what}. Nothing was saved, for --save is not given: {way_out}")
+        saver.wait()
+        good = saver.go_back(self._newest_good(step))
+        if good is None:
+            return DivergedError(
+                f"{what}. No checkpoint in --save {saver.root} is known to be good: {way_out}, and "
+                f"try --resume, or start anew with another --save"
             )
+        return DivergedError(
+            f"{what}. The last checkpoint from before is {good}: {way_out}, and resume from it "
+            f"with --resume"
+        )
 
     def _log(
         self,

@@ -1,4 +1,4 @@
-"""Why a run ends before its last step: a signal, its time, its interval."""
+"""Why a run ends before its last step: a signal, its time, its interval, numbers not finite."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What a batch system, a launcher and a keyboard send to end a job."""
 EXIT_STATUS = "exit status"
 """Key of what the process shall return, in what a run reports."""
+DIVERGED = 4
+"""Exit status of a run whose loss or weights are not finite."""
 _OVER = 0.5
 """Request of a rank whose time is over: below every signal's number."""
 REQUESTS = (_OVER, *map(float, SIGNALS))
 """All that a rank can ask for."""
+
+
+class DivergedError(RuntimeError):
+    """Loss or weights are not finite, and more steps would not mend that; equal on all ranks."""
 
 
 _STARTED = time.monotonic()

@@ -199,6 +199,7 @@ def test_killed_at_any_call_that_changes_the_disk_a_whole_one_is_left(tmp_path: 
         if calls is not None:
             killed(calls)
         saving.save(described(iteration), state(iteration, 0, 1))
+        saving.prove(iteration)
 
     before = tmp_path / "before"
     assert alone(lambda: [save(before, iteration) for iteration in (1, 2, 3)] and None) == 0
@@ -240,6 +241,7 @@ def test_killed_at_any_instant_the_run_finds_a_whole_one(tmp_path: Path, backgro
             for iteration in range(reached + 1, reached + 10_000):
                 saving.save(described(iteration), state(iteration, rank))
                 saving.poll()
+                saving.prove(iteration - 1)
 
         with pytest.raises(AssertionError):
             run_ranks(2, body)

@@ -140,8 +140,9 @@ def test_too_many_bad_steps_stop_the_run_and_name_the_samples(
 
     # all ranks end by themselves: the one that writes is not killed for the first that failed
     (message,) = {*run_ranks(world_size, body)}
-    assert message.startswith("step 5: the loss is nan, and")
+    assert message.startswith("step 5: the loss is nan; samples of this step: ")
     assert "--max-skipped-steps 2 in a row are used up" in message
+    assert f"No checkpoint in --save {tmp_path / 'saved'} is known to be good" in message
     assert re.search(r"samples of this step: \w+ \d+ to \d+", message)
     found = finished_tensors(tmp_path / "saved", BAD_STEP + 1)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in found.values())

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
@@ -224,7 +225,7 @@ def test_a_failure_is_told_on_all_ranks_and_what_was_there_is_untouched(
     assert find_iteration(root, contents=True).name == "iter_0000003"
 
 
-def test_older_ones_go_when_the_new_one_is_named(tmp_path: Path) -> None:
+def test_older_ones_go_when_a_newer_one_is_known_to_be_good(tmp_path: Path) -> None:
     root = tmp_path / "saved"
 
     def body(rank: int) -> list[list[str]]:
@@ -236,6 +237,11 @@ def test_older_ones_go_when_the_new_one_is_named(tmp_path: Path) -> None:
                 (root / "notes").mkdir()
                 shutil.copytree(root / "iter_0000001", root / "iter_0000009")  # newer
             saving.save(described(iteration), state(iteration, rank))
+            before = names(root)
+            saving.prove(iteration - 1)  # not this one: nothing goes for it
+            assert rank != 0 or names(root) == before
+            saving.prove(iteration)
+            dist.barrier()
             seen.append([name for name in names(root) if name.startswith("iter")])
         return seen
 

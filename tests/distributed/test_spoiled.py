@@ -1,0 +1,152 @@
+"""Spoiled weights: never saved where they are not finite, never in the place of good ones, and a
+run that ends with them says which checkpoint is good and ends with a code of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megashear.checkpoint.description import latest_iteration
+from megashear.commands.outcome import user_errors
+from megashear.config import PretrainRun, PruneRun
+from megashear.train import loop, run
+from megashear.train.stops import DIVERGED
+from tests.distributed.test_resume import WHOLE, configuration, differences, finished
+from tests.ranks import run_ranks
+from tests.text_run import TextRun
+from tests.tiny import layout
+
+GOOD = 2
+"""Steps before the one that spoils the weights."""
+SPLIT = layout(tp=2)
+Config = PruneRun | PretrainRun
+
+
+def steps_that_spoil(step: int, spoil: Callable[[Any], None]) -> None:
+    """Spoil the weights as one step, counted from 1, is taken."""
+    original, calls = loop.step_with_norm, [0]
+
+    def step_with_norm(optimizer: Any, norm: float) -> None:
+        original(optimizer, norm)
+        calls[0] += 1
+        if calls[0] == step:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    spoil(parameter.data)
+
+    loop.step_with_norm = step_with_norm
+
+
+def far_away(weights: Any) -> None:
+    """As a rate of 1e30 does: still finite. Of norms: whatever comes before one is scaled away."""
+    if weights.dim() == 1:
+        weights.mul_(1e30)
+
+
+def ended(config: Config, broken: Callable[[int], None]) -> tuple[int, str]:
+    """Exit status of a run as a command, equal on both ranks, and the error that rank 0 prints."""
+
+    def body(rank: int) -> tuple[int, list[str]]:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+        broken(rank)
+
+        @user_errors("megashear")
+        def command(argv: object) -> int:
+            (run.prune if isinstance(config, PruneRun) else run.pretrain)(config)  # type: ignore[arg-type]
+            return 0
+
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            status = command([])
+        return status, [line for line in stderr.getvalue().splitlines() if "error:" in line]
+
+    (status, said), (other, nothing) = run_ranks(2, body)
+    assert (other, nothing) == (status, [])  # by itself, and alike
+    return status, said[-1] if said else ""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "saved").glob("iter_*"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "background", "step"),
+    [("prune", False, WHOLE), ("pretrain", True, GOOD + 1)],
+    ids=["prune-the-last-step", "pretrain-async"],
+)
+def test_the_last_good_checkpoint_stays_and_a_resume_begins_there(
+    text: TextRun, tmp_path: Path, stage: str, background: bool, step: int
+) -> None:
+    more = {"save_interval": 1, "keep": 1, "max_skipped_steps": 1, "async_save": background}
+    spoiled, whole = tmp_path / "spoiled", tmp_path / "whole"
+    config = configuration(text, stage, SPLIT, spoiled, **more)
+    status, said = ended(config, lambda rank: steps_that_spoil(step, far_away))
+    assert status == DIVERGED == 4
+    if step == WHOLE:
+        assert f"step {WHOLE}: the held-out loss of" in said
+        assert "is nan under " in said
+    else:
+        assert re.search(r"step \d: the [\w ]+ is \w+; samples of this step: \w+ \d+ to \d+", said)
+        assert "--max-skipped-steps 1 in a row are used up" in said
+    good = spoiled / "saved" / f"iter_{step - 1:07d}"
+    assert f"The last checkpoint from before is {good}: lower --lr" in said
+    assert said.endswith("and resume from it with --resume")
+    assert latest_iteration(spoiled / "saved") == step - 1
+    assert names(spoiled)[0] == good.name
+    if step == WHOLE:
+        return
+    # what was saved since is set aside
+    resumed = configuration(text, stage, SPLIT, spoiled, resume=True, **more)
+    assert ended(resumed, lambda rank: None)[0] == 0
+    assert ended(configuration(text, stage, SPLIT, whole, **more), lambda rank: None)[0] == 0
+    assert differences(finished(spoiled), finished(whole)) == set()
+    assert names(whole) == [f"iter_{WHOLE:07d}"]
+
+
+def test_a_run_that_trusts_every_checkpoint_loses_the_good_one(
+    text: TextRun, tmp_path: Path
+) -> None:
+    def trusting(rank: int) -> None:
+        steps_that_spoil(GOOD + 1, far_away)
+        loop.Trainer._newest_good = lambda self, step: step  # type: ignore[method-assign]
+
+    more = {"save_interval": 1, "keep": 1, "max_skipped_steps": 1}
+    config = configuration(text, "pretrain", SPLIT, tmp_path, **more)
+    assert ended(config, trusting)[0] == DIVERGED
+    assert f"iter_{GOOD:07d}" not in names(tmp_path)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_weights_of_one_rank_that_are_not_finite_are_not_saved(
+    text: TextRun, tmp_path: Path, bf16: bool
+) -> None:
+    def one_number(weights: Any) -> None:
+        weights.view(-1)[-1] = float("inf")
+
+    def broken(rank: int) -> None:
+        if rank == 1:
+            steps_that_spoil(GOOD + 1, one_number)
+
+    config = configuration(text, "pretrain", SPLIT, tmp_path, save_interval=1)
+    config = replace(config, model=replace(config.model, bf16=bf16))
+    status, said = ended(config, broken)
+    assert status == DIVERGED
+    assert re.search(rf"step {GOOD + 1} is not saved: [\w.]+\[[\d, ]+\] is inf", said), said
+    assert f"from before is {tmp_path}/saved/iter_{GOOD:07d}: lower --lr" in said
+    assert names(tmp_path) == ["iter_0000001", f"iter_{GOOD:07d}"]
+
+
+def test_a_run_without_good_checkpoints_says_so(text: TextRun, tmp_path: Path) -> None:
+    more = {"save_interval": 1, "max_skipped_steps": 0}
+    config = configuration(text, "pretrain", SPLIT, tmp_path, **more)
+    status, said = ended(config, lambda rank: steps_that_spoil(1, far_away))
+    assert status == DIVERGED
+    assert "is known to be good: lower --lr" in said
+    assert said.endswith("try --resume, or start anew with another --save")
