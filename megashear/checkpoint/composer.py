@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megashear.checkpoint.formats import NOT_FINITE
 from megashear.checkpoint.torch_files import load_mapped, tensors_of
 from megashear.models import layout
+from megashear.models.finite import first_not_finite
 from megashear.shape import ModelShape
 
 SUFFIXES = (".pt", ".pth")
@@ -108,7 +110,11 @@ class ComposerWeights(Mapping[str, Tensor]):
         layout.check_hf(shapes, self.shape, where)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._composer_names[name]].clone()
+        theirs = self._composer_names[name]
+        found = self._tensors[theirs].clone()
+        if (bad := first_not_finite([(theirs, found)])) is not None:
+            raise ValueError(f"{self.path}: {bad}; {NOT_FINITE}")
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._composer_names)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from megashear.models import layout
+from megashear.models.finite import first_not_finite
 from megashear.shape import ModelShape
 
 DTYPES: dict[str, torch.dtype] = {
@@ -16,6 +18,11 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 """Types that weights are stored in, by the name a user gives."""
+NOT_FINITE = (
+    "a model with such a weight gives no loss: download the weights again, or use an older copy of "
+    "them"
+)
+"""What a weight that is not finite means, and the way out."""
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -46,3 +53,28 @@ def stored_bytes(dtypes: Mapping[str, torch.dtype], shape: ModelShape) -> int:
         dtypes[name].itemsize * torch.Size(extents).numel()
         for name, extents in layout.hf_shapes(shape).items()
     )
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the narrowest number format that keeps every value of the given ones."""
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a weight to the number format that it is stored in.
+
+    Raises:
+        ValueError: a finite value is beyond what the format holds.
+    """
+    weight = weight.detach().cpu()
+    result = weight.to(dtype)
+    if dtype == weight.dtype:
+        return result
+    if (bad := first_not_finite([(name, result)])) is not None:
+        value = float(weight[bad.place])
+        most = torch.finfo(dtype).max
+        raise ValueError(
+            f"{name}[{', '.join(map(str, bad.place))}] is {value:g}, and {name_of(dtype)} holds "
+            f"at most {most:g}; store the weights as bfloat16 or float32 (--dtype)"
+        )
+    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ from torch import Tensor
 
 from megashear.checkpoint import loadable, tokenizer_files
 from megashear.checkpoint.aside import check_space, written_aside
-from megashear.checkpoint.formats import DTYPES, dtype_of, dtypes_of, name_of, stored_bytes
+from megashear.checkpoint.formats import (
+    DTYPES,
+    NOT_FINITE,
+    dtype_of,
+    dtypes_of,
+    name_of,
+    rounded,
+    stored_bytes,
+    widest,
+)
 from megashear.checkpoint.hf_config import CONFIG, check_expressible, config_of_shape, read_shape
 from megashear.checkpoint.safetensors_file import (
     DTYPE_NAMES,
@@ -27,6 +37,7 @@ from megashear.checkpoint.safetensors_file import (
 from megashear.checkpoint.torch_files import load_mapped, tensors_of
 from megashear.checkpoint.workers import run_all
 from megashear.models import layout
+from megashear.models.finite import first_not_finite
 from megashear.shape import ModelShape
 
 __all__ = ["DTYPES", "MAX_SHARD_BYTES", "HfWeights", "dtype_of", "read_shape", "write_directory"]
@@ -56,7 +67,7 @@ class HfWeights(Mapping[str, Tensor]):
     Raises:
         ValueError: no such directory, no safetensors, a file missing or truncated, an index that
             does not tell where the weights are, names missing or unknown, a shape or a number
-            format that the model cannot have.
+            format that the model cannot have. When a weight is read: a number that is not finite.
     """
 
     def __init__(self, directory: Path | str, shape: ModelShape | None = None) -> None:
@@ -146,24 +157,36 @@ class HfWeights(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         if name in self._mapped:
-            return self._mapped[name].clone()
-        return read_tensor(*self._places[name])
+            found = self._mapped[name].clone()
+        else:
+            found = read_tensor(*self._places[name])
+        self._check_finite(name, found)
+        return found
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> Tensor:
         """Part of a weight; the rest of it is not read.
 
         Raises:
-            ValueError: the file cannot be read any longer.
+            ValueError: the file cannot be read any longer, or holds a number that is not finite.
         """
-        if name in self._mapped:
-            return self._mapped[name][slices].clone()
         path = self._places[name][0]
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                found: Tensor = file.get_slice(name)[slices]
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read: {error}; is it being changed?") from None
+        if name in self._mapped:
+            found = self._mapped[name][slices].clone()
+        else:
+            try:
+                with safe_open(path, framework="pt", device="cpu") as file:
+                    found = file.get_slice(name)[slices]
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} cannot be read: {error}; is it being changed?") from None
+        self._check_finite(name, found, slices)
         return found
+
+    def _check_finite(self, name: str, found: Tensor, slices: tuple[slice, ...] = ()) -> None:
+        """Refuse a weight that would make every loss NaN, by the file, the name and the place."""
+        if (bad := first_not_finite([(name, found)])) is not None:
+            starts = [part.start or 0 for part in slices] + [0] * len(bad.place)
+            bad = bad._replace(place=tuple(map(operator.add, starts, bad.place)))
+            raise ValueError(f"{self._places[name][0]}: {bad}; {NOT_FINITE}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -235,14 +258,14 @@ def write_directory(
                     name = part.hf_name.format(layer=layer)
                     weight = weights[name]
                     layout.check_extents(name, weight.shape, part.extents(shape), where)
-                    result = weight.detach().cpu().to(kept[name])
+                    result = rounded(name, weight, kept[name])
                     writer_of[name].write(name, result)
                     if witness is not None:
                         witness(name, weight, result)
                     yield result.nbytes
 
             run_all([write(row, layer) for row, layer in layout.tensors(shape)], workers)
-        config = config_of_shape(shape, dtype=_main_dtype(kept, shape), token_ids=ids)
+        config = config_of_shape(shape, dtype=name_of(widest(kept.values())), token_ids=ids)
         _write_json(aside / CONFIG, config)
         tokenizer_files.copy_for_transformers(files, aside)
         if finish is not None:
@@ -276,15 +299,6 @@ def _opened(
             writer = stack.enter_context(SafetensorsWriter(directory / file, shard))
             writer_of |= dict.fromkeys(shard, writer)
         yield writer_of
-
-
-def _main_dtype(dtypes: Mapping[str, torch.dtype], shape: ModelShape) -> str:
-    """The number format that most bytes are in."""
-    by_dtype: dict[torch.dtype, int] = {}
-    for name, extents in layout.hf_shapes(shape).items():
-        size = dtypes[name].itemsize * torch.Size(extents).numel()
-        by_dtype[dtypes[name]] = by_dtype.get(dtypes[name], 0) + size
-    return name_of(max(by_dtype, key=by_dtype.__getitem__))
 
 
 def _names_of_files(directory: Path) -> tuple[Path, Path]:

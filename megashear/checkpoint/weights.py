@@ -29,7 +29,7 @@ from megashear.checkpoint.description import (
     read_description,
     write_description,
 )
-from megashear.checkpoint.formats import dtypes_of, stored_bytes
+from megashear.checkpoint.formats import NOT_FINITE, dtypes_of, rounded, stored_bytes
 from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
 from megashear.checkpoint.torch_dist import (
@@ -41,6 +41,7 @@ from megashear.checkpoint.torch_dist import (
 )
 from megashear.checkpoint.workers import run_all
 from megashear.models import layout
+from megashear.models.finite import first_not_finite
 from megashear.shape import ModelShape
 
 EXTRA_STATE = "_extra_state"
@@ -145,7 +146,8 @@ class CheckpointWeights(Mapping[str, Tensor]):
         shape: extents that the weights must have; by default those of megashear.json.
 
     Raises:
-        ValueError: no checkpoint there; it is incomplete, another model's, or could run code.
+        ValueError: no checkpoint there; it is incomplete, another model's, or could run code. When
+            a weight is read: a number that is not finite.
     """
 
     def __init__(
@@ -217,7 +219,10 @@ class CheckpointWeights(Mapping[str, Tensor]):
         if name not in last:
             last.clear()  # or it would lie beside the next one
             parts = layout.split(row, self._read(row, layer), self.shape)
-            last.update(zip(_names(row, layer), parts))
+            named = dict(zip(_names(row, layer), parts))
+            if (bad := first_not_finite(named.items())) is not None:
+                raise ValueError(f"checkpoint {self.directory}: {bad}; {NOT_FINITE}")
+            last.update(named)
         found: Tensor = last.pop(name)  # asked for once, as a rule: not held beside its user
         return found
 
@@ -359,7 +364,7 @@ class _Model:
         stored = {}
         for (name, weight), part in zip(parts.items(), row.parts):
             layout.check_extents(name, weight.shape, part.extents(self.shape), _WHERE)
-            stored[name] = weight.detach().cpu().to(self.dtype or weight.dtype)
+            stored[name] = rounded(name, weight, self.dtype or weight.dtype)
         whole = _fuse(row, stored, self.shape)
         # where GPTModel.sharded_state_dict() puts it: the layer axis before the parameter's own
         box, first = (whole, []) if layer is None else (whole[None], [layer])

@@ -296,3 +296,26 @@ def test_a_file_that_breaks_while_ranks_read_stops_them_all(
 
     messages = run_ranks(2, body)
     assert messages == ["rank 1: the file server is gone", "the file server is gone"]
+
+
+def test_a_weight_that_is_not_finite_stops_all_ranks_before_the_first_step(
+    stored: tuple[Path, Path], tmp_path: Path
+) -> None:
+    weights = random_weights(SOURCE)
+    name, row = "model.layers.3.mlp.up_proj.weight", SOURCE.ffn_hidden_size - 1
+    weights[name][row, 5] = float("nan")  # tensor rank 1 alone reads it
+    hf.write_directory(tmp_path / "hf", weights, SOURCE, max_shard_bytes=100_000)
+
+    def body(rank: int) -> tuple[str, str]:
+        parallel = layout(tp=2)
+        groups = ParallelGroups.create(parallel)
+        chunks = build_llama(SOURCE, groups, parallel, ModelConfig(), variant="local")
+        sharded_hf.load_hf(stored[0], chunks, groups)  # the twin
+        with pytest.raises(ValueError, match=r"is nan") as caught:
+            sharded_hf.load_hf(tmp_path / "hf", chunks, groups)
+        return str(caught.value)
+
+    told, own = run_ranks(2, body)
+    file = next(path for path in (tmp_path / "hf").glob("*.safetensors") if path.name in own)
+    assert own.startswith(f"{file}: {name}[{row}, 5] is nan; ")
+    assert told == f"rank 1: {own}"

@@ -99,3 +99,30 @@ def test_number_format_is_the_one_written(tmp_path: Path) -> None:
     hf.write_directory(tmp_path / "model", weights.items(), GROUPED, dtype="bfloat16")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
     assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("wide", "number_format"), [("norm", torch.float32), ("nothing", torch.bfloat16)]
+)
+def test_no_weight_is_rounded_by_a_reader_of_the_config(
+    tmp_path: Path, wide: str, number_format: torch.dtype
+) -> None:
+    weights = {
+        name: weight if wide in name else weight.bfloat16()
+        for name, weight in random_weights(GROUPED).items()
+    }
+    hf.write_directory(tmp_path / "model", weights.items(), GROUPED)
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert config["torch_dtype"] == str(number_format).removeprefix("torch.")
+    # as vLLM and transformers load it unless told otherwise
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    assert model.dtype == number_format
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight.float(), weights[name].float()), name
+    # the twin: the format of most weights would round the others
+    if wide == "norm":
+        twin = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", dtype=torch.bfloat16
+        )
+        name = "model.norm.weight"
+        assert not torch.equal(twin.state_dict()[name].float(), weights[name])
