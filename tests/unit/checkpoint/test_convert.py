@@ -36,7 +36,7 @@ def test_there_and_back_every_bit_is_the_same(
 ) -> None:
     weights = write_hf(tmp_path / "hf", shape, dtype)
     size = 4 if dtype == "float32" else 2
-    done = {"bytes": size * shape.num_params(), "logits": None}
+    done = {"bytes": size * shape.num_params(), "dtypes": [dtype], "logits": None}
     assert hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint") == done
     assert megatron_to_hf(tmp_path / "checkpoint", tmp_path / "back") == done
     back = hf.HfWeights(tmp_path / "back")
