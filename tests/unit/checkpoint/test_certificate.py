@@ -168,13 +168,6 @@ def test_one_iteration_has_no_certificate_of_its_own(made: Path) -> None:
         check(made / "checkpoint" / "iter_0000000")
 
 
-def test_a_nan_is_as_good_as_any_other_value(tmp_path: Path) -> None:
-    weights = WEIGHTS | {NAME: torch.full_like(WEIGHTS[NAME], float("nan"))}
-    hf.write_directory(tmp_path / "hf", weights, GROUPED)
-    hf_to_megatron(tmp_path / "hf", tmp_path / "out")
-    assert read(tmp_path / "out")["equal_to_source"] is True
-
-
 def test_equal_bytes_are_told_from_equal_values() -> None:
     zeros = torch.zeros(3)  # 12 bytes: no whole number of 64-bit words
     assert certificate._same_bytes(zeros, zeros.clone())
