@@ -240,6 +240,24 @@ class ModelConfig:
                 "use --bf16"
             )
 
+    def check_recompute(self, layers: int) -> None:
+        """Refuse chunks of recomputed layers that do not divide a stage.
+
+        Args:
+            layers: of a stage, or of a model chunk where it has several.
+
+        Raises:
+            ValueError: with both numbers and those that divide.
+        """
+        uniform = self.recompute_granularity is not None and self.recompute_method == "uniform"
+        if uniform and layers % self.recompute_num_layers:
+            fitting = [n for n in range(1, layers + 1) if layers % n == 0]
+            raise ValueError(
+                f"--recompute-num-layers {self.recompute_num_layers} does not divide the {layers} "
+                f"layers of a stage, as --recompute-method uniform wants; possible: "
+                f"{', '.join(map(str, fitting))}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
@@ -450,11 +468,12 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MaskConfig:
-    """What the model shall become, and how the masks learn it."""
+class TargetConfig:
+    """What the model shall become."""
 
     target: str | None = None
-    """Preset (llama2-2.7b, llama2-1.3b, llama2-370m), or give the --target-* extents."""
+    """Preset (llama2-2.7b, llama2-1.3b, llama2-370m) or JSON file of extents; or give the
+    --target-* extents."""
     target_num_layers: Extent | None = None
     """Layers to keep; the source's unless given."""
     target_hidden_size: Extent | None = None
@@ -467,12 +486,18 @@ class MaskConfig:
     heads. The source's unless given; without grouped queries it follows the heads."""
     target_ffn_hidden_size: Extent | None = None
     """MLP neurons to keep; the source's unless given."""
+    force_unloadable_target: bool = False
+    """Take a target that stock runtimes refuse to load, such as a LLaMA whose heads do not divide
+    its hidden size."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskConfig(TargetConfig):
+    """What the model shall become, and how the masks learn it."""
+
     target_tensor_model_parallel_size: Ranks | None = None
     """Tensor-parallel ranks that the cut model shall divide over; those of the pruning run unless
     given."""
-    force_unloadable_target: bool = False
-    """Prune to a target that stock runtimes refuse to load, such as a LLaMA whose heads do not
-    divide its hidden size."""
     sparsity_warmup_iters: StepsOrNever = 640
     """Steps over which the target sparsity rises from 0."""
     mask_lr: Rate = 1.0
@@ -767,17 +792,19 @@ class CutConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlanConfig:
+class PlanConfig(TargetConfig):
     """`megashear plan`: which layouts fit, how long a run takes and what it costs."""
 
     model: str
     """What there is: a preset, a Hugging Face directory (config.json is enough), a checkpoint, or a
     JSON file of extents."""
-    target: str | None = None
-    """What it shall become: a preset or a JSON file of extents. Without, the plan is for training
-    --model as it is."""
-    force_unloadable_target: bool = False
-    """Plan for a --target that stock runtimes refuse to load, as `megashear prune` does with it."""
+    prune_config: str | None = None
+    """YAML file of the `megashear prune` to plan for: its target, steps, batches, noise streams,
+    evaluations and layout. Flags of the plan override it."""
+    pretrain_config: str | None = None
+    """The same of the `megashear pretrain` after it; also where nothing is pruned."""
+    any_layout: bool = False
+    """List all layouts that fit, not only those of --prune-config and --pretrain-config."""
     gpus: Ranks
     """How many."""
     gpu: str = "H100-80G"
@@ -786,28 +813,34 @@ class PlanConfig:
     """How many hang together by the fast link; tensor parallelism stays within a node."""
     network_gbit: Annotated[float, Between(1e-3, 1e6)] | None = None
     """Between nodes, Gbit/s for each GPU; what its kind is usually sold with unless given."""
-    seq_length: Length = 4096
-    """Tokens per sequence."""
-    pruning_tokens: Annotated[float, Between(1, 1e18)] = 3200 * 32 * 4096
-    """Tokens of the pruning run."""
-    pruning_global_batch_size: Sequences = 32
-    """Sequences per step of the pruning run."""
-    pruning_eval_interval: StepsOrNever = 50
-    """Steps between its evaluations; 0 is never."""
-    pruning_eval_sequences: Steps = 32
-    """Held-out sequences per domain in each of them."""
-    mask_noise_streams: Sequences = 8
-    """Independent mask draws per global batch of the pruning run."""
-    pretraining_tokens: Annotated[float, Between(1, 1e18)] = 48000 * 256 * 4096
-    """Tokens of the continued pretraining."""
-    pretraining_global_batch_size: Sequences = 256
-    """Sequences per step of the continued pretraining."""
-    pretraining_eval_interval: StepsOrNever = 400
-    """Steps between its evaluations; 0 is never."""
-    pretraining_eval_sequences: Steps = 500
-    """Held-out sequences per domain in each of them."""
-    eval_domains: Sequences = 7
-    """Domains that both runs evaluate."""
+    seq_length: Length | None = None
+    """Tokens per sequence; those of the recipes, or 4096, unless given."""
+    pruning_tokens: Annotated[float, Between(1, 1e18)] | None = None
+    """Tokens of the pruning run; those of --prune-config, or 3200 steps', unless given."""
+    pruning_global_batch_size: Sequences | None = None
+    """Sequences per step of the pruning run; those of --prune-config, or 32, unless given."""
+    pruning_eval_interval: StepsOrNever | None = None
+    """Steps between its evaluations; 0 is never; those of --prune-config, or 50, unless given."""
+    pruning_eval_sequences: Steps | None = None
+    """Held-out sequences per domain in each of them; those of --prune-config, or 32, unless
+    given."""
+    mask_noise_streams: Sequences | None = None
+    """Independent mask draws per global batch of the pruning run; those of --prune-config, or 8,
+    unless given."""
+    pretraining_tokens: Annotated[float, Between(1, 1e18)] | None = None
+    """Tokens of the continued pretraining; those of --pretrain-config, or 48000 steps', unless
+    given."""
+    pretraining_global_batch_size: Sequences | None = None
+    """Sequences per step of the continued pretraining; those of --pretrain-config, or 256, unless
+    given."""
+    pretraining_eval_interval: StepsOrNever | None = None
+    """Steps between its evaluations; 0 is never; those of --pretrain-config, or 400, unless
+    given."""
+    pretraining_eval_sequences: Steps | None = None
+    """Held-out sequences per domain in each of them; those of --pretrain-config, or 500, unless
+    given."""
+    eval_domains: Sequences | None = None
+    """Domains that both runs evaluate; as many as a recipe weighs, or 7, unless given."""
     tensor_model_parallel_size: Ranks | None = None
     """Only layouts with so many tensor ranks."""
     pipeline_model_parallel_size: Ranks | None = None
@@ -816,6 +849,12 @@ class PlanConfig:
     """Only layouts with so many model chunks per stage."""
     micro_batch_size: Sequences | None = None
     """Only layouts with so many sequences per forward pass."""
+    recompute_granularity: Literal["full"] | None = None
+    """Recompute layers even where memory does not ask for it; as little as fits unless given."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """With --recompute-granularity, as in a run."""
+    recompute_num_layers: Extent = 1
+    """With --recompute-granularity, as in a run; 1 with uniform recomputes every layer."""
     pruning_mfu: Share = 0.28
     """Share of the GPU's peak that a pruning run reaches while it computes. An assumption: what the
     reference implementation of Sheared LLaMA reached on A100."""

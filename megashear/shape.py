@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from megashear.files.structured import read_json_object
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
@@ -305,22 +307,55 @@ the others the config.json of the models as released on Hugging Face."""
 
 
 def read_shape(name: str, *, flag: str = "--init-shape") -> ModelShape:
-    """A preset by name, or the extents in a JSON file.
+    """Return a preset by name, or the model whose extents a JSON file has.
 
     Raises:
         ValueError: neither, or the file holds something else.
     """
     if name in PRESETS:
         return PRESETS[name]
+    extents = read_extents(name, flag=flag)
+    missing = [
+        field.name
+        for field in fields(ModelShape)
+        if field.default is MISSING and field.name not in extents
+    ]
+    if missing:
+        raise ValueError(f"{flag} {name} does not say {', '.join(missing)}; add them")
+    return ModelShape(**extents)
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool}
+"""What JSON must have for a field of :class:`ModelShape`, by its annotation."""
+
+
+def read_extents(name: str, *, flag: str) -> dict[str, Any]:
+    """Return those fields of :class:`ModelShape` that a JSON file has.
+
+    Args:
+        name: the file.
+        flag: what named it.
+
+    Raises:
+        ValueError: no such file, no JSON object, an unknown field, or a value of another type.
+    """
     path = Path(name)
     if not path.is_file():
         raise ValueError(
-            f"{flag} {name} is neither a preset ({', '.join(PRESETS)}) nor a JSON file"
+            f"{flag} {name} is neither a preset ({', '.join(PRESETS)}) nor a JSON file of extents"
         )
-    try:
-        return ModelShape(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{flag} {name}: {error}; wanted a JSON object of the extents "
-            f"{', '.join(field.name for field in fields(ModelShape))}"
-        ) from None
+    found = read_json_object(path, f"{flag} {name}")
+    annotations = {field.name: str(field.type) for field in fields(ModelShape)}
+    for key, value in found.items():
+        if key not in annotations:
+            raise ValueError(
+                f"{flag} {name} has {key}, which is no extent; there are {', '.join(annotations)}"
+            )
+        wanted = _TYPES.get(annotations[key], object)
+        if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
+            raise ValueError(
+                f"{flag} {name}: {key} is {json.dumps(value)}; it must be "
+                f"{'true or false' if wanted is bool else 'a number'}"
+                + (" without a fraction" if wanted is int else "")
+            )
+    return found

@@ -6,36 +6,73 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from megashear.commands.outcome import refuse_torchrun, report, user_errors
-from megashear.commands.parse import parse
-from megashear.config import PlanConfig
-from megashear.shape import PRESETS, ModelShape, read_shape
+from megashear.commands.outcome import UsageError, refuse_torchrun, report, user_errors
+from megashear.commands.parse import CONFIG, parse
+from megashear.config import PlanConfig, PretrainRun, PruneRun, TargetConfig
+from megashear.shape import ModelShape, read_shape
 
 PROG = "megashear plan"
+_TARGET = tuple(field.name for field in dataclasses.fields(TargetConfig))
+
+Run = TypeVar("Run", PruneRun, PretrainRun)
 
 
 @user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
-    config = parse(PlanConfig, argv, prog=PROG, description=__doc__ or "")
+    config = _parse(argv)
     refuse_torchrun(PROG)
+    prune = _recipe(PruneRun, config.prune_config, "--prune-config")
+    pretrain = _recipe(PretrainRun, config.pretrain_config, "--pretrain-config")
     # Here, not above: torch takes seconds that --help should not.
-    from megashear.checkpoint import loadable
     from megashear.planning.jobs import make_plans
     from megashear.planning.tables import as_dict, lines
 
     source = _model(config.model)
-    target = None if config.target is None else _target(config.target, source)
-    if target is not None:
-        loadable.check_target(target, source, force=config.force_unloadable_target)
-    jobs = make_plans(config, source, target)
+    target = _target(config, prune, source)
+    if target is None and prune is not None:
+        raise ValueError(
+            f"--prune-config {config.prune_config} names no target; give --target or --target-* "
+            f"extents, or leave it out to plan for training --model as it is"
+        )
+    jobs = make_plans(config, source, target, prune=prune, pretrain=pretrain)
     if config.json:
         report(json.dumps({planned.job.name: as_dict(planned) for planned in jobs}, indent=2))
         return 0
     for number, planned in enumerate(jobs):
         report("\n".join([*([""] if number else []), *lines(planned, top=config.top)]))
     return 0
+
+
+def _parse(argv: Sequence[str]) -> PlanConfig:
+    try:
+        return parse(PlanConfig, argv, prog=PROG, description=__doc__ or "")
+    except UsageError as error:
+        if CONFIG.flag in argv and "unknown key" in str(error):
+            raise UsageError(
+                f"{error}; --config is for keys of the plan itself: name the YAML file of a run "
+                f"with --prune-config or --pretrain-config"
+            ) from None
+        raise
+
+
+def _recipe(run: type[Run], file: str | None, flag: str) -> Run | None:
+    """The run that a YAML file describes, read as `prune` and `pretrain` read it."""
+    if file is None:
+        return None
+    # a recipe leaves to the command line where the text is, and a plan reads none
+    words = [CONFIG.flag, file, "--data-path", "-"]
+    try:
+        found = parse(run, words, prog=f"{PROG} {flag}", description="")
+    except UsageError as error:
+        raise UsageError(str(error).replace(f"{CONFIG.flag} {file}", f"{flag} {file}")) from None
+    if not found.model.bf16:
+        raise UsageError(
+            f"{flag} {file}: bf16 is false, and plans are for bfloat16 alone; set bf16: true"
+        )
+    return found
 
 
 def _model(name: str) -> ModelShape:
@@ -51,11 +88,21 @@ def _model(name: str) -> ModelShape:
     return read_description(find_iteration(name)).shape
 
 
-def _target(name: str, source: ModelShape) -> ModelShape:
-    """The shape of what --target names; a preset stands for its extents, as in `prune`."""
-    if name not in PRESETS:
-        return read_shape(name, flag="--target")
-    from megashear.masks.targets import EXTENTS
+def _target(config: PlanConfig, prune: PruneRun | None, source: ModelShape) -> ModelShape | None:
+    """What the flags ask for, and what they leave to the recipe; None where nothing is pruned."""
+    from megashear.checkpoint import loadable
+    from megashear.masks.target_flags import target_shape
 
-    extents = (*EXTENTS.values(), "head_dim")
-    return dataclasses.replace(source, **{e: getattr(PRESETS[name], e) for e in extents})
+    asked = TargetConfig(**{name: getattr(config, name) for name in _TARGET})
+    if prune is not None:
+        of_recipe = {
+            name: getattr(prune.masks, name)
+            for name in _TARGET
+            if getattr(asked, name) is None or getattr(asked, name) is False
+        }
+        asked = dataclasses.replace(asked, **of_recipe)
+    if asked == TargetConfig(force_unloadable_target=asked.force_unloadable_target):
+        return None
+    target = target_shape(asked, source)
+    loadable.check_target(target, source, force=asked.force_unloadable_target)
+    return target

@@ -205,12 +205,13 @@ def _is_number_type(wanted: Any) -> bool:
 @functools.cache  # reads the source, which takes longer than all the rest
 def _field_notes(owner: type) -> dict[str, str]:
     """The string under each field; Python keeps it in the source only."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-    assert isinstance(definition, ast.ClassDef)
     notes = {}
-    for field, note in zip(definition.body, definition.body[1:]):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            match note:
-                case ast.Expr(value=ast.Constant(value=str(text))):
-                    notes[field.target.id] = " ".join(text.split())
+    for part in filter(dataclasses.is_dataclass, reversed(owner.__mro__)):  # what it inherits too
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, note in zip(definition.body, definition.body[1:]):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                match note:
+                    case ast.Expr(value=ast.Constant(value=str(text))):
+                        notes[field.target.id] = " ".join(text.split())
     return notes

@@ -57,17 +57,22 @@ reports on such a GPU when it runs out of it, less than the name says."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """The kind of GPU of this name, in whatever case.
+    """Return the kind of GPU of this name, in whatever case; its beginning will do where no other
+    kind begins so.
 
     Raises:
-        ValueError: none is called so; names the nearest, and all there are.
+        ValueError: none is called so, or several are; names them, or the nearest and all there are.
     """
     by_upper = {known.upper(): gpu for known, gpu in GPUS.items()}
     if name.upper() in by_upper:
         return by_upper[name.upper()]
-    # "H100" begins one name: that one, rather than the one that shares most letters
-    nearest = [known for upper, known in zip(by_upper, GPUS) if upper.startswith(name.upper())]
-    nearest += difflib.get_close_matches(name.upper(), list(by_upper), n=2, cutoff=0.0)
+    begun = [known for known in GPUS if known.upper().startswith(name.upper())] if name else []
+    if len(begun) == 1:
+        return GPUS[begun[0]]
+    if begun:
+        raise ValueError(f"--gpu {name} may be {' or '.join(begun)}; say which")
+    nearest = difflib.get_close_matches(name.upper(), list(by_upper), n=1, cutoff=0.0)
+    nearest = [known for known in GPUS if known.upper() in nearest]
     raise ValueError(
         f"--gpu {name} is not known; nearest: {nearest[0]}; all there are: {', '.join(GPUS)}"
     )

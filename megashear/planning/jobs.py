@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from megashear.config import PlanConfig
+from typing import Any
+
+from megashear.config import (
+    DEFAULT_EVAL_SEQUENCES,
+    DataConfig,
+    MaskConfig,
+    ModelConfig,
+    PlanConfig,
+    PretrainRun,
+    PruneRun,
+    TrainConfig,
+)
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.targets import target_units, whole_parts
 from megashear.planning.hardware import GB, find_gpu
 from megashear.planning.layouts import Fixed, Job
 from megashear.planning.search import plan
 from megashear.planning.tables import Planned
-from megashear.planning.time import Cluster
+from megashear.planning.time import FORWARD_SHARE, Cluster
 from megashear.shape import ModelShape
 
 PRUNING = "pruning"
@@ -18,15 +29,45 @@ MASKED_MODES = 2
 """Passes that a pruning run makes over its held-out text: masks as expected, and as cut."""
 BITS = 8
 """Bits of a byte."""
+PUBLISHED_DOMAINS = 7
+"""Domains of RedPajama."""
+PUBLISHED_PRUNE = PruneRun(
+    data=DataConfig(data_path=""),
+    masks=MaskConfig(mask_noise_streams=8),
+    train=TrainConfig(
+        train_iters=3200, global_batch_size=32, seq_length=4096, eval_interval=50, eval_sequences=32
+    ),
+)
+PUBLISHED_PRETRAIN = PretrainRun(
+    data=DataConfig(data_path=""),
+    train=TrainConfig(
+        train_iters=48000,
+        global_batch_size=256,
+        seq_length=4096,
+        eval_interval=400,
+        eval_sequences=500,
+    ),
+)
+"""What is planned where neither flags nor a recipe say otherwise: Sheared LLaMA's recipe, as in
+examples/llama2_7b_to_2.7b."""
 
 
-def make_plans(config: PlanConfig, source: ModelShape, target: ModelShape | None) -> list[Planned]:
-    """Plans of pruning ``source`` to ``target`` and of training that on.
+def make_plans(
+    config: PlanConfig,
+    source: ModelShape,
+    target: ModelShape | None,
+    *,
+    prune: PruneRun | None = None,
+    pretrain: PretrainRun | None = None,
+) -> list[Planned]:
+    """Return plans of pruning ``source`` to ``target`` and of training that on.
 
     Args:
         config: what was asked for.
         source: the model there is.
         target: what it shall become; None plans for training ``source`` alone.
+        prune: the run that --prune-config describes.
+        pretrain: the run that --pretrain-config describes.
 
     Raises:
         ValueError: an unknown GPU, a target that no masks lead to, or nothing that divides or fits.
@@ -39,12 +80,11 @@ def make_plans(config: PlanConfig, source: ModelShape, target: ModelShape | None
         gpus_per_node=min(config.gpus_per_node, config.gpus),
         network=gpu.network if network is None else network * GB / BITS,
     )
-    fixed = Fixed(
-        tensor=config.tensor_model_parallel_size,
-        pipeline=config.pipeline_model_parallel_size,
-        virtual=config.num_virtual_stages_per_pipeline_rank,
-        micro_batch_size=config.micro_batch_size,
-    )
+    jobs: list[tuple[Job, PruneRun | PretrainRun | None]] = [
+        (_continued(config, target or source, pretrain or PUBLISHED_PRETRAIN), pretrain)
+    ]
+    if target is not None:
+        jobs.insert(0, (_pruning(config, source, target, prune or PUBLISHED_PRUNE), prune))
     return [
         Planned(
             job=job,
@@ -52,63 +92,121 @@ def make_plans(config: PlanConfig, source: ModelShape, target: ModelShape | None
             candidates=plan(
                 job,
                 cluster,
-                fixed,
+                _fixed(config, run),
                 reserve_gib=config.memory_reserve_gib,
             ),
         )
-        for job in _jobs(config, source, target)
+        for job, run in jobs
     ]
 
 
-def _jobs(config: PlanConfig, source: ModelShape, target: ModelShape | None) -> list[Job]:
-    source.check_window(config.seq_length)
-    trained = source if target is None else target
-    jobs = [
-        Job(
-            name=CONTINUED,
-            batch_flag="--pretraining-global-batch-size",
-            shape=trained,
-            masks=frozenset(),
-            tokens=config.pretraining_tokens,
-            global_batch_size=config.pretraining_global_batch_size,
-            seq_length=config.seq_length,
-            noise_streams=1,
-            mfu=config.mfu,
-            held_out_per_step=_held_out_per_step(
-                config,
-                interval=config.pretraining_eval_interval,
-                sequences=config.pretraining_eval_sequences,
-            ),
+def _fixed(config: PlanConfig, run: PruneRun | PretrainRun | None) -> Fixed:
+    """The layout that flags choose, or else a recipe."""
+    recompute = None
+    if config.recompute_granularity is not None:
+        recompute = ModelConfig(
+            bf16=True,
+            recompute_granularity=config.recompute_granularity,
+            recompute_method=config.recompute_method,
+            recompute_num_layers=config.recompute_num_layers,
         )
-    ]
-    if target is not None:
-        parts = whole_parts(source, target)
-        # refuses a sparsity that masks do not reach; the warm-up has no part in that
-        SparsityConstraint(parts, target_units(source, target), warmup_steps=1)
-        jobs.insert(
-            0,
-            Job(
-                name=PRUNING,
-                batch_flag="--pruning-global-batch-size",
-                shape=source,
-                masks=frozenset(parts),
-                target=target,
-                tokens=config.pruning_tokens,
-                global_batch_size=config.pruning_global_batch_size,
-                seq_length=config.seq_length,
-                noise_streams=config.mask_noise_streams,
-                mfu=config.pruning_mfu,
-                held_out_per_step=MASKED_MODES
-                * _held_out_per_step(
-                    config,
-                    interval=config.pruning_eval_interval,
-                    sequences=config.pruning_eval_sequences,
-                ),
-            ),
-        )
-    return jobs
+    fixed = Fixed(
+        tensor=config.tensor_model_parallel_size,
+        pipeline=config.pipeline_model_parallel_size,
+        virtual=config.num_virtual_stages_per_pipeline_rank,
+        micro_batch_size=config.micro_batch_size,
+        model=recompute,
+    )
+    if run is None or config.any_layout or fixed != Fixed():
+        return fixed
+    return Fixed.of_run(run)
 
 
-def _held_out_per_step(config: PlanConfig, *, interval: int, sequences: int) -> float:
-    """Sequences that one mode of evaluation reads, over the steps between two of them."""
-    return config.eval_domains * sequences / interval if interval else 0.0
+def _pruning(config: PlanConfig, source: ModelShape, target: ModelShape, run: PruneRun) -> Job:
+    parts = whole_parts(source, target)
+    # refuses a sparsity that masks do not reach; the warm-up has no part in that
+    SparsityConstraint(parts, target_units(source, target), warmup_steps=1)
+    return Job(
+        name=PRUNING,
+        shape=source,
+        masks=frozenset(parts),
+        target=target,
+        noise_streams=config.mask_noise_streams or run.masks.mask_noise_streams,
+        mfu=config.pruning_mfu,
+        **_reads(
+            config,
+            run,
+            source,
+            prefix="pruning",
+            recipe=config.prune_config,
+            modes=MASKED_MODES + run.masks.eval_relaxed_masks,
+        ),
+    )
+
+
+def _continued(config: PlanConfig, shape: ModelShape, run: PretrainRun) -> Job:
+    return Job(
+        name=CONTINUED,
+        shape=shape,
+        masks=frozenset(),
+        noise_streams=1,
+        mfu=config.mfu,
+        **_reads(
+            config,
+            run,
+            shape,
+            prefix="pretraining",
+            recipe=config.pretrain_config,
+            modes=1,
+        ),
+    )
+
+
+def _reads(
+    config: PlanConfig,
+    run: PruneRun | PretrainRun,
+    shape: ModelShape,
+    *,
+    prefix: str,
+    recipe: str | None,
+    modes: int,
+) -> dict[str, Any]:
+    """What a job trains on and evaluates: as flags of the plan say, or else as the run does.
+
+    Args:
+        config: flags of the plan.
+        run: the recipe, or the published one.
+        shape: the model.
+        prefix: what flags of this job begin with.
+        recipe: the recipe's file, if one was named.
+        modes: how often an evaluation reads its text.
+    """
+    train = run.train
+
+    def asked(name: str) -> Any:
+        return getattr(config, f"{prefix}_{name}")
+
+    seq_length = config.seq_length or train.seq_length
+    shape.check_window(seq_length)
+    batch = asked("global_batch_size") or train.global_batch_size
+    interval = train.eval_interval if asked("eval_interval") is None else asked("eval_interval")
+    sequences = asked("eval_sequences")
+    if sequences is None and train.eval_share is not None:
+        held_out = train.eval_share * batch / FORWARD_SHARE if interval else 0.0
+    else:
+        if sequences is None:
+            sequences = train.eval_sequences or DEFAULT_EVAL_SEQUENCES
+            if train.eval_tokens is not None:
+                sequences = train.eval_tokens // train.seq_length
+        domains = config.eval_domains or len(run.data.domain_weights) or PUBLISHED_DOMAINS
+        held_out = modes * domains * sequences / interval if interval else 0.0
+    in_file = recipe is not None and asked("global_batch_size") is None
+    return {
+        "tokens": asked("tokens") or train.train_iters * train.global_batch_size * train.seq_length,
+        "global_batch_size": batch,
+        "batch_flag": (
+            f"global_batch_size in {recipe}" if in_file else f"--{prefix}-global-batch-size"
+        ),
+        "seq_length": seq_length,
+        "held_out_per_step": held_out,
+    }

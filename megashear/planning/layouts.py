@@ -8,7 +8,14 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from megashear.config import ModelConfig, ParallelConfig, TrainConfig, check_streams
+from megashear.config import (
+    ModelConfig,
+    ParallelConfig,
+    PretrainRun,
+    PruneRun,
+    TrainConfig,
+    check_streams,
+)
 from megashear.planning.memory import Memory, rank_memory
 from megashear.planning.time import Cluster, StepTime, step_time
 from megashear.planning.work import GIB, Work
@@ -59,6 +66,30 @@ class Fixed:
     pipeline: int | None = None
     virtual: int | None = None
     micro_batch_size: int | None = None
+    parallel: ParallelConfig | None = None
+    """All of a recipe's layout, with sequence parallelism, the distributed optimizer, overlaps."""
+    model: ModelConfig | None = None
+    """What is run again in the backward pass, and nothing else."""
+    way_out: str = "leaving the layout open"
+    """What frees the choice."""
+
+    @classmethod
+    def of_run(cls, run: PruneRun | PretrainRun) -> Fixed:
+        """The layout of a run as it is configured."""
+        return cls(
+            tensor=run.parallel.tensor_model_parallel_size,
+            pipeline=run.parallel.pipeline_model_parallel_size,
+            virtual=run.parallel.num_virtual_stages_per_pipeline_rank,
+            micro_batch_size=run.train.micro_batch_size,
+            parallel=run.parallel,
+            model=run.model,
+            way_out="--any-layout",
+        )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing was chosen."""
+        return self == replace(Fixed(), way_out=self.way_out)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +120,9 @@ class Candidate:
         if parallel.use_distributed_optimizer:
             words.append("--use-distributed-optimizer")
         if parallel.overlap_grad_reduce:
-            words.append("--overlap-grad-reduce --overlap-param-gather")
+            words.append("--overlap-grad-reduce")
+        if parallel.overlap_param_gather:
+            words.append("--overlap-param-gather")
         words.append(f"--micro-batch-size {self.work.micro_batch_size}")
         if model.recompute_granularity is not None:
             words.append(
@@ -137,6 +170,7 @@ def divisions(
                             pipeline=pipeline,
                             virtual=virtual,
                             micro_batch_size=size,
+                            chosen=fixed,
                         )
                     except DivisionError as error:
                         if refused is not None:
@@ -144,20 +178,27 @@ def divisions(
 
 
 def division(
-    job: Job, num_gpus: int, *, tensor: int, pipeline: int, virtual: int, micro_batch_size: int
+    job: Job,
+    num_gpus: int,
+    *,
+    tensor: int,
+    pipeline: int,
+    virtual: int,
+    micro_batch_size: int,
+    chosen: Fixed | None = None,
 ) -> Work:
-    """One division of the GPUs.
+    """Return one division of the GPUs.
 
     The sequence is split over tensor ranks wherever there are any, for the work outside attention
     and MLP is then split too; optimizer state is shared, and communication overlapped, wherever
-    there are replicas.
+    there are replicas; unless the user has ``chosen`` all of that.
 
     Raises:
         DivisionError: it is none: in the words of the run that would refuse it.
     """
     replicated = num_gpus > tensor * pipeline
     with _check(0, job):
-        parallel = ParallelConfig(
+        parallel = (chosen and chosen.parallel) or ParallelConfig(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
             num_virtual_stages_per_pipeline_rank=virtual,
@@ -169,6 +210,8 @@ def division(
         replicas = parallel.data_parallel_size(num_gpus)
     with _check(1, job):
         job.shape.check_division(tensor=tensor, pipeline=pipeline, virtual=virtual)
+        if chosen is not None and chosen.model is not None:
+            chosen.model.check_recompute(job.shape.num_layers // (pipeline * virtual))
     with _check(2, job):
         train = TrainConfig(
             micro_batch_size=micro_batch_size,
@@ -221,8 +264,12 @@ def candidate(work: Work, job: Job, cluster: Cluster) -> Candidate:
     return Candidate(work=work, stage=stage, memory=held[stage], time=time)
 
 
-def recomputes(work: Work) -> Iterator[ModelConfig]:
-    """Ways to recompute, the cheapest first: none, so many layers of a chunk, all."""
+def recomputes(work: Work, chosen: ModelConfig | None = None) -> Iterator[ModelConfig]:
+    """Yield ways to recompute, the cheapest first: none, so many layers of a chunk, all; or the one
+    that was ``chosen``."""
+    if chosen is not None:
+        yield chosen
+        return
     yield work.model
     layers = work.chunk_layers
     for count in range(1, layers):

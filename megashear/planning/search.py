@@ -44,7 +44,7 @@ def plan(job: Job, cluster: Cluster, fixed: Fixed, *, reserve_gib: float) -> lis
         raise NothingFitsError(_nothing_divides(job, cluster, fixed))
     best: dict[tuple[int, int, int], Candidate] = {}
     for work in divided:
-        found = _first_that_fits(work, job, cluster, room)
+        found = _first_that_fits(work, job, cluster, fixed, room)
         if found is None:
             continue
         place = (work.tensor, work.pipeline, work.virtual)
@@ -55,9 +55,11 @@ def plan(job: Job, cluster: Cluster, fixed: Fixed, *, reserve_gib: float) -> lis
     return sorted(best.values(), key=order)
 
 
-def _first_that_fits(work: Work, job: Job, cluster: Cluster, room: float) -> Candidate | None:
+def _first_that_fits(
+    work: Work, job: Job, cluster: Cluster, fixed: Fixed, room: float
+) -> Candidate | None:
     """The division with as little recompute as fits; None where none does."""
-    for recompute in recomputes(work):
+    for recompute in recomputes(work, fixed.model):
         found = candidate(replace(work, model=recompute), job, cluster)
         if found.needed_gib <= room:
             return found
@@ -107,11 +109,11 @@ def _nothing_fits(
 ) -> str:
     """By how much the nearest layout is too large, and what would do."""
     room = cluster.gpu.memory_gib - reserve_gib
-    smallest = (_smallest(work, job, cluster) for work in divided)
+    smallest = (_smallest(work, job, cluster, fixed) for work in divided)
     least = min(smallest, key=lambda found: found.memory.total)
     ways = []
-    if fixed != Fixed() and _fits(job, cluster, Fixed(), room):
-        ways.append("leaving the layout open")
+    if not fixed.is_open and _fits(job, cluster, Fixed(), room):
+        ways.append(fixed.way_out)
     count = cluster.num_gpus
     while (count := 2 * count) <= MOST_GPUS:
         if _fits(job, replace(cluster, num_gpus=count), fixed, room):
@@ -123,23 +125,29 @@ def _nothing_fits(
         if _fits(job, replace(cluster, gpu=gpu), fixed, there):
             ways.append(f"--gpu {gpu.name}")
             break
+    although = ""
+    if fixed.parallel is None and fixed.model is None:
+        although = (
+            ", although every layer is run again and replicas, where there are any, share the "
+            "optimizer's state"
+        )
     return (
         f"{job.name}: no layout fits. The nearest, {least.flags(job)}, needs "
         f"{least.needed_gib:.1f} GiB a GPU, and {room:.1f} are there ({cluster.gpu.name}: "
         f"{cluster.gpu.memory_gib:.1f}, less --memory-reserve-gib {reserve_gib:g}): "
-        f"{least.needed_gib - room:.1f} GiB too much, although every layer is run again and "
-        f"replicas, where there are any, share the optimizer's state; what would do: "
+        f"{least.needed_gib - room:.1f} GiB too much{although}; what would do: "
         f"{', or '.join(ways) or f'nothing that was tried, up to {MOST_GPUS} GPUs'}"
     )
 
 
-def _smallest(work: Work, job: Job, cluster: Cluster) -> Candidate:
-    """A division with every layer recomputed."""
-    *_, least = recomputes(work)
+def _smallest(work: Work, job: Job, cluster: Cluster, fixed: Fixed) -> Candidate:
+    """A division with every layer recomputed, unless that was chosen otherwise."""
+    *_, least = recomputes(work, fixed.model)
     return candidate(replace(work, model=least), job, cluster)
 
 
 def _fits(job: Job, cluster: Cluster, fixed: Fixed, room: float) -> bool:
     return any(
-        _smallest(work, job, cluster).needed_gib <= room for work in divisions(job, cluster, fixed)
+        _smallest(work, job, cluster, fixed).needed_gib <= room
+        for work in divisions(job, cluster, fixed)
     )

@@ -285,15 +285,7 @@ def _eval_sequences(config: PruneRun | PretrainRun, start: Start, num_domains: i
 
 def _check_recompute(parallel: ParallelConfig, model: ModelConfig, shape: ModelShape) -> None:
     stages = parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank
-    layers = shape.num_layers // stages
-    uniform = model.recompute_granularity is not None and model.recompute_method == "uniform"
-    if uniform and layers % model.recompute_num_layers:
-        fitting = [n for n in range(1, layers + 1) if layers % n == 0]
-        raise ValueError(
-            f"--recompute-num-layers {model.recompute_num_layers} does not divide the {layers} "
-            f"layers of a stage, as --recompute-method uniform wants; possible: "
-            f"{', '.join(map(str, fitting))}"
-        )
+    model.check_recompute(shape.num_layers // stages)
 
 
 def _check_precision(start: Start, model: ModelConfig) -> None:

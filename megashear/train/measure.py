@@ -20,19 +20,20 @@ from megashear.checkpoint.description import (
 from megashear.checkpoint.sharded_hf import describe, load_hf
 from megashear.checkpoint.store import agree_on_iteration, load_weights
 from megashear.checkpoint.weights import CheckpointWeights
-from megashear.config import EvaluateRun, MaskConfig, ModelConfig, ReferenceLossRun
+from megashear.config import EvaluateRun, ModelConfig, ReferenceLossRun, TargetConfig
 from megashear.data.held_out import HeldOutSet
 from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.reference_loss import MEASURED, PARAMETERS, SEQUENCE_LENGTH, Model, read_models
+from megashear.masks.target_flags import target_shape
 from megashear.models.llama import build_chunks, check_layout
 from megashear.parallel.agree import check_same, raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
-from megashear.shape import PRESETS, read_shape
+from megashear.shape import read_shape
 from megashear.train.evaluate import STANDARD_ERROR, evaluate_domains
 from megashear.train.inputs import check_vocabulary, held_out_sets
 from megashear.train.objectives import LanguageModelling
-from megashear.train.start import check_no_masks, target_shape
+from megashear.train.start import check_no_masks
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +72,9 @@ def measure_models(config: ReferenceLossRun) -> tuple[list[Model], int | None]:
     runs = [_Measured.check(run) for run in _evaluations(config)]
     params = config.params
     if config.target is not None:
-        if runs and config.target in PRESETS:  # a preset stands for its extents
+        if runs:
             source = min((run.description.shape for run in runs), key=lambda s: s.num_params())
-            params = target_shape(MaskConfig(target=config.target), source).num_params()
+            params = target_shape(TargetConfig(target=config.target), source).num_params()
         else:
             params = read_shape(config.target, flag="--target").num_params()
     if not runs:

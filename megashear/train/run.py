@@ -19,6 +19,7 @@ from megashear.data.batch import DocumentBorders
 from megashear.data.loader import MixtureLoader
 from megashear.data.manifest import DataManifest
 from megashear.masks.mask_set import exact_gates
+from megashear.masks.target_flags import target_shape
 from megashear.models.llama import build_llama
 from megashear.parallel import device
 from megashear.parallel.agree import check_same
@@ -51,7 +52,6 @@ from megashear.train.start import (
     check_target_layout,
     find_start,
     settle,
-    target_shape,
 )
 from megashear.train.stops import EXIT_STATUS
 

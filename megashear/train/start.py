@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megashear.checkpoint import loadable, sharded_hf
 from megashear.checkpoint.description import (
@@ -21,10 +19,11 @@ from megashear.checkpoint.store import agree_on_iteration, check_save_directory
 from megashear.config import MaskConfig, PretrainRun, PruneRun, TrainConfig, check_streams
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import target_units, whole_parts
-from megashear.masks.targets import EXTENTS, target_flag
+from megashear.masks.target_flags import nearest_multiples
+from megashear.masks.targets import target_flag
 from megashear.parallel.agree import raise_together
 from megashear.parallel.groups import ParallelGroups
-from megashear.shape import PRESETS, ModelShape
+from megashear.shape import ModelShape
 from megashear.train.objectives import StructuredPruning
 
 
@@ -192,33 +191,6 @@ def check_events(train: TrainConfig) -> None:
         )
 
 
-def target_shape(masks: MaskConfig, source: ModelShape) -> ModelShape:
-    """The shape that the flags ask for; what they leave out stays as in the source.
-
-    Raises:
-        ValueError: an unknown preset, or extents that do not belong together.
-    """
-    if masks.target is not None:
-        if masks.target not in PRESETS:
-            raise ValueError(
-                f"--target {masks.target} is not known; presets: {', '.join(PRESETS)}; or give the "
-                f"--target-* extents"
-            )
-        preset = PRESETS[masks.target]
-        # a preset stands for its extents: the rest is what the source is
-        extents = (*EXTENTS.values(), "head_dim")
-        source = dataclasses.replace(source, **{name: getattr(preset, name) for name in extents})
-    heads, groups = _target_heads(masks, source)
-    wanted: dict[str, Any] = {
-        "num_layers": masks.target_num_layers,
-        "hidden_size": masks.target_hidden_size,
-        "num_attention_heads": heads,
-        "num_query_groups": groups,
-        "ffn_hidden_size": masks.target_ffn_hidden_size,
-    }
-    return dataclasses.replace(source, **{k: v for k, v in wanted.items() if v is not None})
-
-
 def check_target_layout(
     target: ModelShape, source: ModelShape, run: PruneRun, then: PretrainRun | None = None
 ) -> None:
@@ -252,7 +224,7 @@ def check_target_layout(
             raise ValueError(
                 f"target {extent} {value} is not a multiple of {flag} {ranks}, so the cut model "
                 f"could not run on as many ranks; the nearest {target_flag(extent)} is "
-                f"{_nearest_multiples(value, ranks, getattr(source, extent))}; to keep {value}, "
+                f"{nearest_multiples(value, ranks, getattr(source, extent))}; to keep {value}, "
                 f"name the ranks it is for with --target-tensor-model-parallel-size: it divides "
                 f"by {', '.join(fitting)}"
             )
@@ -313,39 +285,3 @@ def _check_same_target(start: Start, target: ModelShape) -> None:
                 f"now has {wanted}; go on with the same target, or add --finetune to start new "
                 f"masks from its weights"
             )
-
-
-def _target_heads(masks: MaskConfig, source: ModelShape) -> tuple[int | None, int | None]:
-    """Query heads and key/value heads that the flags ask for; None stays as in the source."""
-    heads, groups = masks.target_num_attention_heads, masks.target_num_query_groups
-    each = source.heads_per_group
-    if heads is None:
-        # a key/value head goes with all its query heads
-        return None if groups is None else groups * each, groups
-    if groups is None:
-        # the one query head of a key/value head goes with it; of several, some go and it stays
-        groups = heads if each == 1 else source.num_query_groups
-    if heads > 0 and groups > 0 and heads % groups:
-        others = [
-            str(n)
-            for n in range(1, source.num_query_groups + 1)
-            if heads % n == 0 and heads // n <= each
-        ]
-        stay = "" if masks.target_num_query_groups else " (all stay unless it is given)"
-        instead = ""
-        if others:
-            instead = f"; {heads} goes with --target-num-query-groups {' or '.join(others)}"
-        raise ValueError(
-            f"--target-num-attention-heads {heads} is not a multiple of --target-num-query-groups "
-            f"{groups}{stay}, and every key/value head serves the same number of query heads; the "
-            f"nearest --target-num-attention-heads is "
-            f"{_nearest_multiples(heads, groups, groups * each)}{instead}"
-        )
-    return heads, groups
-
-
-def _nearest_multiples(value: int, step: int, most: int) -> str:
-    """The multiples of ``step`` nearest to ``value`` on both sides, within 1 and ``most``."""
-    below = min(value, most) // step * step
-    found = [str(n) for n in (below, below + step) if 0 < n <= most]
-    return " or ".join(found) or f"none up to {most}"

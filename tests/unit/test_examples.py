@@ -17,9 +17,10 @@ from megashear.commands.settings import build, settings_of
 from megashear.config import PretrainRun, PruneRun, check_streams
 from megashear.data.reference_loss import PUBLISHED_DOMAINS, REFERENCE_LOSSES, read_reference
 from megashear.masks.mask_set import whole_parts
+from megashear.masks.target_flags import target_shape
 from megashear.models.llama import check_layout
 from megashear.shape import PRESETS, ModelShape
-from megashear.train.start import check_target_layout, target_shape
+from megashear.train.start import check_target_layout
 from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)
 
 ROOT = Path(__file__).parents[2]

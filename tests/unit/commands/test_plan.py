@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megashear.__main__ import main
 from megashear.checkpoint.hf_config import config_of_shape
@@ -100,8 +101,8 @@ def test_a_slower_network_takes_longer(capsys: pytest.CaptureFixture[str]) -> No
     ("words", "message"),
     [
         (
-            ["--model", "llama2-7b", "--gpus", "8", "--gpu", "H100"],
-            "--gpu H100 is not known; nearest: H100-80G; all there are: A100-40G, A100-80G",
+            ["--model", "llama2-7b", "--gpus", "8", "--gpu", "A100"],
+            "--gpu A100 may be A100-40G or A100-80G; say which",
         ),
         (
             ["--model", "llama-7b", "--gpus", "8"],
@@ -109,7 +110,7 @@ def test_a_slower_network_takes_longer(capsys: pytest.CaptureFixture[str]) -> No
         ),
         (
             ["--model", "llama2-7b", "--target", "llama2-2", "--gpus", "8"],
-            "--target llama2-2 is neither a preset (llama2-7b, ",
+            "--target llama2-2 is not known; presets: llama2-7b, ",
         ),
         (["--model", "llama2-7b", "--gpus", "7"], "7 GPUs cannot be divided so that layers, heads"),
         (
@@ -119,6 +120,24 @@ def test_a_slower_network_takes_longer(capsys: pytest.CaptureFixture[str]) -> No
         (
             ["--model", "llama2-2.7b", "--target", "llama2-7b", "--gpus", "8"],
             "target",
+        ),
+        (
+            ["--model", "llama2-7b", "--target-hidden-size", "2050", "--gpus", "8"],
+            "nearest that it loads: --target-hidden-size 2048 or 2080, or "
+            "--target-num-attention-heads 25; or add --force-unloadable-target",
+        ),
+        (
+            ["--model", "llama2-7b", "--target-num-layers", "40", "--gpus", "8"],
+            "set --target-num-layers to at most 32",
+        ),
+        (["--model", "llama2-7b", "--target-num-layers", "0", "--gpus", "8"], "is 0; wanted 1 to"),
+        (
+            [
+                *("--model", "llama2-7b", "--gpus", "8", "--pipeline-model-parallel-size", "1"),
+                *("--recompute-granularity", "full", "--recompute-num-layers", "3"),
+            ],
+            "--recompute-num-layers 3 does not divide the 32 layers of a stage, as "
+            "--recompute-method uniform wants; possible: 1, 2, 4, 8, 16, 32",
         ),
         (["--model", "llama2-7b", "--gpus", "0"], "--gpus is 0; wanted 1 to 1048576"),
         (["--model", ".", "--gpus", "8"], "no checkpoint"),
@@ -132,3 +151,153 @@ def test_what_cannot_be_planned_is_one_line(
     assert error.startswith("megashear plan: error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+RECIPES = Path(__file__).parents[3] / "examples"
+
+
+def recipe(path: Path, **keys: Any) -> str:
+    path.write_text(yaml.safe_dump(keys))
+    return str(path)
+
+
+def test_extents_of_the_target_are_flags_as_for_prune(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extents = {"hidden_size": 2560, "num_attention_heads": 20, "ffn_hidden_size": 6912}
+    file = tmp_path / "target.json"
+    file.write_text(json.dumps(extents | {"num_query_groups": 20}))
+    flags = [w for k, v in extents.items() for w in (f"--target-{k.replace('_', '-')}", str(v))]
+    whole, *others = (
+        layouts(capsys, "--model", "llama2-7b", *words, *EIGHT, "--micro-batch-size", "1")
+        for words in (("--target", "llama2-2.7b"), flags, ("--target", str(file)))
+    )
+    assert whole["pruning"]["masks"] == ["head", "hidden", "intermediate"]
+    assert all(other == whole for other in others)
+    # the twin: a flag stands above the preset
+    words = ("--target", "llama2-2.7b", "--target-num-layers", "24")
+    fewer = layouts(capsys, "--model", "llama2-7b", *words, *EIGHT, "--micro-batch-size", "1")
+    assert fewer["pruning"]["masks"] == ["head", "hidden", "intermediate", "layer"]
+
+
+@pytest.mark.parametrize("folder", ["llama2_7b_to_1.3b", "llama2_7b_to_2.7b"])
+def test_the_published_recipes_are_what_is_planned_without_them(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(RECIPES / folder / f"{name}.yaml") for name in ("prune", "pretrain")]
+    words = ("--prune-config", files[0], "--pretrain-config", files[1], "--any-layout")
+    target = "llama2-" + folder.rpartition("_")[2]
+    of_recipe = layouts(capsys, "--model", "llama2-7b", *words, *EIGHT)
+    assert of_recipe == layouts(capsys, "--model", "llama2-7b", "--target", target, *EIGHT)
+
+
+def test_a_recipe_says_what_is_trained_and_how_it_is_laid_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {
+        **{"target": "llama2-1.3b", "tensor_model_parallel_size": 2, "micro_batch_size": 2},
+        **{"bf16": True, "seq_length": 2048, "global_batch_size": 16, "train_iters": 100},
+        **{"mask_noise_streams": 2, "eval_interval": 10, "eval_sequences": 5},
+        **{"domain_weights": [0.5, 0.5], "recompute_granularity": "full"},
+    }
+    words = ("--model", "llama2-7b", "--prune-config", recipe(tmp_path / "prune.yaml", **keys))
+    pruning = layouts(capsys, *words, *EIGHT)["pruning"]
+    assert (pruning["steps"], pruning["seq_length"]) == (100, 2048)
+    assert pruning["held_out_sequences_per_step"] == 2 * 2 * 5 / 10
+    (only,) = pruning["layouts"]
+    # no sequence parallelism and no distributed optimizer, for the recipe asks for neither
+    assert only["flags"] == (
+        "--tensor-model-parallel-size 2 --micro-batch-size 2 --recompute-granularity full "
+        "--recompute-method uniform --recompute-num-layers 1 --mask-noise-streams 2 --bf16"
+    )
+    # the twins: what flags say stands above the recipe, and its layout can be left open
+    more = ("--pruning-global-batch-size", "32", "--pruning-tokens", "1e9", "--any-layout")
+    other = layouts(capsys, *words, *EIGHT, *more)["pruning"]
+    assert other["steps"] == -(-(10**9) // (32 * 2048))
+    assert len(other["layouts"]) > 10
+    chosen = layouts(capsys, *words, *EIGHT, "--tensor-model-parallel-size", "4")["pruning"]
+    assert {found["tensor_model_parallel_size"] for found in chosen["layouts"]} == {4}
+
+
+def test_recompute_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", "llama2-2.7b", *EIGHT, "--tensor-model-parallel-size", "1")
+    words += ("--pipeline-model-parallel-size", "1", "--micro-batch-size", "1")
+    (free,) = layouts(capsys, *words).values()
+    (again,) = layouts(capsys, *words, "--recompute-granularity", "full").values()
+    (block,) = layouts(
+        capsys,
+        *(*words, "--recompute-granularity", "full"),
+        *("--recompute-method", "block", "--recompute-num-layers", "8"),
+    ).values()
+    free, again, block = (plans["layouts"][0] for plans in (free, again, block))
+    assert free["recompute_granularity"] is None
+    assert again["recompute_granularity"] == "full"
+    sizes = [found["bytes"]["activations"] for found in (again, block, free)]
+    assert sizes == sorted(set(sizes))
+    seconds = [found["seconds"]["compute"] for found in (free, block, again)]
+    assert seconds == sorted(set(seconds))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"bf16": True}, "prune.yaml names no target; give --target or --target-* extents"),
+        ({"target": "llama2-1.3b"}, "bf16 is false, and plans are for bfloat16 alone; set bf16: t"),
+        ({"targt": "llama2-1.3b"}, "prune.yaml line 1: unknown key targt; nearest known: target"),
+        (
+            {"target": "llama2-1.3b", "bf16": True, "global_batch_size": 9},
+            "global_batch_size in {file} 9 is not a multiple of --micro-batch-size * data-parallel",
+        ),
+        (
+            {"target": "llama2-1.3b", "bf16": True, "seq_length": 65536},
+            "GiB too much; what would do: --any-layout",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_planned_is_one_line(
+    keys: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = recipe(tmp_path / "prune.yaml", **keys)
+    run("--model", "llama2-7b", "--prune-config", file, *EIGHT, status=2)
+    error = capsys.readouterr().err
+    assert message.format(file=file) in error
+    assert error.count("\n") == 1
+
+
+def test_a_recipe_in_the_place_of_the_plans_own_file_is_told_where_it_goes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = str(RECIPES / "llama2_7b_to_1.3b/prune.yaml")
+    run("--model", "llama2-7b", "--config", file, *EIGHT, status=2)
+    assert "name the YAML file of a run with --prune-config or --pretrain-config" in (
+        capsys.readouterr().err
+    )
+    run("--model", "llama2-7b", "--prune-config", "gone.yaml", *EIGHT, status=2)
+    assert "--prune-config gone.yaml cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"hidden_size": "2048"},
+            'target.json: hidden_size is "2048"; it must be a number wit',
+        ),
+        ({"hidden_size": True}, "target.json: hidden_size is true; it must be a number without a"),
+        (
+            {"hidden_sizes": 2048},
+            "target.json has hidden_sizes, which is no extent; there are",
+        ),
+    ],
+)
+def test_a_file_of_extents_is_refused_in_its_own_words(
+    content: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "target.json"
+    file.write_text(json.dumps(content))
+    for words in (["--model", "llama2-7b", "--target", str(file)], ["--model", str(file)]):
+        run(*words, *EIGHT, status=2)
+        assert message in capsys.readouterr().err
+    file.write_text(json.dumps({"hidden_size": 2048}))
+    run("--model", str(file), *EIGHT, status=2)
+    assert "target.json does not say num_layers, num_attention_heads, " in capsys.readouterr().err

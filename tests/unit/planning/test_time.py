@@ -202,12 +202,21 @@ def test_the_schedule_runs_every_pass_once_and_forward_first(stages: int, chunks
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("H100", "H100-80G"), ("h200", "H200-141G"), ("A100_80G", "A100-80G"), ("V100", "")],
+    [("H100-96G", "H100-80G"), ("h20o", "H200-141G"), ("A100_80G", "A100-80G"), ("V100", "")],
 )
 def test_an_unknown_gpu_names_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"--gpu {name} is not known; nearest: {nearest}.*L40S"):
         find_gpu(name)
-    assert find_gpu("a100-40g").name == "A100-40G"
+
+
+def test_a_kind_is_named_by_its_beginning_where_one_fits() -> None:
+    for name, wanted in {"a100-40g": "A100-40G", "H100": "H100-80G", "h2": "H200-141G"}.items():
+        assert find_gpu(name).name == wanted
+    for name in ("A100", "h"):
+        with pytest.raises(ValueError, match=rf"--gpu {name} may be \w+-\d+G or .*; say which$"):
+            find_gpu(name)
+    with pytest.raises(ValueError, match=r"--gpu  is not known"):
+        find_gpu("")
 
 
 def test_overlap_leaves_the_last_bucket_and_what_is_longer_than_a_pass() -> None:

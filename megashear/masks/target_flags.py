@@ -1,0 +1,80 @@
+"""The shape that --target and the --target-* flags ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megashear.config import TargetConfig
+from megashear.masks.targets import EXTENTS
+from megashear.shape import PRESETS, ModelShape, read_extents
+
+
+def target_shape(asked: TargetConfig, source: ModelShape) -> ModelShape:
+    """Return the shape that the flags ask for; what they leave out stays as in the source.
+
+    Raises:
+        ValueError: an unknown preset, no file of extents, or extents that do not belong together.
+    """
+    shape = source
+    if asked.target is not None:
+        shape = dataclasses.replace(source, **_named_extents(asked.target))
+    heads, groups = _target_heads(asked, shape)
+    wanted: dict[str, Any] = {
+        "num_layers": asked.target_num_layers,
+        "hidden_size": asked.target_hidden_size,
+        "num_attention_heads": heads,
+        "num_query_groups": groups,
+        "ffn_hidden_size": asked.target_ffn_hidden_size,
+    }
+    return dataclasses.replace(shape, **{k: v for k, v in wanted.items() if v is not None})
+
+
+def nearest_multiples(value: int, step: int, most: int) -> str:
+    """Return the multiples of ``step`` nearest to ``value`` on both sides, in 1 to ``most``."""
+    below = min(value, most) // step * step
+    found = [str(n) for n in (below, below + step) if 0 < n <= most]
+    return " or ".join(found) or f"none up to {most}"
+
+
+def _named_extents(name: str) -> dict[str, Any]:
+    """The extents of a preset, or those that a JSON file has."""
+    if name in PRESETS:
+        # a preset stands for its extents: the rest is what the source is
+        return {e: getattr(PRESETS[name], e) for e in (*EXTENTS.values(), "head_dim")}
+    if not Path(name).exists():
+        raise ValueError(
+            f"--target {name} is not known; presets: {', '.join(PRESETS)}; or name a JSON file of "
+            f"extents, or give the --target-* extents"
+        )
+    return read_extents(name, flag="--target")
+
+
+def _target_heads(asked: TargetConfig, source: ModelShape) -> tuple[int | None, int | None]:
+    """Query heads and key/value heads that the flags ask for; None stays as in the source."""
+    heads, groups = asked.target_num_attention_heads, asked.target_num_query_groups
+    each = source.heads_per_group
+    if heads is None:
+        # a key/value head goes with all its query heads
+        return None if groups is None else groups * each, groups
+    if groups is None:
+        # the one query head of a key/value head goes with it; of several, some go and it stays
+        groups = heads if each == 1 else source.num_query_groups
+    if heads > 0 and groups > 0 and heads % groups:
+        others = [
+            str(n)
+            for n in range(1, source.num_query_groups + 1)
+            if heads % n == 0 and heads // n <= each
+        ]
+        stay = "" if asked.target_num_query_groups else " (all stay unless it is given)"
+        instead = ""
+        if others:
+            instead = f"; {heads} goes with --target-num-query-groups {' or '.join(others)}"
+        raise ValueError(
+            f"--target-num-attention-heads {heads} is not a multiple of --target-num-query-groups "
+            f"{groups}{stay}, and every key/value head serves the same number of query heads; the "
+            f"nearest --target-num-attention-heads is "
+            f"{nearest_multiples(heads, groups, groups * each)}{instead}"
+        )
+    return heads, groups
