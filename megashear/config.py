@@ -692,8 +692,9 @@ class PreprocessConfig:
     """`megashear preprocess`: text per domain to Megatron .bin/.idx and held-out sets."""
 
     input: str
-    """Directory with one data file, or one folder of data files, per domain: jsonl, jsonl.gz,
-    jsonl.zst, parquet, MDS shards of tokens, Megatron's .bin with .idx."""
+    """Directory with one data file, or one folder of data files, per domain: JSON lines or arrays
+    (.jsonl, .json), plain text (.txt, a document each), either as .gz or .zst, parquet, MDS shards
+    of tokens, Megatron's .bin with .idx."""
     output: str
     """Directory to write; must not exist. What an interrupted run left in OUTPUT.tmp is used."""
     tokenizer_model: str
@@ -708,6 +709,9 @@ class PreprocessConfig:
     """Share of documents, by hash of their text, that go to the held-out set."""
     tokens_dtype: Literal["uint16", "int32", "uint32", "int64"] = "uint16"
     """Type of the token ids in MDS shards, which do not say; LLM-Shearing writes uint16."""
+    max_document_mb: Annotated[int, Between(1, 2000)] = 100
+    """Longest document, MB as it lies in the unpacked file; a longer one is refused with its place.
+    Memory for the longest one is some 10 times its size."""
     workers: Workers = 1
     """Processes that tokenize; the output does not depend on their number."""
 

@@ -24,8 +24,9 @@ def main(argv: Sequence[str]) -> int:
     from megashear.data.domains import preprocess
     from megashear.data.inputs import find_domains
 
+    inputs = find_domains(config.input, config.json_key)
     manifest = preprocess(
-        find_domains(config.input, config.json_key),
+        inputs,
         config.output,
         config.tokenizer_model,
         json_key=config.json_key,
@@ -33,9 +34,10 @@ def main(argv: Sequence[str]) -> int:
         prepend_bos=config.prepend_bos,
         held_out_fraction=config.held_out_fraction,
         tokens_dtype=config.tokens_dtype,
+        max_document_mb=config.max_document_mb,
         workers=config.workers,
     )
-    report(format_manifest(manifest))
+    report("\n".join([format_manifest(manifest), *filter(None, [inputs.tell_unread()])]))
     return 0
 
 
@@ -54,6 +56,8 @@ def format_manifest(manifest: DataManifest) -> str:
         if d.skipped:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in d.skipped.items())
             parts.append(f"skipped {reasons}")
+        if d.lone_surrogates:
+            parts.append(f"{d.lone_surrogates:,} halves of surrogate pairs replaced")
         lines.append(" | ".join(parts))
     total = sum(d.tokens for d in manifest.domains)
     return "\n".join(

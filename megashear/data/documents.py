@@ -6,6 +6,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -19,13 +21,17 @@ import numpy as np
 import numpy.typing as npt
 
 from megashear.data.inputs import read_chunks
-from megashear.data.text_files import Chunk, Record
+from megashear.data.long_text import encode_parts
+from megashear.data.text_files import MAX_DOCUMENT_MB, Chunk, Record
 from megashear.tokenizer.choice import load_tokenizer
 
 EMPTY = "empty"
 """Why a document is skipped: no text but blanks, or no token."""
 NOT_TEXT = "not a string"
 """Why a document is skipped: null, a number, a list where text belongs."""
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair. JSON can escape one, as web text cut at a place does, and no tokenizer
+accepts it; whole pairs are one character by then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +70,8 @@ class EncodedChunk(NamedTuple):
     """Size of the texts that were tokenised, bytes of UTF-8."""
     num_pretokenised: int
     """Documents that came as tokens."""
+    lone_surrogates: int = 0
+    """Halves of surrogate pairs in the texts, replaced by U+FFFD."""
 
     @property
     def num_documents(self) -> int:
@@ -89,16 +97,25 @@ def read_texts(file: Path, json_key: str) -> Iterator[str]:
                     raise ValueError(
                         f"{place} has a {type(text).__name__} under {json_key!r}; text is wanted"
                     )
-                yield text
+                yield LONE_SURROGATE.sub("\ufffd", text)
 
 
-def check_first(file: Path, json_key: str, tokens_dtype: str) -> None:
+def check_first(
+    file: Path, json_key: str, tokens_dtype: str, max_document_mb: int = MAX_DOCUMENT_MB
+) -> None:
     """Look at the first record of a file: most mistakes are made in all of them.
 
     Raises:
         ValueError: the file cannot be read, or the record is none; names the file and the line.
     """
-    for chunk in read_chunks(file, json_key=json_key, tokens_dtype=tokens_dtype, chunk_bytes=1):
+    chunks = read_chunks(
+        file,
+        json_key=json_key,
+        tokens_dtype=tokens_dtype,
+        chunk_bytes=1,
+        max_document_mb=max_document_mb,
+    )
+    for chunk in chunks:
         for number, record in enumerate(chunk.records, start=chunk.first):
             if not isinstance(record, bytes) or record.strip():
                 _text(record, json_key, f"{file}, {chunk.unit} {number}")
@@ -115,7 +132,7 @@ def encode_chunk(policy: EncodingPolicy, chunk: Chunk) -> EncodedChunk:
     encoder = _encoder(policy)
     sides: tuple[list[npt.NDArray[np.integer]], ...] = ([], [])
     skipped: Counter[str] = Counter()
-    text_bytes = num_pretokenised = 0
+    text_bytes = num_pretokenised = lone_surrogates = 0
     for number, record in enumerate(chunk.records, start=chunk.first):
         if isinstance(record, bytes) and not record.strip():
             continue  # a blank line is no document
@@ -125,26 +142,38 @@ def encode_chunk(policy: EncodingPolicy, chunk: Chunk) -> EncodedChunk:
                 skipped[EMPTY] += 1
                 continue
             tokens, content = encoder.check_tokens(record, place)
+            is_held_out = encoder.is_held_out(content)
             num_pretokenised += 1
         else:
             text = _text(record, policy.json_key, place)
             if not isinstance(text, str):
                 skipped[NOT_TEXT] += 1
                 continue
-            content = text.encode()
+            try:
+                content, replaced = text.encode(), 0
+            except UnicodeEncodeError:
+                text, replaced = LONE_SURROGATE.subn("\ufffd", text)
+                content = text.encode()
+            size, is_held_out = len(content), encoder.is_held_out(content)
+            del content  # a document may be long, and its tokens take more
             found = encoder.encode(text)
             if found is None:
                 skipped[EMPTY] += 1
                 continue
             tokens = found
-            text_bytes += len(content)
-        sides[encoder.is_held_out(content)].append(tokens)
+            text_bytes += size
+            lone_surrogates += replaced
+        sides[is_held_out].append(tokens)
     train, held_out = (_side(side, policy.dtype) for side in sides)
-    return EncodedChunk(train, held_out, skipped, text_bytes, num_pretokenised)
+    return EncodedChunk(train, held_out, skipped, text_bytes, num_pretokenised, lone_surrogates)
 
 
 def end_with_parent() -> None:
-    """Begin a worker: keep it from waiting for ever where the process that started it is killed."""
+    """Begin a worker: keep it from waiting for ever where the process that started it is killed.
+
+    An interrupt from the keyboard reaches all processes; that which started the workers ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -167,10 +196,16 @@ class _Encoder:
 
     def encode(self, text: str) -> npt.NDArray[np.integer] | None:
         """Tokens of a document; None where it is blank."""
-        ids = self._tokenizer.encode(text) if text.strip() else []
-        if not ids:
+        if not text or text.isspace():
             return None
-        return np.array([*self._before, *ids, *self._after], dtype=self._dtype)
+        parts = [
+            np.array(ids, dtype=self._dtype)  # at once: a list takes 36 bytes a token
+            for ids in encode_parts(self._tokenizer.encode, text)
+        ]
+        if not any(map(len, parts)):
+            return None
+        ends = [np.array(ids, dtype=self._dtype) for ids in (self._before, self._after)]
+        return np.concatenate([ends[0], *parts, ends[1]])
 
     def check_tokens(
         self, tokens: npt.NDArray[np.number], place: str
@@ -180,7 +215,7 @@ class _Encoder:
         wrong = np.flatnonzero((tokens < 0) | (tokens >= size))
         if len(wrong):
             raise ValueError(
-                f"{place}: token {wrong[0]} (from 0) is {tokens[wrong[0]]}, but the tokenizer "
+                f"{place}: token {wrong[0] + 1} is {tokens[wrong[0]]}, but the tokenizer "
                 f"{self._tokenizer.path} has {size} ids; give the tokenizer that made these data "
                 f"(--tokenizer-model), or their type (--tokens-dtype)"
             )
@@ -211,11 +246,14 @@ def _text(record: Record, key: str, place: str) -> object:
         return record
     try:
         # Not the bytes: json guesses UTF-16 and UTF-32 there, whose lines have been cut wrongly.
-        line = json.loads(record.decode("utf-8-sig"))
+        line = json.loads(record.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise ValueError(f"{place} is not UTF-8: {error}; convert the file to UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not valid JSON: {error}; mend or remove the line") from None
+        raise ValueError(
+            f"{place} is not valid JSON: {error}; mend or remove it (wanted: an object a line, or "
+            f"one array of objects)"
+        ) from None
     if not isinstance(line, dict):
         raise ValueError(f"{place} holds a {type(line).__name__}; a JSON object is wanted")
     if key not in line:
@@ -223,11 +261,25 @@ def _text(record: Record, key: str, place: str) -> object:
             f"{place} has no key {key!r}, only {sorted(line)}; name the key of the text with "
             f"--json-key"
         )
-    text = line[key]
-    if isinstance(text, str):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            # JSON can escape half a surrogate pair, which no tokenizer accepts; web text has them.
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    if isinstance(line, _Repeating) and line.counts[key] > 1:
+        raise ValueError(
+            f"{place} has the key {key!r} {line.counts[key]} times, so its text is not clear; "
+            f"leave one"
+        )
+    return line[key]
+
+
+class _Repeating(dict[str, object]):
+    """A JSON object in which a key is there more than once; the last one counts."""
+
+    counts: Counter[str]
+    """How often each key is there."""
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeating = _Repeating(found)
+    repeating.counts = Counter(key for key, _ in pairs)
+    return repeating

@@ -73,6 +73,7 @@ class DomainWriter:
         state = self._places[-1].state if self._places else DomainState()
         self._skipped = Counter(state.skipped)
         self._text_bytes, self._pretokenised = state.text_bytes, state.pretokenised
+        self._lone_surrogates = state.lone_surrogates
         self._train.open(state.train)
         self._held_out.open(state.held_out)
         if self._places and self._places[-1].chunks is not None:
@@ -95,6 +96,7 @@ class DomainWriter:
         self._skipped += chunk.skipped
         self._text_bytes += chunk.text_bytes
         self._pretokenised += chunk.num_pretokenised
+        self._lone_surrogates += chunk.lone_surrogates
         self._train.add(chunk.train)
         self._held_out.add(chunk.held_out)
         self._within += 1
@@ -147,6 +149,7 @@ class DomainWriter:
             source_bytes=sum(place.size for place in self._places),
             text_bytes=self._text_bytes,
             pretokenised_documents=self._pretokenised,
+            lone_surrogates=self._lone_surrogates,
             largest_id=largest.state.largest_id,
             largest_id_at=f"{largest.prefix.name}.bin, token {largest.state.largest_id_at}",
         )
@@ -185,6 +188,7 @@ class DomainWriter:
             skipped=dict(self._skipped),
             text_bytes=self._text_bytes,
             pretokenised=self._pretokenised,
+            lone_surrogates=self._lone_surrogates,
         )
 
     def _divide(self, full: _SideWriter, empty: _SideWriter, share: float) -> None:
@@ -202,10 +206,10 @@ class DomainWriter:
             )
         held_out = self._held_out.state.tokens
         logger.warning(
-            "domain %s: by hash all its %d documents fell on one side, so document %d was moved "
-            "to the other: %d of %d tokens (%.1f %%) are held out, wanted %g %%; with more text "
-            "another may be",
-            *(self._name, num_documents, chosen, held_out, num_tokens),
+            "domain %s: by hash all its %d documents fell on one side, so document %d of them was "
+            "moved to the other: %d of %d tokens (%.1f %%) are held out, wanted %g %%; with more "
+            "text another may be",
+            *(self._name, num_documents, chosen + 1, held_out, num_tokens),
             *(100 * held_out / num_tokens, 100 * self._fraction),
         )
 

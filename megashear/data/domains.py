@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import re
 import shutil
+import signal
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +36,12 @@ from megashear.data.manifest import (
 )
 from megashear.data.mds import check_set
 from megashear.data.progress import Meter
-from megashear.data.text_files import CHUNK_BYTES, Chunk
+from megashear.data.text_files import (
+    CHUNK_BYTES,
+    MAX_DOCUMENT_MB,
+    Chunk,
+    check_max_document,
+)
 from megashear.tokenizer.choice import load_tokenizer
 from megashear.tokenizer.models import Tokenizer
 
@@ -42,8 +49,13 @@ logger = logging.getLogger(__name__)
 
 CHUNKS_AHEAD = 4
 """Chunks read ahead for each worker; bounds memory whatever the size of the files."""
+BYTES_AHEAD = 16 << 20
+"""Text read ahead for each worker, bytes, where documents are longer than a chunk."""
 CHUNKS_BETWEEN_COMMITS = 64
 """How much a run that is killed does again at most; bringing it to the disk takes some 10 ms."""
+FILES_A_CHUNK = 16
+"""Files noted in the journal for each chunk between commits, at least: each commit writes all of
+them anew, and a domain may have a hundred thousand files of a page each."""
 
 
 def preprocess(
@@ -56,6 +68,7 @@ def preprocess(
     prepend_bos: bool = True,
     held_out_fraction: float = 0.02,
     tokens_dtype: str = "uint16",
+    max_document_mb: int = MAX_DOCUMENT_MB,
     workers: int = 1,
     progress: bool | None = None,
     chunk_bytes: int = CHUNK_BYTES,
@@ -65,7 +78,7 @@ def preprocess(
     A document is held out by the hash of its text: it stays on its side when files are added, and
     copies of a text share a side. Where all documents of a (small) domain fall on one side, the one
     that divides its tokens best is moved. Documents keep the order of the files, whatever the
-    number of workers. Memory does not grow with the input; the longest document has to fit.
+    number of workers. Memory grows with the longest document alone.
 
     The directory appears whole or not at all. It is made as ``{output}.tmp``, where a run that was
     interrupted, killed even, leaves what it did: the same call goes on from there, and only from
@@ -81,6 +94,7 @@ def preprocess(
         prepend_bos: begin every document with BOS; as above.
         held_out_fraction: share of documents to hold out, between 0 and 1, exclusive.
         tokens_dtype: numpy type of ids in MDS shards, which do not say.
+        max_document_mb: longest document, MB as it lies in the unpacked file.
         workers: processes that tokenise; 1 works in this process. More are started afresh, so a
             script that calls this needs its ``if __name__ == "__main__"``.
         progress: show a bar on stderr; None shows it on a terminal, and else logs now and then.
@@ -105,8 +119,9 @@ def preprocess(
         )
     if workers < 1:
         raise ValueError(f"--workers is {workers}; at least 1 process has to tokenise")
+    check_max_document(max_document_mb)
     for first, *_ in files.values():  # rather than hours later, when it is this domain's turn
-        check_first(first, json_key, tokens_dtype)
+        check_first(first, json_key, tokens_dtype, max_document_mb)
     tokenizer = load_tokenizer(tokenizer_path)
     if tokenizer.note is not None:
         logger.warning("--tokenizer-model: %s", tokenizer.note)
@@ -131,7 +146,7 @@ def preprocess(
     aside = output.with_name(output.name + ".tmp")
     with unfinished(aside, settings):
         _drop_strangers(aside, files)
-        run = _Run(policy, tokens_dtype, chunk_bytes, workers)
+        run = _Run(policy, tokens_dtype, chunk_bytes, max_document_mb, workers)
         domains = run.write_all(files, aside, progress)
         tokenizer.copy_to(aside / TOKENIZER_FOLDER)
         manifest = DataManifest(
@@ -218,10 +233,16 @@ class _Run:
     """How chunks become domains."""
 
     def __init__(
-        self, policy: EncodingPolicy, tokens_dtype: str, chunk_bytes: int, workers: int
+        self,
+        policy: EncodingPolicy,
+        tokens_dtype: str,
+        chunk_bytes: int,
+        max_document_mb: int,
+        workers: int,
     ) -> None:
         self._policy, self._workers = policy, workers
         self._tokens_dtype, self._chunk_bytes = tokens_dtype, chunk_bytes
+        self._max_document_mb = max_document_mb
 
     def write_all(
         self, inputs: Mapping[str, Sequence[Path]], directory: Path, progress: bool | None
@@ -268,7 +289,7 @@ class _Run:
             return writer.counts
         meter.skip(sum(file.stat().st_size for file in files[: writer.next_file]))
         uncommitted = 0
-        for item, encoded in self._encode_in_order(self._items(files, writer), pool):
+        for item, encoded in self._encode_in_order(self._items(files, writer), pool, meter):
             file = files[item.file_number]
             if encoded is None or item.chunk is None:
                 writer.end_file()
@@ -277,7 +298,7 @@ class _Run:
             writer.add(encoded)
             meter.add(encoded.num_documents, item.chunk.position)
             uncommitted += 1
-            if uncommitted == CHUNKS_BETWEEN_COMMITS:
+            if uncommitted >= max(CHUNKS_BETWEEN_COMMITS, writer.next_file // FILES_A_CHUNK):
                 writer.commit()
                 uncommitted = 0
         return writer.finish()
@@ -292,6 +313,7 @@ class _Run:
                 json_key=self._policy.json_key,
                 tokens_dtype=self._tokens_dtype,
                 chunk_bytes=self._chunk_bytes,
+                max_document_mb=self._max_document_mb,
             )
             for place, chunk in enumerate(chunks):
                 if chunk.set_name is not None:
@@ -302,35 +324,60 @@ class _Run:
             yield _Item(number, None)
 
     def _encode_in_order(
-        self, items: Iterator[_Item], pool: ProcessPoolExecutor | None
+        self, items: Iterator[_Item], pool: ProcessPoolExecutor | None, meter: Meter
     ) -> Iterator[tuple[_Item, EncodedChunk | None]]:
         """Encode chunks, in ``pool`` if there is one, and yield them in their order."""
         if pool is None:
             for item in items:
-                chunk = item.chunk
-                yield item, None if chunk is None else encode_chunk(self._policy, chunk)
+                if item.chunk is None:
+                    yield item, None
+                else:
+                    meter.begin(item.chunk.last_place, item.chunk.size)
+                    yield item, encode_chunk(self._policy, item.chunk)
             return
         # Not Pool.imap: it reads the whole input ahead, and hangs where a worker is killed.
-        pending: deque[tuple[_Item, Future[EncodedChunk] | None]] = deque()
+        pending: deque[_Pending] = deque()
         for item in items:
-            if item.chunk is None:
-                pending.append((item, None))
+            if (chunk := item.chunk) is None:
+                pending.append(_Pending(item, None))
             else:
-                pending.append(
-                    # without its text, which the worker has
-                    (
-                        _Item(item.file_number, item.chunk._replace(records=[])),
-                        pool.submit(encode_chunk, self._policy, item.chunk),
-                    )
-                )
-            if len(pending) >= self._workers * CHUNKS_AHEAD:
-                yield _result(pending.popleft())
+                with _interrupts_held():
+                    future = pool.submit(encode_chunk, self._policy, chunk)
+                # without its text, which the worker has
+                left = _Item(item.file_number, chunk._replace(records=[]))
+                pending.append(_Pending(left, future, chunk.last_place, chunk.size))
+            while len(pending) >= self._workers * CHUNKS_AHEAD or (
+                sum(each.size for each in pending) > self._workers * BYTES_AHEAD
+            ):
+                yield pending.popleft().result(meter)
         while pending:
-            yield _result(pending.popleft())
+            yield pending.popleft().result(meter)
 
 
-def _result(
-    pending: tuple[_Item, Future[EncodedChunk] | None],
-) -> tuple[_Item, EncodedChunk | None]:
-    item, future = pending
-    return item, None if future is None else future.result()
+class _Pending(NamedTuple):
+    """A chunk that a worker has, or the end of a file among such."""
+
+    item: _Item
+    future: Future[EncodedChunk] | None
+    last_place: str = ""
+    size: int = 0
+
+    def result(self, meter: Meter) -> tuple[_Item, EncodedChunk | None]:
+        """Wait for what became of the chunk."""
+        if self.future is None:
+            return self.item, None
+        meter.begin(self.last_place, self.size)
+        return self.item, self.future.result()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold an interrupt from the keyboard back, also from processes that are started within.
+
+    Until a worker is far enough to ignore it, it would print a traceback of its own.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

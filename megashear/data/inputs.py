@@ -7,36 +7,80 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megashear.data.indexed import check_pair, read_documents
+from megashear.data.journal import FOLDER
 from megashear.data.manifest import MANIFEST_NAME
-from megashear.data.mds import is_mds, read_mds, shards_of
-from megashear.data.text_files import CHUNK_BYTES, Chunk, Record, read_jsonl, read_parquet
+from megashear.data.mds import INDEX_NAME, is_mds, listed_files, read_mds, shards_of
+from megashear.data.text_files import (
+    CHUNK_BYTES,
+    MAX_DOCUMENT_MB,
+    Chunk,
+    Record,
+    read_json,
+    read_parquet,
+    read_plain,
+)
+from megashear.data.unpack import PACKINGS
 
 logger = logging.getLogger(__name__)
 
-TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd", ".parquet")
+JSON_SUFFIXES = tuple(
+    f"{name}{packing}" for name in (".jsonl", ".json", ".ndjson") for packing in ("", *PACKINGS)
+)
+PLAIN_SUFFIXES = tuple(f".txt{packing}" for packing in ("", *PACKINGS))
+TEXT_SUFFIXES = (*JSON_SUFFIXES, *PLAIN_SUFFIXES, ".parquet")
+"""Of text that is read, in any case: ``.JSONL`` too."""
 SHARD_SUFFIXES = (".mds", ".mds.zstd", ".mds.gz")
 MEGATRON_SUFFIX = ".bin"
-KINDS = "*.jsonl, *.jsonl.gz, *.jsonl.zst, *.parquet, Megatron's *.bin with *.idx, or MDS shards"
+KINDS = (
+    "JSON lines or arrays (*.jsonl, *.json), plain text (*.txt), either as *.gz or *.zst, "
+    "*.parquet, Megatron's *.bin with *.idx, or MDS shards"
+)
 """What a directory of data may hold, for messages."""
+REFUSED_SUFFIXES = frozenset(
+    [
+        *(".xz", ".bz2", ".lzma", ".lz4", ".br", ".zip", ".7z", ".rar", ".tar", ".tgz", *PACKINGS),
+        *(".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".warc"),
+    ]
+)
+"""Of what is likely data and is not read: archives, tables, packed files of unknown content."""
+NUM_NAMED = 5
+"""Files named in a message that counts them all."""
 
 
-def find_domains(directory: str | Path, json_key: str = "text") -> dict[str, list[Path]]:
-    """Domains of a directory: one per data file, one per subdirectory that holds some.
+class Inputs(dict[str, list[Path]]):
+    """Files of each domain, domains and files in the order of their names."""
+
+    def __init__(self, domains: dict[str, list[Path]], unread: list[Path]) -> None:
+        super().__init__(sorted(domains.items()))
+        self.unread = unread
+        """Files of no kind that is read, which lie among the others."""
+
+    def tell_unread(self) -> str:
+        """Return how many files are not read, and which; empty where all are."""
+        if not self.unread:
+            return ""
+        count = len(self.unread)
+        named = ", ".join(str(file) for file in self.unread[:NUM_NAMED])
+        more = f" and {count - NUM_NAMED} more" if count > NUM_NAMED else ""
+        return f"{count} {'file is' if count == 1 else 'files are'} not read: {named}{more}"
+
+
+def find_domains(directory: str | Path, json_key: str = "text") -> Inputs:
+    """Find the domains of a directory: one per data file, one per subdirectory that holds some.
 
     A subdirectory is searched to any depth. Data files are text (``TEXT_SUFFIXES``), Megatron's
-    ``.bin`` with its ``.idx``, and directories of MDS shards, which are a domain each.
+    ``.bin`` with its ``.idx``, and directories of MDS shards, which are a domain each. Files of no
+    kind that is read are counted and named.
 
     Args:
         directory: where to look.
         json_key: Megatron-LM's preprocess_data.py appends ``_{json_key}_document`` to the names of
             its files, which is no part of the domain's name.
 
-    Returns:
-        Files of each domain, domains and files in the order of their names.
-
     Raises:
-        ValueError: no such directory, no data in it, one name given twice, a data directory of our
-            own, or files that look like data and cannot be read.
+        ValueError: no such directory, no data in it, one name given twice, one file twice by
+            whatever links, a data directory of our own, or files that look like data and cannot be
+            read.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -46,20 +90,25 @@ def find_domains(directory: str | Path, json_key: str = "text") -> dict[str, lis
             f"{directory} is one directory of MDS shards; give the directory above it, in which "
             f"each subdirectory is a domain"
         )
+    search = _Search()
+    search.check_new(directory)
     domains: dict[str, list[Path]] = {}
     came_from: dict[str, Path] = {}
     for entry in sorted(directory.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        files = _files_below(entry) if entry.is_dir() else _data_files([entry])
+        files = search.files_of(entry)
         if not files:
-            if entry.is_dir():
-                logger.warning("%s holds no %s: it is no domain", entry, KINDS)
+            if entry.is_dir() and not entry.name.startswith("."):
+                logger.warning("%s holds no data: it is no domain", entry)
             continue
         if any(f.suffix == MEGATRON_SUFFIX and (f.parent / MANIFEST_NAME).is_file() for f in files):
             raise ValueError(
                 f"{entry} is what megashear preprocess wrote, held-out sets among it: use it with "
                 f"--data-path, or give the directory of what it was made of"
+            )
+        if len(files) == 1 and files[0].name.lower().endswith(PLAIN_SUFFIXES):
+            raise ValueError(
+                f"{files[0]} is plain text, which is one document a file, and a domain needs two "
+                f"or more: put several into one folder, write it as JSON lines, or move it away"
             )
         name = entry.name if entry.is_dir() else _domain_name(entry, json_key)
         if name in domains:
@@ -68,9 +117,13 @@ def find_domains(directory: str | Path, json_key: str = "text") -> dict[str, lis
                 f"move both into a directory {directory / name}"
             )
         domains[name], came_from[name] = files, entry
+    inputs = Inputs(domains, search.unread)
     if not domains:
-        raise ValueError(f"no data in {directory} or below it: wanted {KINDS}")
-    return dict(sorted(domains.items()))
+        told = f"; {inputs.tell_unread()}" if inputs.unread else ""
+        raise ValueError(f"no data in {directory} or below it: wanted {KINDS}{told}")
+    if inputs.unread:
+        logger.warning("%s; read are %s", inputs.tell_unread(), KINDS)
+    return inputs
 
 
 def read_chunks(
@@ -79,6 +132,7 @@ def read_chunks(
     json_key: str = "text",
     tokens_dtype: str = "uint16",
     chunk_bytes: int = CHUNK_BYTES,
+    max_document_mb: int = MAX_DOCUMENT_MB,
 ) -> Iterator[Chunk]:
     """Cut a data file of any kind into chunks; what is held does not grow with the file.
 
@@ -87,18 +141,22 @@ def read_chunks(
         json_key: column of the text in a parquet file.
         tokens_dtype: numpy type of ids in an MDS shard.
         chunk_bytes: size of a chunk, bytes of text, or of tokens at 4 each.
+        max_document_mb: longest line, item, row or file of plain text, MB.
 
     Raises:
-        ValueError: the file is damaged or of no known kind.
+        ValueError: the file is damaged, of no known kind, or has a longer document.
     """
-    if file.name.endswith(".parquet"):
-        return read_parquet(file, json_key, chunk_bytes)
-    if file.name.endswith(SHARD_SUFFIXES):
+    name = file.name.lower()
+    if name.endswith(".parquet"):
+        return read_parquet(file, json_key, chunk_bytes, max_document_mb)
+    if name.endswith(SHARD_SUFFIXES):
         return read_mds(file, tokens_dtype, chunk_bytes)
-    if file.name.endswith(MEGATRON_SUFFIX):
+    if file.suffix == MEGATRON_SUFFIX:
         return _read_megatron(file, chunk_bytes)
-    if file.name.endswith(TEXT_SUFFIXES):
-        return read_jsonl(file, chunk_bytes)
+    if name.endswith(JSON_SUFFIXES):
+        return read_json(file, chunk_bytes, max_document_mb)
+    if name.endswith(PLAIN_SUFFIXES):
+        return read_plain(file, max_document_mb)
     raise ValueError(f"{file} is of no kind that is read; wanted {KINDS}")
 
 
@@ -116,41 +174,93 @@ def _read_megatron(file: Path, chunk_bytes: int) -> Iterator[Chunk]:
         yield Chunk(file, "document", first + 1, records, position)
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """Data files of a folder, at any depth, by name."""
-    if is_mds(folder):
-        return shards_of(folder)
-    files: list[Path] = []
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    files += _data_files([entry for entry in entries if not entry.is_dir()])
-    for entry in entries:
-        if entry.is_dir():
-            files += _files_below(entry)
-    return files
+class _Search:
+    """Looks for data files, each of which may be met once."""
 
+    def __init__(self) -> None:
+        self.unread: list[Path] = []
+        self._met: dict[tuple[int, int], Path] = {}
 
-def _data_files(files: list[Path]) -> list[Path]:
-    found = []
-    for file in files:
-        if file.name.endswith(SHARD_SUFFIXES):
+    def files_of(self, entry: Path) -> list[Path]:
+        """Return the data files that an entry of a directory is or holds, by name."""
+        if entry.name.startswith("."):
+            # Caches and leavings of other programs, but for text that somebody hid.
+            if entry.name.lower().endswith(TEXT_SUFFIXES) and not entry.name.startswith("._"):
+                self.unread.append(entry)
+            return []
+        if not entry.is_dir():
+            return self._file(entry)
+        self.check_new(entry)
+        if (entry / FOLDER).is_dir():
+            logger.warning("%s is an unfinished run of megashear preprocess: not read", entry)
+            return []
+        return self._folder(entry)
+
+    def check_new(self, path: Path) -> None:
+        """Refuse a file or folder that was met before under another name.
+
+        Raises:
+            ValueError: it was; its text would be there twice.
+        """
+        found = path.stat()
+        first = self._met.setdefault((found.st_dev, found.st_ino), path)
+        if first is not path:
+            raise ValueError(
+                f"{path} is {first} once more, by a link, and its text would be taken twice; "
+                f"remove one of them"
+            )
+
+    def _folder(self, folder: Path) -> list[Path]:
+        if is_mds(folder):
+            return self._shards(folder)
+        entries = sorted(folder.iterdir())
+        files: list[Path] = []
+        for is_folder in (False, True):
+            for entry in entries:
+                if entry.is_dir() is is_folder:
+                    files += self.files_of(entry)
+        return files
+
+    def _shards(self, folder: Path) -> list[Path]:
+        shards = shards_of(folder)
+        for shard in shards:
+            self.check_new(shard)
+        known = {folder / INDEX_NAME, *listed_files(folder)}
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and file not in known and not file.name.startswith("."):
+                self.unread.append(file)
+        return shards
+
+    def _file(self, file: Path) -> list[Path]:
+        name = file.name.lower()
+        if name.endswith(SHARD_SUFFIXES):
             raise ValueError(
                 f"{file} lies in no directory whose index.json lists it, so nobody knows which "
                 f"shards are missing; copy the index.json too"
             )
-        if file.name.endswith(MEGATRON_SUFFIX):
+        if file.suffix == ".idx" and file.with_suffix(MEGATRON_SUFFIX).is_file():
+            return []  # comes with its .bin
+        if file.suffix in (MEGATRON_SUFFIX, ".idx"):
             check_pair(file.with_suffix(""))
-            found.append(file)
-        elif file.suffix == ".idx" and not file.with_suffix(MEGATRON_SUFFIX).is_file():
-            check_pair(file.with_suffix(""))  # says that the .bin is missing
-        elif file.name.endswith(TEXT_SUFFIXES):
-            found.append(file)
-        elif {".jsonl", ".parquet"} & set(file.suffixes[:-1]):
-            raise ValueError(f"{file} looks like data and cannot be read; wanted {KINDS}")
-    return found
+        elif not name.endswith(TEXT_SUFFIXES):
+            if file.suffix.lower() in REFUSED_SUFFIXES:
+                raise ValueError(
+                    f"{file} looks like data and cannot be read; wanted {KINDS}: unpack or convert "
+                    f"it, or move it away"
+                )
+            self.unread.append(file)
+            return []
+        if not file.is_file():
+            raise ValueError(
+                f"{file} is no regular file but a pipe, a device or a link to nothing; remove it"
+            )
+        if file.stat().st_size:  # copies of an empty file are one in some caches
+            self.check_new(file)
+        return [file]
 
 
 def _domain_name(file: Path, json_key: str) -> str:
     for suffix in (*TEXT_SUFFIXES, MEGATRON_SUFFIX):
-        if file.name.endswith(suffix):
-            return file.name.removesuffix(suffix).removesuffix(f"_{json_key}_document")
+        if file.name.lower().endswith(suffix):
+            return file.name[: -len(suffix)].removesuffix(f"_{json_key}_document")
     raise AssertionError(file)

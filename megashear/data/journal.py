@@ -55,6 +55,8 @@ class DomainState:
     """Size of the texts tokenised, bytes of UTF-8."""
     pretokenised: int = 0
     """Documents that came as tokens."""
+    lone_surrogates: int = 0
+    """Halves of surrogate pairs replaced."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

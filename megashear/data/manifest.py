@@ -42,6 +42,8 @@ class DomainCounts:
     """Size of the texts that were tokenised, bytes of UTF-8; 0 where the input were tokens."""
     pretokenised_documents: int = 0
     """Documents, or chunks of fixed size, that came as tokens; BOS and EOS are theirs."""
+    lone_surrogates: int = 0
+    """Halves of surrogate pairs in the texts, which were replaced by U+FFFD."""
     largest_id: int | None = None
     """Largest id on both sides; None in manifests that do not know."""
     largest_id_at: str = ""

@@ -60,6 +60,13 @@ def shards_of(directory: Path) -> list[Path]:
     return shards
 
 
+def listed_files(directory: Path) -> set[Path]:
+    """Return every file that the directory's index.json names, packed and unpacked."""
+    listed = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))["shards"]
+    forms = (shard[form] for shard in listed for form in ("raw_data", "zip_data"))
+    return {directory / form["basename"] for form in forms if form}
+
+
 def read_mds(
     file: Path, tokens_dtype: str = "uint16", chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[Chunk]:

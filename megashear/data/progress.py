@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from types import TracebackType
 
@@ -12,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 LOG_INTERVAL_S = 60.0
 """Seconds between lines where there is no terminal for a bar."""
+LONG_BYTES = 16_000_000
+"""Size of text from which on it is said that nothing moves until it is tokenised, bytes."""
 
 
 class Meter:
@@ -57,6 +60,22 @@ class Meter:
             self._bar.n += num_bytes
             self._bar.refresh()
 
+    def begin(self, place: str, num_bytes: int) -> None:
+        """Tell of a text that is so long that neither bar nor log move while it is tokenised.
+
+        Args:
+            place: file and number of the document.
+            num_bytes: its size.
+        """
+        if num_bytes < LONG_BYTES:
+            return
+        told = f"{place}: {num_bytes / 1e6:.0f} MB in one piece, counted when it is tokenised"
+        if not self._bar.disable:
+            self._bar.write(told, file=sys.stderr)
+            self._bar.refresh()
+        elif self._log:
+            logger.info("preprocess %s: %s", self.domain, told)
+
     def add(self, num_documents: int, position: int) -> None:
         """Count documents, up to a position in the current file, bytes."""
         self._documents += num_documents
@@ -78,8 +97,9 @@ class Meter:
             self._logged = now
             rate = (self._done - self._skipped) / (now - self._start)  # bytes/s
             left = (self._total - self._done) / rate if rate else float("inf")
+            time_left = f"{left / 60:.0f} min left" if left >= 60 else "less than a minute left"
             logger.info(
-                "preprocess %s: %.1f of %.1f MB | %.2f MB/s | %.0f docs/s | %.0f min left",
+                "preprocess %s: %.1f of %.1f MB | %.2f MB/s | %.0f docs/s | %s",
                 *(self.domain, self._done / 1e6, self._total / 1e6, rate / 1e6),
-                *(self._documents / (now - self._start), left / 60),
+                *(self._documents / (now - self._start), time_left),
             )

@@ -1,10 +1,7 @@
-"""Records of jsonl files, plain or compressed, and of parquet files, read in bounded memory."""
+"""Records of files of text, JSON, plain and parquet, packed or not, read in bounded memory."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,26 +9,29 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
+
+from megashear.data.json_records import (
+    ArrayError,
+    TooLongError,
+    is_array,
+    split_array,
+    split_lines,
+)
+from megashear.data.unpack import DAMAGES, unpacked
+from megashear.files.regular import open_regular
 
 CHUNK_BYTES = 1 << 20
 """Text handed to a worker at a time, bytes; a longer document is a chunk of its own."""
-FEED_BYTES = (1 << 8, 1 << 12)
-"""Zstandard input taken at a time, bytes, least and most: what it unfolds to is held at once, and
-that can be 32,768 times as much where a text repeats itself; least after such a place."""
+MAX_DOCUMENT_MB = 100
+"""Longest document that is read unless another limit is given, MB: some 25 million tokens. A longer
+one is seldom meant, and takes some 10 bytes of memory for each of its own."""
+MOST_DOCUMENT_MB = 2000
+"""Longest limit, MB: the tokens of a document are counted in an int32."""
 PARQUET_ROWS = 64
 """Rows decoded at a time; a chunk is made of as many of these as it takes."""
-BEGINNINGS = {
-    b"\x1f\x8b": ("gzip", ".jsonl.gz"),
-    b"\x28\xb5\x2f\xfd": ("Zstandard", ".jsonl.zst"),
-    b"PAR1": ("parquet", ".parquet"),
-    b"BZh": ("bzip2", None),
-    b"\xfd7zXZ": ("xz", None),
-}
-"""First bytes of what is no plain text, and the suffix it should have had; None: not read."""
 
 Record = bytes | str | None | npt.NDArray[np.number]
-"""A line of JSON; a text, or none where a row holds null; tokens."""
+"""A line or an item of JSON; a text, or none where a row holds null; tokens."""
 
 
 class Chunk(NamedTuple):
@@ -39,7 +39,7 @@ class Chunk(NamedTuple):
 
     file: Path
     unit: str
-    """What a record is called: line, row, sample, document."""
+    """What a record is called: line, item, row, sample, document."""
     first: int
     """Number of the first record, 1-based, as editors count."""
     records: list[Record]
@@ -48,43 +48,124 @@ class Chunk(NamedTuple):
     set_name: str | None = None
     """The set that MDS samples say they are of."""
 
+    @property
+    def last_place(self) -> str:
+        """File and number of the last record, for messages."""
+        return f"{self.file}, {self.unit} {self.first + len(self.records) - 1}"
 
-def read_jsonl(file: Path, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """Cut the lines of a jsonl file into chunks; ``.gz`` and ``.zst`` are unpacked on the way.
+    @property
+    def size(self) -> int:
+        """Bytes of the records, or characters; 4 a token."""
+        return sum(
+            4 * len(record) if isinstance(record, np.ndarray) else len(record or "")
+            for record in self.records
+        )
 
-    One chunk is held at a time: whole lines, about ``chunk_bytes`` of them.
+
+def check_max_document(max_document_mb: int) -> None:
+    """Refuse a limit out of range.
 
     Raises:
-        ValueError: the file is damaged, or is of another kind than its name says.
+        ValueError: it is.
     """
-    lines: list[Record] = []
-    first, size = 1, 0
+    if not 1 <= max_document_mb <= MOST_DOCUMENT_MB:
+        raise ValueError(
+            f"--max-document-mb is {max_document_mb}; wanted 1 to {MOST_DOCUMENT_MB}: the length "
+            f"of a document in tokens is stored in 4 bytes"
+        )
+
+
+def read_json(
+    file: Path, chunk_bytes: int = CHUNK_BYTES, max_document_mb: int = MAX_DOCUMENT_MB
+) -> Iterator[Chunk]:
+    """Cut the lines of a file of JSON, or the items of its one array, into chunks.
+
+    A file that begins with ``[`` is an array. ``.gz`` and ``.zst`` are unpacked on the way. One
+    chunk is held at a time: whole records, about ``chunk_bytes`` of them.
+
+    Raises:
+        ValueError: the file is damaged, is of another kind than its name says, or has a longer
+            record than the limit.
+    """
+    records: list[Record] = []
+    first, size, unit = 1, 0, "line"
     with ExitStack() as stack:
-        raw: BinaryIO = stack.enter_context(file.open("rb"))
-        stream = stack.enter_context(_unpacked(raw, file))
+        raw: BinaryIO = stack.enter_context(open_regular(file))
+        stream = stack.enter_context(unpacked(raw, file))
         try:
-            for line in stream:
-                lines.append(line)
-                size += len(line)
+            split = split_lines
+            if is_array(stream):
+                split, unit = split_array, "item"
+            for record in split(stream, max_document_mb * 1_000_000):
+                records.append(record)
+                size += len(record)
                 if size >= chunk_bytes:
-                    yield Chunk(file, "line", first, lines, raw.tell())
-                    first, lines, size = first + len(lines), [], 0
-        except (EOFError, gzip.BadGzipFile, zlib.error, _DamagedError) as error:
+                    yield Chunk(file, unit, first, records, raw.tell())
+                    first, records, size = first + len(records), [], 0
+        except DAMAGES as error:
             raise ValueError(
-                f"{file} is damaged after line {first + len(lines) - 1}: {error}; download or pack "
-                f"it again"
+                f"{file} is damaged after {unit} {first + len(records) - 1}: {error}; download or "
+                f"pack it again"
             ) from None
-        if lines:
-            yield Chunk(file, "line", first, lines, raw.tell())
+        except TooLongError:
+            raise _too_long(f"{file}, {unit} {first + len(records)}", max_document_mb) from None
+        except ArrayError as error:
+            raise ValueError(
+                f"{file}, item {first + len(records)} {error}; mend the file, download it again, "
+                f"or write an object a line"
+            ) from None
+        if records:
+            yield Chunk(file, unit, first, records, raw.tell())
 
 
-def read_parquet(file: Path, column: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+def read_plain(file: Path, max_document_mb: int = MAX_DOCUMENT_MB) -> Iterator[Chunk]:
+    """Read a file of plain text, packed or not, which is one document.
+
+    Raises:
+        ValueError: the file is damaged, is of another kind than its name says, is not UTF-8, or is
+            longer than the limit.
+    """
+    limit = max_document_mb * 1_000_000
+    with ExitStack() as stack:
+        raw: BinaryIO = stack.enter_context(open_regular(file))
+        stream = stack.enter_context(unpacked(raw, file))
+        try:
+            content = stream.read(limit + 1)
+        except DAMAGES as error:
+            raise ValueError(f"{file} is damaged: {error}; download or pack it again") from None
+        position = raw.tell()
+    if len(content) > limit:
+        raise _too_long(f"{file}, one document of plain text,", max_document_mb)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{file}, line {line} is not UTF-8: {error.reason}; convert the file to UTF-8"
+        ) from None
+    yield Chunk(file, "document", 1, [text], position)
+
+
+def _too_long(place: str, max_document_mb: int) -> ValueError:
+    return ValueError(
+        f"{place} has more than {max_document_mb} MB; split or remove it, or allow longer "
+        f"documents with --max-document-mb (at most {MOST_DOCUMENT_MB})"
+    )
+
+
+def read_parquet(
+    file: Path,
+    column: str,
+    chunk_bytes: int = CHUNK_BYTES,
+    max_document_mb: int = MAX_DOCUMENT_MB,
+) -> Iterator[Chunk]:
     """Cut the texts of one column of a parquet file into chunks of about ``chunk_bytes``.
 
     One chunk is held at a time, and one page of the column with its dictionary.
 
     Raises:
-        ValueError: pyarrow is not installed, the file is damaged, or it has no such text column.
+        ValueError: pyarrow is not installed, the file is damaged, has no such text column, or a
+            longer text than the limit.
     """
     try:
         import pyarrow
@@ -106,6 +187,8 @@ def read_parquet(file: Path, column: str, chunk_bytes: int = CHUNK_BYTES) -> Ite
             length = 0
             for batch in batches:
                 for text in _texts(file, batch.column(0), first + len(rows)):
+                    if text and _is_longer(text, max_document_mb * 1_000_000):
+                        raise _too_long(f"{file}, row {first + len(rows)}", max_document_mb)
                     rows.append(text)
                     length += len(text or "")
                     if length >= chunk_bytes:
@@ -118,6 +201,11 @@ def read_parquet(file: Path, column: str, chunk_bytes: int = CHUNK_BYTES) -> Ite
         raise ValueError(
             f"{file} is damaged, or no parquet file: {_one_line(error)}; download or write it again"
         ) from None
+
+
+def _is_longer(text: str, limit: int) -> bool:
+    """Whether a text has more bytes than ``limit``; counts them only where they may be."""
+    return 4 * len(text) > limit and len(text.encode(errors="surrogatepass")) > limit
 
 
 def _check_column(file: Path, schema: Any, column: str) -> None:
@@ -145,73 +233,6 @@ def _texts(file: Path, column: Any, first: int) -> list[str | None]:
                 raise ValueError(f"{file}, row {first + place} is not UTF-8: {error}") from None
         raise
     return texts
-
-
-def _unpacked(raw: BinaryIO, file: Path) -> BinaryIO:
-    """The lines of ``file`` as a stream over its bytes."""
-    if file.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]  # reads like one
-    if file.suffix in (".zst", ".zstd"):
-        return io.BufferedReader(_ZstdStream(raw), 1 << 18)
-    beginning = raw.read(max(map(len, BEGINNINGS)))
-    raw.seek(0)
-    for magic, (kind, suffix) in BEGINNINGS.items():
-        if beginning.startswith(magic):
-            way_out = f"name it *{suffix}" if suffix else "unpack it first"
-            raise ValueError(f"{file} is a {kind} file, not plain text; {way_out}")
-    return raw
-
-
-class _DamagedError(Exception):
-    """What zstandard found wrong."""
-
-
-class _ZstdStream(io.RawIOBase):
-    """Unpacked Zstandard frames.
-
-    Not zstandard's own stream reader, which takes a frame that was cut short for a whole one.
-    """
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        # As wide as any frame may ask for: archives of text are packed with --long.
-        self._unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
-        self._frame: Any = None
-        self._unpacked = memoryview(b"")
-        self._feed = min(FEED_BYTES)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._unpacked:
-            packed = self._raw.read(self._feed)
-            if not packed:
-                if self._frame is not None:
-                    raise _DamagedError("it ends in the middle of a Zstandard frame")
-                return 0
-            self._unpacked = memoryview(self._unpack(packed))
-            low, high = FEED_BYTES
-            is_dense = len(self._unpacked) > CHUNK_BYTES
-            self._feed = low if is_dense else min(2 * self._feed, high)
-        size = min(len(buffer), len(self._unpacked))
-        buffer[:size] = self._unpacked[:size]
-        self._unpacked = self._unpacked[size:]
-        return size
-
-    def _unpack(self, packed: bytes) -> bytes:
-        parts = []
-        while packed:
-            if self._frame is None:
-                self._frame = self._unpacker.decompressobj()
-            try:
-                parts.append(self._frame.decompress(packed))
-            except zstandard.ZstdError as error:
-                raise _DamagedError(str(error)) from None
-            packed = b""
-            if self._frame.eof:
-                packed, self._frame = self._frame.unused_data, None
-        return b"".join(parts)
 
 
 def _one_line(error: Exception) -> str:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megashear.commands.preprocess import format_manifest
+from megashear.data.documents import read_texts
 from megashear.data.domains import preprocess
 from megashear.data.inputs import find_domains
 from megashear.data.manifest import read_manifest
@@ -109,11 +111,15 @@ def test_blank_documents_are_skipped_and_counted(tokenise, texts) -> None:
     assert total == len(texts["numbers"])
 
 
-def test_half_a_surrogate_pair_is_replaced(tmp_path, sentencepiece_file) -> None:
+def test_half_a_surrogate_pair_is_replaced_and_counted(tmp_path, sentencepiece_file) -> None:
     file = tmp_path / "web.jsonl"
     file.write_text('{"text": "cut \\ud83d"}\n{"text": "whole \\ud83d\\ude00"}\n\n')
     data = preprocess({"web": [file]}, tmp_path / "out", sentencepiece_file)
     assert data.domains[0].documents == data.domains[0].held_out_documents == 1
+    assert data.domains[0].lone_surrogates == 1  # the pair of the second line is one character
+    assert "| 1 halves of surrogate pairs replaced" in format_manifest(data)
+    assert read_manifest(data.directory) == data
+    assert list(read_texts(file, "text")) == ["cut \ufffd", "whole \U0001f600"]
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])

@@ -16,7 +16,7 @@ from megashear.data.documents import read_texts
 from megashear.data.domains import preprocess
 from megashear.data.inputs import find_domains, read_chunks
 from tests.unit.data.conftest import write_jsonl
-from tests.unit.data.test_domains import content, documents
+from tests.unit.data.test_domains import GOOD, content, documents
 from tests.unit.data.test_indexed import build
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -41,10 +41,16 @@ def write_parquet(file: Path, lines: bytes) -> None:
     parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), file)
 
 
+def write_array(file: Path, lines: bytes) -> None:
+    file.write_text(json.dumps([json.loads(line) for line in lines.splitlines()], indent=2))
+
+
 WRITERS: dict[str, Callable[[Path, bytes], object]] = {
     ".jsonl": Path.write_bytes,
+    ".JSON": Path.write_bytes,
     ".jsonl.gz": write_gz,
-    ".jsonl.zst": write_zst,
+    ".JSONL.zst": write_zst,
+    ".json": write_array,
     ".parquet": write_parquet,
 }
 
@@ -103,7 +109,7 @@ def test_parquet_of_other_text_types_and_nulls(tmp_path, sentencepiece_file) -> 
 
 
 def test_domains_are_files_or_folders_of_any_depth(tmp_path, caplog) -> None:
-    for path in ("wiki.jsonl.zst", "cc/2/b.jsonl", "cc/a.parquet", "notes/readme.txt", ".x.jsonl"):
+    for path in ("wiki.jsonl.zst", "cc/2/b.jsonl", "cc/a.parquet", "notes/readme.md", ".x.jsonl"):
         (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / path).touch()
     shutil.copytree(MDS / "plain", tmp_path / "shards")
@@ -120,14 +126,19 @@ def test_domains_are_files_or_folders_of_any_depth(tmp_path, caplog) -> None:
         "wiki": [tmp_path / "wiki.jsonl.zst"],
     }
     assert list(found) == ["cc", "code", "shards", "wiki"]
-    assert re.search(r"/notes holds no \*\.jsonl, .*: it is no domain", caplog.text)
-    assert len(caplog.records) == 1
+    assert re.search(r"/notes holds no data: it is no domain", caplog.text)
+    assert found.unread == [tmp_path / ".x.jsonl", tmp_path / "notes/readme.md"]
+    assert re.search(r"2 files are not read: \S+/\.x\.jsonl, \S+/readme\.md; read are", caplog.text)
+    assert len(caplog.records) == 2
 
 
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        (["notes.txt"], r"no data in .*: wanted \*.jsonl, \*.jsonl.gz, "),
+        (["notes.md"], r"no data in .*: wanted JSON lines .*; 1 file is not read: .*notes\.md"),
+        (["cc/notes.txt"], r"notes\.txt is plain text, which is one document a file, and a domain"),
+        (["cc/a.jsonl", "cc/b.csv"], r"b\.csv looks like data and cannot be read"),
+        (["cc/part-0001.gz"], r"part-0001\.gz looks like data and cannot be read"),
         (["cc.jsonl", "cc/a.jsonl"], r"domain 'cc' is there twice: .*cc and .*cc\.jsonl; rename"),
         (["cc.jsonl", "cc.parquet"], "domain 'cc' is there twice"),
         (["cc/a.jsonl", "cc/b.jsonl.xz"], r"b\.jsonl\.xz looks like data and cannot be read"),
@@ -166,7 +177,7 @@ def flip(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [cut, flip])
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".JSONL.zst", ".parquet"])
 def test_damaged_files_are_refused(
     suffix: str, damage, lines, tmp_path, sentencepiece_file
 ) -> None:
@@ -179,19 +190,97 @@ def test_damaged_files_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_text_files_are_a_document_each(tmp_path, texts, tokenise, sentencepiece_file) -> None:
+    expected = tokenise(texts["numbers"])
+    folder = tmp_path / "texts/prose"
+    folder.mkdir(parents=True)
+    for number, text in enumerate(texts["numbers"]):
+        content, suffix = text.encode(), ".txt"
+        if number % 3 == 1:
+            content, suffix = gzip.compress(content), ".TXT.gz"
+        elif number % 3 == 2:
+            content, suffix = b"\xef\xbb\xbf" + content, ".txt"
+        (folder / f"{number:04}{suffix}").write_bytes(content)
+    found = preprocess(find_domains(folder.parent), tmp_path / "o", sentencepiece_file)
+    assert documents(found.prefix("prose")) == documents(expected.prefix("prose"))
+    assert documents(found.held_out_prefix("prose")) == documents(expected.held_out_prefix("prose"))
+    (folder / "0000.txt").write_bytes(b"line\nline \xff")
+    with pytest.raises(ValueError, match=r"0000\.txt, line 2 is not UTF-8: .*convert the file"):
+        preprocess(find_domains(folder.parent), tmp_path / "p", sentencepiece_file)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"{}"), r"x\.jsonl is a gzip file.*name it \*\.jsonl\.gz"),
-        (zstandard.compress(b"{}"), r"x\.jsonl is a Zstandard file.*name it \*\.jsonl\.zst"),
+        ('[{"text": "a"}, {"body": "b"}]', r"x\.json, item 2 has no key 'text', only \['body'\]"),
+        ('[{"text": "a"}, {"text": "b"', r"x\.json, item 2 is the last: the file ends before the"),
+        ('["a"]', r"x\.json, item 1 holds a str; a JSON object is wanted"),
+        ('{\n  "text": "a"\n}', r"x\.json, line 1 is not valid JSON: .*an object a line, or one"),
+        (
+            '{"text": "a", "text": "b"}',
+            r"x\.json, line 1 has the key 'text' 2 times, so its text is not clear; leave one",
+        ),
+    ],
+)
+def test_json_that_is_no_text_names_its_place(tmp_path, content: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_texts(tmp_path / "x.json", "text"))
+
+
+def test_keys_that_are_not_read_may_repeat(tmp_path) -> None:
+    """The twin: what is ambiguous is no text."""
+    lines = '{"id": 1, "text": "a", "id": 2}\n{"text": "b", "meta": {"text": 1, "text": 2}}\n'
+    (tmp_path / "x.json").write_text(lines)
+    assert list(read_texts(tmp_path / "x.json", "text")) == ["a", "b"]
+
+
+LONG = b'{"text": "' + b"many words " * 100_000 + b'"}\n'  # 1.1 MB
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet"])
+def test_a_longer_document_than_allowed_is_refused(suffix: str, tmp_path) -> None:
+    lines = b'{"text": "short"}\n' * 2 + LONG
+    file = tmp_path / f"x{suffix}"
+    WRITERS.get(suffix, write_zst)(file, lines)
+    assert len(list(read_texts(file, "text"))) == 3
+    pattern = rf"x\{suffix}, (line|item|row) 3 has more than 1 MB; split or .* --max-document-mb"
+    with pytest.raises(ValueError, match=pattern):
+        list(read_chunks(file, max_document_mb=1))
+
+
+def test_a_longer_text_file_than_allowed_is_refused(tmp_path, sentencepiece_file) -> None:
+    (tmp_path / "x.txt").write_bytes(LONG)
+    assert len(list(read_chunks(tmp_path / "x.txt"))) == 1
+    with pytest.raises(ValueError, match=r"x\.txt, one document of plain text, has more than 1 MB"):
+        list(read_chunks(tmp_path / "x.txt", max_document_mb=1))
+    inputs = {"x": [tmp_path / "x.txt"]}
+    for limit in (0, 2001, 10**23):
+        with pytest.raises(ValueError, match=f"--max-document-mb is {limit}; wanted 1 to 2000"):
+            preprocess(inputs, tmp_path / "o", sentencepiece_file, max_document_mb=limit)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"{}"), r"x\.jsonl is a gzip file.*name it \*\.gz"),
+        (zstandard.compress(b"{}"), r"x\.jsonl is a Zstandard file.*name it \*\.zst"),
         (b"PAR1....", r"x\.jsonl is a parquet file.*name it \*\.parquet"),
-        (b"BZh91AY", r"x\.jsonl is a bzip2 file, not plain text; unpack it first"),
+        (b"BZh91AY", r"x\.jsonl is a bzip2 file, which .* not say; unpack it first"),
     ],
 )
 def test_a_file_of_another_kind_than_its_name_is_refused(tmp_path, content, message) -> None:
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(read_chunks(tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [(".json.gz", "gzip"), (".txt.zst", "Zstandard")])
+def test_a_file_that_is_not_packed_as_its_name_says_is_refused(tmp_path, suffix, kind) -> None:
+    (tmp_path / f"x{suffix}").write_bytes(GOOD)
+    message = rf"{suffix} is no {kind} file, though its name says so; .* take \.\w+ off its name"
+    with pytest.raises(ValueError, match=message):
+        list(read_chunks(tmp_path / f"x{suffix}"))
 
 
 def test_parquet_without_such_text_is_refused(tmp_path) -> None:
@@ -256,9 +345,9 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, hugging_face_file) -> N
     (tmp_path / "in").mkdir()
     build(tmp_path / "in/wiki", [[1, 2], [3, 299, 300, 301]])
     with pytest.raises(
-        ValueError, match=r"wiki\.bin, document 2: token 2 \(from 0\) is 300, but .* has 300 ids"
+        ValueError, match=r"wiki\.bin, document 2: token 3 is 300, but .* has 300 ids"
     ):
         preprocess(find_domains(tmp_path / "in"), tmp_path / "out", hugging_face_file)
     build(tmp_path / "in/wiki", [[1, 2], [3, -1]], np.int32)
-    with pytest.raises(ValueError, match=r"wiki\.bin, document 2: token 1 \(from 0\) is -1"):
+    with pytest.raises(ValueError, match=r"wiki\.bin, document 2: token 2 is -1"):
         preprocess(find_domains(tmp_path / "in"), tmp_path / "out", hugging_face_file)

@@ -167,6 +167,6 @@ def test_ids_beyond_the_vocabulary_are_refused(wiki, tmp_path, sentencepiece_fil
     wrong = np.uint16(300).tobytes()
     change_shard(wiki, lambda data: data[:start] + wrong + data[start + 2 :])
     with pytest.raises(
-        ValueError, match=r"00000\.mds, sample 2: token 3 \(from 0\) is 300, but .* has 300 ids"
+        ValueError, match=r"00000\.mds, sample 2: token 4 is 300, but .* has 300 ids"
     ):
         preprocess(find_domains(wiki.parent), tmp_path / "out", sentencepiece_file)

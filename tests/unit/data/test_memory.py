@@ -11,10 +11,13 @@ import pytest
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megashear.data import long_text
 from megashear.data.documents import EncodedChunk, EncodedSide, EncodingPolicy
 from megashear.data.domain_writer import DomainWriter
 from megashear.data.inputs import read_chunks
 from megashear.data.journal import FOLDER
+from megashear.data.long_text import encode_parts
+from megashear.tokenizer.choice import load_tokenizer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -85,6 +88,48 @@ def test_reading_holds_chunks_not_files(suffix: str, tmp_path) -> None:
 def test_the_measure_notices_a_file_that_is_held(tmp_path) -> None:
     file = write_text(tmp_path / "x.jsonl")
     assert growth(lambda: list(read_chunks(file))) > 4 * BOUND
+
+
+BOMB_BYTES = 512 * MIB
+
+
+def write_bomb(file: Path) -> Path:
+    """A line, or an item of an array, of half a gibibyte, in a file of at most a few MB."""
+    block = b"x" * MIB
+    is_gzip = file.suffix == ".gz"
+    with gzip.open(file, "wb", 1) if is_gzip else zstandard.open(file, "wb") as stream:
+        stream.write(b'[{"text": "' if ".json." in file.name else b'{"text": "')
+        for _ in range(BOMB_BYTES // MIB):
+            stream.write(block)
+    return file
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst", "x.json.gz", "x.txt.zst"])
+def test_a_packed_line_without_end_is_refused_in_bounded_memory(name: str, tmp_path) -> None:
+    file = write_bomb(tmp_path / name)
+    assert file.stat().st_size < BOMB_BYTES // 100
+
+    def read() -> None:
+        with pytest.raises(ValueError, match="has more than 4 MB; split or remove it"):
+            list(read_chunks(file, max_document_mb=4))
+
+    assert growth(read) < BOUND
+
+
+def test_a_long_text_is_encoded_in_bounded_memory(hugging_face_file, texts, monkeypatch) -> None:
+    """And the twin: as a whole it takes many times as much."""
+    encode = load_tokenizer(hugging_face_file).encode
+    text = " ".join(text for each in texts.values() for text in each)
+    text *= 1_000_000 // len(text)
+
+    def encode_all() -> None:
+        for ids in encode_parts(encode, text):
+            assert ids
+
+    monkeypatch.setattr(long_text, "PART", 1 << 15)
+    parts = growth(encode_all)
+    monkeypatch.setattr(long_text, "PART", 1 << 30)
+    assert growth(encode_all) > 4 * parts
 
 
 DOCUMENTS, CHUNKS = 200_000, 12

@@ -30,6 +30,24 @@ def test_the_log_counts_rate_and_time_left(clock, caplog) -> None:
     assert "61.0 of 100.0 MB" in caplog.messages[-1]
 
 
+def test_what_is_left_is_never_no_time(clock, caplog) -> None:
+    with caplog.at_level(logging.INFO), Meter(1000, bar=False, log=True) as meter:
+        for position in (400, 800, 990, 999):
+            meter.add(1, position)
+    assert "less than a minute left" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_a_long_document_is_told_of_before_it_is_tokenised(caplog, capsys, bar: bool) -> None:
+    with caplog.at_level(logging.INFO), Meter(1000, bar=bar, log=True) as meter:
+        meter.domain = "wiki"
+        meter.begin("x.jsonl, line 2", 15_000_000)
+        meter.begin("x.jsonl, line 3", 200_000_000)
+    told = capsys.readouterr().err if bar else "".join(caplog.messages)
+    assert "x.jsonl, line 3: 200 MB in one piece, counted when it is tokenised" in told
+    assert "line 2" not in told
+
+
 def test_no_log_where_none_is_asked_for(clock, caplog) -> None:
     with caplog.at_level(logging.INFO), Meter(100, bar=False, log=False) as meter:
         for position in range(1, 10):

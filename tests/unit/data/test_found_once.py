@@ -1,0 +1,109 @@
+"""All that lies in a directory is read once or told of, however it is reached."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from megashear.data.inputs import find_domains
+from megashear.data.journal import FOLDER
+from tests.unit.data.conftest import write_jsonl
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two domains: a folder of two files, and one file."""
+    write_jsonl(tmp_path / "in/cc/a.jsonl", ["a"])
+    write_jsonl(tmp_path / "in/cc/deep/b.jsonl", ["b"])
+    write_jsonl(tmp_path / "in/wiki.jsonl", ["c"])
+    return tmp_path / "in"
+
+
+LINKS = {
+    "a folder in itself": ("cc/loop", "cc"),
+    "a folder in a deeper one": ("cc/deep/loop", "cc"),
+    "the whole directory": ("cc/all", "."),
+    "a folder beside itself": ("dd", "cc"),
+    "a file beside itself": ("cc/b.jsonl", "cc/a.jsonl"),
+    "a file of another domain": ("cc/wiki.jsonl", "wiki.jsonl"),
+}
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_links_that_repeat_text_are_refused(folder, link: str) -> None:
+    at, to = LINKS[link]
+    (folder / at).symlink_to(folder / to)
+    pattern = r"/(\S+) is \S+/(\S+) once more, by a link, and its text would be taken twice; remove"
+    with pytest.raises(ValueError, match=pattern) as caught:
+        find_domains(folder)
+    assert str(folder / at) in str(caught.value)
+
+
+def test_hard_links_are_refused(folder) -> None:
+    os.link(folder / "cc/a.jsonl", folder / "cc/z.jsonl")
+    with pytest.raises(ValueError, match=r"z\.jsonl is \S+a\.jsonl once more, by a link"):
+        find_domains(folder)
+
+
+def test_links_to_text_elsewhere_are_read(folder, tmp_path) -> None:
+    """The twin: a link that repeats nothing, and copies, which are files of their own."""
+    elsewhere = write_jsonl(tmp_path / "store/x.jsonl", ["d"])
+    (folder / "cc/x.jsonl").symlink_to(elsewhere)
+    (folder / "dd").symlink_to(tmp_path / "store2")
+    write_jsonl(tmp_path / "store2/y.jsonl", ["d"])
+    for name in ("1.jsonl", "2.jsonl"):
+        (folder / "cc" / name).touch()
+    found = find_domains(folder)
+    assert [file.name for file in found["cc"]] == [
+        *("1.jsonl", "2.jsonl", "a.jsonl", "x.jsonl", "b.jsonl")
+    ]
+    assert found["dd"] == [folder / "dd/y.jsonl"]
+    assert found.unread == []
+    assert found.tell_unread() == ""
+
+
+def test_what_is_not_read_is_counted_and_named(folder, caplog) -> None:
+    for name in ("README.md", "cc/LICENSE", "cc/deep/x.py", "cc/.x.jsonl", "cc/._a.jsonl"):
+        (folder / name).write_text("text")
+    found = find_domains(folder)
+    assert {str(file.relative_to(folder)) for file in found.unread} == {
+        *("README.md", "cc/LICENSE", "cc/deep/x.py", "cc/.x.jsonl")
+    }
+    assert found.tell_unread().startswith(f"4 files are not read: {folder}/README.md, {folder}/cc/")
+    assert "4 files are not read" in caplog.text
+    assert "read are JSON lines or arrays (*.jsonl, *.json), plain text" in caplog.text
+    for number in range(3):
+        (folder / f"{number}.md").touch()
+    assert find_domains(folder).tell_unread().endswith(" and 2 more")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("b.csv", "b.jsonl.xz", "b.zip", "b.tar.gz", "b.gz", "b.warc.gz", "b.CSV", "b.json.bz2"),
+        *("b.arrow", "b.tsv"),
+    ],
+)
+def test_what_looks_like_data_is_refused(folder, name: str) -> None:
+    (folder / "cc" / name).touch()
+    message = re.escape(f"/{name} looks like data and cannot be read; wanted JSON lines or arrays")
+    with pytest.raises(ValueError, match=f"{message}.*: unpack or convert it, or move it away"):
+        find_domains(folder)
+
+
+def test_pipes_and_links_to_nothing_are_refused(folder) -> None:
+    (folder / "cc/z.jsonl").symlink_to(folder / "gone")
+    with pytest.raises(ValueError, match=r"z\.jsonl is no regular file but a pipe, a device or a"):
+        find_domains(folder)
+    (folder / "cc/z.jsonl").unlink()
+    os.mkfifo(folder / "cc/z.json.gz")
+    with pytest.raises(ValueError, match=r"z\.json\.gz is no regular file"):
+        find_domains(folder)
+
+
+def test_an_unfinished_run_is_no_domain(folder, caplog) -> None:
+    (folder / "data.tmp" / FOLDER).mkdir(parents=True)
+    (folder / "data.tmp/cc.bin").touch()
+    assert list(find_domains(folder)) == ["cc", "wiki"]
+    assert "data.tmp is an unfinished run of megashear preprocess: not read" in caplog.text
