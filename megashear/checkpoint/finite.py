@@ -1,51 +1,15 @@
-"""Find numbers that are not finite, in tensors and in what a checkpoint is about to hold."""
+"""Find numbers that are not finite in what a checkpoint is about to hold, or was read from one."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from torch import Tensor
 
+from megashear.models.finite import NotFinite, first_not_finite
 from megashear.parallel.agree import gather_objects
-
-
-class NotFinite(NamedTuple):
-    """Where a number is not finite, and what it is."""
-
-    name: str
-    """Of the tensor."""
-    place: tuple[int, ...]
-    """Index of the element in the tensor as a whole."""
-    value: float
-    """NaN or an infinity."""
-
-    def __str__(self) -> str:
-        return f"{self.name}[{', '.join(map(str, self.place))}] is {self.value}"
-
-
-def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> NotFinite | None:
-    """Find the first number that is NaN or infinite; None where all are finite.
-
-    Each tensor is read once where it lies, and nothing as large as it is made.
-
-    Args:
-        named: tensors by the name to report, any device and dtype; integers are always finite.
-    """
-    for name, tensor in named:
-        tensor = tensor.detach()
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        # NaN and infinities both come through a largest magnitude
-        if math.isfinite(float(torch.linalg.vector_norm(tensor, math.inf))):
-            continue
-        place = (~torch.isfinite(tensor)).nonzero()[0]
-        return NotFinite(name, tuple(place.tolist()), float(tensor[tuple(place)]))
-    return None
 
 
 def not_finite_anywhere(state: dict[str, Any]) -> NotFinite | None:

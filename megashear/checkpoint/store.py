@@ -31,6 +31,8 @@ from megashear.checkpoint.description import (
     none_whole,
     read_description,
 )
+from megashear.checkpoint.finite import not_finite_anywhere
+from megashear.checkpoint.formats import NOT_FINITE
 from megashear.checkpoint.integrity import DamagedError, FileSum
 from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
@@ -42,6 +44,7 @@ from megashear.masks.mask_set import MaskPart, MaskSet, by_layer
 from megashear.masks.optimizer import MaskOptimizer
 from megashear.models import layout
 from megashear.models.binding import SPLIT_OVER_TENSOR
+from megashear.models.finite import NotFinite
 from megashear.models.llama import unwrap
 from megashear.parallel import device
 from megashear.parallel.agree import broadcast_object, gather_objects, raise_together
@@ -209,7 +212,8 @@ def load_weights(
         exact: fill the model from the checkpoint's masters too, where it has them.
 
     Raises:
-        ValueError: on every rank, if the checkpoint is damaged, or could run code.
+        ValueError: on every rank, if the checkpoint is damaged, could run code, or has a weight
+            that is not finite.
     """
     with raise_together():
         directory = find_iteration(checkpoint)
@@ -219,7 +223,7 @@ def load_weights(
     if exact:
         for entry in (entry for of_chunk in model.values() for entry in of_chunk.values()):
             entry.key = prefix + entry.key
-    _fill(chunks, _read(dict(model), directory, num_tokens))
+    _fill(chunks, _read(dict(model), directory, num_tokens), directory)
     if optimizer is None:
         return
     # read anew: what went into bfloat16 weights is rounded
@@ -246,8 +250,8 @@ def load_run(
         What the checkpoint says of itself; its plain values are the caller's to use.
 
     Raises:
-        ValueError: on every rank, if the checkpoint is damaged, could run code, or is of other
-            masks.
+        ValueError: on every rank, if the checkpoint is damaged, could run code, is of other masks,
+            or has a weight that is not finite.
     """
     with raise_together():
         directory = find_iteration(checkpoint)
@@ -263,7 +267,7 @@ def load_run(
             if entry.key in stored or not entry.key.endswith(SIDES)
         }
     loaded = _read(state, directory, unwrap(chunks[0]).num_tokens)
-    _fill(chunks, loaded)
+    _fill(chunks, loaded, directory)
     optimizer_state.load(optimizer, model, loaded)
     if masks is not None:
         _fill_masks(masks, loaded["masks"])
@@ -404,11 +408,23 @@ def _model_entries(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     }
 
 
-def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+def weight_not_finite(chunks: Sequence[torch.nn.Module]) -> NotFinite | None:
+    """Find a weight of the model that is not finite on any rank. Collective over the world.
+
+    Returns:
+        The first one, by the name that checkpoints have for it; equal on every rank.
+    """
+    return not_finite_anywhere(_model_entries(chunks))
+
+
+def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any], directory: Path) -> None:
+    """Put what was read from ``directory`` into the model, and refuse what is not finite there."""
     for number, chunk in enumerate(chunks):
         missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=False)
         odd = [name for name in (*missing, *unexpected) if "_extra_state" not in name]
         assert not odd, odd
+    if (bad := weight_not_finite(chunks)) is not None:
+        raise ValueError(f"checkpoint {directory}: {bad}; {NOT_FINITE}")
 
 
 def _mask_entries(state: MaskState, groups: ParallelGroups) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from megashear.checkpoint.store import (
     amend_description,
     checkpoint_bytes,
     run_state,
+    weight_not_finite,
 )
 from megashear.config import OptimizerConfig, TrainConfig
 from megashear.data.held_out import HeldOutSet
@@ -207,6 +208,14 @@ class Trainer:
                 # on a GPU parts are told apart by waiting for it, which is done seldom
                 with self.clock.step(is_timed=is_logged or not device.has_cuda()):
                     losses, norm, masks, request, skipped = self._step(step, stops.request())
+                if skipped is not None and (bad := weight_not_finite(self.chunks)) is not None:
+                    # loaded weights were finite, and steps cannot mend one: nothing to wait for
+                    raise self._diverged(
+                        f"step {step + 1}: {skipped}. The weight {bad} since the update of step "
+                        f"{step + 1 - self.guard.in_a_row}",
+                        step + 1,
+                        saver,
+                    )
                 if skipped is not None and self.guard.gives_up:
                     raise self._diverged(
                         f"step {step + 1}: {skipped}; --max-skipped-steps "

@@ -302,20 +302,32 @@ def test_a_weight_that_is_not_finite_stops_all_ranks_before_the_first_step(
     stored: tuple[Path, Path], tmp_path: Path
 ) -> None:
     weights = random_weights(SOURCE)
-    name, row = "model.layers.3.mlp.up_proj.weight", SOURCE.ffn_hidden_size - 1
-    weights[name][row, 5] = float("nan")  # tensor rank 1 alone reads it
+    name, row = "model.layers.3.mlp.down_proj.weight", SOURCE.ffn_hidden_size - 1
+    weights[name][5, row] = float("nan")  # tensor rank 1 alone reads it
     hf.write_directory(tmp_path / "hf", weights, SOURCE, max_shard_bytes=100_000)
+    description = Description(shape=SOURCE, iteration=0, stage="converted")
+    run_ranks(1, lambda rank: write_weights(tmp_path / "checkpoint", weights, description))
 
-    def body(rank: int) -> tuple[str, str]:
+    def body(rank: int) -> list[str]:
         parallel = layout(tp=2)
         groups = ParallelGroups.create(parallel)
         chunks = build_llama(SOURCE, groups, parallel, ModelConfig(), variant="local")
-        sharded_hf.load_hf(stored[0], chunks, groups)  # the twin
-        with pytest.raises(ValueError, match=r"is nan") as caught:
-            sharded_hf.load_hf(tmp_path / "hf", chunks, groups)
-        return str(caught.value)
+        sharded_hf.load_hf(stored[0], chunks, groups)  # the twins
+        load_weights(stored[1], chunks)
+        said = []
+        for load in (
+            lambda: sharded_hf.load_hf(tmp_path / "hf", chunks, groups),
+            lambda: load_weights(tmp_path / "checkpoint", chunks),
+        ):
+            with pytest.raises(ValueError, match=r"is nan; .*download the weights again") as caught:
+                load()
+            said.append(str(caught.value))
+        return said
 
-    told, own = run_ranks(2, body)
+    (told, both), (own, again) = run_ranks(2, body)
     file = next(path for path in (tmp_path / "hf").glob("*.safetensors") if path.name in own)
-    assert own.startswith(f"{file}: {name}[{row}, 5] is nan; ")
+    assert own.startswith(f"{file}: {name}[5, {row}] is nan; ")
     assert told == f"rank 1: {own}"
+    place = f"decoder.layers.mlp.linear_fc2.weight[3, 5, {row}]"
+    assert both == again
+    assert both.startswith(f"checkpoint {tmp_path}/checkpoint/iter_0000000: {place} is nan; ")

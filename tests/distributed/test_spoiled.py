@@ -95,6 +95,7 @@ def test_the_last_good_checkpoint_stays_and_a_resume_begins_there(
     else:
         assert re.search(r"step \d: the [\w ]+ is \w+; samples of this step: \w+ \d+ to \d+", said)
         assert "--max-skipped-steps 1 in a row are used up" in said
+        assert "since the update" not in said  # far away, and finite
     good = spoiled / "saved" / f"iter_{step - 1:07d}"
     assert f"The last checkpoint from before is {good}: lower --lr" in said
     assert said.endswith("and resume from it with --resume")
@@ -123,13 +124,30 @@ def test_a_run_that_trusts_every_checkpoint_loses_the_good_one(
     assert f"iter_{GOOD:07d}" not in names(tmp_path)
 
 
+def one_number(weights: Any) -> None:
+    weights.view(-1)[-1] = float("inf")
+
+
+def test_the_first_step_that_is_not_finite_looks_at_the_weights(
+    text: TextRun, tmp_path: Path
+) -> None:
+    def broken(rank: int) -> None:
+        if rank == 1:
+            steps_that_spoil(GOOD + 1, one_number)
+
+    config = configuration(text, "pretrain", SPLIT, tmp_path, save_interval=GOOD)
+    assert config.train.max_skipped_steps > 1  # it waits for no other step
+    status, said = ended(config, broken)
+    assert status == DIVERGED
+    named = r"The weight [\w.]+\[[\d, ]+\] is inf since the update of step"
+    assert re.search(rf"step {GOOD + 2}: the loss is nan; .*\. {named} {GOOD + 1}\.", said), said
+    assert f"from before is {tmp_path}/saved/iter_{GOOD:07d}: lower --lr" in said
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_weights_of_one_rank_that_are_not_finite_are_not_saved(
     text: TextRun, tmp_path: Path, bf16: bool
 ) -> None:
-    def one_number(weights: Any) -> None:
-        weights.view(-1)[-1] = float("inf")
-
     def broken(rank: int) -> None:
         if rank == 1:
             steps_that_spoil(GOOD + 1, one_number)

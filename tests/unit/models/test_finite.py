@@ -10,7 +10,7 @@ import torch
 from megashear.models import finite
 from megashear.models.finite import NotFinite, first_not_finite
 
-FORMATS = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -41,4 +41,8 @@ def test_the_largest_and_the_least_numbers_are_finite(dtype: torch.dtype) -> Non
 
 
 def test_integers_and_nothing_are_finite() -> None:
-    assert first_not_finite([("steps", torch.tensor([3])), ("empty", torch.empty(0, 4))]) is None
+    sides = torch.tensor([True])
+    named = [("steps", torch.tensor(2**62)), ("sides", sides), ("empty", torch.empty(0, 4))]
+    assert first_not_finite(named) is None
+    scalar = first_not_finite([*named, ("scalar", torch.tensor(math.nan))])
+    assert str(scalar) == "scalar[] is nan"
