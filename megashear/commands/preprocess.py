@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PROG = "megashear preprocess"
 
 
-@user_errors(PROG, interrupted="the same command resumes with what is done so far")
+@user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
     config = parse(PreprocessConfig, argv, prog=PROG, description=__doc__ or "")

@@ -157,6 +157,7 @@ def unfinished(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
 
     Raises:
         ValueError: a run is writing there, or one with other settings left it behind.
+        KeyboardInterrupt: passed on, with what is kept as its text.
     """
     folder = directory / FOLDER
     if directory.exists() and not folder.is_dir():
@@ -170,16 +171,21 @@ def unfinished(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         _check_settings(folder / SETTINGS_NAME, settings, directory)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             names = [path.stem for path in folder.glob("*.json")]
             journals = [read_journal(directory, name) for name in names]
-            if not any(journal.places or journal.counts for journal in journals):
+            is_kept = any(journal.places or journal.counts for journal in journals)
+            if not is_kept:
                 shutil.rmtree(directory)
-            else:
-                logger.warning(
-                    "what is done so far stays in %s; the same command goes on from there",
-                    directory,
-                )
+            kept = (
+                f"what is done so far stays in {directory}; the same command resumes there"
+                if is_kept
+                else "nothing that could be kept was done yet; the same command begins anew"
+            )
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(kept) from None
+            if is_kept:
+                logger.warning(kept)
             raise
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import itertools
 import json
 import logging
 import multiprocessing
@@ -13,10 +14,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megashear.data import domain_writer, domains, indexed, journal
+from megashear.data.documents import EncodedChunk
 from megashear.data.domains import preprocess
 from megashear.data.manifest import DataManifest, read_manifest
 from tests.unit.data.conftest import write_jsonl
@@ -244,9 +247,51 @@ def test_an_interrupt_before_anything_was_done_leaves_nothing(run, tmp_path, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(domains, "encode_chunk", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(
+        KeyboardInterrupt, match="nothing that could be kept was done yet; the same"
+    ):
         run()
     assert os.listdir(tmp_path) == ["in"]
+
+
+def test_an_interrupt_says_what_is_kept(run, expected, tmp_path, monkeypatch) -> None:
+    original, calls = domains.encode_chunk, itertools.count()
+
+    def interrupted(*args: Any) -> EncodedChunk:
+        if next(calls) == 11:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(domains, "encode_chunk", interrupted)
+    message = r"what is done so far stays in \S+/out\.tmp; the same command resumes there"
+    with pytest.raises(KeyboardInterrupt, match=message):
+        run()
+    run()
+    assert content(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_interrupt_from_the_keyboard_is_one_line(
+    workers: str, jsonl, sentencepiece_file, tmp_path
+) -> None:
+    """All processes of the terminal get it: none of them prints a traceback."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(jsonl["numbers"][0].read_bytes() * 20 * REPEATS)
+    command = [
+        *(sys.executable, "-m", "megashear", "preprocess", "--input", folder, "--workers", workers),
+        *("--output", tmp_path / "out", "--tokenizer-model", sentencepiece_file),
+    ]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    written = tmp_path / "out.tmp" / "a.bin"
+    while process.poll() is None and not written.exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate()[1].strip()
+    assert process.returncode == 130
+    assert told.startswith("megashear preprocess: interrupted; nothing that could be kept was done")
+    assert len(told.splitlines()) == 1
 
 
 def test_the_index_comes_whole(tmp_path, monkeypatch) -> None:
