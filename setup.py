@@ -37,7 +37,10 @@ setup(
         "pillow>=10.1",  # images of masks; TensorBoard needs it too
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch,core_cu12]>=2.0"],
+        # Transformer Engine for the CUDA that torch was built for; torch's default wheels have 13
+        "gpu": ["transformer-engine[pytorch,core_cu13]>=2.9"],
+        "gpu-cu12": ["transformer-engine[pytorch,core_cu12]>=2.0"],
+        "gpu-cu13": ["transformer-engine[pytorch,core_cu13]>=2.9"],
         "verify": ["transformers>=4.51"],
         "report": ["matplotlib>=3.8"],
         "eval": ["lm-eval>=0.4"],

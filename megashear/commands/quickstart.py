@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megashear.commands.outcome import refuse_torchrun, user_errors
+from megashear.commands.outcome import refuse_torchrun, report, user_errors
 from megashear.commands.parse import parse
 from megashear.config import QuickstartConfig
 
@@ -21,12 +21,18 @@ def main(argv: Sequence[str]) -> int:
     config = parse(QuickstartConfig, argv, prog=PROG, description=__doc__ or "")
     refuse_torchrun(PROG)
     # Here, not above: they take time that --help should not.
+    from megashear.parallel import device
     from megashear.quickstart.pipeline import Quickstart
     from megashear.quickstart.recipe import FULL, SHORT
 
     data = None if config.data is None else Path(config.data)
     if data is not None and not data.is_dir():
         raise ValueError(f"--data {data} is not a directory of jsonl files, one a domain")
+    if device.has_cuda():
+        report(
+            "this machine has a GPU, and the quickstart runs on the CPU on purpose: its ranks are "
+            "two everywhere, and so are its numbers; docs/tutorial.md has the commands for GPUs"
+        )
     recipe = SHORT if config.short else FULL
     Quickstart(output=Path(config.output), recipe=recipe, seed=config.seed, data=data).run()
     return 0

@@ -14,8 +14,10 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import types
@@ -309,9 +311,46 @@ def check_settings(parallel: ParallelConfig, model: ModelConfig) -> None:
             )
         if not find_accelerators()["transformer_engine"]:
             raise ValueError(
-                "--transformer-impl transformer_engine: Transformer Engine is not installed; "
-                "install megashear[gpu], or use --transformer-impl local"
+                f"--transformer-impl transformer_engine: Transformer Engine is not installed; "
+                f"install megashear[{_engine_extra(torch.version.cuda)}], or use "
+                f"--transformer-impl local"
             )
+        if (wrong := engine_mismatch(torch.version.cuda)) is not None:
+            raise ValueError(
+                f"--transformer-impl transformer_engine: {wrong}, or use --transformer-impl local"
+            )
+
+
+def engine_mismatch(cuda: str | None = torch.version.cuda) -> str | None:
+    """Return how Transformer Engine's core differs from torch's CUDA, with the way out.
+
+    Packages' metadata are read and nothing is imported: a core that does not fit may fail to load.
+
+    Args:
+        cuda: version that torch was built for; None without.
+
+    Returns:
+        None where they fit, or where one of them is not here.
+    """
+    found = {
+        match[1]: f"{name} {part.version}"
+        for part in importlib.metadata.distributions()
+        if (name := str(part.metadata["Name"]).replace("_", "-"))
+        and (match := re.fullmatch(r"transformer-engine-cu(\d+)", name))
+    }
+    if cuda is None or not found or cuda.partition(".")[0] in found:
+        return None
+    return (
+        f"torch {torch.__version__} was built for CUDA {cuda}, and Transformer Engine's core "
+        f"{' and '.join(found.values())} is for another; pip uninstall "
+        f"{' '.join(f'transformer-engine-cu{line}' for line in found)} and install "
+        f"megashear[{_engine_extra(cuda)}]"
+    )
+
+
+def _engine_extra(cuda: str | None) -> str:
+    """The extra of megashear that brings Transformer Engine for torch's CUDA."""
+    return "gpu" if cuda is None else f"gpu-cu{cuda.partition('.')[0]}"
 
 
 def pipeline_settings(parallel: ParallelConfig) -> dict[str, bool]:
@@ -346,6 +385,10 @@ def _check_megatron_core() -> None:
     try:
         import megatron.core
     except ImportError as error:
+        way_out = engine_mismatch(torch.version.cuda) or way_out
+        raise RuntimeError(f"megatron-core cannot be imported ({error}); {way_out}") from error
+    except OSError as error:  # a library of Transformer Engine whose own libraries are not there
+        way_out = engine_mismatch(torch.version.cuda) or "see which library it names"
         raise RuntimeError(f"megatron-core cannot be imported ({error}); {way_out}") from error
     except RuntimeError as error:
         # the empty meta package of Transformer Engine raises here (docs/megatron_core.md)

@@ -69,6 +69,8 @@ def distributed(
             groups.data_size,
             ", ".join(found) or "none, torch's own optimizers and kernels serve",
         )
+        if (wrong := device.engine_mismatch()) is not None:
+            logger.warning("%s", wrong)
         try:
             yield groups
         finally:

@@ -1,5 +1,6 @@
 """The device seam: what it refuses, what it leaves alone, and that CUDA switches it off."""
 
+import ast
 import json
 import os
 import platform
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,10 +73,81 @@ def test_a_missing_transformer_engine_is_refused(
     model = ModelConfig(transformer_impl="transformer_engine")
     found = {"apex": False, "transformer_engine": False}
     monkeypatch.setattr(device, "find_accelerators", lambda: found)
-    with pytest.raises(ValueError, match=r"not installed; install megashear\[gpu\]"):
+    with pytest.raises(ValueError, match=r"not installed; install megashear\[gpu(-cu\d+)?\]"):
         device.check_settings(ParallelConfig(), model)
     found["transformer_engine"] = True
     device.check_settings(ParallelConfig(), model)
+
+
+def install_core(folder: Path, monkeypatch: pytest.MonkeyPatch, line: int) -> None:
+    """What pip leaves of Transformer Engine's core: its metadata."""
+    info = folder / f"transformer_engine_cu{line}-2.20.2.dist-info"
+    info.mkdir()
+    name = f"transformer_engine_cu{line}"
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.20.2\n")
+    monkeypatch.syspath_prepend(folder)
+
+
+@pytest.mark.parametrize(("line", "cuda"), [(12, "13.0"), (13, "12.8")])
+def test_a_transformer_engine_for_another_cuda_is_named(
+    line: int, cuda: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_cuda: None
+) -> None:
+    install_core(tmp_path, monkeypatch, line)
+    major = cuda.partition(".")[0]
+    message = (
+        rf"torch {re.escape(torch.__version__)} was built for CUDA {cuda}, and Transformer "
+        rf"Engine's core transformer-engine-cu{line} 2.20.2 is for another; pip uninstall "
+        rf"transformer-engine-cu{line} and install megashear\[gpu-cu{major}\]"
+    )
+    found = device.engine_mismatch(cuda)
+    assert found is not None
+    assert re.fullmatch(message, found)
+    # where its layers are asked for it is refused, and so where megatron-core stumbles over it
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(device, "find_accelerators", lambda: {"transformer_engine": True})
+    asking = ModelConfig(transformer_impl="transformer_engine")
+    with pytest.raises(ValueError, match=f"{message}, or use --transformer-impl local"):
+        device.check_settings(ParallelConfig(), asking)
+    device.check_settings(ParallelConfig(), ModelConfig())
+
+    class Broken:
+        @staticmethod
+        def find_spec(name: str, *rest: Any) -> None:
+            if name == "megatron.core":
+                raise OSError(f"libcudart.so.{line}: cannot open shared object file")
+
+    monkeypatch.delitem(sys.modules, "megatron.core", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
+    with pytest.raises(RuntimeError, match=rf"libcudart.so.{line}.*{message}"):
+        device._check_megatron_core.__wrapped__()
+
+
+def test_a_transformer_engine_that_fits_is_not_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert device.engine_mismatch("13.0") is None  # none is installed
+    install_core(tmp_path, monkeypatch, 13)
+    assert device.engine_mismatch("13.0") is None
+    assert device.engine_mismatch(None) is None  # a torch without CUDA
+    assert device.engine_mismatch("12.8") is not None
+
+
+def test_every_line_of_cuda_has_an_extra_that_the_readme_names() -> None:
+    root = Path(__file__).parents[3]
+    extras = {
+        key.value: ast.literal_eval(value)
+        for node in ast.walk(ast.parse((root / "setup.py").read_text()))
+        if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values)
+        if isinstance(key, ast.Constant) and str(key.value).startswith("gpu")
+    }
+    for line in (12, 13):
+        (wanted,) = extras[f"gpu-cu{line}"]
+        assert wanted.startswith(f"transformer-engine[pytorch,core_cu{line}]>=")
+        assert f"gpu-cu{line}" in (root / "README.md").read_text()
+        assert device._engine_extra(f"{line}.1") == f"gpu-cu{line}"
+    assert extras["gpu"] == extras["gpu-cu13"]
+    assert f"{device._engine_extra(None)}" in extras
 
 
 def test_more_processes_than_gpus_are_refused(with_cuda: None) -> None:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from megashear.__main__ import main
 from megashear.checkpoint.fast_tokenizer import write_for_transformers
+from megashear.parallel import device
 from megashear.quickstart import pipeline
 from megashear.quickstart.pipeline import Quickstart, Result, table, train_tokenizer
 from megashear.quickstart.recipe import FULL, SHORT, SOURCE, TARGET
@@ -117,3 +118,16 @@ def test_the_users_text_must_be_a_directory(
 def test_a_report_that_cannot_be_written_does_not_end_the_quickstart(tmp_path: Path) -> None:
     line = Quickstart(output=tmp_path / "nothing", recipe=SHORT, seed=1)._report()
     assert line.startswith("no report.html: no run at ")
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_a_machine_with_a_gpu_is_told_that_the_cpu_is_meant(
+    has_gpu: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(device, "has_cuda", lambda: has_gpu)
+    monkeypatch.setattr(Quickstart, "run", lambda self: None)
+    assert main(["quickstart", "--output", str(tmp_path / "out")]) == 0
+    assert ("runs on the CPU on purpose" in capsys.readouterr().out) is has_gpu
