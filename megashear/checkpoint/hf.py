@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import operator
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from megashear.checkpoint.workers import run_all
 from megashear.models import layout
 from megashear.models.finite import first_not_finite
 from megashear.shape import ModelShape
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["DTYPES", "MAX_SHARD_BYTES", "HfWeights", "dtype_of", "read_shape", "write_directory"]
 
@@ -74,27 +77,39 @@ class HfWeights(Mapping[str, Tensor]):
         self.directory = Path(directory)
         self.shape = read_shape(directory) if shape is None else shape
         self._places: dict[str, tuple[Path, Entry]] = {}
-        self._mapped: dict[str, Tensor] = {}  # of files that torch.save wrote
+        self._mapped: dict[Path, dict[str, Tensor]] = {}  # of files that torch.save wrote
+        self._stored_as: dict[str, str] = {}  # where a file has another name for a weight
         single, index_path = _names_of_files(self.directory)
         index = _read_index(single, index_path)
         for path in _weight_files(single, index_path, index):
             for name, entry in self._header(path).items():
                 self._check_entry(name, entry, path)
-                self._places[name] = (path, entry)
+                if name not in self._places or (
+                    index is not None and index["weight_map"].get(name) == path.name
+                ):
+                    self._places[name] = (path, entry)
         if index is not None:
             self._check_index(index, index_path)
+        if self.shape.tied_embeddings and _OUTPUT in self._places:
+            if _EMBEDDING in self._places:
+                self._check_tied()
+            else:  # a writer that stores what is shared once may keep either name
+                self._places[_EMBEDDING] = self._places[_OUTPUT]
+                self._stored_as[_EMBEDDING] = _OUTPUT
+            del self._places[_OUTPUT]
         found = {name: entry.shape for name, (_, entry) in self._places.items()}
-        if self.shape.tied_embeddings and found.keys() >= {_EMBEDDING, _OUTPUT}:
-            self._check_tied()
-            del found[_OUTPUT]
+        if layout.hf_shapes(self.shape).keys() - found.keys() == {_OUTPUT}:
+            raise ValueError(
+                f"HF checkpoint {directory} lacks one weight, {_OUTPUT}, and its {CONFIG} does not "
+                f"say tie_word_embeddings true; say it if the output layer is the embedding"
+            )
         layout.check_hf(found, self.shape, f"HF checkpoint {directory}")
         self._names = tuple(layout.hf_shapes(self.shape))
 
     def _header(self, path: Path) -> dict[str, Entry]:
         if path.suffix != ".bin":
             return read_header(path)
-        mapped = tensors_of(load_mapped(path), str(path))
-        self._mapped |= mapped
+        mapped = self._mapped[path] = tensors_of(load_mapped(path), str(path))
         return {
             name: Entry(
                 DTYPE_OF.get(tensor.dtype, name_of(tensor.dtype)),
@@ -106,8 +121,15 @@ class HfWeights(Mapping[str, Tensor]):
         }
 
     def _check_entry(self, name: str, entry: Entry, path: Path) -> None:
-        if name in self._places:
-            raise ValueError(f"{path}: {name} is in another file of the directory too")
+        if name in self._places and not layout.NOT_WEIGHTS.fullmatch(name):
+            other, same = self._places[name]
+            if (entry.dtype, entry.shape) != (same.dtype, same.shape) or not torch.equal(
+                self._read(name, other, same), self._read(name, path, entry)
+            ):
+                raise ValueError(
+                    f"{path}: {name} is in {other.name} too, with another value; keep the file "
+                    f"that the model has it from"
+                )
         if entry.dtype not in DTYPE_NAMES and not layout.NOT_WEIGHTS.fullmatch(name):
             raise ValueError(
                 f"{path}: {name} is stored as {entry.dtype}, wanted one of {list(DTYPE_NAMES)}; "
@@ -132,21 +154,49 @@ class HfWeights(Mapping[str, Tensor]):
     def _check_index(self, index: Mapping[str, Any], path: Path) -> None:
         """Hold what the index says to what the files hold: they may be of two models."""
         listed = index["weight_map"]
-        way_out = "the files may be of two downloads: download all of them again"
+        way_out = (
+            "the files may be of two downloads: download all of them again, or, if they are known "
+            "to be of one model, correct the index"
+        )
         for name, file in listed.items():
-            held_by = self._places[name][0].name if name in self._places else "none of them"
+            if layout.NOT_WEIGHTS.fullmatch(name):
+                continue
+            held_by = self._places[name][0].name if name in self._places else None
+            if held_by is None and self._is_optional(name, self._places):
+                continue
             if held_by != file:
-                raise ValueError(f"{path} puts {name} into {file}, it is in {held_by}; {way_out}")
+                found = held_by or "none of them"
+                raise ValueError(f"{path} puts {name} into {file}, it is in {found}; {way_out}")
         for name, (place, _) in self._places.items():
-            if name not in listed:
+            if name not in listed and not self._is_optional(name, listed):
                 raise ValueError(f"{path} does not list {name} of {place.name}; {way_out}")
         said = (index.get("metadata") or {}).get("total_size")
         held = sum(entry.num_bytes for _, entry in self._places.values())
-        if said is not None and int(said) != held:
-            raise ValueError(
-                f"{path} gives total_size {int(said):,} bytes, the files hold {held:,}; {way_out}, "
-                f"or correct total_size if it is known to be wrong"
+        if said is not None and int(said) not in (held, self._distinct_bytes()):
+            # nothing is lost: names, files and extents agree, and no reader goes by this number
+            logger.warning(
+                "%s gives total_size %s bytes, the files hold %s; passed over, for all weights "
+                "that it lists are there",
+                path,
+                f"{int(said):,}",
+                f"{held:,}",
             )
+
+    def _is_optional(self, name: str, names: Collection[str]) -> bool:
+        """Return whether ``names`` may lack a name: of a tied pair writers list and store either
+        name or both, and nobody reads stored rotary tables."""
+        if self.shape.tied_embeddings and name in (_EMBEDDING, _OUTPUT):
+            return not {_EMBEDDING, _OUTPUT}.isdisjoint(names)
+        return layout.NOT_WEIGHTS.fullmatch(name) is not None
+
+    def _distinct_bytes(self) -> int:
+        """Return the bytes of all files' tensors, of those that share memory one."""
+        sizes: dict[Any, int] = {}
+        for name, (path, entry) in self._places.items():
+            mapped = self._mapped.get(path, {}).get(name)
+            key = (path, name) if mapped is None else (path, mapped.data_ptr())
+            sizes[key] = max(entry.num_bytes, sizes.get(key, 0))
+        return sum(sizes.values())
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -156,12 +206,14 @@ class HfWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        if name in self._mapped:
-            found = self._mapped[name].clone()
-        else:
-            found = read_tensor(*self._places[name])
+        found = self._read(self._stored_as.get(name, name), *self._places[name])
         self._check_finite(name, found)
         return found
+
+    def _read(self, stored: str, path: Path, entry: Entry) -> Tensor:
+        if path in self._mapped:
+            return self._mapped[path][stored].clone()
+        return read_tensor(path, entry)
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> Tensor:
         """Part of a weight; the rest of it is not read.
@@ -169,13 +221,13 @@ class HfWeights(Mapping[str, Tensor]):
         Raises:
             ValueError: the file cannot be read any longer, or holds a number that is not finite.
         """
-        path = self._places[name][0]
-        if name in self._mapped:
-            found = self._mapped[name][slices].clone()
+        path, stored = self._places[name][0], self._stored_as.get(name, name)
+        if path in self._mapped:
+            found = self._mapped[path][stored][slices].clone()
         else:
             try:
                 with safe_open(path, framework="pt", device="cpu") as file:
-                    found = file.get_slice(name)[slices]
+                    found = file.get_slice(stored)[slices]
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} cannot be read: {error}; is it being changed?") from None
         self._check_finite(name, found, slices)
@@ -337,7 +389,9 @@ def _weight_files(
         )
     names = sorted(set(index["weight_map"].values()))
     for name in names:
-        if Path(name).name != name or Path(name).suffix != single.suffix:
+        if Path(name).suffix != single.suffix:
+            raise ValueError(f"{index_path} names {name}, wanted a *{single.suffix} file")
+        if Path(name).name != name:
             raise ValueError(f"{index_path} names {name}, which is not a file of its own directory")
         if not (directory / name).is_file():
             raise ValueError(f"{index_path} names {name}, which is missing; download it again")

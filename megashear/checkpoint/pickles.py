@@ -14,6 +14,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megashear.checkpoint.torch_files import only_known, unread
+from megashear.files.pointers import refuse_pointer
 
 METADATA = ".metadata"
 COMMON = "common.pt"
@@ -115,6 +116,7 @@ def check_index(directory: Path) -> Metadata:
                 f"not a file of its own directory; refused"
             )
         path = directory / place.relative_path
+        refuse_pointer(path)
         if not path.is_file() or path.stat().st_size < place.offset + place.length:
             raise ValueError(
                 f"checkpoint {directory} is incomplete: {index.fqn} ends at byte "
@@ -206,6 +208,7 @@ class _Restricted(pickle.Unpickler):
 def _read_metadata(path: Path) -> Metadata:
     if not path.is_file():
         raise ValueError(f"{path.parent} is no checkpoint, or was never finished: no {path.name}")
+    refuse_pointer(path)
     try:
         with path.open("rb") as file:
             metadata = _Restricted(file, path).load()

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megashear.checkpoint.aside import begin_writing, forget
+from megashear.files.pointers import refuse_pointer
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Number formats of weights by safetensors' names for them."""
@@ -27,6 +28,8 @@ DTYPE_NAMES = tuple(sorted(_DTYPES))
 """The formats that can be read, as safetensors names them."""
 _ALIGNMENT = 8
 """The header's length is a multiple of this, bytes. Source: the format's description."""
+_MAX_HEADER_BYTES = 100_000_000
+"""Longest header that safetensors reads. Source: the library."""
 _PIECE_BYTES = 2**22
 """Written at a time: the kernel takes whole weights at once four times as slowly."""
 
@@ -54,6 +57,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises:
         ValueError: it is no safetensors file, or truncated.
     """
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="pt", device="cpu"):
             pass  # holds lengths, offsets and the file's size to each other
@@ -62,8 +66,8 @@ def read_header(path: Path) -> dict[str, Entry]:
             header: dict[str, Any] = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read as safetensors: {error}; it "
-            f"may be truncated: download or write it again"
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read as safetensors: {error}; "
+            f"{_way_out(path)}"
         ) from None
     header.pop("__metadata__", None)
     return {
@@ -75,6 +79,24 @@ def read_header(path: Path) -> dict[str, Entry]:
         )
         for name, entry in header.items()
     }
+
+
+def _way_out(path: Path) -> str:
+    """Return what is wrong with a file that is refused; damage only where it shows."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= _MAX_HEADER_BYTES else b""
+    if not header.startswith(b"{"):
+        return "it is no safetensors file, or damaged: download or write it again"
+    try:
+        entries = json.loads(header)
+        end = 8 + length + max(e["data_offsets"][1] for n, e in entries.items() if n[:2] != "__")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return "its header is truncated or damaged: download or write it again"
+    if size < end:
+        return f"it is truncated, its header wants {end:,} bytes: download or write it again"
+    return "nothing is cut off: another release of safetensors may read it"
 
 
 def read_tensor(path: Path, entry: Entry) -> Tensor:

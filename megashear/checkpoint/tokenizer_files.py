@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megashear.checkpoint import fast_tokenizer
+from megashear.files.pointers import refuse_pointer
 from megashear.files.regular import open_regular
 from megashear.files.structured import LARGE_JSON_BYTES, read_json_object
 from megashear.tokenizer.choice import preferred
@@ -42,7 +43,8 @@ def find(source: Path | str | Iterable[Path | str] | None) -> list[Path]:
             of them taken (a lone ``x.model`` file counts as ``tokenizer.model``); None gives none.
 
     Raises:
-        ValueError: the directory or a file does not exist, or a file's name is not in `CARRIED`.
+        ValueError: the directory or a file does not exist, or a file's name is not in `CARRIED`, or
+            a file is a pointer of Git LFS.
     """
     if source is None:
         return []
@@ -50,12 +52,15 @@ def find(source: Path | str | Iterable[Path | str] | None) -> list[Path]:
         source = Path(source)
         if source.is_dir():
             named = [source / name for name in CARRIED if (source / name).is_file()]
+            for path in named:
+                refuse_pointer(path)
             return named + sorted((source / TEMPLATES).glob("*.jinja"))
         source = [source]
     files = [Path(path) for path in source]
     for path in files:
         if not path.is_file():
             raise ValueError(f"tokenizer file {path} does not exist")
+        refuse_pointer(path)
         if _carried_name(path) not in CARRIED and path.parent.name != TEMPLATES:
             raise ValueError(
                 f"{path} is not a tokenizer file: its name is none of {', '.join(CARRIED)}"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import pickle
 import re
+import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megashear.files.pointers import refuse_pointer
 
 _ZIP = b"PK"
 """First bytes of the format that torch.save writes since release 1.6, which can be mapped."""
@@ -66,6 +69,7 @@ def load_mapped(path: Path, *, passed_over: Collection[str] = ()) -> Any:
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
+    refuse_pointer(path)
     with path.open("rb") as file:
         if file.read(len(_ZIP)) != _ZIP:
             raise ValueError(
@@ -87,9 +91,15 @@ def load_mapped(path: Path, *, passed_over: Collection[str] = ()) -> Any:
             f"else could run code; refused"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        # the list of a zip archive is at its end
+        way_out = (
+            "save its tensors by name with torch.save, where it can be loaded"
+            if zipfile.is_zipfile(path)
+            else "it is truncated or damaged: download or write it again"
+        )
         raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is damaged: {str(error).splitlines()[0]}; it "
-            f"may be truncated: download or write it again"
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read as weights by name: "
+            f"{str(error).splitlines()[0]}; {way_out}"
         ) from None
 
 

@@ -16,6 +16,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megashear.files.pointers import refuse_pointer
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER_BYTES = len(MAGIC) + 8 + 1 + 8 + 8
@@ -95,6 +97,7 @@ def check_pair(prefix: Path) -> IndexedText:
         if not file.is_file():
             beside = f", though {other.name} is there" if other.is_file() else ""
             raise ValueError(f"{file} does not exist{beside}; copy both files, or preprocess again")
+        refuse_pointer(file)
     size = index.stat().st_size
     with index.open("rb") as stream:
         header = stream.read(HEADER_BYTES)

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import zstandard
 
 from megashear.data.text_files import CHUNK_BYTES, Chunk, Record
+from megashear.files.pointers import refuse_pointer
 
 INDEX_NAME = "index.json"
 COLUMN = "tokens"
@@ -154,6 +155,7 @@ def _shard(directory: Path, shard: Mapping[str, Any]) -> Path:
 
 
 def _unpacked(file: Path) -> bytes:
+    refuse_pointer(file)
     data = file.read_bytes()
     packing = PACKED.get(file.suffix)
     try:

@@ -18,6 +18,7 @@ from megashear.data.json_records import (
     split_lines,
 )
 from megashear.data.unpack import DAMAGES, unpacked
+from megashear.files.pointers import refuse_pointer
 from megashear.files.regular import open_regular
 
 CHUNK_BYTES = 1 << 20
@@ -176,6 +177,7 @@ def read_parquet(
             f"pip install 'megashear[parquet]'"
         ) from None
     first = 1
+    refuse_pointer(file)
     try:
         # Buffered: pages are read as they are wanted. Pre-buffered, whole row groups would be.
         with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:

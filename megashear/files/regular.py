@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from megashear.files.pointers import is_pointer, refuse_pointer
+
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -64,6 +66,7 @@ def open_regular(
 
     Raises:
         NotRegularError: it is a pipe, a device, a socket or a directory.
+        ValueError: it is a pointer of Git LFS.
         OSError: it is not there, or cannot be opened.
     """
     check_regular(path, name)
@@ -76,6 +79,9 @@ def open_regular(
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
         raise NotRegularError(f"{name or path} changed while it was opened; a file is wanted")
+    if is_pointer(path):
+        stream.close()
+        refuse_pointer(path, name)
     opened: io.BufferedReader | io.FileIO = stream
     return opened
 

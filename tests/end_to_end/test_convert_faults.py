@@ -271,7 +271,7 @@ def resave(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ("harm", "message"),
     [
         (lambda d: first_shard(d).unlink(), "names .*, which is missing; download it again"),
-        (lambda d: truncate(first_shard(d)), "cannot be read as safetensors: .* be truncated"),
+        (lambda d: truncate(first_shard(d)), "cannot be read as safetensors: .* is truncated"),
         (lambda d: resave(first_shard(d), lambda w: w.popitem()), "it is in none of them; the fi"),
         (
             lambda d: resave(first_shard(d), lambda w: w.update({"x": next(iter(w.values())) + 1})),

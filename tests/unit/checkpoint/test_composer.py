@@ -148,7 +148,9 @@ def test_damaged_and_old_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     write_state_dict(path, WEIGHTS)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"model\.pt \([\d,]+ bytes\) is damaged: .*truncated"):
+    with pytest.raises(
+        ValueError, match=r"model\.pt \([\d,]+ bytes\) cannot .*is truncated or dam"
+    ):
         load_mapped(path)
     torch.save(state_dict(WEIGHTS), path, _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match=r"is not in the format that torch\.save writes since rel"):

@@ -132,7 +132,7 @@ class Malicious:
         ),
         (
             lambda d: os.truncate(d / "pytorch_model-00001-of-00002.bin", 9000),
-            r"00001-of-00002\.bin \(9,000 bytes\) is damaged: .*truncated",
+            r"00001-of-00002\.bin \(9,000 bytes\) cannot .*is truncated or damaged: down",
         ),
         (
             lambda d: (d / "pytorch_model-00001-of-00002.bin").write_bytes(b"other"),
