@@ -653,6 +653,9 @@ class ReportConfig:
     each."""
     output: str | None = None
     """HTML file to write; report.html in the first of --run unless given."""
+    source_loss: str | None = None
+    """What `megashear evaluate --output` wrote of the model before pruning: its loss becomes a line
+    in the figures, and what the runs end above it stands at the top."""
     overwrite: bool = False
     """Replace --output if it is there, as for a run that goes on."""
     images: str | None = None

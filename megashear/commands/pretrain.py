@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
     # Here, not above: torch and megatron-core take seconds that --help should not.
     from megashear.train.run import pretrain
 
-    reached = pretrain(config)
+    reached = pretrain(config, command=["pretrain", *argv])
     report(reached)
     tell_stop(PROG, reached, resumes=config.train.resume)
     return status_of(reached)

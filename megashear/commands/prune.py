@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     # Here, not above: torch and megatron-core take seconds that --help should not.
     from megashear.train.run import prune
 
-    reached = prune(config, then)
+    reached = prune(config, then, command=["prune", *argv])
     report(reached)
     tell_stop(PROG, reached, resumes=config.train.resume)
     return status_of(reached)

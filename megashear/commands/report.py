@@ -26,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
         overwrite=config.overwrite,
         images=config.images,
         title=config.title,
+        source=config.source_loss,
     )
     report("\n".join(f"wrote {path}" for path in written))
     return 0

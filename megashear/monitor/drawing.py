@@ -17,7 +17,7 @@ INK, FAINT, PAPER = "#31343a", "#c9ccd2", "#fefefd"
 very colours, which a page replaces by those of the reader's theme."""
 KEPT = "#0072B2"
 """What stays. Source: Okabe and Ito 2008, "Color Universal Design"."""
-WIDTH = 9.0
+WIDTH = 7.0
 """Of a figure, inches; a page scales it down where there is less room."""
 DPI = 120
 FORMATS = (".png", ".svg", ".pdf")

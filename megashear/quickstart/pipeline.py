@@ -33,6 +33,8 @@ class Result:
     parameters: int
     losses: dict[str, float]
     """Held-out loss by domain, nats per token."""
+    errors: dict[str, float | None] = field(default_factory=dict)
+    """Standard error of each; None where it is not known."""
 
     @property
     def mean(self) -> float:
@@ -141,6 +143,7 @@ class Quickstart:
                 name="cut, no recovery",
                 parameters=cut["parameters"],
                 losses=cut["held-out loss"],
+                errors=cut["standard error"],
             )
         )
         self._ranks(
@@ -238,7 +241,12 @@ class Quickstart:
         description = read_description(find_iteration(self._path(checkpoint)))
         losses: dict[str, float] = description.details["held_out_loss"]["loss"]
         self.results.append(
-            Result(name=name, parameters=description.shape.num_params(), losses=losses)
+            Result(
+                name=name,
+                parameters=description.shape.num_params(),
+                losses=losses,
+                errors=description.details.get("held_out_standard_error", {}).get("loss", {}),
+            )
         )
         return losses
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megashear.masks.targets import KINDS
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.drawing import FAINT, INK, KEPT, legend, new_figure, style
-from megashear.monitor.figures import COLOURS, Points
+from megashear.monitor.figures import COLOURS, DASHES, Points, mark_runs
+from megashear.report.page import large
 from megashear.report.record import RunRecord
 
 if TYPE_CHECKING:
@@ -34,10 +35,16 @@ def kinds_of(points: Points) -> list[str]:
     return [kind for kind in KINDS if tags.expected_sparsity(kind) in points]
 
 
-def loss_figure(points: Points) -> Figure:
-    """Training loss and held-out loss over steps."""
+def loss_figure(points: Points, levels: Mapping[str, float] | None = None) -> Figure:
+    """Return training loss and held-out loss over steps.
+
+    Args:
+        points: of the run.
+        levels: losses to compare with by name, drawn as lines across.
+    """
     figure = new_figure(3.4)
     panel = figure.subplots()
+    _levels(panel, levels or {})
     _line(panel, points.get(tags.LM_LOSS, {}), color=KEPT, label="training text")
     held_out, errors = points.get(tags.EVAL_MEAN_LOSS, {}), points.get(tags.EVAL_MEAN_ERROR, {})
     _line(panel, held_out, color=HELD_OUT, label="held-out text", marker="o", markersize=3.5)
@@ -63,7 +70,72 @@ def loss_figure(points: Points) -> Figure:
             label="all held-out text, at the end",
         )
     style(panel, xlabel="step", ylabel="loss, nats per token")
-    legend(panel, loc="upper right")
+    legend(figure, loc="outside lower center", ncols=3)  # beside the curves, which it would hide
+    return figure
+
+
+def recovery_figure(
+    runs: Sequence[Points],
+    steps_to_axis: Sequence[float],
+    names: Sequence[str],
+    levels: Mapping[str, float],
+    *,
+    xlabel: str,
+) -> Figure:
+    """Return the losses of runs that follow each other on one axis.
+
+    Args:
+        runs: points of each, in their order.
+        steps_to_axis: tokens (or 1) that a step of each run is on the axis.
+        names: of the runs.
+        levels: losses to compare with by name, drawn as lines across.
+        xlabel: what the axis counts.
+    """
+    figure = new_figure(3.8)
+    panel = figure.subplots()
+    _levels(panel, levels)
+    begins, begin = [], 0.0
+    for number, (points, scale) in enumerate(zip(runs, steps_to_axis)):
+        begins.append(begin)
+
+        def moved(tag: str) -> dict[float, float]:
+            return {begin + scale * at: y for at, y in points.get(tag, {}).items()}  # noqa: B023
+
+        def label(words: str) -> str | None:
+            return words if number == 0 else None  # noqa: B023
+
+        _line(panel, moved(tags.LM_LOSS), color=KEPT, label=label("training text"))
+        held_out = {"color": HELD_OUT, "marker": "o", "markersize": 3.5}
+        _line(panel, moved(tags.EVAL_MEAN_LOSS), label=label("held-out text"), **held_out)
+        cut = moved(tags.EXACT_MEAN_LOSS)
+        _line(panel, cut, color=HELD_OUT, linestyle="--", label="held-out text, if cut there")
+        begin += scale * max((max(of, default=0) for of in points.values()), default=0)
+    style(panel, xlabel=xlabel, ylabel="loss, nats per token")
+    mark_runs([panel], begins, names)
+    panel.xaxis.set_major_formatter(_large_numbers)
+    legend(figure, loc="outside lower center", ncols=3)
+    return figure
+
+
+def training_figure(points: Points) -> Figure:
+    """Return learning rates and gradient norms over steps, of weights and, if any, of masks."""
+    figure = new_figure(2.6)
+    panels = figure.subplots(1, 2)
+    for panel, of_weights, of_masks, words in (
+        (panels[0], tags.LEARNING_RATE, tags.MASK_LEARNING_RATE, "learning rate"),
+        (panels[1], tags.GRAD_NORM, tags.MASK_GRAD_NORM, "gradient norm, before clipping"),
+    ):
+        _line(panel, points.get(of_weights, {}), color=KEPT, label="weights")
+        _line(panel, points.get(of_masks, {}), color=HELD_OUT, label="masks")
+        style(panel, xlabel="step")
+        panel.set_title(words, color=INK, fontsize=10)
+        values = [y for tag in (of_weights, of_masks) for y in points.get(tag, {}).values()]
+        if values and min(values) > 0 and max(values) > 20 * min(values):
+            panel.set_yscale("log")  # rates of masks are a thousand times those of weights
+        else:
+            panel.set_ylim(bottom=0)
+    if tags.MASK_GRAD_NORM in points or tags.MASK_LEARNING_RATE in points:
+        legend(panels[1], loc="best")
     return figure
 
 
@@ -78,7 +150,7 @@ def sparsity_figure(points: Points, row_lengths: Mapping[str, int]) -> Figure:
     kinds = kinds_of(points)
     columns = min(2, len(kinds))
     rows = -(-len(kinds) // columns)
-    figure = new_figure(0.5 + 2.1 * rows)
+    figure = new_figure(0.8 + 2.1 * rows)
     panels = figure.subplots(rows, columns, sharex=True, squeeze=False)
     for number, kind in enumerate(kinds):
         panel = panels[number // columns][number % columns]
@@ -100,12 +172,12 @@ def sparsity_figure(points: Points, row_lengths: Mapping[str, int]) -> Figure:
         style(panel, ylabel="share that goes" if number % columns == 0 else "")
         panel.set_title(KIND_TITLES[kind], color=INK, fontsize=10)
         panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
-        if number == 0:
-            legend(panel, loc="lower right")
     for number in range(len(kinds), rows * columns):
         panels[number // columns][number % columns].set_visible(False)
     for panel in panels[-1]:
         panel.set_xlabel("step", color=INK, fontsize=9.5)
+    first = panels[0][0].get_lines()
+    legend(figure, handles=first, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -116,11 +188,11 @@ def has_settling(points: Points) -> bool:
 
 def settling_figure(points: Points) -> Figure:
     """How many gates are undecided, and how many changed side, by kind."""
-    figure = new_figure(2.9)
+    figure = new_figure(3.2)
     panels = figure.subplots(1, 2)
     for panel, tag, words in (
         (panels[0], tags.undecided, "undecided"),
-        (panels[1], tags.churn, "changed side since the last evaluation"),
+        (panels[1], tags.churn, "changed side between evaluations"),
     ):
         for number, kind in enumerate(kinds_of(points)):
             _line(
@@ -134,7 +206,7 @@ def settling_figure(points: Points) -> Figure:
         style(panel, xlabel="step", ylabel="% of gates" if tag is tags.undecided else "")
         panel.set_title(words, color=INK, fontsize=10)
         panel.set_ylim(bottom=0)
-    legend(panels[0], loc="upper right")
+    legend(figure, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -143,25 +215,49 @@ def parts_of(points: Points) -> list[str]:
     return [part for part in tags.STEP_PARTS if tags.part_seconds(part) in points]
 
 
+MEMORY_NAMES = {
+    tags.MEMORY_ALLOCATED: "tensors on the GPU",
+    tags.MEMORY_RESERVED: "allocator on the GPU",
+    tags.MEMORY_RESIDENT: "a process on its host",
+}
+"""What memory is of, by tag."""
+
+
 def speed_figure(points: Points) -> Figure:
-    """Tokens per second over steps, and what the time of a step goes to where that is known."""
+    """Return tokens per second over steps, and utilisation, parts of a step and memory if known."""
     parts = parts_of(points)
-    figure = new_figure(2.4 + 2.2 * bool(parts))
-    panels = figure.subplots(1 + bool(parts), 1, sharex=True, squeeze=False)[:, 0]
+    memory = [tag for tag in MEMORY_NAMES if tag in points]
+    utilisation = points.get(tags.MODEL_FLOPS_UTILISATION, {})
+    num_panels = 1 + bool(utilisation) + bool(parts) + bool(memory)
+    figure = new_figure(1.0 + 1.7 * num_panels)
+    panels = list(figure.subplots(num_panels, 1, sharex=True, squeeze=False)[:, 0])
     _line(panels[0], points.get(tags.TOKENS_PER_SECOND, {}), color=KEPT)
-    style(panels[0], ylabel="tokens/s, all processes")
+    style(panels[0], ylabel="tokens/s,\nall processes")
+    panels[0].yaxis.set_major_formatter(_large_numbers)
+    rest = panels[1:]
+    if utilisation:
+        panel = rest.pop(0)
+        _line(panel, {step: 100 * share for step, share in utilisation.items()}, color=KEPT)
+        style(panel, ylabel="% of the peak\n(MFU)")
     if parts:
+        panel = rest.pop(0)
         of_part = {part: points[tags.part_seconds(part)] for part in parts}
         steps = sorted(set.intersection(*(set(values) for values in of_part.values())))
-        panels[1].stackplot(
+        panel.stackplot(
             steps,
             [[of_part[part][step] for step in steps] for part in parts],
             colors=COLOURS,
             alpha=0.75,
             labels=parts,
         )
-        style(panels[1], ylabel="seconds a step")
-        legend(panels[1], loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        style(panel, ylabel="seconds\na step")
+        legend(panel, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    if memory:
+        panel = rest.pop(0)
+        for number, tag in enumerate(memory):
+            _line(panel, points[tag], color=COLOURS[number], label=MEMORY_NAMES[tag])
+        style(panel, ylabel="memory, GB")
+        legend(panel, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for panel in panels:
         panel.set_ylim(bottom=0)
     panels[-1].set_xlabel("step", color=INK, fontsize=9.5)
@@ -231,6 +327,22 @@ def timeline_figure(record: RunRecord) -> Figure:
     return figure
 
 
-def _line(panel: Axes, values: Mapping[int, float], **look: Any) -> None:
+def _levels(panel: Axes, levels: Mapping[str, float]) -> None:
+    """Draw losses to compare with as lines across."""
+    for number, (name, loss) in enumerate(levels.items()):
+        panel.axhline(
+            loss,
+            label=f"{name}, {loss:.3f}",
+            color=MARK,
+            linestyle=DASHES[1 + number % 2],
+            linewidth=1.3,
+        )
+
+
+def _large_numbers(value: float, _: float) -> str:
+    return large(value)
+
+
+def _line(panel: Axes, values: Mapping[Any, float], **look: Any) -> None:
     if values:
         panel.plot(list(values), list(values.values()), **{"linewidth": 1.6, **look})

@@ -219,7 +219,7 @@ nav { display: flex; flex-wrap: wrap; gap: 8px 18px; margin: 14px 0; }
 a { color: var(--kept); }
 figure { margin: 14px 0 22px; }
 figcaption { font-size: .93rem; max-width: 85ch; margin-top: 4px; }
-.drawing { min-width: 560px; }
+.drawing { max-width: 880px; }
 .drawing svg { display: block; width: 100%; height: auto; color: var(--ink); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .93rem; margin: 8px 0; }
@@ -247,9 +247,12 @@ pre { font-size: .85rem; line-height: 1.4; margin: 8px 0; }
 .badge.stopped, .badge.unknown, .badge.ended-early { color: var(--warn); }
 .badge.running { color: var(--kept); }
 footer { margin-top: 30px; font-size: .85rem; }
-@media (max-width: 600px) { main { padding: 18px 12px 40px; } section { padding: 14px; }
-  h1 { font-size: 1.5rem; } th, td { padding-right: 8px; } .bars td.bar { min-width: 70px; }
-  .bars td:first-child { max-width: 30vw; } }
+td:not(.number) { overflow-wrap: anywhere; }
+@media (max-width: 600px) { main { padding: 14px 8px 40px; } section { padding: 12px 10px; }
+  h1 { font-size: 1.5rem; } table { font-size: .78rem; } th, td { padding-right: 6px; }
+  .number { white-space: normal; } .bars td.bar { width: 25%; min-width: 40px; }
+  .bars td:first-child { max-width: 30vw; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  .cards { grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 8px; } }
 @media print { body { background: #fff; } section { break-inside: avoid; } }
 """
 """Colours follow the reader's theme. `as_svg` refers to ink, faint, card and kept."""

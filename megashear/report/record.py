@@ -35,6 +35,10 @@ QUICKSTART_RUNS = ("pruned", "sheared")
 """Runs of a quickstart that a report tells of, where they are there."""
 HELD_OUT_LOSS = "held_out_loss"
 """Key of the last evaluation's losses in the details of a run's last checkpoint."""
+HELD_OUT_ERROR = "held_out_standard_error"
+"""Key of their standard errors; runs of before have none."""
+ENVIRONMENT = "environment"
+"""Key of what the run ran on and of its command; runs of before have none."""
 ALIVE_S = 900.0
 """Seconds since the last point for which a run that is not at its end counts as running."""
 
@@ -106,6 +110,18 @@ class RunRecord:
     def config(self) -> dict[str, Any]:
         """Settings of the run by group; empty before the first checkpoint."""
         return dict(self._details.get("run", {}))
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions, device, processes and command of the last start; empty where it kept none."""
+        return dict(self._details.get(ENVIRONMENT, {}))
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """Training tokens of a step; None before the first checkpoint."""
+        train = self.config.get("train", {})
+        batch, length = train.get("global_batch_size"), train.get("seq_length")
+        return None if batch is None or length is None else int(batch) * int(length)
 
     @property
     def stage(self) -> str | None:

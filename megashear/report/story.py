@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,31 @@ from typing import Any
 import yaml
 
 from megashear import config
+from megashear.files.structured import read_json_object
 from megashear.masks.targets import EXTENTS
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.console import format_duration
 from megashear.monitor.figures import domains_of, mixture_figure
+from megashear.report.costs import STAGES, cost_section, device_hours, hours_as_text
 from megashear.report.curves import (
+    MEMORY_NAMES,
     has_settling,
     kinds_of,
     loss_figure,
     parts_of,
+    recovery_figure,
     settling_figure,
     sparsity_figure,
     speed_figure,
     timeline_figure,
+    training_figure,
+)
+from megashear.report.losses import (
+    MeanLoss,
+    final_loss,
+    known_errors,
+    mean_reference,
+    references_of,
 )
 from megashear.report.mask_map import mask_map
 from megashear.report.page import (
@@ -41,11 +52,11 @@ from megashear.report.page import (
     table,
     text,
 )
-from megashear.report.record import HELD_OUT_LOSS, RESULTS, RunRecord
+from megashear.report.record import RESULTS, RunRecord
 from megashear.report.tables import EXTENT_NAMES, KIND_NAMES, PARTS, part_params
+from megashear.report.verdict import findings, verdict
 from megashear.shape import ModelShape
 
-STAGES = {"prune": "Pruning", "pretrain": "Continued pretraining", None: "Run"}
 GLOSSARY = {
     "pruning": "Making a model smaller by taking whole parts out of it: layers, attention heads, "
     "MLP neurons, hidden dimensions. What is left is an ordinary model of a smaller shape.",
@@ -56,6 +67,11 @@ GLOSSARY = {
     "what training measures. In exact mode every row keeps the target's number of most open gates, "
     "which is the model that is cut. The nearer the two, the less the cut changes.",
     "undecided": "A gate whose chance to be open lies between 10 and 90 percent.",
+    "settled": "Masks have settled when, of every kind, at most 10 % of the gates are undecided, "
+    "at most 2 % changed side since the evaluation before, rounding to the target changes at most "
+    "5 % (one gate is never too many), and the expected size of a row is within 5 % of its units "
+    "of the target.",
+    "reference": "The loss that a domain is to reach; the mixture follows the distance from it.",
     "loss": "How badly the model guesses the next token, in nats per token; lower is better. "
     "Held-out text is text that is never trained on. The band around a curve is one standard "
     "error.",
@@ -67,12 +83,15 @@ GLOSSARY = {
 """Words of a page for those who never saw the tool."""
 
 
-def sections_of(records: Sequence[RunRecord], folder: Path | None) -> list[Section]:
-    """Everything a report says of runs, in order.
+def sections_of(
+    records: Sequence[RunRecord], folder: Path | None, source: MeanLoss | None = None
+) -> list[Section]:
+    """Return everything a report says of runs, in order.
 
     Args:
         records: the runs.
         folder: of a quickstart, for its table of results; None for none.
+        source: loss of the model before pruning, where it is known.
     """
     found = []
     shape = _shape_section(records)
@@ -81,16 +100,24 @@ def sections_of(records: Sequence[RunRecord], folder: Path | None) -> list[Secti
     results = None if folder is None else _results_section(folder / RESULTS)
     if results is not None:
         found.append(results)
+    recovery = _recovery_section(records, source)
+    if recovery is not None:
+        found.append(recovery)
     for number, record in enumerate(records, start=1):
-        found.append(_run_section(record, f"run{number}" if len(records) > 1 else "run"))
-    found.append(_cost_section(records))
+        found.append(_run_section(record, f"run{number}" if len(records) > 1 else "run", source))
+    found.append(cost_section(records))
     found.append(Section(name="words", title="What the words mean", parts=[definitions(GLOSSARY)]))
     return found
 
 
-def headline(records: Sequence[RunRecord]) -> list[str]:
-    """What stands below the title: what happened in a sentence or two, and the largest numbers."""
-    lead = [paragraph(_sentence(records), kind="lead")]
+def headline(records: Sequence[RunRecord], source: MeanLoss | None = None) -> list[str]:
+    """Return what stands below the title: what happened in a few sentences, the largest numbers.
+
+    Args:
+        records: the runs.
+        source: loss of the model before pruning, where it is known.
+    """
+    lead = [paragraph(" ".join([_sentence(records), *_gaps(records, source)]), kind="lead")]
     badges = "".join(
         f'<p class="state"><span class="badge {record.state.replace(" ", "-")}">'
         f"{text(record.state)}</span> "
@@ -99,7 +126,10 @@ def headline(records: Sequence[RunRecord]) -> list[str]:
     )
     lead.append(badges)
     lead += [paragraph(note, kind="warn") for record in records for note in record.notes]
-    numbers = list(_cards(records))
+    for record in records:
+        if any(not one.is_settled for one in findings(record)):
+            lead.append(paragraph(verdict(record, most=1), kind="warn"))
+    numbers = list(_cards(records, source))
     return [*lead, cards(numbers)] if numbers else lead
 
 
@@ -119,14 +149,14 @@ def _sentence(records: Sequence[RunRecord]) -> str:
             f"{large(after.num_params())}, {share:.0f} % of it."
         )
     for record in records:
-        loss = _final_loss(record)
+        loss = final_loss(record)
         what = {"prune": "Pruning", "pretrain": "Continued pretraining"}.get(
             record.stage or "", "The run"
         )
         steps = f"{record.step:,} of {record.train_iters:,}" if record.train_iters else record.step
         done = f"{what} has done {steps} steps"
         if loss is not None:
-            done += f"; its loss on held-out text is {loss[0]:.3f} nats per token {loss[1]}"
+            done += f"; its loss on held-out text is {loss} nats per token {loss.words}"
         words.append(done + ".")
     return " ".join(words)
 
@@ -142,7 +172,36 @@ def _status(record: RunRecord) -> str:
     return words
 
 
-def _cards(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, str]]:
+def _gaps(records: Sequence[RunRecord], source: MeanLoss | None) -> list[str]:
+    """Return how far the last loss is above the source's and the references', a sentence each."""
+    loss = final_loss(records[-1])
+    if loss is None:
+        return []
+    levels = _levels(records[-1], source)
+    return [
+        f"That is {loss.mean - level:.3f} above {words}, {level:.3f}."
+        if loss.mean >= level
+        else f"That is {level - loss.mean:.3f} below {words}, {level:.3f}."
+        for words, level in levels.items()
+    ]
+
+
+def _levels(record: RunRecord, source: MeanLoss | None) -> dict[str, float]:
+    """Return the losses that a run's are held to, by name; a source that is the reference once."""
+    reference = mean_reference(record)
+    levels = {}
+    if source is not None:
+        levels["the model before pruning"] = source.mean
+    if reference is not None and (source is None or abs(reference - source.mean) > SAME_LOSS):
+        levels["the mean of the references"] = reference
+    return levels
+
+
+SAME_LOSS = 5e-4
+"""Nats; losses that differ less are one line, for three digits are shown."""
+
+
+def _cards(records: Sequence[RunRecord], source: MeanLoss | None) -> Iterator[tuple[str, str, str]]:
     before, after = _before_and_after(records)
     if before is not None and after is not None:
         share = 100 * after.num_params() / before.num_params()
@@ -151,18 +210,21 @@ def _cards(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, str]]:
             large(after.num_params()),
             f"of {large(before.num_params())} before, {share:.1f} % are kept",
         )
-    loss = _final_loss(records[-1])
+    loss = final_loss(records[-1])
     if loss is not None:
-        yield "Held-out loss", f"{loss[0]:.3f}", f"nats per token, {loss[1]}"
+        error = "" if loss.error is None else f"+- {loss.error:.3f} "
+        yield "Held-out loss", f"{loss.mean:.3f}", f"{error}nats per token, {loss.words}"
+        for words, level in _levels(records[-1], source).items():
+            yield "Gap", f"{loss.mean - level:+.3f}", f"nats per token, to {words}"
     tokens = [record.tokens for record in records if record.tokens is not None]
     if tokens:
         yield "Text read", large(sum(tokens)), "tokens of training"
     seconds = sum(record.seconds for record in records)
     if seconds:
         yield "Time", format_duration(seconds), "h:min:s, from first to last log line"
-        hours = _device_hours(records)
+        hours = device_hours(records)
         if hours is not None:
-            yield hours[0], _hours(hours[1]), "time x processes"
+            yield hours[0], hours_as_text(hours[1]), "time x processes"
 
 
 def _shape_section(records: Sequence[RunRecord]) -> Section | None:
@@ -190,14 +252,14 @@ def _shape_section(records: Sequence[RunRecord]) -> Section | None:
 def _results_section(path: Path) -> Section | None:
     if not path.is_file():
         return None
-    models = json.loads(path.read_text(encoding="utf-8"))["models"]
+    models = read_json_object(path)["models"]
     domains = list(models[0]["losses"])
     rows = [
         [
             model["name"],
             f"{model['parameters']:,}",
             *(f"{model['losses'][domain]:.3f}" for domain in domains),
-            f"{model['mean']:.3f}",
+            str(MeanLoss(domains=model["losses"], errors=known_errors(model.get("errors", {})))),
         ]
         for model in models
     ]
@@ -215,7 +277,37 @@ def _results_section(path: Path) -> Section | None:
     )
 
 
-def _run_section(record: RunRecord, name: str) -> Section:
+def _recovery_section(records: Sequence[RunRecord], source: MeanLoss | None) -> Section | None:
+    """Return the losses of runs that follow each other on one axis; None for a run alone."""
+    shown = [record for record in records if tags.LM_LOSS in record.points]
+    if len(shown) < 2:
+        return None
+    scales = [record.tokens_per_step for record in shown]
+    by_tokens = None not in scales
+    figure = recovery_figure(
+        [record.points for record in shown],
+        [float(scale) if by_tokens and scale is not None else 1.0 for scale in scales],
+        [record.name for record in shown],
+        _levels(shown[-1], source),
+        xlabel="training tokens, of all runs together"
+        if by_tokens
+        else "step, of all runs together",
+    )
+    losses = [(record.name, final_loss(record)) for record in shown]
+    words = ", ".join(f"{name} {loss}" for name, loss in losses if loss is not None)
+    caption = (
+        f"Loss of the runs one after the other, each from where the one before ended: blue on "
+        f"training text, orange on held-out text, dashed for the model that would be cut there. "
+        f"Held-out losses at the ends: {words}."
+    )
+    return Section(
+        name="joined",
+        title="From pruning to recovery",
+        parts=[Drawn(name="recovery", figure=figure, caption=caption)],
+    )
+
+
+def _run_section(record: RunRecord, name: str, source: MeanLoss | None) -> Section:
     points = record.points
     parts: list[str | Drawn] = []
 
@@ -233,9 +325,13 @@ def _run_section(record: RunRecord, name: str) -> Section:
             f"only some stay. {_layers_that_go(kept.removed_layers)}",
         )
         parts.append(_kinds_table(record))
+        parts.append(paragraph(verdict(record)))
     if tags.LM_LOSS in points:
         parts.append("<h3>Loss</h3>")
-        drawn("loss", loss_figure(points), _loss_caption(record, points))
+        drawn("loss", loss_figure(points, _levels(record, source)), _loss_caption(record, points))
+    if tags.LEARNING_RATE in points or tags.GRAD_NORM in points:
+        parts.append("<h3>Learning rate and gradients</h3>")
+        drawn("training", training_figure(points), _training_caption(record, points))
     if kinds_of(points):
         parts.append("<h3>How much goes</h3>")
         lengths = {}
@@ -248,6 +344,7 @@ def _run_section(record: RunRecord, name: str) -> Section:
     if domains_of(points):
         parts.append("<h3>Domains</h3>")
         drawn("domains", mixture_figure([points]), _mixture_caption(points))
+        parts += _domains_table(record, source)
     if record.sessions and tags.LM_LOSS in record.events:
         parts.append("<h3>Timeline</h3>")
         drawn("timeline", timeline_figure(record), _timeline_caption(record))
@@ -258,6 +355,9 @@ def _run_section(record: RunRecord, name: str) -> Section:
     if record.config:
         parts.append("<h3>Settings</h3>")
         parts += _config_parts(record.config)
+    if record.description is not None:
+        parts.append("<h3>How to repeat it</h3>")
+        parts += _environment_parts(record.environment)
     title = f"{STAGES.get(record.stage, 'Run')}: {record.name}"
     return Section(name=name, title=title, parts=parts)
 
@@ -284,6 +384,57 @@ def _kinds_table(record: RunRecord) -> str:
         f"for {expected:,}."
     )
     return table(head, rows) + paragraph(said, kind="muted")
+
+
+def _domains_table(record: RunRecord, source: MeanLoss | None) -> list[str]:
+    """Return the last loss of every domain beside what it is held to."""
+    loss = final_loss(record)
+    if loss is None or len(loss.domains) < 2:
+        return []
+    columns: dict[str, Mapping[str, float]] = {"loss": loss.domains}
+    if loss.errors:
+        columns["standard error"] = loss.errors
+    references = references_of(record)
+    if references:
+        columns["reference"] = references
+        columns["above it"] = {n: loss.domains[n] - references[n] for n in references}
+    if source is not None and "the model before pruning" in _levels(record, source):
+        columns["before pruning"] = source.domains
+    rows = [
+        [name, *(f"{of[name]:.3f}" if name in of else "-" for of in columns.values())]
+        for name in loss.domains
+    ]
+    said = f"Held-out loss of every domain, nats per token, {loss.words}; the mean is {loss}."
+    return [table(["domain", *columns], rows), paragraph(said, kind="muted")]
+
+
+def _environment_parts(found: Mapping[str, Any]) -> list[str]:
+    """Return versions, device and the command that repeats a run."""
+    if not found:
+        said = "This run is of a release that kept neither versions nor its command."
+        return [paragraph(said, kind="muted")]
+    rows = [
+        [name, str(found[name])]
+        for name in ("megashear", "torch", "megatron-core", "python", "device", "processes")
+        if name in found
+    ]
+    parts = [table(["", "of the last start"], rows, left=2)]
+    if found.get("command"):
+        parts += [
+            paragraph("The command of the last start; with other paths it repeats the run."),
+            preformatted(_command(found)),
+        ]
+    return parts
+
+
+def _command(found: Mapping[str, Any]) -> str:
+    """Return what a shell takes to start such a run."""
+    words = shlex.join(found["command"])
+    processes, on_host = int(found.get("processes", 1)), int(found.get("processes on a host", 1))
+    if processes == 1:
+        return f"megashear {words}"
+    hosts = f"--nnodes {processes // on_host}" if processes > on_host else "--standalone"
+    return f"torchrun {hosts} --nproc-per-node {on_host} -m megashear {words}"
 
 
 def _events_table(record: RunRecord) -> str:
@@ -313,113 +464,6 @@ def _events_table(record: RunRecord) -> str:
     return folded(f"All {len(rows)} starts and checkpoints", listed)
 
 
-def _cost_section(records: Sequence[RunRecord]) -> Section:
-    head = ["", *(f"{STAGES.get(r.stage, 'Run')}: {r.name}" for r in records)]
-    rows = [[name, *(cost(record) for record in records)] for name, cost in COSTS.items()]
-    shown = [row for row in rows if any(cell != "-" for cell in row[1:])]
-    return Section(
-        name="cost",
-        title="What it cost",
-        parts=[
-            paragraph(
-                "Times are those of the event files, from a start's first line to its last; "
-                "starting up and loading come before the first. Processes are one a device."
-            ),
-            table(head, shown),
-        ],
-    )
-
-
-def _cost_tokens(record: RunRecord) -> str:
-    return "-" if record.tokens is None else f"{record.tokens:,}"
-
-
-def _cost_processes(record: RunRecord) -> str:
-    return "-" if record.num_processes is None else str(record.num_processes)
-
-
-def _cost_device(record: RunRecord) -> str:
-    return "-" if (device := _device(record)) is None else device
-
-
-def _cost_hours(record: RunRecord) -> str:
-    hours = _device_hours([record])
-    return "-" if hours is None else _hours(hours[1])
-
-
-def _cost_evaluation(record: RunRecord) -> str:
-    share = record.evaluation_share
-    return "-" if share is None else f"{100 * share:.1f} % of the wall time"
-
-
-def _cost_saving(record: RunRecord) -> str:
-    values = record.events.get(tags.SAVE_STALL_SECONDS, {})
-    if not values:
-        return "-"
-    return f"{sum(point.value for point in values.values()):,.1f} s for {len(values)} checkpoints"
-
-
-def _cost_memory(record: RunRecord) -> str:
-    for tag, where in (
-        (tags.MEMORY_RESERVED, "on a GPU"),
-        (tags.MEMORY_RESIDENT, "of a process on its host"),
-    ):
-        if values := record.points.get(tag):
-            return f"{max(values.values()):.3g} GB {where}"
-    return "-"
-
-
-def _cost_utilisation(record: RunRecord) -> str:
-    values = sorted(record.points.get(tags.MODEL_FLOPS_UTILISATION, {}).values())
-    return f"{100 * values[len(values) // 2]:.1f} %" if values else "-"
-
-
-def _cost_disk(record: RunRecord) -> str:
-    total = sum(saved.num_bytes for saved in record.iterations)
-    return f"{total / 1e9:.3g} GB" if total else "-"
-
-
-COSTS = {
-    "training tokens": _cost_tokens,
-    "steps": lambda record: f"{record.step:,}",
-    "wall time": lambda record: format_duration(record.seconds) if record.sessions else "-",
-    "starts": lambda record: str(len(record.sessions)) if record.sessions else "-",
-    "processes": _cost_processes,
-    "devices": _cost_device,
-    "process-hours": _cost_hours,
-    "model FLOPs utilisation, median": _cost_utilisation,
-    "most memory": _cost_memory,
-    "evaluations took": _cost_evaluation,
-    "training stood still for saving": _cost_saving,
-    "checkpoints on disk now": _cost_disk,
-}
-"""Lines of the table of costs; "-" where a run does not tell."""
-
-
-def _device(record: RunRecord) -> str | None:
-    """What the run ran on, where it says so."""
-    if record.description is None:
-        return None
-    found: str | None = record.description.details.get("device")
-    return found
-
-
-def _device_hours(records: Sequence[RunRecord]) -> tuple[str, float] | None:
-    """What an hour of a process is called, and how many there were; None where not known."""
-    total = 0.0
-    for record in records:
-        if record.num_processes is None:
-            return None
-        total += record.seconds / 3600 * record.num_processes
-    devices = {_device(record) for record in records}
-    on_gpus = None not in devices and "CPU" not in devices
-    return ("GPU-hours" if on_gpus else "Process-hours"), total
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:,.0f} h" if hours >= 100 else f"{hours:.3g} h"
-
-
 def _loss_caption(record: RunRecord, points: Mapping[str, Mapping[int, float]]) -> str:
     losses = list(points[tags.LM_LOSS].values())
     words = (
@@ -430,6 +474,22 @@ def _loss_caption(record: RunRecord, points: Mapping[str, Mapping[int, float]]) 
         words += f", on held-out text, orange, from {held_out[0]:.2f} to {held_out[-1]:.2f}"
     if record.stage == "prune":
         words += "; it may rise while more and more of the model is closed, and falls after that"
+    if tags.EVAL_MEAN_ERROR in points:
+        words += "; the band is one standard error"
+    return words + "."
+
+
+def _training_caption(record: RunRecord, points: Mapping[str, Mapping[int, float]]) -> str:
+    rates = list(points.get(tags.LEARNING_RATE, {}).values())
+    norms = sorted(points.get(tags.GRAD_NORM, {}).values())
+    words = "Learning rate and norm of the gradients at every log line"
+    if rates:
+        words += f"; the rate of the weights goes to {max(rates):.1e} and ends at {rates[-1]:.1e}"
+    if norms:
+        words += f", the median norm is {norms[len(norms) // 2]:.2f}"
+    skipped = record.points.get(tags.SKIPPED_STEPS, {})
+    if skipped and max(skipped.values()) > 0:
+        words += f"; {max(skipped.values()):.0f} steps were skipped, for they were not finite"
     return words + "."
 
 
@@ -495,6 +555,12 @@ def _speed_caption(points: Mapping[str, Mapping[int, float]]) -> str:
     )
     if parts_of(points):
         words += "; below, what the time of a step goes to"
+    utilisation = sorted(points.get(tags.MODEL_FLOPS_UTILISATION, {}).values())
+    if utilisation:
+        middle = 100 * utilisation[len(utilisation) // 2]
+        words += f"; the median share of the device's peak arithmetic is {middle:.1f} %"
+    if any(tag in points for tag in MEMORY_NAMES):
+        words += "; last, memory of the rank that has most"
     return words + "."
 
 
@@ -557,23 +623,3 @@ def _before_and_after(
     if after is None and records[-1].description is not None:
         after = records[-1].description.shape
     return before, after
-
-
-def _final_loss(record: RunRecord) -> tuple[float, str] | None:
-    """The held-out loss that says most of a run, and what it was measured on."""
-    if record.description is not None:
-        by_mode = record.description.details.get(HELD_OUT_LOSS, {})
-        for mode, words in (
-            ("loss", "over all held-out text"),
-            ("exact", "over all held-out text, cut to the target"),
-        ):
-            if mode in by_mode:
-                losses = list(by_mode[mode].values())
-                mean = sum(losses) / len(losses)
-                if math.isfinite(mean):
-                    return mean, words
-    points = record.points.get(tags.EVAL_MEAN_LOSS, {})
-    if not points:
-        return None
-    step = max(points)
-    return points[step], f"at step {step:,}, on the run's subsample"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megashear.checkpoint import integrity
 from megashear.monitor.drawing import require_matplotlib
+from megashear.report.losses import source_loss
 from megashear.report.page import page, save_figures
 from megashear.report.record import RESULTS, read_runs
 from megashear.report.story import headline, sections_of, title_of
@@ -23,6 +24,7 @@ def write_report(
     overwrite: bool = False,
     images: Path | str | None = None,
     title: str | None = None,
+    source: Path | str | None = None,
 ) -> list[Path]:
     """Write the report of one run or several that belong together.
 
@@ -35,12 +37,14 @@ def write_report(
         overwrite: replace the page if it is there.
         images: directory to write every figure to as well.
         title: of the page.
+        source: losses of the model before pruning, as `losses.source_loss` reads them.
 
     Returns:
         What was written: the page first, then the figures.
 
     Raises:
-        ValueError: no run there, an output exists, or matplotlib is not installed.
+        ValueError: no run there, an output exists, matplotlib is not installed, or the losses
+            of the source cannot be read.
     """
     path = Path(run[0]) / NAME if output is None else Path(output)
     if path.suffix not in (".html", ".htm"):
@@ -54,8 +58,10 @@ def write_report(
     require_matplotlib()
     records = read_runs(run, tensorboard_dirs)
     folder = Path(run[0]) if (Path(run[0]) / RESULTS).is_file() else None
-    sections = sections_of(records, folder)
-    content = page(title or title_of(records), headline(records), sections, now=records[0].now)
+    before = source_loss(source, folder)
+    sections = sections_of(records, folder, before)
+    lead = headline(records, before)
+    content = page(title or title_of(records), lead, sections, now=records[0].now)
     path.parent.mkdir(parents=True, exist_ok=True)
     integrity.replace(path, content)
     return [path, *([] if images is None else save_figures(sections, Path(images)))]

@@ -76,6 +76,8 @@ GUARD = "step_guard"
 
 HELD_OUT_LOSS = "held_out_loss"
 """What a finished run adds to the details of its last checkpoint: losses by mode and domain."""
+HELD_OUT_ERROR = "held_out_standard_error"
+"""Key beside it: the standard errors of these losses; None for one that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -470,11 +472,14 @@ class Trainer:
 
     def _amend(self, saved: Path, found: dict[str, DomainLosses]) -> None:
         """Add the last losses to the last checkpoint, unless a run has done so before."""
-        by_mode = {mode: domains.losses for mode, domains in found.items()}
+        details = {
+            HELD_OUT_LOSS: {mode: domains.losses for mode, domains in found.items()},
+            HELD_OUT_ERROR: {mode: domains.known_errors for mode, domains in found.items()},
+        }
         with raise_together():
             done = HELD_OUT_LOSS in read_description(saved).details
         if not any(gather_objects(done)):
-            amend_description(saved, {HELD_OUT_LOSS: by_mode}, self.groups)
+            amend_description(saved, details, self.groups)
 
     def _evaluates_after(self, step: int) -> bool:
         return bool(self.train.eval_interval) and step % self.train.eval_interval == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.parallel.watchdog import collective_timeout_s, watch
 from megashear.shape import ModelShape, read_shape
+from megashear.train.environment import ENVIRONMENT, environment
 from megashear.train.guard import StepGuard
 from megashear.train.in_flight import Optimized, cut_in_flight
 from megashear.train.inputs import (
@@ -58,13 +60,16 @@ from megashear.train.stops import EXIT_STATUS
 logger = logging.getLogger(__name__)
 
 
-def prune(config: PruneRun, then: PretrainRun | None = None) -> dict[str, Any]:
+def prune(
+    config: PruneRun, then: PretrainRun | None = None, *, command: Sequence[str] = ()
+) -> dict[str, Any]:
     """Learn masks and weights together. Collective over the processes torchrun started.
 
     Args:
         config: the run.
         then: continued pretraining of the cut model, in the same job, with the moments that
             pruning's optimizer holds; see `in_flight`.
+        command: words of the command line, which checkpoints keep.
 
     Returns:
         What was reached and where it lies.
@@ -77,7 +82,7 @@ def prune(config: PruneRun, then: PretrainRun | None = None) -> dict[str, Any]:
         check_then(config, then)
         if train.resume and holds_iterations(then.train.save):
             logger.info("pruning is done: going on with continued pretraining")
-            return pretrain(dataclasses.replace(then, train=resuming(then.train)))
+            return pretrain(dataclasses.replace(then, train=resuming(then.train)), command=command)
     start = find_start(
         train,
         stage=StructuredPruning.stage,
@@ -97,7 +102,7 @@ def prune(config: PruneRun, then: PretrainRun | None = None) -> dict[str, Any]:
     timeout_s = collective_timeout_s(config.train.distributed_timeout_minutes)
     with distributed(config.parallel, config.model, timeout_s=timeout_s) as groups:
         start = settle(start, train, groups, stage=StructuredPruning.stage, check=check)
-        trainer = _pruning_trainer(config, start, target, inputs, groups)
+        trainer = _pruning_trainer(config, start, target, inputs, groups, command)
         reached = trainer.run(start.first_step)
         done = reached["step"] == train.train_iters and reached["stopped"] is None
         if behind is not None and not done:
@@ -108,7 +113,7 @@ def prune(config: PruneRun, then: PretrainRun | None = None) -> dict[str, Any]:
             )
         if behind is None or not done:
             return reached
-        following = behind.take_over(trainer, start, target, groups)
+        following = behind.take_over(trainer, start, target, groups, command)
         del trainer  # the larger model is not needed any more
         gc.collect()
         recovered = following.run(0)
@@ -123,6 +128,7 @@ def _pruning_trainer(
     target: ModelShape,
     inputs: Inputs,
     groups: ParallelGroups,
+    command: Sequence[str],
 ) -> Trainer:
     train = config.train
     chunks = build_llama(
@@ -142,7 +148,7 @@ def _pruning_trainer(
         eps=config.optimizer.adam_eps,
     )
     details = {"target_shape": target.to_dict()}
-    return _trainer(config, start, objective, inputs, groups, details)
+    return _trainer(config, start, objective, inputs, groups, details, command=command)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +171,12 @@ class _Behind:
         return cls(config=config, inputs=inputs)
 
     def take_over(
-        self, pruned: Trainer, start: Start, target: ModelShape, groups: ParallelGroups
+        self,
+        pruned: Trainer,
+        start: Start,
+        target: ModelShape,
+        groups: ParallelGroups,
+        command: Sequence[str],
     ) -> Trainer:
         """Cut the model where it lies and hand it on. Collective over the world."""
         config, objective = self.config, pruned.objective
@@ -199,6 +210,7 @@ class _Behind:
                 "pruned_for": pruned.train.train_iters,
                 "rounding": {kind: change.num_changed for kind, change in changes.items()},
             },
+            command=command,
             fill=False,
         )
         cut_in_flight(
@@ -213,9 +225,13 @@ class _Behind:
         return trainer
 
 
-def pretrain(config: PretrainRun) -> dict[str, Any]:
+def pretrain(config: PretrainRun, *, command: Sequence[str] = ()) -> dict[str, Any]:
     """Language modelling from a checkpoint or from fresh weights. Collective over the processes
     torchrun started.
+
+    Args:
+        config: the run.
+        command: words of the command line, which checkpoints keep.
 
     Returns:
         What was reached and where it lies.
@@ -253,7 +269,7 @@ def pretrain(config: PretrainRun) -> dict[str, Any]:
         )
         objective = LanguageModelling(chunks)
         lineage = {} if start.description is None else start.description.lineage
-        trainer = _trainer(config, start, objective, inputs, groups, lineage)
+        trainer = _trainer(config, start, objective, inputs, groups, lineage, command=command)
         return trainer.run(start.first_step)
 
 
@@ -279,11 +295,13 @@ def _trainer(
     groups: ParallelGroups,
     details: dict[str, Any],
     *,
+    command: Sequence[str],
     fill: bool = True,
 ) -> Trainer:
     """Build what is left, and fill it from the checkpoint. Collective over the world.
 
     Args:
+        command: words of the command line.
         fill: whether weights come from ``start``; else the caller brings them.
 
     Raises:
@@ -376,7 +394,12 @@ def _trainer(
         groups=groups,
         train=train,
         optimizer_config=config.optimizer,
-        details=details | {"run": dataclasses.asdict(config), "device": device.name() or "CPU"},
+        details=details
+        | {
+            "run": dataclasses.asdict(config),
+            "device": device.name() or "CPU",
+            ENVIRONMENT: environment(groups, command),
+        },
         token_ids=start.description.token_ids if start.description else {},
         tokenizer=_tokenizer(start, manifest),
         guard=guard,

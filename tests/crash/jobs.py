@@ -280,6 +280,7 @@ def finished(folder: Path) -> Finished:
     directory = folder / "saved" / f"iter_{WHOLE:07d}"
     details = dict(read_description(directory).details)
     del details["run"]  # says where things lie
+    details.pop("environment", None)  # has the command of each start
     points = {
         tag: of_tag
         for tag, of_tag in text_run.scalars(folder / "events").items()

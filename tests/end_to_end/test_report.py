@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import html
+import json
+import math
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -26,6 +30,8 @@ from tests.unit.report.test_mask_map import images_in
 
 PRUNED, STOPPED, RECOVERED, BATCH = 6, 4, 4, 4
 """Steps of pruning, of its first start, of recovery; sequences of a step."""
+SOURCE_LOSS = {"words": 3.0, "paths": 3.5, "numbers": 2.5}
+"""As if the source had been evaluated."""
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 """Elements of HTML that have no end."""
 
@@ -130,7 +136,10 @@ def job(text: TextRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(job: Path) -> str:
     """The page of the job, by the command."""
     output = job / "page.html"
+    source = job / "source.json"
+    source.write_text(json.dumps({"held-out loss": SOURCE_LOSS}))
     argv = ["report", str(job / "pruned"), "--output", str(output), "--images", str(job / "png")]
+    argv += ["--source-loss", str(source)]
     assert run_ranks(1, lambda rank: main(argv)) == [0]
     return output.read_text(encoding="utf-8")
 
@@ -192,13 +201,23 @@ def test_the_pages_numbers_are_the_files(job: Path, written: str) -> None:
     for number in (f"{before:,}", f"{after:,}", f"{100 * after / before:.1f} %"):
         assert number in words, number
     losses = cut.details["held_out_loss"]["loss"]
-    assert f"{sum(losses.values()) / len(losses):.3f}" in words
+    mean = sum(losses.values()) / len(losses)
+    errors = cut.details["held_out_standard_error"]["loss"]
+    error = math.hypot(*errors.values()) / len(errors)
+    assert f"{mean:.3f} +- {error:.3f} nats per token over all held-out text" in words
+    assert f"That is {mean - 3:.3f} above the model before pruning, 3.000." in words
+    reference = sum(text_run.REFERENCE.values()) / len(losses)
+    assert f"That is {mean - reference:.3f} above the mean of the references" in words
+    assert "The masks ha" in words
+    assert torch.__version__ in words
+    command = ["prune", "--config", str(job / "prune.yaml"), "--resume"]
+    assert f"megashear {shlex.join(command)}" in words  # of the last start
     curve = list(text_run.scalars(job / "tensorboard" / "recovered")["train/lm-loss"].values())
     assert f"goes from {curve[0]:.2f} to {curve[-1]:.2f} nats per token" in words
     assert "The run was started 2 times" in words
     assert "--mask-lr" in words  # not at its default
     config = re.findall(r"<pre>(.*?)</pre>", written, flags=re.DOTALL)
-    assert len(config) == 2
+    assert len(config) == 4  # of each run, settings and command
     settings = yaml.safe_load(html.unescape(config[0]))
     assert settings["mask_lr"] == 3.0
     assert settings["train_iters"] == PRUNED
@@ -237,6 +256,7 @@ def test_every_figure_is_a_picture_with_a_sentence(job: Path, written: str) -> N
     names = [name for name, _ in figures]
     assert {"run1-masks", "run1-loss", "run1-sparsity", "run1-domains", "run1-timeline"} <= {*names}
     assert "run1-settling" in names
+    assert {"recovery", "run1-training"} <= {*names}
     assert {"run2-loss", "run2-domains", "run2-timeline", "run2-speed"} <= {*names}
     assert all(re.match(r"[A-Z].{20,}\.$", caption) for _, caption in figures)
     assert {path.stem for path in (job / "png").iterdir()} == {*names}
@@ -258,7 +278,9 @@ def test_what_is_there_is_left_alone(
     assert main(["report", run, "--output", str(job / "a.pdf")]) == 2
     assert "a.pdf ends in '.pdf'; wanted .html" in capsys.readouterr().err
     before = sorted(path.name for path in (job / "pruned").rglob("*"))
-    assert run_ranks(1, lambda rank: main(["report", run, "--output", page, "--overwrite"])) == [0]
+    repeated = ["report", run, "--output", page, "--overwrite"]
+    repeated += ["--source-loss", str(job / "source.json")]
+    assert run_ranks(1, lambda rank: main([*repeated])) == [0]
     again = Path(page).read_text(encoding="utf-8")
     assert re.sub(r"on 20\S+ \S+ UTC", "", again) == re.sub(r"on 20\S+ \S+ UTC", "", written)
     assert sorted(path.name for path in (job / "pruned").rglob("*")) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,17 @@ from megashear.checkpoint.description import Description
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.figures import Point
 from megashear.monitor.tensorboard import TensorBoardSink
-from megashear.report.curves import settling_figure, sparsity_figure, speed_figure
+from megashear.report.costs import COSTS
+from megashear.report.curves import (
+    recovery_figure,
+    settling_figure,
+    sparsity_figure,
+    speed_figure,
+    training_figure,
+)
 from megashear.report.page import Drawn, Section, bars, cards, large, moment, page, table
 from megashear.report.record import RunRecord, Session, read_run
-from megashear.report.story import COSTS, headline, sections_of, title_of
+from megashear.report.story import headline, sections_of, title_of
 from megashear.report.write import write_report
 from tests.end_to_end.test_report import check_alone
 from tests.tiny import PAIRS
@@ -213,6 +221,67 @@ def test_a_figure_has_its_name_and_sentence(events: Path) -> None:
         *("run-loss", "run-sparsity", "run-domains", "run-timeline", "run-speed")
     ]
     assert "farthest at the end are hidden dimensions, 0.600 where 0.500" in drawn[1].caption
+
+
+def test_runs_that_follow_each_other_are_on_one_axis() -> None:
+    runs = [
+        {tags.LM_LOSS: {1: 3.0, 4: 4.0}, tags.EVAL_MEAN_LOSS: {4: 4.5}},
+        {tags.LM_LOSS: {1: 3.5, 3: 3.25}},
+    ]
+    figure = recovery_figure(
+        runs, [100.0, 10.0], ["pruned", "small"], {"source": 2.75}, xlabel="tokens"
+    )
+    (panel,) = figure.axes
+    lines = {tuple(line.get_ydata()): list(line.get_xdata()) for line in panel.get_lines()}
+    assert lines[3.0, 4.0] == [100.0, 400.0]
+    assert lines[4.5,] == [400.0]
+    assert lines[3.5, 3.25] == [410.0, 430.0]  # from where the first ended, by its own tokens
+    assert lines[2.75, 2.75] == [0, 1]  # across
+    assert [text.get_text() for text in panel.texts] == ["pruned", "small"]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["source, 2.750", "training text", "held-out text"]
+
+
+def test_rates_norms_utilisation_and_memory_are_the_points() -> None:
+    points = {
+        tags.LEARNING_RATE: {1: 1e-3, 2: 5e-4},
+        tags.MASK_LEARNING_RATE: {1: 1.0, 2: 0.5},
+        tags.GRAD_NORM: {1: 2.0, 2: 0.5},
+        tags.TOKENS_PER_SECOND: {1: 10.0, 2: 20.0},
+        tags.MODEL_FLOPS_UTILISATION: {1: 0.25, 2: 0.5},
+        tags.MEMORY_RESERVED: {1: 3.0, 2: 4.0},
+    }
+    rates, norms = training_figure(points).axes
+    assert [list(line.get_ydata()) for line in rates.lines] == [[1e-3, 5e-4], [1.0, 0.5]]
+    assert [list(line.get_ydata()) for line in norms.lines] == [[2.0, 0.5]]
+    _, utilisation, memory = speed_figure(points).axes
+    assert list(utilisation.lines[0].get_ydata()) == [25.0, 50.0]
+    assert list(memory.lines[0].get_ydata()) == [3.0, 4.0]
+
+
+def test_a_run_that_kept_no_command_says_so(tmp_path: Path) -> None:
+    def words_of(environment: dict[str, Any] | None) -> str:
+        details: dict[str, Any] = {"run": {"train": {"train_iters": 6}}}
+        if environment is not None:
+            details["environment"] = environment
+        description = Description(
+            shape=PAIRS["multi-head"][0],
+            iteration=6,
+            stage="pretrain",
+            token_ids={},
+            details=details,
+        )
+        record = RunRecord(name="run", save=None, description=description)
+        return "".join(map(str, sections_of([record], None)[1].parts))
+
+    found = {"torch": "2.11", "python": "3.11", "command": ["prune", "--save", "a b"]}
+    more = {"processes": 4, "processes on a host": 2}
+    assert "kept neither versions nor its command" in words_of(None)
+    text = html.unescape(words_of(found | more))
+    assert "torchrun --nnodes 2 --nproc-per-node 2 -m megashear prune --save 'a b'" in text
+    assert "2.11" in text
+    assert "kept neither" not in text
+    assert "<pre>megashear prune --save 'a b'</pre>" in html.unescape(words_of(found))
 
 
 def test_curves_of_masks_are_the_points() -> None:
