@@ -205,6 +205,8 @@ class _Search:
         found = path.stat()
         first = self._met.setdefault((found.st_dev, found.st_ino), path)
         if first is not path:
+            if first == path:
+                raise ValueError(f"{path} is listed twice by its {INDEX_NAME}; mend the list")
             raise ValueError(
                 f"{path} is {first} once more, by a link, and its text would be taken twice; "
                 f"remove one of them"

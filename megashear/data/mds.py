@@ -10,26 +10,27 @@ Source: mosaicml-streaming 0.13.0, streaming/base/format/mds; read, and its shar
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
 from megashear.data.text_files import CHUNK_BYTES, Chunk, Record
+from megashear.data.unpack import DAMAGES, unpacked
 from megashear.files.pointers import refuse_pointer
+from megashear.files.regular import open_regular
 
 INDEX_NAME = "index.json"
 COLUMN = "tokens"
 SET = "set"
 PACKED = {".zstd": "zstd", ".gz": "gz"}
 """Suffixes of packed shards that are read, and mosaicml-streaming's names of the packings."""
+LARGEST = 2**32 - 1
+"""Bytes of the largest shard: places in it have four bytes."""
 
 
 def is_mds(directory: Path) -> bool:
@@ -156,19 +157,19 @@ def _shard(directory: Path, shard: Mapping[str, Any]) -> Path:
 
 def _unpacked(file: Path) -> bytes:
     refuse_pointer(file)
-    data = file.read_bytes()
-    packing = PACKED.get(file.suffix)
-    try:
-        if packing == "gz":
-            return gzip.decompress(data)
-        if packing == "zstd":
-            unpacker = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            unpacked = unpacker.decompress(data)
-            if not unpacker.eof:
-                raise ValueError("it ends in the middle of a Zstandard frame")
-            return unpacked
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {error}; download it again") from None
+    with open_regular(file) as raw:
+        if file.suffix not in PACKED:
+            data = raw.read(LARGEST + 1)
+        else:
+            try:
+                data = unpacked(raw, file).read(LARGEST + 1)
+            except DAMAGES as error:
+                raise ValueError(f"{file} is damaged: {error}; download it again") from None
+    if len(data) > LARGEST:
+        raise ValueError(
+            f"{file} is no MDS shard: it has more than the {LARGEST:,} bytes that one can have; "
+            f"download it again"
+        )
     return data
 
 

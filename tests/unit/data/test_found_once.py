@@ -1,7 +1,9 @@
 """All that lies in a directory is read once or told of, however it is reached."""
 
+import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import pytest
 from megashear.data.inputs import find_domains
 from megashear.data.journal import FOLDER
 from tests.unit.data.conftest import write_jsonl
+
+MDS = Path(__file__).parents[2] / "data" / "mds"
 
 
 @pytest.fixture
@@ -43,6 +47,19 @@ def test_links_that_repeat_text_are_refused(folder, link: str) -> None:
 def test_hard_links_are_refused(folder) -> None:
     os.link(folder / "cc/a.jsonl", folder / "cc/z.jsonl")
     with pytest.raises(ValueError, match=r"z\.jsonl is \S+a\.jsonl once more, by a link"):
+        find_domains(folder)
+
+
+def test_shards_that_are_listed_twice_are_refused(folder) -> None:
+    shutil.copytree(MDS / "plain/part_0", folder / "shards")
+    (folder / "shards/notes.md").touch()
+    found = find_domains(folder)
+    assert len(found["shards"]) == 2
+    assert found.unread == [folder / "shards/notes.md"]
+    index = folder / "shards/index.json"
+    listed = json.loads(index.read_text())
+    index.write_text(json.dumps({**listed, "shards": [*listed["shards"], listed["shards"][0]]}))
+    with pytest.raises(ValueError, match=r"shard.00000.mds is listed twice by its index.json"):
         find_domains(folder)
 
 

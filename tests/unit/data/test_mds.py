@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from megashear.data import mds
 from megashear.data.domains import preprocess
 from megashear.data.inputs import find_domains
 from megashear.data.mds import is_mds, read_mds, shards_of
@@ -103,6 +104,20 @@ def test_damaged_shards_are_refused(wiki, change, message: str) -> None:
         read(wiki)
 
 
+@pytest.mark.parametrize("suffix", [".mds", ".mds.gz", ".mds.zstd"])
+def test_more_than_a_shard_can_hold_is_refused(monkeypatch, tmp_path, suffix: str) -> None:
+    """Before it is unpacked whole: places in a shard have four bytes."""
+    raw = (MDS / "plain/part_1/shard.00000.mds").read_bytes()
+    pack = {".gz": gzip.compress, ".zstd": zstandard.compress}.get(suffix[4:], bytes)
+    file = tmp_path / f"shard.00000{suffix}"
+    file.write_bytes(pack(raw))
+    monkeypatch.setattr(mds, "LARGEST", len(raw))
+    assert len(list(mds.read_mds(file))) == 1
+    monkeypatch.setattr(mds, "LARGEST", len(raw) - 1)
+    with pytest.raises(ValueError, match=r"is no MDS shard: it has more than the [\d,]+ bytes"):
+        list(mds.read_mds(file))
+
+
 def test_sets_are_compared_over_shards(wiki, tmp_path, hugging_face_file) -> None:
     change_shard(wiki, lambda data: data.replace(b"wiki", b"arxi"))
     with pytest.raises(ValueError, match=r"00001\.mds, sample 1 is of the set 'wiki', .*'arxi'"):
@@ -147,7 +162,7 @@ def test_damaged_packed_shards_are_refused(tmp_path) -> None:
     packed = (MDS / "zstd" / file.name).read_bytes()
     for content in (packed[:-9], b"\0" * 90):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"mds\.zstd is damaged: .*download it again"):
+        with pytest.raises(ValueError, match=r"mds\.zstd is (damaged|no Zst).*download it again"):
             list(read_mds(file))
     file.write_bytes(zstandard.compress(b"no shard"))
     with pytest.raises(ValueError, match=r"is not an MDS shard: it has 8 bytes"):
