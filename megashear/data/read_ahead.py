@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -10,7 +10,9 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,6 +25,8 @@ from megashear.parallel import device
 
 _LOOK_S = 5.0
 """Seconds between looks at whether the parent is there, as torch's workers look."""
+_FIRST = 100
+"""Priority of what is done at the end of a process; torch's own queues have 10 at most."""
 _UNREADABLE = "cannot be read"
 """Tells an error of reading from one of the processes that read."""
 
@@ -145,7 +149,8 @@ class ReadAhead:
 
     The workers are torch's: they end with their parent, however it ends, and one that ends alone
     raises here. They are forked at the first read, so that they share the domains' indices with
-    this process.
+    this process. They ignore the signals that end a job, and multiprocessing's own end of a process
+    sends such a signal and waits: so it has to find them gone, see `_end_at_exit`.
     """
 
     def __init__(self, reader: SequenceReader, num_workers: int, expect: Expect) -> None:
@@ -161,12 +166,13 @@ class ReadAhead:
         self._num_workers = num_workers
         self._expected = _Expected(expect)
         self._answers: Iterator[Tensor | None] | None = None
+        self._workers: list[BaseProcess] = []
 
     def read(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
         """Text of requests, which waits for what was not read ahead; see ``Reader``.
 
         Raises:
-            RuntimeError: a sequence cannot be read, or a worker died.
+            RuntimeError: a sequence cannot be read, or a worker died or cannot be started.
         """
         blocks: list[Tensor] = []
         for number, request in enumerate(wanted):
@@ -181,6 +187,7 @@ class ReadAhead:
         """End the workers; the next read starts others."""
         self._answers = None
         self._expected.issued.clear()
+        _kill(self._workers)  # one that did not hear of it, for its disk hangs
 
     def _read_unexpected(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
         ahead = {sample for request in self._expected.issued for sample in request.samples}
@@ -199,8 +206,10 @@ class ReadAhead:
         return [torch.stack([rows[s] for s in request.samples], dim=1) for request in wanted]
 
     def _start(self) -> None:
-        if self._answers is None:
-            before = set(multiprocessing.active_children())
+        if self._answers is not None:
+            return
+        before = set(multiprocessing.active_children())
+        try:
             self._answers = iter(
                 DataLoader(
                     self._reader,
@@ -215,9 +224,15 @@ class ReadAhead:
                     generator=torch.Generator(),
                 )
             )
-            workers = set(multiprocessing.active_children()) - before
-            # before multiprocessing's own, which sends SIGTERM and waits
-            atexit.register(_kill, workers)
+        except OSError as error:
+            raise RuntimeError(
+                f"--num-workers {self._num_workers}: processes that read training sequences ahead "
+                f"cannot be started: {error}; give fewer, or 0 to read in the rank itself"
+            ) from error
+        finally:
+            # of a start that failed half way, too
+            self._workers = [p for p in multiprocessing.active_children() if p not in before]
+            _end_at_exit(self._workers)
 
     def _next(self) -> tuple[Request, Tensor | None]:
         """The oldest request that is not answered, and its answer."""
@@ -229,6 +244,8 @@ class ReadAhead:
                 raise
             # the connection to a dead worker breaks before torch looks after it
             what = str(error) if "worker" in str(error) else f"DataLoader worker lost: {error}"
+            # or torch's handler would say the same once more, anywhere while the caller ends
+            _kill(self._workers)
             raise RuntimeError(
                 f"{what} (a process that reads training sequences ahead; --num-workers 0 reads "
                 f"in the rank itself)"
@@ -277,10 +294,24 @@ def _begin_worker(rank: int, worker: int) -> None:
     _end_with(rank, worker)
 
 
-def _kill(workers: set[Any]) -> None:
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
+def _end_at_exit(workers: Collection[BaseProcess]) -> None:
+    """Have workers killed when this process ends, before multiprocessing waits for them.
+
+    Finalizers run at the end of an interpreter and of a process that multiprocessing started, where
+    functions of `atexit` do not; a forked child does not run those that it inherits.
+    """
+    Finalize(None, _kill, args=(workers,), exitpriority=_FIRST)
+
+
+def _kill(workers: Collection[BaseProcess]) -> None:
+    # twice: torch's handler raises, once and wherever this is, when it hears of the first one's end
+    for _ in range(2):
+        with contextlib.suppress(RuntimeError):
+            for worker in workers:
+                if worker.is_alive():
+                    worker.kill()
+            for worker in workers:
+                worker.join(_LOOK_S)
 
 
 def _as_it_is(block: Any) -> Any:

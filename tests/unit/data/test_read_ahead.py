@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
 import signal
 import time
+from multiprocessing import util
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -112,14 +115,26 @@ def test_workers_share_the_index_and_end_with_close(data) -> None:
         assert each.consumed_samples == before + 12
 
 
+@contextlib.contextmanager
 def in_a_child(body, *args):
-    """The child process that runs ``body(*args, pipe)``, and what it sent."""
+    """The child process that runs ``body(*args, pipe)``, and what it sent; it ends with the block,
+    and so do its own children."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=body, args=(*args, sender))
+
+    def lead(*all_args) -> None:
+        os.setpgrp()
+        body(*all_args)
+
+    process = context.Process(target=lead, args=(*args, sender))
     process.start()
-    assert receiver.poll(PATIENCE_S), "the child sent nothing"
-    return process, receiver.recv()
+    try:
+        assert receiver.poll(PATIENCE_S), "the child sent nothing"
+        yield process, receiver.recv()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
 
 
 def read_on(each: MixtureLoader) -> None:
@@ -128,21 +143,81 @@ def read_on(each: MixtureLoader) -> None:
 
 
 def lose_a_worker(data, message) -> None:
-    each = loader(data, workers=2)
-    each.next_batch()
+    """As a rank that multiprocessing started: it says why it ends, and ends."""
     try:
+        each = loader(data, workers=2)
+        each.next_batch()
         # torch notices while the next batch is read, or in between when the signal arrives
         os.kill(workers_of(each)[0].pid, signal.SIGKILL)
         read_on(each)
     except RuntimeError as error:
         message.send(str(error))
-    os._exit(0)  # the end of the other worker would raise once more
+        raise
 
 
-def test_a_worker_that_dies_is_an_error(data) -> None:
-    process, message = in_a_child(lose_a_worker, data)
-    process.join()
-    assert "DataLoader worker" in message
+def fail_beside_its_workers(data, workers) -> None:
+    each = loader(data, workers=2)
+    each.next_batch()
+    workers.send([worker.pid for worker in workers_of(each)])
+    raise SystemExit(7)  # whatever ends a rank: nobody has closed the loader
+
+
+def test_a_worker_that_dies_is_an_error_and_the_rank_ends(data) -> None:
+    with in_a_child(lose_a_worker, data) as (process, message):
+        assert "DataLoader worker" in message
+        process.join(PATIENCE_S)
+        assert process.exitcode == 1
+
+
+def test_a_rank_that_multiprocessing_started_ends_with_its_workers(data) -> None:
+    with in_a_child(fail_beside_its_workers, data) as (process, pids):
+        process.join(PATIENCE_S)
+        assert process.exitcode == 7
+        assert not any(map(is_running, pids))
+
+
+def test_workers_that_wait_for_a_rank_that_waits_for_them_are_noticed(
+    data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the twin: functions of atexit do not run in such a process
+    monkeypatch.setattr(
+        read_ahead, "_end_at_exit", lambda workers: atexit.register(read_ahead._kill, workers)
+    )
+    with in_a_child(fail_beside_its_workers, data) as (process, pids):
+        process.join(1.0)
+        assert process.exitcode is None
+        assert all(map(is_running, pids))
+
+
+def test_a_forked_child_does_not_end_the_workers_of_its_parent(data) -> None:
+    with opened(data) as each:
+        each.next_batch()
+        process = multiprocessing.get_context("fork").Process(target=util._exit_function)
+        process.start()
+        process.join(PATIENCE_S)
+        assert process.exitcode == 0
+        assert all(worker.is_alive() for worker in workers_of(each))
+        each.next_batch()
+
+
+def test_workers_that_cannot_be_started_are_told_of_and_none_is_left(
+    data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, started = ForkProcess.start, []
+
+    def second_fails(process: ForkProcess) -> None:
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr(ForkProcess, "start", second_fails)
+    each = loader(data, workers=2)
+    message = "--num-workers 2: processes .* cannot be started: .*unavailable; give fewer, or 0"
+    with pytest.raises(RuntimeError, match=message):
+        each.next_batch()
+    each.close()
+    assert not started[0].is_alive()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -174,8 +249,12 @@ def test_a_daemonic_process_reads_itself(data) -> None:
     results = context.Queue()
     process = context.Process(target=in_a_daemon, args=(data, results), daemon=True)
     process.start()
-    assert results.get(timeout=PATIENCE_S) == ("SequenceReader", rows(loader(data).next_batch()))
-    process.join()
+    try:
+        found = results.get(timeout=PATIENCE_S)
+        assert found == ("SequenceReader", rows(loader(data).next_batch()))
+    finally:
+        process.kill()
+        process.join()
 
 
 def read_and_be_killed(data, pids) -> None:
@@ -197,14 +276,14 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_killed_rank_leaves_no_workers(data) -> None:
-    process, pids = in_a_child(read_and_be_killed, data)
-    assert len(pids) == 2
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    deadline = time.monotonic() + PATIENCE_S
-    while any(map(is_running, pids)):
-        assert time.monotonic() < deadline, f"workers {pids} outlived their parent"
-        time.sleep(0.1)
+    with in_a_child(read_and_be_killed, data) as (process, pids):
+        assert len(pids) == 2
+        process.join(PATIENCE_S)
+        assert process.exitcode == -signal.SIGKILL
+        deadline = time.monotonic() + PATIENCE_S
+        while any(map(is_running, pids)):
+            assert time.monotonic() < deadline, f"workers {pids} outlived their parent"
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize("is_there", [True, False])
