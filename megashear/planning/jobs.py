@@ -35,7 +35,13 @@ PUBLISHED_PRUNE = PruneRun(
     data=DataConfig(data_path=""),
     masks=MaskConfig(mask_noise_streams=8),
     train=TrainConfig(
-        train_iters=3200, global_batch_size=32, seq_length=4096, eval_interval=50, eval_sequences=32
+        train_iters=3200,
+        global_batch_size=32,
+        seq_length=4096,
+        eval_interval=50,
+        eval_sequences=32,
+        save_interval=800,
+        keep=2,
     ),
 )
 PUBLISHED_PRETRAIN = PretrainRun(
@@ -46,6 +52,8 @@ PUBLISHED_PRETRAIN = PretrainRun(
         seq_length=4096,
         eval_interval=400,
         eval_sequences=500,
+        save_interval=3200,
+        keep=2,
     ),
 )
 """What is planned where neither flags nor a recipe say otherwise: Sheared LLaMA's recipe, as in
@@ -209,4 +217,6 @@ def _reads(
         ),
         "seq_length": seq_length,
         "held_out_per_step": held_out,
+        "save_interval": train.save_interval,
+        "keep": train.keep,
     }

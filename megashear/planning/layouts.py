@@ -51,11 +51,25 @@ class Job:
     """Share of the peak that is reached while computing."""
     held_out_per_step: float = 0.0
     """Sequences that evaluations read, forward only, for each step."""
+    save_interval: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = 0
+    """Checkpoints that are kept; 0 for all."""
 
     @property
     def steps(self) -> int:
         """Optimizer steps."""
         return math.ceil(self.tokens / (self.global_batch_size * self.seq_length))
+
+    @property
+    def saves(self) -> int:
+        """Checkpoints that the run writes."""
+        return math.ceil(self.steps / self.save_interval) if self.save_interval else 1
+
+    @property
+    def saves_on_disk(self) -> int:
+        """Checkpoints there at most at once: one more than are kept, while the next is written."""
+        return min(self.saves, self.keep + 1) if self.keep else self.saves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from megashear.planning.activations import forward_only, in_flight
-from megashear.planning.work import FLOAT32, Work
+from megashear.planning.work import BFLOAT16, FLOAT32, Work
+from megashear.shape import ModelShape
 
 MOMENTS = 2
 """Tensors of float32 that Adam keeps for a parameter."""
@@ -83,6 +84,25 @@ def evaluating(work: Work, stage: int, *, micro_batch_size: int) -> Memory:
     """What a rank of ``stage`` holds in an evaluation of so many sequences a forward pass."""
     passes = replace(work, micro_batch_size=micro_batch_size)
     return replace(rank_memory(work, stage), activations=0, buffers=forward_only(passes, stage))
+
+
+def checkpoint_bytes(shape: ModelShape, masks: frozenset[str]) -> int:
+    """Return the size on disk of a checkpoint of a bfloat16 run: weights, masters, both moments,
+    and of every gate log_alpha with its moments.
+
+    Args:
+        shape: the model.
+        masks: kinds of mask that are learned.
+    """
+    each = {
+        "hidden": shape.hidden_size,
+        "head": shape.num_layers * shape.num_attention_heads,
+        "group": shape.num_layers * shape.num_query_groups,
+        "intermediate": shape.num_layers * shape.ffn_hidden_size,
+        "layer": shape.num_layers,
+    }
+    states = (1 + MOMENTS) * FLOAT32
+    return shape.num_params() * (BFLOAT16 + states) + sum(each[kind] for kind in masks) * states
 
 
 def stage_parameters(work: Work, stage: int) -> Iterator[int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megashear.planning.hardware import GB
 from megashear.planning.layouts import Candidate, Job
+from megashear.planning.memory import checkpoint_bytes
 from megashear.planning.time import Cluster, forward_seconds
 from megashear.planning.work import GIB
 
@@ -40,6 +41,16 @@ class Planned:
         """Share of the peak that the model's arithmetic is of the whole step."""
         flops = self.job.shape.training_flops(self.job.seq_length)
         return flops * self.tokens_per_second(found) / self.cluster.gpu.peak_flops
+
+
+def disk(job: Job) -> str:
+    """Return what the job's checkpoints take on the disk."""
+    size = checkpoint_bytes(job.shape, job.masks) / GB
+    kept = f"with --keep {job.keep}" if job.keep else "all kept"
+    return (
+        f"Disk: {job.saves} checkpoints of {size:.1f} GB; {kept}, {job.saves_on_disk} at once, "
+        f"{size * job.saves_on_disk:,.0f} GB"
+    )
 
 
 def lines(planned: Planned, *, top: int) -> Iterator[str]:
@@ -84,6 +95,7 @@ def lines(planned: Planned, *, top: int) -> Iterator[str]:
     yield ""
     first = planned.candidates[0]
     yield f"The first: {first.flags(job)}"
+    yield disk(job)
     yield ""
     yield from _memory(first, cluster)
     yield ""
@@ -103,6 +115,9 @@ def as_dict(planned: Planned) -> dict[str, Any]:
         "flops_per_token": job.shape.training_flops(job.seq_length),
         "assumed_mfu": job.mfu,
         "held_out_sequences_per_step": job.held_out_per_step,
+        "checkpoint_bytes": checkpoint_bytes(job.shape, job.masks),
+        "checkpoints": job.saves,
+        "checkpoints_at_once": job.saves_on_disk,
         "gpu": planned.cluster.gpu.name,
         "gpus": planned.cluster.num_gpus,
         "layouts": [_candidate(planned, found) for found in planned.candidates],

@@ -24,6 +24,10 @@ SIZES = {
     "GPUS": 1,
     "TP": 1,
     "FLAGS": "",
+    "SHARE": "",
+    "STREAMS": 2,
+    "TRAIN_MICRO": 2,
+    "KEEP": 2,
     "TARGET": "--target-hidden-size 32 --target-num-layers 3 --target-num-attention-heads 4"
     " --target-ffn-hidden-size 56",
     "SEQUENCE": SEQUENCE,
@@ -102,6 +106,51 @@ def test_intervals_are_those_of_the_recipe() -> None:
         found = [defaults[f"{prefix}_{what}_EVERY"] for what in ("EVAL", "SAVE")]
         assert found == [str(given["eval_interval"]), str(given["save_interval"])]
         assert defaults["LOG_EVERY"] == str(given["log_interval"])
+
+
+def test_settings_are_those_of_the_recipe() -> None:
+    recipe = ROOT / "examples/llama2_7b_to_2.7b"
+    prune, pretrain = (
+        yaml.safe_load((recipe / f"{job}.yaml").read_text()) for job in ("prune", "pretrain")
+    )
+    defaults = dict(re.findall(r'\b([A-Z_]+)="\$\{\1:?-([^}]*)\}', COMMANDS[0]))
+    wanted = {
+        "TARGET": f"--target {prune['target']}",
+        "SEQUENCE": prune["seq_length"],
+        "PRUNE_STEPS": prune["train_iters"],
+        "PRUNE_BATCH": prune["global_batch_size"],
+        "STREAMS": prune["mask_noise_streams"],
+        "EVAL": prune["eval_sequences"],
+        "TRAIN_STEPS": pretrain["train_iters"],
+        "TRAIN_BATCH": pretrain["global_batch_size"],
+        "TRAIN_MICRO": pretrain["micro_batch_size"],
+    }
+    assert {name: defaults[name] for name in wanted} == {n: str(v) for n, v in wanted.items()}
+    assert prune["micro_batch_size"] == 1  # which the tutorial leaves out
+    for run in (prune, pretrain):
+        assert (str(run["tensor_model_parallel_size"]), str(run["keep"])) == (
+            defaults["TP"],
+            defaults["KEEP"],
+        )
+        flags = {key.replace("-", "_") for key in re.findall(r"--([\w-]+)", defaults["SHARE"])}
+        assert all(run[flag] is True for flag in flags)
+        assert len(flags) == 3
+        assert defaults["FLAGS"] == "--bf16"
+        assert run["bf16"] is True
+    # and what the page says of hours and disk is what plan prints for them
+    text = " ".join(PAGE.split())
+    shown = (ROOT / "docs/planning.md").read_text()
+    for job, hours, saves in (("prune", "8.4", "4"), ("pretrain", "349.5", "15")):
+        assert re.search(rf"\b{hours}\b", text), job
+        assert re.search(rf" {hours} +[\d,]+$", shown, flags=re.MULTILINE), job
+        (size, total) = re.findall(
+            rf"^Disk: {saves} checkpoints of ([\d.]+) GB; with --keep 2, 3 at once, (\d+) GB$",
+            shown,
+            flags=re.MULTILINE,
+        )[0]
+        assert f"{saves} " in text
+        assert f"of {size} GB" in text
+        assert re.search(rf"\b{total}\b", text)
 
 
 def test_all_sizes_are_settings_at_the_top() -> None:

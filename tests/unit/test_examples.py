@@ -14,11 +14,14 @@ import yaml
 
 from megashear.__main__ import COMMANDS, main
 from megashear.commands.settings import build, settings_of
-from megashear.config import PretrainRun, PruneRun, check_streams
+from megashear.config import PlanConfig, PretrainRun, PruneRun, check_streams
 from megashear.data.reference_loss import PUBLISHED_DOMAINS, REFERENCE_LOSSES, read_reference
 from megashear.masks.mask_set import whole_parts
 from megashear.masks.target_flags import target_shape
 from megashear.models.llama import check_layout
+from megashear.planning.jobs import make_plans
+from megashear.planning.memory import checkpoint_bytes
+from megashear.planning.tables import Planned
 from megashear.shape import PRESETS, ModelShape
 from megashear.train.start import check_target_layout
 from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)
@@ -119,6 +122,51 @@ def test_a_layout_divides_the_model_and_the_batch(path: Path) -> None:
             global_batch_size=run.train.global_batch_size,
             micro_batch_size=run.train.micro_batch_size,
         )
+
+
+SOURCES = {"llama2": "llama2-7b", "llama3.1": "llama3.1-8b"}
+RECIPES = sorted({path.parent for path in YAMLS})
+
+
+def plans(folder: Path, gpu: str, *, any_layout: bool = False) -> list[Planned]:
+    """Plans of a recipe's two runs."""
+    prune, pretrain = run_of(folder / "prune.yaml"), run_of(folder / "pretrain.yaml")
+    name = SOURCES[folder.name.partition("_")[0]]
+    config = PlanConfig(model=name, gpus=GPUS, gpu=gpu, any_layout=any_layout)
+    target = target_shape(prune.masks, PRESETS[name])
+    return make_plans(config, PRESETS[name], target, prune=prune, pretrain=pretrain)
+
+
+@pytest.mark.parametrize("folder", RECIPES, ids=in_folders)
+def test_a_recipe_has_the_layout_that_is_planned_to_be_fastest(folder: Path) -> None:
+    for own, best in zip(plans(folder, "A100-80G"), plans(folder, "A100-80G", any_layout=True)):
+        (held,), first = own.candidates, best.candidates[0]
+        assert held.flags(own.job) == first.flags(best.job)
+        assert held.memory == first.memory
+        assert own.job.keep == 2
+        # the twin: other layouts are there
+        assert len(best.candidates) > 10
+
+
+@pytest.mark.parametrize("folder", RECIPES, ids=in_folders)
+def test_the_figures_of_a_recipe_are_those_planned(folder: Path) -> None:
+    assert set(figures(folder)) <= set((EXAMPLES / "README.md").read_text().splitlines())
+
+
+def figures(folder: Path) -> list[str]:
+    """Rows of the table in the README of the examples."""
+    rows = []
+    for name, on_a100, on_h100 in zip(
+        ("prune", "pretrain"), plans(folder, "A100-80G"), plans(folder, "H100-80G")
+    ):
+        job, found = on_a100.job, on_a100.candidates[0]
+        size = checkpoint_bytes(job.shape, job.masks) / 1e9
+        rows.append(
+            f"| {folder.name} | {name} | {found.needed_gib:.1f} | {on_a100.hours(found):.1f} | "
+            f"{on_h100.hours(on_h100.candidates[0]):.1f} | {job.saves} of {size:.1f} GB | "
+            f"{job.saves_on_disk}, {size * job.saves_on_disk:,.0f} GB |"
+        )
+    return rows
 
 
 def test_the_grouped_query_recipe_keeps_as_many_query_heads_in_every_group() -> None:
