@@ -144,6 +144,7 @@ def to_hf(
             dtype=dtype,
             tokenizer=files,
             token_ids=source.token_ids if tokenizer is None else None,
+            kept_fields=source.kept_fields,
             max_shard_bytes=max_shard_bytes,
             workers=workers,
             witness=witness,

@@ -29,6 +29,8 @@ FORMAT = 2
 may not trust it: from 2 on there is a list of checksums."""
 FIRST_FORMAT = 1
 
+HF_CONFIG = "hf_config"
+"""Name in ``details`` of what goes back into config.json as it came; see `hf_fields.KEPT`."""
 _LINEAGE = ("source_shape", "pruned_for", "rounding")
 
 _ITERATION = re.compile(r"iter_([0-9]{7,})")
@@ -55,6 +57,11 @@ class Description:
     def lineage(self) -> dict[str, Any]:
         """What ``details`` say of the pruning that a model came from; later stages carry it on."""
         return {name: self.details[name] for name in _LINEAGE if name in self.details}
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """Return the part of ``details`` that every later stage carries on for config.json."""
+        return {name: self.details[name] for name in (HF_CONFIG,) if self.details.get(name)}
 
 
 def iteration_name(iteration: int) -> str:

@@ -255,6 +255,7 @@ def write_directory(
     dtype: str | None = None,
     tokenizer: Path | str | Iterable[Path | str] | None = None,
     token_ids: Mapping[str, Any] | None = None,
+    kept_fields: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     workers: int = 1,
     witness: Callable[[str, Tensor, Tensor], None] | None = None,
@@ -273,6 +274,7 @@ def write_directory(
         dtype: number format to store, a key of `DTYPES`; None keeps each weight's own.
         tokenizer: what `tokenizer_files.find` takes; its files are copied.
         token_ids: ``bos_token_id`` and the like; what they lack is taken from the tokenizer.
+        kept_fields: `hf_fields.kept_fields` of the config.json that the model came with.
         max_shard_bytes: largest weights file, bytes.
         workers: threads; the bytes written do not depend on their number.
         witness: told of every weight by name, as it was given and as it is stored; called by all
@@ -317,7 +319,9 @@ def write_directory(
                     yield result.nbytes
 
             run_all([write(row, layer) for row, layer in layout.tensors(shape)], workers)
-        config = config_of_shape(shape, dtype=name_of(widest(kept.values())), token_ids=ids)
+        config = config_of_shape(
+            shape, dtype=name_of(widest(kept.values())), token_ids=ids, kept=kept_fields
+        )
         _write_json(aside / CONFIG, config)
         tokenizer_files.copy_for_transformers(files, aside)
         if finish is not None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megashear.checkpoint.hf_fields import HARMLESS, KEPT, NEUTRAL, READ, WAYS_OUT
 from megashear.shape import Family, ModelShape, RopeScaling
 
 CONFIG = "config.json"
@@ -60,85 +61,6 @@ _NORM_EPSILON = 1e-6
 _ROTARY_BASE = 10000.0
 """What absent fields mean in every family."""
 
-# Fields that change what a model computes, and the values under which they change nothing here.
-# Absent or null is always fine.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "partial_rotary_factor": (1.0,),
-    "use_qk_norm": (False,),
-    "qk_norm": (False,),
-    "use_sliding_window": (False,),
-    "use_mrope": (False,),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "embedding_multiplier": (1.0,),
-    "residual_multiplier": (1.0,),
-    "attention_multiplier": (),
-    "logits_scaling": (1.0,),
-    "logit_scale": (1.0,),
-    "num_experts": (0, 1),
-    "num_local_experts": (0, 1),
-    "add_cross_attention": (False,),
-    "is_encoder_decoder": (False,),
-    "is_causal": (True,),
-    "chunk_size_feed_forward": (0,),
-    "pruned_heads": ({},),
-    "per_layer_config": ({},),
-    "quantization_config": (),
-    "auto_map": (),
-}
-_WAYS_OUT = {
-    "quantization_config": "save the model in float32, bfloat16 or float16 first",
-    "auto_map": "code from a model directory is never run: save the model as a stock "
-    "LlamaForCausalLM",
-    "use_sliding_window": "layers that see a window each are not supported",
-}
-# Fields that `shape_of_config` and `convert` read.
-_READ = {
-    "architectures",
-    "model_type",
-    "head_dim",
-    "hidden_size",
-    "intermediate_size",
-    "layer_types",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
-    "sliding_window",
-    "tie_word_embeddings",
-    "vocab_size",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-}
-# Fields without effect on what the model computes from tokens: how it was made and stored, how it
-# is trained, which extras its forward pass returns, how text is drawn from it, classification.
-# Names that begin with an underscore are bookkeeping of transformers and pass as well.
-# Source: transformers `PreTrainedConfig`, releases 4 and 5, and the families' own configurations.
-_HARMLESS = {
-    *("transformers_version", "torch_dtype", "dtype", "name_or_path", "attn_implementation"),
-    *("attention_dropout", "hidden_dropout", "initializer_range", "use_cache", "pretraining_tp"),
-    *("max_sequence_length", "model_max_length", "max_window_layers", "tokenizer_class", "prefix"),
-    *("output_attentions", "output_hidden_states", "output_scores", "return_dict"),
-    *("return_dict_in_generate", "torchscript", "tf_legacy_loss", "use_bfloat16", "is_decoder"),
-    *("tie_encoder_decoder", "tie_last_hidden_states", "keys_to_ignore_at_inference"),
-    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task"),
-    *("task_specific_params", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id"),
-    *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens"),
-    *("begin_suppress_tokens", "bad_words_ids", "max_length", "min_length", "max_new_tokens"),
-    *("do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
-    *("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
-    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences"),
-    *("exponential_decay_length_penalty", "remove_invalid_values"),
-    *("unsloth_fixed", "unsloth_version"),
-}
 _ROPE_FIELDS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 _ROPE_NUMBERS = {
     "default": (),
@@ -206,7 +128,7 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> ModelShape:
         raise ValueError(
             f"{where}: architectures is {architectures}, wanted ['{family.architecture}']"
         )
-    for field, neutral in _NEUTRAL.items():
+    for field, neutral in NEUTRAL.items():
         _refuse_unless(field, config.get(field), neutral, where)
     _refuse_unknown(config, where)
     heads = _size(config, "num_attention_heads", where)
@@ -263,7 +185,11 @@ def check_expressible(shape: ModelShape) -> None:
 
 
 def config_of_shape(
-    shape: ModelShape, *, dtype: str, token_ids: Mapping[str, Any] | None = None
+    shape: ModelShape,
+    *,
+    dtype: str,
+    token_ids: Mapping[str, Any] | None = None,
+    kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fields of a config.json from which transformers and vLLM build a model of ``shape``.
 
@@ -276,6 +202,7 @@ def config_of_shape(
         dtype: of the weights: "float32", "bfloat16" or "float16".
         token_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` as far as they are
             known; unknown ones are written as null, or LlamaConfig would make them 1 and 2.
+        kept: `hf_fields.kept_fields` of the config.json that the model came with.
 
     Raises:
         ValueError: the family's config.json cannot say what the shape says.
@@ -287,13 +214,13 @@ def config_of_shape(
     config = {
         "architectures": [family.architecture],
         "model_type": shape.family,
-        "attention_dropout": 0.0,
+        **KEPT,
+        **(kept or {}),
         "bos_token_id": ids.get("bos_token_id"),
         "eos_token_id": ids.get("eos_token_id"),
         "head_dim": shape.head_dim,
         "hidden_act": "silu",
         "hidden_size": shape.hidden_size,
-        "initializer_range": 0.02,
         "intermediate_size": shape.ffn_hidden_size,
         "max_position_embeddings": shape.max_position_embeddings,
         "num_attention_heads": shape.num_attention_heads,
@@ -309,7 +236,6 @@ def config_of_shape(
         "rope_theta": shape.rotary_base,
         "tie_word_embeddings": shape.tied_embeddings,
         "torch_dtype": dtype,
-        "use_cache": True,
         "vocab_size": shape.vocab_size,
     }
     if shape.family == "llama":
@@ -332,7 +258,7 @@ def _refuse_unless(name: str, found: Any, neutral: tuple[Any, ...], where: str) 
     if found is None or found in neutral:
         return
     wanted = " or ".join(json.dumps(value) for value in neutral) or "absent or null"
-    way_out = f"; {_WAYS_OUT[name]}" if name in _WAYS_OUT else ""
+    way_out = f"; {WAYS_OUT[name]}" if name in WAYS_OUT else ""
     raise ValueError(f"{where}: {name} is {json.dumps(found)}, wanted {wanted}{way_out}")
 
 
@@ -366,7 +292,7 @@ def _flag(config: Mapping[str, Any], name: str, where: str) -> bool:
 
 
 def _refuse_unknown(config: Mapping[str, Any], where: str) -> None:
-    known = {*_READ, *_NEUTRAL, *_HARMLESS}
+    known = {*READ, *NEUTRAL, *HARMLESS}
     unknown = {
         name: value
         for name, value in config.items()

@@ -57,6 +57,7 @@ def cut_checkpoint(
                 "rounding": {kind: change.num_changed for kind, change in changes.items()},
                 # how it was trained: `megashear evaluate` asks for lengths and borders of documents
                 **({"run": details["run"]} if "run" in details else {}),
+                **weights.description.hf_config,
             },
         ),
         tokenizer=weights.tokenizer,

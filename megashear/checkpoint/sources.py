@@ -17,9 +17,10 @@ from megashear.checkpoint.composer import (
     SUFFIXES,
     ComposerWeights,
 )
-from megashear.checkpoint.description import Description
+from megashear.checkpoint.description import HF_CONFIG, Description
 from megashear.checkpoint.hf import HfWeights
 from megashear.checkpoint.hf_config import CONFIG, read_config
+from megashear.checkpoint.hf_fields import kept_fields
 from megashear.checkpoint.megatron_lm import MegatronLmWeights, find_megatron_lm
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.shape import ModelShape
@@ -58,6 +59,8 @@ class Source:
     """Special tokens as far as the source knows them."""
     tokenizer: Path | None = None
     """Directory whose tokenizer files to carry along."""
+    kept_fields: dict[str, Any] = field(default_factory=dict)
+    """Fields of config.json that go back out as they came in."""
     details: dict[str, Any] = field(default_factory=dict)
     """Plain values for megashear.json."""
     trained_in: str | None = None
@@ -71,7 +74,7 @@ class Source:
             iteration=0,
             stage="converted",
             token_ids=self.token_ids,
-            details=self.details,
+            details=self.details | ({HF_CONFIG: self.kept_fields} if self.kept_fields else {}),
         )
 
 
@@ -117,6 +120,7 @@ def open_hf(directory: Path | str) -> Source:
         weights=weights,
         shape=weights.shape,
         token_ids={name: config[name] for name in TOKEN_IDS if config.get(name) is not None},
+        kept_fields=kept_fields(config),
         tokenizer=Path(directory),
     )
 
@@ -140,6 +144,7 @@ def open_checkpoint(directory: Path | str, iteration: int | None = None) -> Sour
         weights=weights,
         shape=weights.shape,
         token_ids=weights.description.token_ids,
+        kept_fields=weights.description.details.get(HF_CONFIG, {}),
         tokenizer=weights.tokenizer,
         trained_in=weights.trained_in,
     )

@@ -399,7 +399,8 @@ def _trainer(
             "run": dataclasses.asdict(config),
             "device": device.name() or "CPU",
             ENVIRONMENT: environment(groups, command),
-        },
+        }
+        | (start.description.hf_config if start.description else {}),
         token_ids=start.description.token_ids if start.description else {},
         tokenizer=_tokenizer(start, manifest),
         guard=guard,

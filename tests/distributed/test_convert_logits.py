@@ -18,9 +18,15 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from megashear.__main__ import main
-from megashear.checkpoint import hf, logits, store
+from megashear.checkpoint import hf, integrity, logits, store
 from megashear.checkpoint.certificate import CERTIFICATE, check
 from megashear.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megashear.checkpoint.description import (
+    HF_CONFIG,
+    find_iteration,
+    read_description,
+    write_description,
+)
 from megashear.checkpoint.shear import cut_checkpoint
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import ModelConfig
@@ -33,6 +39,8 @@ from tests.tiny import layout
 from tests.unit.checkpoint.shapes import GROUPED
 
 Converted = dict[str, Any]
+KEPT = {"attention_dropout": 0.1, "initializer_range": 0.04, "use_cache": False}
+"""What the models' config.json had, and has again at the end."""
 
 
 def alone(body: Callable[[], Converted]) -> Converted:
@@ -66,6 +74,10 @@ def test_both_sides_compute_with_rounded_weights(model: Path, tmp_path: Path, dt
 def bf16_runs(text: TextRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two short --bf16 runs saved, in folders "pretrain" and "prune", and the latter's cut."""
     folder = tmp_path_factory.mktemp("bf16")
+    text = text._replace(checkpoint=shutil.copytree(text.checkpoint, folder / "model"))
+    model = find_iteration(text.checkpoint)
+    write_description(model, replace(read_description(model), details={HF_CONFIG: KEPT}))
+    integrity.write(model)
     for stage in ("pretrain", "prune"):
         config = configuration(text, stage, layout(), folder / stage)
         train = replace(config.train, train_iters=4)
@@ -107,8 +119,9 @@ def test_what_a_bf16_run_made_is_written_in_bfloat16(
         for name, weight in exact.items():
             assert torch.equal(written[name], weight.to(dtype)), name
         if is_hf:
-            wanted = str(dtype).removeprefix("torch.")
-            assert json.loads((output / "config.json").read_text())["torch_dtype"] == wanted
+            config = json.loads((output / "config.json").read_text())
+            assert config["torch_dtype"] == str(dtype).removeprefix("torch.")
+            assert {name: config[name] for name in KEPT} == KEPT  # through runs and cut
         check(output)
         shutil.rmtree(output)
 

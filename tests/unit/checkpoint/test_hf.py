@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megashear.checkpoint import hf
+from megashear.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megashear.checkpoint.hf_config import config_of_shape, shape_of_config
+from megashear.checkpoint.sources import open_hf
 from megashear.shape import ModelShape
 from tests.families import FAMILIES
 from tests.reference_llama import random_weights
@@ -175,6 +177,78 @@ def test_rotary_base_is_found_where_any_release_put_it(
 ) -> None:
     edit_config(directory, **fields)
     assert hf.read_shape(directory).rotary_base == base
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "SmolLM2": {
+        "initializer_range": 0.041666666666666664,
+        "is_llama_config": True,
+        "pretraining_tp": 1,
+        "rope_interleaved": False,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+        "transformers_version": "4.42.3",
+    },
+    "Falcon 3": {"activation": "swiglu", "sliding_window": None},
+    "Mistral derivative": {"neftune_noise_alpha": 0.0, "use_flash_attn": True, "eos_token": "</s>"},
+    "of a classifier": {"classifier_dropout": 0.1, "loss_type": "ForCausalLM", "num_labels": 2},
+    "of other tools": {
+        "rotary_percent": 1.0,
+        "rope_traditional": False,
+        "norm_type": "rmsnorm",
+        "position_embedding_type": "rope",
+        "use_qkv_bias": False,
+        "quantization": None,
+        "mergekit_version": "0.0.5",
+    },
+}
+"""What published config.json files have beside the model's extents."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_published_models_say_beside_their_extents_is_accepted(
+    directory: Path, name: str
+) -> None:
+    wanted = hf.read_shape(directory)
+    edit_config(directory, **PUBLISHED[name])
+    assert hf.read_shape(directory) == wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_interleaved": True}, "rope_interleaved is true, wanted false"),
+        ({"is_llama_config": False}, "is_llama_config is false, wanted true"),
+        ({"rotary_percent": 0.25}, "rotary_percent is 0.25, wanted 1.0"),
+        ({"rope_ratio": 2.0}, "rope_ratio is 2.0, wanted 1.0"),
+        ({"activation": "geglu"}, 'activation is "geglu", wanted "silu" or "swiglu" or "swish"'),
+        ({"norm_type": "layernorm"}, 'norm_type is "layernorm", wanted "rmsnorm" or'),
+        ({"position_embedding_type": "alibi"}, 'position_embedding_type is "alibi", wanted "rope"'),
+        ({"use_qkv_bias": True}, "use_qkv_bias is true, wanted false"),
+        ({"quantization": {"bits": 4}}, "quantization is .*wanted absent or null; save the model"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers is 1, wanted 0"),
+    ],
+)
+def test_the_same_fields_at_a_value_that_changes_something_are_refused(
+    directory: Path, fields: dict[str, Any], message: str
+) -> None:
+    edit_config(directory, **fields)
+    with pytest.raises(ValueError, match=message):
+        hf.read_shape(directory)
+
+
+def test_what_is_not_used_comes_back_as_it_went_in(directory: Path, tmp_path: Path) -> None:
+    kept = {"attention_dropout": 0.1, "initializer_range": 0.04, "use_cache": False}
+    edit_config(directory, **kept)
+    hf_to_megatron(directory, tmp_path / "there")
+    megatron_to_hf(tmp_path / "there", tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {name: back[name] for name in kept} == kept
+    # what is of another kind is left behind, and nothing is written as it was never said
+    edit_config(directory, attention_dropout=True, initializer_range=None, use_cache="yes")
+    assert open_hf(directory).kept_fields == {}
+    edit_config(directory, attention_dropout="drop", initializer_range=1, use_cache="drop")
+    assert open_hf(directory).kept_fields == {"initializer_range": 1}
+    assert config_of_shape(GROUPED, dtype="float32")["use_cache"] is True
 
 
 def test_fields_without_effect_are_ignored(directory: Path) -> None:
