@@ -20,6 +20,7 @@ from megashear.data.text_files import (
     read_plain,
 )
 from megashear.data.unpack import PACKINGS
+from megashear.files.pointers import refuse_pointer
 
 logger = logging.getLogger(__name__)
 
@@ -256,6 +257,7 @@ class _Search:
             raise ValueError(
                 f"{file} is no regular file but a pipe, a device or a link to nothing; remove it"
             )
+        refuse_pointer(file)
         if file.stat().st_size:  # copies of an empty file are one in some caches
             self.check_new(file)
         return [file]

@@ -117,10 +117,12 @@ class DataManifest:
         """
         for domain in self.domains:
             if domain.largest_id is not None and domain.largest_id >= model_vocab_size:
+                file, _, token = domain.largest_id_at.rpartition(", token ")
+                place = f"{self.directory / file}, token {int(token) + 1}"
                 raise ValueError(
-                    f"{self.directory / domain.largest_id_at} is id {domain.largest_id}, but the "
-                    f"model has {model_vocab_size} ids ({self.directory} was tokenised with "
-                    f"{self.vocab_size}); preprocess again with the tokenizer of the model"
+                    f"{place} is id {domain.largest_id}, but the model has {model_vocab_size} "
+                    f"ids ({self.directory} was tokenised with {self.vocab_size}); preprocess "
+                    f"again with the tokenizer of the model"
                 )
         if self.vocab_size > model_vocab_size and any(d.largest_id is None for d in self.domains):
             raise ValueError(

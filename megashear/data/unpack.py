@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 import zstandard
 
+from megashear.files.pointers import refuse_pointer
+
 PACKINGS = {".gz": "gzip", ".zst": "Zstandard", ".zstd": "Zstandard"}
 """Suffixes of packed text that is read."""
 FEED_BYTES = (1 << 8, 1 << 12)
@@ -39,8 +41,9 @@ def unpacked(raw: BinaryIO, file: Path) -> io.BufferedReader:
     """Return the text of ``file`` as a stream over its bytes ``raw``.
 
     Raises:
-        ValueError: the file is of another kind than its name says.
+        ValueError: the file is of another kind than its name says, or a pointer of Git LFS.
     """
+    refuse_pointer(file)
     packing = PACKINGS.get(file.suffix.lower())
     beginning = raw.read(max(map(len, BEGINNINGS)))
     raw.seek(0)

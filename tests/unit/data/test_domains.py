@@ -248,7 +248,9 @@ def test_vocabulary_of_the_model_is_checked(data, tmp_path) -> None:
     stored = np.fromfile(data.directory / file, dtype=np.uint16)
     assert stored[int(token)] == largest.largest_id
     data.check_vocab(largest.largest_id + 1)
-    with pytest.raises(ValueError, match=rf"{file}, token {token} is id \d+, but the model has"):
+    with pytest.raises(
+        ValueError, match=rf"{file}, token {int(token) + 1} is id \d+, but the model has"
+    ):
         data.check_vocab(largest.largest_id)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megashear.data.inputs import find_domains
+from megashear.data.inputs import find_domains, read_chunks
 from megashear.data.journal import FOLDER
 from tests.unit.data.conftest import write_jsonl
 
@@ -107,6 +107,17 @@ def test_what_looks_like_data_is_refused(folder, name: str) -> None:
     message = re.escape(f"/{name} looks like data and cannot be read; wanted JSON lines or arrays")
     with pytest.raises(ValueError, match=f"{message}.*: unpack or convert it, or move it away"):
         find_domains(folder)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json.gz", ".parquet"])
+def test_pointers_of_git_lfs_are_no_text(folder, suffix: str) -> None:
+    pointer = folder / f"cc/z{suffix}"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    for read in (lambda: find_domains(folder), lambda: list(read_chunks(pointer))):
+        with pytest.raises(ValueError, match=rf"z\{suffix} is a pointer of Git LFS"):
+            read()
+    pointer.write_text("version https://example.org\n")
+    assert pointer in find_domains(folder)["cc"]
 
 
 def test_pipes_and_links_to_nothing_are_refused(folder) -> None:
