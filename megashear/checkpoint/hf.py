@@ -49,6 +49,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _OLD_SINGLE = "pytorch_model.bin"
 _OLD_INDEX = "pytorch_model.bin.index.json"
+_OF_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 MAX_SHARD_BYTES = 5_000_000_000
 """Largest weights file, bytes, unless one tensor alone is larger. Source: transformers."""
 
@@ -387,9 +388,15 @@ def _weight_files(
     if index is None:
         if single.is_file():
             return [single]
+        found = sorted(path.name for path in directory.iterdir() if path.suffix in _OF_WEIGHTS)
+        beside = f"; of weights it holds {', '.join(found[:3])}" if found else ""
+        if any("-of-" in name for name in found):
+            beside += ", whose index is missing: download it too"
+        elif found:
+            beside += ": save the model with transformers' save_pretrained"
         raise ValueError(
             f"HF checkpoint {directory} has neither {SINGLE} nor {INDEX}, nor {_OLD_SINGLE} nor "
-            f"{_OLD_INDEX}"
+            f"{_OLD_INDEX}{beside}"
         )
     names = sorted(set(index["weight_map"].values()))
     for name in names:

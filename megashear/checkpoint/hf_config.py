@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> ModelShape:
         ValueError: as `read_shape`.
     """
     name = config.get("model_type")
-    if name not in _FAMILIES:
+    if not isinstance(name, str) or name not in _FAMILIES:
         raise ValueError(
             f"{where}: model_type is {name!r}, wanted one of {', '.join(_FAMILIES)}; other "
             f"families are not supported"
@@ -279,9 +280,17 @@ def _number(
     found = default if found is None else found
     if found is None:
         raise ValueError(f"{where}: {name} is missing; it must be a positive number")
-    if not isinstance(found, int | float) or isinstance(found, bool) or not found > 0:
-        raise ValueError(f"{where}: {name} is {found!r}; it must be a positive number")
+    is_number = isinstance(found, int | float) and not isinstance(found, bool)
+    if not is_number or not 0 < found <= sys.float_info.max:
+        raise ValueError(f"{where}: {name} is {_short(found)}; it must be a positive number")
     return float(found)
+
+
+def _short(value: Any) -> str:
+    """Return a value for a message, in a line of it at most; a huge number has no text at all."""
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return "a number beyond all bounds"
+    return value if isinstance(value, str) else repr(value)[:80]
 
 
 def _flag(config: Mapping[str, Any], name: str, where: str) -> bool:
@@ -309,10 +318,12 @@ def _refuse_unknown(config: Mapping[str, Any], where: str) -> None:
 def _sliding_window(config: Mapping[str, Any], name: Family, where: str) -> int | None:
     """The window of all layers; a window of some layers is refused."""
     types = config.get("layer_types")
-    if types is not None and set(types) != {"full_attention"}:
+    if types is not None and not isinstance(types, list):
+        raise ValueError(f"{where}: layer_types is {_short(types)}; it must be a list or null")
+    if other := {_short(kind) for kind in types or () if kind != "full_attention"}:
         raise ValueError(
-            f"{where}: layer_types has {', '.join(map(str, sorted(set(types))))}, wanted "
-            f"full_attention alone; layers that see a window each are not supported"
+            f"{where}: layer_types has {', '.join(sorted(other))}, wanted full_attention alone; "
+            f"layers that see a window each are not supported"
         )
     family = _FAMILIES[name]
     if name == "mistral":
@@ -350,7 +361,7 @@ def _rotary(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling |
 
 def _rope_scaling(rope: Mapping[str, Any], name: str, where: str) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_NUMBERS:
+    if kind not in list(_ROPE_NUMBERS):  # a list, which asks for no hash
         raise ValueError(
             f"{where}: {name} has rope_type {kind!r}, wanted one of {', '.join(_ROPE_NUMBERS)}; "
             f"tables of other kinds are not supported"

@@ -112,7 +112,7 @@ def check_pair(prefix: Path) -> IndexedText:
         if code not in TOKEN_TYPES:
             raise ValueError(
                 f"{index} has token type {code}, which is none of the whole numbers "
-                f"{sorted(TOKEN_TYPES)}; copy it again"
+                f"{sorted(TOKEN_TYPES)}; it holds no token ids: tokenise the text again"
             )
         item = np.dtype(TOKEN_TYPES[code]).itemsize
         wanted = HEADER_BYTES + (4 + 8) * sequences + 8 * borders

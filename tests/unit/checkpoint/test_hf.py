@@ -142,6 +142,11 @@ def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
             r"does not know.*: nope_interval \(4\), clip_qkv \(8.0\); if they do not, remove them",
         ),
         ({"is_causal": False}, "is_causal is false, wanted true"),
+        ({"layer_types": 5}, "layer_types is 5; it must be a list or null"),
+        ({"layer_types": [[1]]}, r"layer_types has \[1\], wanted full_attention alone"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\], wanted one of llama"),
+        ({"rope_scaling": {"rope_type": [1]}}, r"rope_scaling has rope_type \[1\], wanted one of"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; it must be a positive number"),
         ({"per_layer_config": {"0": {"x": 1}}}, "per_layer_config is .*, wanted"),
         (
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -353,7 +358,15 @@ def resave(directory: Path, change: Callable[[dict[str, torch.Tensor]], object])
         (lambda d: (d / "config.json").unlink(), "has no config.json; is it the right directory"),
         (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda d: (d / "config.json").write_text("[]"), "holds a list, not a JSON object"),
-        (lambda d: (d / hf.SINGLE).unlink(), "has neither model.safetensors nor model.safetensors"),
+        (lambda d: (d / hf.SINGLE).unlink(), "has neither model.safetensors nor .*index.json$"),
+        (
+            lambda d: (d / hf.SINGLE).rename(d / "model-00001-of-00001.safetensors"),
+            r"of weights it holds model-00001-of-00001\.safetensors, whose index is missing: down",
+        ),
+        (
+            lambda d: (d / hf.SINGLE).rename(d / "consolidated.00.pth"),
+            r"of weights it holds consolidated\.00\.pth: save the model with transformers'",
+        ),
         (
             truncate,
             r"model.safetensors \([\d,]+ bytes\) cannot be read.*its header wants 333,088 bytes",
