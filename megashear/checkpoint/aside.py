@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -11,18 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megashear.checkpoint import integrity
+from megashear.files.output import WAYS_OUT, UnwritableError
 
-_WAY_OUT = {
-    errno.ENOSPC: "the disk is full; free space, or choose an output on another disk",
-    errno.EDQUOT: "the quota is used up; free space, or choose an output outside of it",
-    errno.EFBIG: "a file would be longer than this process or file system may write (ulimit -f)",
-    errno.EACCES: "this user may not write there; choose another output",
-    errno.EPERM: "this user may not write there; choose another output",
-    errno.EROFS: "the file system is read-only; choose another output",
-    errno.EEXIST: "a file is in the way of its parent directory; choose another output",
-    errno.ENOTDIR: "a file is in the way of its parent directory; choose another output",
-}
-"""Errors of writing that a user can mend."""
 _SPARE_BYTES = 2**24
 """Free space wanted beyond the weights: headers, descriptions, the tokenizer's files."""
 
@@ -37,7 +26,8 @@ def written_aside(output: Path | str) -> Iterator[Path]:
 
     Raises:
         ValueError: ``output`` exists already: nothing is ever overwritten; another process is
-            writing it; the parent cannot be written to, or is full.
+            writing it.
+        UnwritableError: the parent cannot be written to, or is full.
     """
     output = Path(output).absolute()
     check_absent(output)
@@ -157,9 +147,9 @@ def _is_at(handle: int, aside: Path) -> bool:
 
 def _explain(error: OSError, output: Path) -> None:
     """Raise what a user can mend about a write that failed; return where that is nothing."""
-    way_out = _WAY_OUT.get(error.errno or 0)
+    way_out = WAYS_OUT.get(error.errno or 0)
     if way_out is not None:
-        raise ValueError(f"cannot write {output}, nothing of it is left: {way_out}") from error
+        raise UnwritableError(f"cannot write {output}, nothing of it is left: {way_out}") from error
 
 
 def _sync(directory: Path) -> None:

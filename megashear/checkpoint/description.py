@@ -36,6 +36,10 @@ _LINEAGE = ("source_shape", "pruned_for", "rounding")
 _ITERATION = re.compile(r"iter_([0-9]{7,})")
 
 
+class MisnamedError(DamagedError):
+    """An iteration's directory was renamed, or is a link to another's."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Description:
     """What ``megashear.json`` says: all that the tensors of a checkpoint do not."""
@@ -186,14 +190,17 @@ def check_whole(directory: Path, *, contents: bool = True) -> None:
 
     Raises:
         DamagedError: a file is missing or not what was written.
+        MisnamedError: the directory is named for another step than it is of.
         ValueError: it is of a newer format.
     """
     sums = checksums(directory)
     if sums is None:
+        _check_name(directory)
         return
     integrity.verify(directory, contents=contents)
     if not contents:
         integrity.verify(directory, [name for name in sums if not name.endswith(".distcp")])
+    _check_name(directory)
 
 
 def checksums(directory: Path) -> dict[str, FileSum] | None:
@@ -279,6 +286,17 @@ def read_description(directory: Path) -> Description:
         return Description(**values)
     except (KeyError, TypeError) as error:
         raise DamagedError(f"{path} is broken: {error}") from None
+
+
+def _check_name(directory: Path) -> None:
+    """Hold an iteration's name to the step that it says it is of; other names may be any."""
+    name = _ITERATION.fullmatch(directory.name)
+    step = _values(directory / DESCRIPTION).get("iteration")
+    if name is not None and isinstance(step, int) and step != int(name[1]):
+        raise MisnamedError(
+            f"{directory} is of step {step}, as its {DESCRIPTION} says: it was renamed, or is a "
+            f"link; name it {iteration_name(step)}, or move it elsewhere"
+        )
 
 
 def _format(directory: Path) -> Any:

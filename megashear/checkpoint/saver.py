@@ -112,10 +112,10 @@ class Saver:
         Raises:
             SaveError: on every rank: it cannot be made or written, or its disk has less free.
         """
-        with _fail_together(f"--save {self.root}"):
+        with fail_together(f"--save {self.root}"):
             if self._groups.rank == 0:
                 self.root.mkdir(parents=True, exist_ok=True)
-                probe = self.root / f".{uuid.uuid4().hex}.partial"
+                probe = self.root / ".writable"  # one name, so that none of a killed run stays
                 try:
                     integrity.replace(probe, "can this be written?\n")
                 finally:
@@ -154,16 +154,16 @@ class Saver:
         final = self.root / iteration_name(description.iteration)
         name = broadcast_object(f".{final.name}.{uuid.uuid4().hex[:8]}.partial", 0)
         aside = self.root / name
-        with _fail_together(f"{final} cannot be made"):
+        with fail_together(f"{final} cannot be made"):
             if self._groups.rank == 0:
                 _make_way(self.root, final, description.iteration)
-                _forget_partial(self.root)
+                forget_partial(self.root)
                 aside.mkdir(parents=True)
-        with _fail_together(f"{final} cannot be written"):
+        with fail_together(f"{final} cannot be written"):
             carried = tokenizer_files.find(tokenizer)
         write = ShardedWrite(state, aside, keep_copy=self._background)
         total = sum(gather_objects(write.num_bytes))
-        with _fail_together(f"{final} cannot be written"):
+        with fail_together(f"{final} cannot be written"):
             if self._groups.rank == 0:
                 _check_space(self.root, total)
         self._pending = _Pending(
@@ -262,7 +262,7 @@ class Saver:
             SaveError: on every rank, if it cannot be named.
         """
         good = None
-        with _fail_together(f"{self.root / TRACKER} cannot be written"):
+        with fail_together(f"{self.root / TRACKER} cannot be written"):
             if self._groups.rank == 0:
                 found = {n: path for n, path in iterations(self.root).items() if n <= iteration}
                 good = next(
@@ -290,7 +290,7 @@ class Saver:
     def _results(self, pending: _Pending) -> list[Any]:
         """What the tasks of all ranks returned, once they are done."""
         try:
-            with _fail_together(f"{pending.final} cannot be written"):
+            with fail_together(f"{pending.final} cannot be written"):
                 own = pending.task.result()
         except SaveError:
             self._pending = None
@@ -335,9 +335,9 @@ class _Pending:
 def forget_older(root: Path, newest: int, *, keep: int, protected: Path | None) -> list[Path]:
     """Delete iterations of a run until ``keep`` are left, those newer than ``newest`` not counted.
 
-    Only directories that megashear wrote are touched, none newer than ``newest``, and never
-    ``protected``. A deletion that is cut short leaves a hidden directory, which is no checkpoint
-    and goes with the next one.
+    Only directories that megashear wrote are touched, none newer than ``newest``, no links, and
+    never ``protected``. A deletion that is cut short leaves a hidden directory, which is no
+    checkpoint and goes with the next one.
 
     Args:
         root: the run's checkpoint directory.
@@ -349,7 +349,8 @@ def forget_older(root: Path, newest: int, *, keep: int, protected: Path | None) 
         What was deleted.
     """
     deleted = []
-    for path in list(_ours(root, newest).values())[keep:]:
+    ours = [path for path in _ours(root, newest).values() if not path.is_symlink()]
+    for path in ours[keep:]:
         if protected is not None and path.resolve() == protected.resolve():
             continue
         gone = root / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
@@ -362,7 +363,7 @@ def forget_older(root: Path, newest: int, *, keep: int, protected: Path | None) 
 
 
 def _ours(root: Path, newest: int) -> dict[int, Path]:
-    """Iterations up to one that megashear wrote, newest first."""
+    """Return the iterations up to one that megashear wrote, newest first."""
     return {
         number: path
         for number, path in iterations(root).items()
@@ -384,16 +385,20 @@ def _make_way(root: Path, final: Path, iteration: int) -> None:
     # Damaged, or a save that was killed before it was named: the run went on from an older one and
     # is here again. It stays beside, for nothing is overwritten.
     beside = root / f".{final.name}.unnamed"
+    if beside.is_symlink():
+        beside.unlink()
     shutil.rmtree(beside, ignore_errors=True)
     final.rename(beside)
     logger.warning("the run did not go on from %s; it is %s now", final, beside.name)
 
 
-def _forget_partial(root: Path) -> None:
-    """Remove what killed saves and deletions left: nobody's checkpoints."""
+def forget_partial(root: Path) -> None:
+    """Remove what killed saves and deletions left of a run's checkpoints, and nothing else."""
     for path in root.glob(".iter_*.partial"):
         if re.fullmatch(r"\.iter_\d{7,}\.(\w+\.)?partial", path.name):
             shutil.rmtree(path, ignore_errors=True)
+    for name in (f".{TRACKER}.partial", ".writable", "..writable.partial"):
+        (root / name).unlink(missing_ok=True)
 
 
 def _check_space(root: Path, needed: int) -> None:
@@ -416,8 +421,18 @@ def _done_everywhere(task: Task[Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _fail_together(what: str) -> Iterator[None]:
-    """Run a block without collectives; if it fails on any rank, SaveError on all of them."""
+def fail_together(what: str) -> Iterator[None]:
+    """Run a block without collectives; if it fails on any rank, SaveError on all of them.
+
+    Collective over the world.
+
+    Args:
+        what: cannot be done, for the message.
+
+    Raises:
+        ValueError: on every rank, where the first rank that failed raised one.
+        SaveError: on every rank, where it raised anything else.
+    """
     error: Exception | None = None
     try:
         yield

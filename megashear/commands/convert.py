@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from megashear.commands.outcome import refuse_torchrun, report, user_errors
 from megashear.commands.parse import parse
 from megashear.config import ConvertConfig
+from megashear.files.output import check_writable
 
 PROG = "megashear convert"
 
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     assert config.input is not None, "held by the configuration"
     assert config.output is not None, "held by the configuration"
     check_absent(config.output)
+    check_writable("--output", config.output)
     source = open_source(config.input, **{name: getattr(config, name) for name in SAYABLE})
     wanted = config.output_format
     if wanted == "auto":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from megashear.commands.outcome import refuse_torchrun, report, user_errors
 from megashear.commands.parse import parse
 from megashear.config import CutConfig
+from megashear.files.output import check_writable
 
 PROG = "megashear cut"
 
@@ -16,6 +17,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
     config = parse(CutConfig, argv, prog=PROG, description=__doc__ or "")
     refuse_torchrun(PROG)
+    check_writable("--output", config.output)
     # Here, not above: torch and megatron-core take seconds that --help should not.
     from megashear.checkpoint.shear import cut_checkpoint
 

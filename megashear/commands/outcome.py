@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from megashear.checkpoint.integrity import SaveError
+from megashear.files.output import WAYS_OUT, UnwritableError
 from megashear.monitor.console import configure_logging
 from megashear.train.stops import DIVERGED, DivergedError
 
@@ -19,7 +21,9 @@ Main = Callable[[Sequence[str]], int]
 USAGE = 2
 """Exit status where the user can mend the call."""
 CANNOT_SAVE = 3
-"""Exit status where a checkpoint could not be written; the ones before it are whole."""
+"""Exit status where an output could not be written; checkpoints that were there are whole."""
+_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""Errors that only a file that is written meets."""
 INTERRUPTED = 128 + signal.SIGINT
 """Exit status after Ctrl-C, as a shell would say it."""
 UNSAVED = "checkpoints in --save are whole; the same command with --resume resumes from the last"
@@ -33,11 +37,11 @@ class UsageError(ValueError):
 def user_errors(prog: str, *, interrupted: str = "nothing was written") -> Callable[[Main], Main]:
     """Wrap a command so that what a user can mend is one line on stderr, exit status 2.
 
-    That is ValueError, FileExistsError and FileNotFoundError; every other exception keeps its
-    traceback. A checkpoint that cannot be written is one line too, exit status 3, and so is a run
-    whose loss or weights are not finite, exit status 4. All ranks of a
-    run find the same usage errors, so rank 0 alone prints those; of the others each rank prints
-    its own, for it may be the only one that met it. Ctrl-C is one line as well, exit status 130.
+    That is ValueError and what the file system says of a file that the user named; every other
+    exception keeps its traceback. An output that cannot be written is one line too, exit status 3,
+    and so is a run whose loss or weights are not finite, exit status 4. All ranks of a run find the
+    same usage errors, so rank 0 alone prints those; of the others each rank prints its own, for it
+    may be the only one that met it. Ctrl-C is one line as well, exit status 130.
 
     Logging is configured on the way, so that whatever a command calls can speak.
 
@@ -57,8 +61,14 @@ def user_errors(prog: str, *, interrupted: str = "nothing was written") -> Calla
                 if is_first_rank():
                     print(f"{prog}: error: {error}", file=sys.stderr)
             except (ValueError, FileExistsError, FileNotFoundError) as error:
-                where = "" if is_first_rank() else f" on rank {os.environ['RANK']}"
-                print(f"{prog}: error{where}: {error}", file=sys.stderr)
+                _print_error(prog, str(error))
+                if isinstance(error, UnwritableError):
+                    return CANNOT_SAVE
+            except OSError as error:
+                if error.filename is None or error.errno not in WAYS_OUT:
+                    raise
+                _print_error(prog, f"{os.fspath(error.filename)}: {error.strerror}")
+                return CANNOT_SAVE if error.errno in _OF_WRITING else USAGE
             except SaveError as error:
                 if is_first_rank():  # all ranks have the same
                     print(f"{prog}: error: {error}", file=sys.stderr)
@@ -76,6 +86,12 @@ def user_errors(prog: str, *, interrupted: str = "nothing was written") -> Calla
         return wrapped
 
     return wrap
+
+
+def _print_error(prog: str, message: str) -> None:
+    """Print what one rank met; it may be the only one."""
+    where = "" if is_first_rank() else f" on rank {os.environ['RANK']}"
+    print(f"{prog}: error{where}: {message}", file=sys.stderr)
 
 
 def refuse_torchrun(prog: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megashear.commands.outcome import refuse_torchrun, report, user_errors
 from megashear.commands.parse import parse
 from megashear.config import PreprocessConfig
+from megashear.files.output import check_writable
 
 if TYPE_CHECKING:
     from megashear.data.manifest import DataManifest
@@ -20,6 +21,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
     config = parse(PreprocessConfig, argv, prog=PROG, description=__doc__ or "")
     refuse_torchrun(PROG)
+    check_writable("--output", config.output)
     # Here, not above: numpy and megatron-core take seconds that --help should not.
     from megashear.data.domains import preprocess
     from megashear.data.inputs import find_domains

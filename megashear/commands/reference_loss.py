@@ -8,6 +8,7 @@ from pathlib import Path
 from megashear.commands.outcome import is_first_rank, refuse_torchrun, report, user_errors
 from megashear.commands.parse import parse
 from megashear.config import ReferenceLossRun
+from megashear.files.output import check_writable, writing
 
 PROG = "megashear reference-loss"
 
@@ -20,6 +21,7 @@ def main(argv: Sequence[str]) -> int:
         refuse_torchrun(PROG)
     if Path(config.output).exists():
         raise ValueError(f"--output {config.output} exists; choose another or remove it first")
+    check_writable("--output", config.output)
     # Here, not above: torch and megatron-core take seconds that --help should not.
     import yaml
 
@@ -30,10 +32,11 @@ def main(argv: Sequence[str]) -> int:
     models, params = measure_models(config)
     found = find_references(models, method=config.method, params=params)
     if is_first_rank():
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
         head = f"# {PROG}; for --reference-loss of megashear prune and megashear pretrain\n"
-        integrity.replace(Path(config.output), head + text)
+        with writing("--output", config.output):
+            Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+            integrity.replace(Path(config.output), head + text)
     losses = "  ".join(f"{name} {loss:.4f}" for name, loss in found[REFERENCE].items())
     report(f"{found['method']}: {found['meaning']}\n{losses}\nwrote {config.output}")
     return 0

@@ -103,9 +103,15 @@ def as_svg(figure: Figure, name: str, alt: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure to a file of the kind its ending names, on white paper."""
+    """Write a figure to a file of the kind its ending names, on white paper, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white")
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(aside, format=path.suffix[1:], facecolor="white")
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def check_image(path: Path, flag: str, *, formats: Sequence[str] = FORMATS) -> None:

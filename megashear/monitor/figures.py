@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megashear.files.output import check_writable, writing
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.drawing import INK, check_image, legend, new_figure, save, style
 
@@ -146,6 +147,7 @@ def plot_mixture(directories: Sequence[str | Path], output: str | Path, *, title
     """
     path = Path(output)
     check_image(path, "--output", formats=(".png", ".pdf", ".svg"))
+    check_writable("--output", path)
     runs = runs_in(directories)
     for run in runs:
         if not domains_of(run.points):
@@ -155,7 +157,9 @@ def plot_mixture(directories: Sequence[str | Path], output: str | Path, *, title
                 f"files; give the directory of a prune or pretrain run"
             )
     names = [Path(run.directories[0]).name for run in runs] if len(runs) > 1 else []
-    save(mixture_figure([run.points for run in runs], names=names, title=title), path)
+    figure = mixture_figure([run.points for run in runs], names=names, title=title)
+    with writing("--output", path):
+        save(figure, path)
 
 
 def domains_of(points: Points) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megashear.config import TrainConfig
+from megashear.files.output import writing
 from megashear.monitor.tensorboard import HISTOGRAM_BINS, TensorBoardSink
 
 logger = logging.getLogger(__name__)
@@ -315,7 +316,9 @@ def _named(
     # a run that begins writes a point at step 0, too; one that continues has it
     begin = first_step + 1 if first_step else 0
     if train.tensorboard_dir is not None:
-        yield TensorBoardSink(train.tensorboard_dir, purge_step=begin, layout=layout)
+        with writing("--tensorboard-dir", train.tensorboard_dir):
+            events = TensorBoardSink(train.tensorboard_dir, purge_step=begin, layout=layout)
+        yield events
     if train.jsonl_log is not None:
         path = Path(train.jsonl_log)
         if first_step == 0 and path.is_file() and path.stat().st_size:
@@ -325,7 +328,9 @@ def _named(
                 "its own come behind them",
                 path,
             )
-        yield JsonLinesSink(path, purge_step=begin or None)
+        with writing("--jsonl-log", path):
+            lines = JsonLinesSink(path, purge_step=begin or None)
+        yield lines
     if train.wandb_project is not None:
         # from step 0 on nothing is gone on with, whatever --resume would have liked
         yield WandbSink(train, config, resume=first_step > 0)

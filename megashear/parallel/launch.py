@@ -7,7 +7,6 @@ import datetime
 import json
 import logging
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -166,25 +165,24 @@ def process_group(*, timeout_s: float = 600.0) -> Iterator[None]:
         yield
         return
     timeout = datetime.timedelta(seconds=timeout_s)
-    with tempfile.TemporaryDirectory(prefix="megashear-") as folder:
-        if "RANK" in os.environ:
-            store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                store = fresh_store(store, rank, world_size, timeout_s)
-            dist.init_process_group(
-                device.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout
-            )
+    if "RANK" in os.environ:
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = fresh_store(store, rank, world_size, timeout_s)
+        dist.init_process_group(
+            device.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+        yield
+        # not after an error: tearing nccl down waits for peers that wait for this rank, and
+        # torchrun ends them only once this process is gone
+        dist.destroy_process_group()
+    else:
+        # alone: meet oneself in memory, so that no port can be taken and no file stays behind
+        store = dist.HashStore()
+        dist.init_process_group(
+            device.backend(), store=store, rank=0, world_size=1, timeout=timeout
+        )
+        try:
             yield
-            # not after an error: tearing nccl down waits for peers that wait for this rank, and
-            # torchrun ends them only once this process is gone
+        finally:
             dist.destroy_process_group()
-        else:
-            # alone: meet oneself through a file, so that no port can be taken
-            store = dist.FileStore(f"{folder}/store", 1)
-            dist.init_process_group(
-                device.backend(), store=store, rank=0, world_size=1, timeout=timeout
-            )
-            try:
-                yield
-            finally:
-                dist.destroy_process_group()

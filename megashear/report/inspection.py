@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megashear.checkpoint import integrity
 from megashear.checkpoint.formats import dtypes_of, name_of
+from megashear.files.output import check_writable, writing
 from megashear.models import layout
 from megashear.monitor.console import progress
 from megashear.monitor.drawing import check_image, save
@@ -57,6 +59,9 @@ def inspect(
         check_image(Path(image), "--image")
     if json_file is not None and Path(json_file).exists():
         raise ValueError(f"--json {json_file} exists; choose another or remove it first")
+    for flag, path in (("--image", image), ("--json", json_file)):
+        if path is not None:
+            check_writable(flag, path)
     first = open_model(load, contents=contents)
     if image is not None and first.masks is None:
         raise ValueError(
@@ -70,12 +75,14 @@ def inspect(
     written = []
     if image is not None:
         assert first.masks is not None, "checked above"
-        save(mask_map(first.masks.kept(mode), title=f"{first.title}, {mode} masks"), Path(image))
+        with writing("--image", image):
+            figure = mask_map(first.masks.kept(mode), title=f"{first.title}, {mode} masks")
+            save(figure, Path(image))
         written.append(f"wrote {image}")
     if json_file is not None:
-        path = Path(json_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_plain(found), indent=2) + "\n", encoding="utf-8")
+        with writing("--json", json_file):
+            Path(json_file).parent.mkdir(parents=True, exist_ok=True)
+            integrity.replace(Path(json_file), json.dumps(_plain(found), indent=2) + "\n")
         written.append(f"wrote {json_file}")
     return "\n\n".join([text, *(["\n".join(written)] if written else [])])
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megashear.checkpoint import integrity
+from megashear.files.output import check_writable, writing
 from megashear.monitor.drawing import require_matplotlib
 from megashear.report.losses import source_loss
 from megashear.report.page import page, save_figures
@@ -55,6 +56,9 @@ def write_report(
         )
     if images is not None and Path(images).exists():
         raise ValueError(f"--images {images} exists; choose another directory or remove it first")
+    check_writable("--output", path)
+    if images is not None:
+        check_writable("--images", images)
     require_matplotlib()
     records = read_runs(run, tensorboard_dirs)
     folder = Path(run[0]) if (Path(run[0]) / RESULTS).is_file() else None
@@ -62,6 +66,10 @@ def write_report(
     sections = sections_of(records, folder, before)
     lead = headline(records, before)
     content = page(title or title_of(records), lead, sections, now=records[0].now)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    integrity.replace(path, content)
-    return [path, *([] if images is None else save_figures(sections, Path(images)))]
+    with writing("--output", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        integrity.replace(path, content)
+    if images is None:
+        return [path]
+    with writing("--images", images):
+        return [path, *save_figures(sections, Path(images))]

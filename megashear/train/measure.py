@@ -24,6 +24,7 @@ from megashear.config import EvaluateRun, ModelConfig, ReferenceLossRun, TargetC
 from megashear.data.held_out import HeldOutSet
 from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.reference_loss import MEASURED, PARAMETERS, SEQUENCE_LENGTH, Model, read_models
+from megashear.files.output import check_writable, writing
 from megashear.masks.target_flags import target_shape
 from megashear.models.llama import build_chunks, check_layout
 from megashear.parallel.agree import check_same, raise_together
@@ -50,12 +51,15 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
     """
     if config.output is not None and Path(config.output).exists():
         raise ValueError(f"--output {config.output} exists; choose another or remove it first")
+    if config.output is not None:
+        check_writable("--output", config.output)
     measured = _Measured.check(config)
     with distributed(config.parallel, config.model) as groups:
         summary = measured.losses(groups)
         if config.output is not None and groups.rank == 0:
-            Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-            integrity.replace(Path(config.output), json.dumps(summary, indent=2) + "\n")
+            with writing("--output", config.output):
+                Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+                integrity.replace(Path(config.output), json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from megashear.checkpoint import loadable, tokenizer_files
 from megashear.checkpoint.cut import rounding_changes
 from megashear.checkpoint.description import Description, holds_iterations
+from megashear.checkpoint.hold import held_together
 from megashear.checkpoint.sharded_hf import load_hf
 from megashear.checkpoint.store import load_run, load_weights
 from megashear.config import PretrainRun, PruneRun, TrainConfig
@@ -100,7 +101,11 @@ def prune(
         check_masks(config.masks, train, older, target)
 
     timeout_s = collective_timeout_s(config.train.distributed_timeout_minutes)
-    with distributed(config.parallel, config.model, timeout_s=timeout_s) as groups:
+    saves = [train.save, None if then is None else then.train.save]
+    with (
+        distributed(config.parallel, config.model, timeout_s=timeout_s) as groups,
+        held_together(saves, groups),
+    ):
         start = settle(start, train, groups, stage=StructuredPruning.stage, check=check)
         trainer = _pruning_trainer(config, start, target, inputs, groups, command)
         reached = trainer.run(start.first_step)
@@ -250,7 +255,10 @@ def pretrain(config: PretrainRun, *, command: Sequence[str] = ()) -> dict[str, A
     loadable.warn(start.shape)
     inputs = check_inputs(config, start)
     timeout_s = collective_timeout_s(config.train.distributed_timeout_minutes)
-    with distributed(config.parallel, config.model, timeout_s=timeout_s) as groups:
+    with (
+        distributed(config.parallel, config.model, timeout_s=timeout_s) as groups,
+        held_together([config.train.save], groups),
+    ):
         start = settle(
             start,
             config.train,

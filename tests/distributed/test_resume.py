@@ -35,6 +35,7 @@ from megashear.config import (
 from megashear.masks.mask_set import KINDS, expected_gates
 from megashear.train import run
 from tests import text_run
+from tests.iterations import copy_iteration
 from tests.ranks import run_ranks
 from tests.text_run import TextRun
 from tests.tiny import layout
@@ -235,7 +236,7 @@ def test_another_precision_is_not_gone_on_with(runs: Runs, tmp_path: Path) -> No
 
 def test_a_save_that_was_never_named_does_not_stop_the_next(runs: Runs, tmp_path: Path) -> None:
     def killed_before_naming(saved: Path) -> None:
-        shutil.copytree(saved / f"iter_{HALF:07d}", saved / f"iter_{WHOLE:07d}")
+        copy_iteration(saved / f"iter_{HALF:07d}", WHOLE)
 
     whole = runs.uninterrupted("pretrain", *SPLIT)
     resumed = go_on(runs.stopped("pretrain", *SPLIT), tmp_path, edit=killed_before_naming)

@@ -16,6 +16,7 @@ from megashear.checkpoint.description import (
     write_description,
 )
 from megashear.checkpoint.integrity import CHECKSUMS, DamagedError
+from tests.iterations import copy_iteration
 from tests.unit.checkpoint.test_integrity import flip
 
 Harm = Callable[[Path], object]
@@ -26,7 +27,7 @@ def saved(tmp_path: Path, checkpoints: dict) -> Path:
     """Two iterations, both whole, the tracker at the newer one."""
     root = tmp_path / "saved"
     for number in (4, 5):
-        shutil.copytree(checkpoints["grouped"][0] / "iter_0000120", root / f"iter_{number:07d}")
+        copy_iteration(checkpoints["grouped"][0] / "iter_0000120", number, root)
     (root / TRACKER).write_text("5")
     return root
 
@@ -145,6 +146,25 @@ def test_what_is_no_iteration_is_not_taken_for_one(saved: Path) -> None:
     assert [path.name for path in candidates(saved)] == ["iter_0000005", "iter_0000004"]
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_one_that_was_renamed_is_not_taken_for_another(
+    saved: Path, linked: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    five, wrong = saved / "iter_0000005", saved / "iter_0000009"
+    if linked:
+        wrong.symlink_to(five)
+    else:
+        five.rename(wrong)
+    (saved / TRACKER).write_text("9")
+    assert find_iteration(saved).name == ("iter_0000005" if linked else "iter_0000004")
+    assert "skipping iter_0000009: " in caplog.text
+    wanted = r"iter_0000009 is of step 5, .* renamed, or is a link; name it iter_0000005, or"
+    with pytest.raises(DamagedError, match=wanted):
+        find_iteration(wrong)
+    wrong.rename(saved / "best")  # a name that says no step contradicts none
+    assert find_iteration(saved / "best").name == "best"
+
+
 def test_missing_ones_are_named(saved: Path) -> None:
     with pytest.raises(ValueError, match=r"has no iter_0000200; it has iter_0000005, iter_0000004"):
         find_iteration(saved, 200)
@@ -171,7 +191,7 @@ def test_a_checkpoint_of_an_older_megashear_is_read_with_a_warning(
     (directory / "megashear.json").write_text(text.replace('"format": 2', '"format": 1'))
     assert find_iteration(saved, contents=True) == directory
     assert "has no checksums, for an older megashear wrote it" in caplog.text
-    assert read_description(directory).iteration == 120
+    assert read_description(directory).iteration == 5
 
 
 def test_values_whose_listing_was_cut_short_do_not_count(saved: Path) -> None:

@@ -1,0 +1,176 @@
+"""Hold a run's checkpoint directory: one run at a time, whose names agree with what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megashear.checkpoint.description import MisnamedError, check_whole, iterations
+from megashear.checkpoint.saver import fail_together, forget_partial
+from megashear.parallel.groups import ParallelGroups
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".megashear.lock"
+"""File in --save that says whose it is, locked as long as its owner lives."""
+_PATIENCE_S = 5.0
+"""Seconds to wait for an owner that is being killed, or ends just now."""
+_PAUSE_S = 0.05
+_HELD = (errno.EACCES, errno.EAGAIN)
+"""Errors of a lock that another process has; all others say that there are no locks here."""
+
+
+@contextlib.contextmanager
+def held_together(roots: Sequence[Path | str | None], groups: ParallelGroups) -> Iterator[None]:
+    """Hold directories for one run, by rank 0 for all ranks. Collective over the world.
+
+    Args:
+        roots: checkpoint directories, made if need be; None stands for none.
+        groups: where this rank stands.
+
+    Raises:
+        ValueError: on every rank: another run holds one, or it has names that contradict what
+            they hold.
+        SaveError: on every rank: one cannot be made or written.
+    """
+    with contextlib.ExitStack() as stack:
+        for root in roots:
+            if root is None:
+                continue
+            with fail_together(f"--save {root}"):
+                if groups.rank == 0:
+                    stack.enter_context(held(Path(root)))
+        yield
+
+
+@contextlib.contextmanager
+def held(root: Path) -> Iterator[None]:
+    """Hold a directory against other runs, and clear away what killed saves left in it.
+
+    The kernel gives the lock back when the process dies, however it dies; processes that it forked
+    do not have it.
+
+    Raises:
+        ValueError: another run holds it, or a name in it contradicts what it holds.
+        OSError: it cannot be made or written.
+    """
+    is_new = not root.exists()
+    root.mkdir(parents=True, exist_ok=True)
+    handle = _take(root)
+    try:
+        check_names(root)
+        forget_partial(root)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (root / LOCK).unlink()  # first: who finds it afterwards makes one of his own
+        os.close(handle)
+        if is_new:
+            with contextlib.suppress(OSError):
+                root.rmdir()  # nothing was saved
+
+
+def check_names(root: Path) -> None:
+    """Refuse iterations that were renamed, before anything is moved or deleted by its name.
+
+    Raises:
+        ValueError: one is named for another step than it is of.
+    """
+    for path in iterations(root).values():
+        try:
+            check_whole(path, contents=False)
+        except MisnamedError as error:
+            raise ValueError(f"--save {root}: {error}") from None
+        except ValueError:
+            continue  # damaged: a run resumes from another
+
+
+def _take(root: Path) -> int:
+    """Lock the file of a directory, and write into it whose it is; the open file's number."""
+    path, deadline = root / LOCK, time.monotonic() + _PATIENCE_S
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        owner = _owner(handle)
+        is_taken = _lock(handle, owner)
+        if is_taken and _is_at(handle, path):
+            break
+        os.close(handle)
+        if not is_taken and time.monotonic() > deadline:
+            raise ValueError(
+                f"--save {root} is held by another run, {_name(owner)}; wait for it, end it, or "
+                f"choose another --save; if it is gone and this stays, remove {path}"
+            )
+        time.sleep(_PAUSE_S)
+    if owner:
+        logger.warning(
+            "--save %s was held by a run that did not end well, %s; if it is still there, end one "
+            "of the two",
+            *(root, _name(owner)),
+        )
+    own = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "since": datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="seconds"),
+    }
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, json.dumps(own).encode() + b"\n", 0)
+    return handle
+
+
+def _lock(handle: int, owner: dict[str, Any]) -> bool:
+    try:
+        # by process, not by open file: one that a killed rank forked would hold it on
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        # a file system without locks: of this host it can be told who lives
+        return not (owner.get("host") == socket.gethostname() and _lives(owner.get("pid")))
+    return True
+
+
+def _owner(handle: int) -> dict[str, Any]:
+    """Whose the file says it is; nothing where it is new, or half written."""
+    try:
+        found = json.loads(os.pread(handle, 4096, 0))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _name(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "which has not said yet who it is"
+    job = f" (job {owner['job']})" if owner.get("job") else ""
+    return f"process {owner.get('pid')} on {owner.get('host')}{job}, since {owner.get('since')}"
+
+
+def _lives(pid: object) -> bool:
+    if not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the file is still there: its last owner removes it."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
