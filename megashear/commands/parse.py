@@ -65,9 +65,9 @@ def parse(
 
     Raises:
         UsageError: too many words before the first flag, an unknown key or flag (names the
-            nearest), a value of another type in the file, a number out of its range, a flag that
-            is needed and not given, or values that the configuration refuses; looked at in this
-            order, so that a wrong value is reported whatever else is missing.
+            nearest), a value of another type in the file, a number out of its range, empty text, a
+            flag that is needed and not given, or values that the configuration refuses; looked at
+            in this order, so that a wrong value is reported whatever else is missing.
         SystemExit: 0 after --help and --dry-run; 2 where tyro refused the words, and has said so
             on stderr.
     """
@@ -85,6 +85,7 @@ def parse(
     del values[CONFIG.key]
     try:
         check_values(config_type, values)
+        _check_texts(values, settings)
         _check_needed(values, settings, prog)
         config = build(config_type, values)
     except ValueError as error:
@@ -114,6 +115,22 @@ def to_yaml(config: object, *, prog: str) -> str:
         plain = {setting.key: list(value) if isinstance(value, tuple) else value}
         lines.append(yaml.safe_dump(plain, allow_unicode=True, width=2**16))
     return "".join(lines)
+
+
+def _check_texts(values: Mapping[str, Any], settings: Mapping[str, Setting]) -> None:
+    """Refuse empty text: as a path it would be the working directory."""
+    for setting in settings.values():
+        value = values[setting.key]
+        for text in value if isinstance(value, tuple) else [value]:
+            if not isinstance(text, str) or value == setting.default:
+                continue
+            if not text.strip():
+                raise UsageError(
+                    f"{setting.flag} is {text!r}, wanted text that is not empty; a variable of the "
+                    f"shell that is not set, perhaps: give a value, or leave the flag out"
+                )
+            if "\0" in text:
+                raise UsageError(f"{setting.flag} is {text!r}; no name holds the character 0")
 
 
 def _check_needed(values: Mapping[str, Any], settings: Mapping[str, Setting], prog: str) -> None:
@@ -232,14 +249,15 @@ def _with_dashes(word: str) -> str:
 
 def _read_config(argv: Sequence[str], settings: Mapping[str, Setting]) -> list[str]:
     """Flags that say what the file of ``--config`` says; none where no file is named."""
-    file = None
-    for word, following in zip(argv, [*argv[1:], ""]):
+    file: str | None = None
+    for word, following in zip(argv, [*argv[1:], None]):
         if word == CONFIG.flag:
             file = following
         elif word.startswith(CONFIG.flag + "="):
             file = word.partition("=")[2]
-    if not file:
+    if file is None:  # not given, or without a name, which tyro says
         return []
+    _check_texts({CONFIG.key: file}, {CONFIG.key: CONFIG})
     words = []
     for key, value in _read_yaml(Path(file), settings).items():
         if isinstance(value, bool):

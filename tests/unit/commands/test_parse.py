@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,13 +129,13 @@ def test_dry_run_prints_what_gives_the_same_run(
 @given(
     values=st.fixed_dictionaries(
         {
-            "data_path": st.text("-ab \u00e9'\"#:/{[", min_size=1),
+            "data_path": st.text("-ab \u00e9'\"#:/{[", min_size=1).filter(str.strip),
             "lr": st.floats(1e-12, 1e3),
             "train_iters": st.integers(1, 10**9),
             "bf16": st.booleans(),
             "domain_weights": st.lists(st.floats(0, 1) | NAMED, max_size=3).map(tuple),
             "reweight": st.sampled_from(["signed", "clipped", "bandit", "constant"]),
-            "save": st.none() | st.sampled_from(["runs/a b", "~", "1", "yes", ""]),
+            "save": st.none() | st.sampled_from(["runs/a b", "~", "1", "yes"]),
         }
     )
 )
@@ -199,6 +200,33 @@ def test_other_ranks_print_nothing(
 def test_wrong_flags_are_refused(argv: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         prune(*NEEDED, *argv)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--save", "--data-path", "--load", "--tensorboard-dir", "--config"]
+)
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_path_is_not_the_working_directory(flag: str, text: str) -> None:
+    with pytest.raises(UsageError, match=f"^{flag} is '{text}', wanted text that is not empty"):
+        prune(*NEEDED, flag, text)
+
+
+def test_every_text_of_every_command_is_refused_where_it_is_empty(tmp_path: Path) -> None:
+    tried = 0
+    for run in RUNS:
+        every = settings_of(run).values()
+        needed = {s.key: "x" if s.accepts("x") else ["x"] for s in every if s.is_needed}
+        for setting in every:
+            if not (setting.accepts("") or setting.accepts([""])) or setting.range is not None:
+                continue
+            if setting.default == "" or setting.wanted == NamedNumbers:
+                continue
+            tried += 1
+            value: object = "" if setting.accepts("") else ["a", ""]
+            file = written(tmp_path, yaml.safe_dump(needed | {setting.key: value}))
+            with pytest.raises(UsageError, match=f"^{setting.flag} is '', wanted text"):
+                parse(run, ["--config", file], prog="megashear", description="")
+    assert tried > 40
 
 
 def test_a_wrong_value_is_reported_by_its_own_flag_whatever_else_is_wrong() -> None:
