@@ -196,7 +196,7 @@ def _table(qkv_bias: bool, qk_norm: bool, tied: bool) -> tuple[MegatronTensor, .
 VOCABULARY = (_EMBEDDING.key, _OUTPUT.key)
 """Keys of what has a row for every token, which runs pad until tensor ranks divide it."""
 
-NOT_WEIGHTS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+NOT_WEIGHTS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 """Names tolerated in a Hugging Face file and ignored: rotary tables that old releases of
 transformers stored, which config.json gives as well."""
 
@@ -333,6 +333,12 @@ def check_extents(name: str, found: Sequence[int], wanted: Sequence[int], where:
 
 def _check_names(found: Collection[str], wanted: Collection[str], where: str, things: str) -> None:
     unknown, missing = set(found) - set(wanted), set(wanted) - set(found)
+    wrapper = next(iter(unknown), "").partition(".")[0] + "."
+    if missing and {name.removeprefix(wrapper) for name in unknown} == set(wanted):
+        raise ValueError(
+            f"{where}: all {len(unknown)} {things} begin with {wrapper!r}, which DDP, FSDP or "
+            f"torch.compile put there; save the model that is wrapped, not its wrapper"
+        )
     complaints = []
     if unknown:
         complaints.append(f"has {len(unknown)} {things} this model does not know: {_list(unknown)}")

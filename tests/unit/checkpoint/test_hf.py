@@ -346,6 +346,11 @@ def foreign(directory: Path) -> None:
     (directory / hf.SINGLE).rename(directory / "pytorch_model.bin")
 
 
+def wrap(weights: dict[str, torch.Tensor], names: list[str]) -> None:
+    for name in names:
+        weights[f"_orig_mod.{name}"] = weights.pop(name)
+
+
 def resave(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     weights = load_file(directory / hf.SINGLE)
     change(weights)
@@ -377,6 +382,14 @@ def resave(directory: Path, change: Callable[[dict[str, torch.Tensor]], object])
             "lacks one weight, lm_head.weight, and its config.json does not say tie_word_emb",
         ),
         (
+            lambda d: resave(d, lambda w: wrap(w, list(w))),
+            r"all 39 weights begin with '_orig_mod\.', which DDP, FSDP or torch.compile put there",
+        ),
+        (
+            lambda d: resave(d, lambda w: wrap(w, list(w)[:2])),
+            "has 2 weights this model does not know: _orig_mod.*; it lacks 2 weights",
+        ),
+        (
             lambda d: resave(d, lambda w: w.update({"x.bias": torch.ones(2)})),
             "has 1 weights this model does not know: x.bias",
         ),
@@ -404,7 +417,8 @@ def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_stored_rotary_tables_are_passed_over(directory: Path) -> None:
-    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    names = ("inv_freq", "cos_cached", "sin_cached")
+    table = {f"model.layers.0.self_attn.rotary_emb.{name}": torch.ones(4) for name in names}
     resave(directory, lambda weights: weights.update(table))
     assert list(hf.HfWeights(directory)) == list(WEIGHTS)
     with pytest.raises(KeyError):
