@@ -39,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
         max_document_mb=config.max_document_mb,
         workers=config.workers,
     )
-    report("\n".join([format_manifest(manifest), *filter(None, [inputs.tell_unread()])]))
+    files = [told for told in (inputs.tell_read(), inputs.tell_unread()) if told]
+    report("\n".join([format_manifest(manifest), "; ".join(files)]))
     return 0
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -374,10 +375,20 @@ class _Pending(NamedTuple):
 def _interrupts_held() -> Iterator[None]:
     """Hold an interrupt from the keyboard back, also from processes that are started within.
 
-    Until a worker is far enough to ignore it, it would print a traceback of its own.
+    A worker that is interrupted before it ignores interrupts, or whose start is, would print a
+    traceback of its own. Its mask is this thread's; other threads take the signal in its stead, so
+    the handler here has to wait too.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    if threading.current_thread() is not threading.main_thread():
+        yield  # interrupts are the main thread's
+        return
+    interrupts: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if interrupts:
+            signal.raise_signal(signal.SIGINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,13 @@ class Inputs(dict[str, list[Path]]):
         super().__init__(sorted(domains.items()))
         self.unread = unread
         """Files of no kind that is read, which lie among the others."""
+
+    def tell_read(self) -> str:
+        """Return how many files are read, of each kind."""
+        kinds = Counter(_suffix(file) for files in self.values() for file in files)
+        named = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        count = kinds.total()
+        return f"{count} {'file' if count == 1 else 'files'} read: {named}"
 
     def tell_unread(self) -> str:
         """Return how many files are not read, and which; empty where all are."""
@@ -263,8 +271,15 @@ class _Search:
         return [file]
 
 
+def _suffix(file: Path) -> str:
+    """Return the suffix by which a file is read."""
+    name = file.name.lower()
+    return next(
+        suffix
+        for suffix in (*TEXT_SUFFIXES, *SHARD_SUFFIXES, MEGATRON_SUFFIX)
+        if name.endswith(suffix)
+    )
+
+
 def _domain_name(file: Path, json_key: str) -> str:
-    for suffix in (*TEXT_SUFFIXES, MEGATRON_SUFFIX):
-        if file.name.lower().endswith(suffix):
-            return file.name[: -len(suffix)].removesuffix(f"_{json_key}_document")
-    raise AssertionError(file)
+    return file.name[: -len(_suffix(file))].removesuffix(f"_{json_key}_document")

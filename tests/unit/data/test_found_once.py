@@ -77,6 +77,7 @@ def test_links_to_text_elsewhere_are_read(folder, tmp_path) -> None:
     ]
     assert found["dd"] == [folder / "dd/y.jsonl"]
     assert found.unread == []
+    assert found.tell_read() == "7 files read: 7 .jsonl"
     assert found.tell_unread() == ""
 
 

@@ -21,6 +21,7 @@ import pytest
 from megashear.data import domain_writer, domains, indexed, journal
 from megashear.data.documents import EncodedChunk
 from megashear.data.domains import preprocess
+from megashear.data.inputs import find_domains
 from megashear.data.manifest import DataManifest, read_manifest
 from tests.unit.data.conftest import write_jsonl
 from tests.unit.data.test_domains import content, documents
@@ -127,6 +128,25 @@ def test_a_run_killed_anywhere_is_taken_up(step: str, run, expected, tmp_path) -
         number += 1 if number < 4 else 7
     assert number > 1, f"no run does {step}"
     assert content(out) == expected
+
+
+def test_arrays_and_plain_text_are_taken_up_too(run, texts, tmp_path) -> None:
+    prose = texts["numbers"]
+    folder = tmp_path / "mixed/prose"
+    folder.mkdir(parents=True)
+    (folder / "a.json").write_text(json.dumps([{"text": text} for text in prose[:9]]))
+    write_jsonl(folder / "b.JSONL", prose[9:12])
+    for number, text in enumerate(prose[12:]):
+        (folder / f"c{number:03}.txt").write_text(text)
+    inputs = find_domains(folder.parent)
+    again = functools.partial(preprocess, inputs, *run.args[1:], **run.keywords)
+    again()
+    expected = content(tmp_path / "out")
+    for number in (4, 12, 25):
+        shutil.rmtree(tmp_path / "out")
+        assert killed_at("encode", number, again)
+        again()
+        assert content(tmp_path / "out") == expected
 
 
 def test_what_was_done_is_not_done_again(run, expected, tmp_path, monkeypatch) -> None:
