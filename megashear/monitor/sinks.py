@@ -295,6 +295,7 @@ def open_sinks(
     first_step: int,
     config: Mapping[str, Any],
     layout: Mapping[str, Mapping[str, Sequence[str]]],
+    texts: Mapping[str, str] | None = None,
 ) -> Sinks:
     """The sinks that a run's flags name; for the one rank that writes.
 
@@ -303,8 +304,9 @@ def open_sinks(
         first_step: steps done: this process writes from the next one on.
         config: of the run, plain values.
         layout: tags by chart and category, for TensorBoard's custom scalars.
+        texts: Markdown by tag, for TensorBoard's text tab.
     """
-    return Sinks(list(_named(train, first_step, config, layout)))
+    return Sinks(list(_named(train, first_step, config, layout, texts or {})))
 
 
 def _named(
@@ -312,12 +314,15 @@ def _named(
     first_step: int,
     config: Mapping[str, Any],
     layout: Mapping[str, Mapping[str, Sequence[str]]],
+    texts: Mapping[str, str],
 ) -> Iterator[Sink]:
     # a run that begins writes a point at step 0, too; one that continues has it
     begin = first_step + 1 if first_step else 0
     if train.tensorboard_dir is not None:
         with writing("--tensorboard-dir", train.tensorboard_dir):
-            events = TensorBoardSink(train.tensorboard_dir, purge_step=begin, layout=layout)
+            events = TensorBoardSink(
+                train.tensorboard_dir, purge_step=begin, layout=layout, texts=texts
+            )
         yield events
     if train.jsonl_log is not None:
         path = Path(train.jsonl_log)

@@ -195,6 +195,7 @@ class TensorBoardSink:
             at it or later are hidden, so that a resumed run does not overlap itself.
         suffix: end of the event file's name.
         layout: tags by chart and category, shown as custom scalars.
+        texts: Markdown by tag, shown in the text tab, at the step before ``purge_step``.
     """
 
     def __init__(
@@ -204,6 +205,7 @@ class TensorBoardSink:
         purge_step: int | None = None,
         suffix: str = "",
         layout: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+        texts: Mapping[str, str] | None = None,
     ) -> None:
         self._writer: SummaryWriter | None = None
         self.takes_images = directory is not None
@@ -216,6 +218,8 @@ class TensorBoardSink:
             self._writer = SummaryWriter(
                 str(directory), purge_step=purge_step, filename_suffix=suffix
             )
+            for tag, text in (texts or {}).items():
+                self._writer.add_text(tag, text, max(0, (purge_step or 0) - 1))
             if layout:
                 self._writer.add_custom_scalars(
                     {

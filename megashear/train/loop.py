@@ -37,6 +37,7 @@ from megashear.models.llama import gather_weights, unwrap
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.console import format_evaluation, format_step, progress
 from megashear.monitor.layout import charts
+from megashear.monitor.notes import notes
 from megashear.monitor.sinks import Sink, Sinks, open_sinks
 from megashear.monitor.step_clock import StepClock
 from megashear.monitor.throughput import Throughput
@@ -51,6 +52,7 @@ from megashear.parallel.agree import (
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.watchdog import Watchdog
 from megashear.shape import ModelShape
+from megashear.train.environment import ENVIRONMENT
 from megashear.train.evaluate import STANDARD_ERROR, DomainLosses, evaluate_domains
 from megashear.train.guard import StepGuard
 from megashear.train.inputs import EVAL_SEQUENCES
@@ -164,6 +166,7 @@ class Trainer:
         if self.groups.rank != 0:
             return Sinks()
         objective = self.objective
+        prunes = isinstance(objective, StructuredPruning)
         layout = charts(
             kinds=list(objective.masks.parts) if isinstance(objective, StructuredPruning) else [],
             domains=self.data.manifest.names,
@@ -171,7 +174,8 @@ class Trainer:
         )
         # steps done are the x axis: this process writes from the next one on
         run = self.details.get("run", {})
-        return open_sinks(self.train, first_step=first_step, config=run, layout=layout)
+        texts = notes(run, self.details.get(ENVIRONMENT, {}), prunes=prunes)
+        return open_sinks(self.train, first_step=first_step, config=run, layout=layout, texts=texts)
 
     def _run(self, first_step: int, stops: Stops) -> dict[str, Any]:
         saver = self._saver()
