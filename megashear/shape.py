@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +13,41 @@ from megashear.files.structured import read_json_object
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 """Families by the name that transformers gives them (``model_type``)."""
+
+
+MOST_LAYERS = 2**16
+"""More layers than any model has."""
+MOST_EXTENT = 2**31 - 1
+"""More of anything else than any model has."""
+MOST_NUMBER = 1e18
+"""A larger number in a model's description is a mistake; float32 goes to 3e38."""
+
+
+def check_extent(value: object, name: str, place: str = "") -> int:
+    """Return an extent of a model; ``place`` is what messages call it, if not its name.
+
+    Raises:
+        ValueError: it is no whole number, not positive, or more than any model has.
+    """
+    most = MOST_LAYERS if name in ("num_layers", "num_hidden_layers") else MOST_EXTENT
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{place or name} is {value!r}; it must be a positive integer")
+    if value > most:
+        raise ValueError(f"{place or name} is {value}; it must be at most {most:,}")
+    return value
+
+
+def check_number(value: object, name: str, place: str = "") -> float:
+    """Return a number of a model's description; ``place`` is what messages call it.
+
+    Raises:
+        ValueError: it is no number, not positive, not finite, or larger than `MOST_NUMBER`.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{place or name} is {value!r}; it must be a positive number")
+    if value > MOST_NUMBER:
+        raise ValueError(f"{place or name} is {value}; it must be at most {MOST_NUMBER:g}")
+    return float(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +76,8 @@ class RopeScaling:
         if self.kind not in ("linear", "llama3"):
             raise ValueError(f"rope_scaling.kind is {self.kind!r}; it must be linear or llama3")
         for name, value in asdict(self).items():
-            if name != "kind" and not value > 0:
-                raise ValueError(f"rope_scaling.{name} is {value}; it must be positive")
+            if name != "kind":
+                check_number(value, f"rope_scaling.{name}")
         if not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"rope_scaling.low_freq_factor {self.low_freq_factor:g} is not below "
@@ -96,8 +132,10 @@ class ModelShape:
         if isinstance(self.rope_scaling, dict):  # as JSON has it
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name, value in asdict(self).items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
-                raise ValueError(f"{name} is {value}; it must be positive")
+            if name in ("norm_epsilon", "rotary_base"):
+                check_number(value, name)
+            elif name in _EXTENTS or (name == "sliding_window" and value is not None):
+                check_extent(value, name)
         if self.head_dim % 2:
             raise ValueError(
                 f"head_dim is {self.head_dim}; rotary positions turn pairs of it, and it must be "
@@ -275,6 +313,11 @@ def _qwen(
     )
 
 
+_EXTENTS = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim"),
+    *("ffn_hidden_size", "vocab_size", "max_position_embeddings"),
+)
+
 PRESETS: dict[str, ModelShape] = {
     "llama2-7b": _llama2(32, 4096, 32, 11008),
     "llama2-2.7b": _llama2(32, 2560, 20, 6912),
@@ -322,7 +365,10 @@ def read_shape(name: str, *, flag: str = "--init-shape") -> ModelShape:
     ]
     if missing:
         raise ValueError(f"{flag} {name} does not say {', '.join(missing)}; add them")
-    return ModelShape(**extents)
+    try:
+        return ModelShape(**extents)
+    except ValueError as error:
+        raise ValueError(f"{flag} {name}: {error}") from None
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool}

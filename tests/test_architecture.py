@@ -135,6 +135,25 @@ def test_what_the_rules_allow_passes(file: str, source: str) -> None:
     assert list(violations(file, source)) == []
 
 
+READERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.SafeLoader"}
+"""What reads without bounds whatever a file holds; `megashear.files.structured` has bounds."""
+MAY_READ = {
+    "megashear/files/structured.py",
+    "megashear/data/documents.py",  # a document's line, whose size is bounded there
+    "megashear/data/journal.py",  # its own settings, as JSON would return them
+    "megashear/parallel/launch.py",  # what other ranks of the run say
+    "megashear/parallel/watchdog.py",
+}
+
+
+@pytest.mark.parametrize(
+    "file", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("megashear/**/*.py"))
+)
+def test_structured_files_are_read_within_bounds(file: str) -> None:
+    found = names_used((ROOT / file).read_text(encoding="utf-8")) & READERS
+    assert not found or file in MAY_READ, f"{file} uses {found}, not megashear.files.structured"
+
+
 TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".sh", ".cfg", ""}
 """Suffixes of the files people write; "" is Makefile, LICENSE and the like."""
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|work|mnt|scratch|gpfs|lustre)/\w")

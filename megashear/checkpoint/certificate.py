@@ -23,6 +23,8 @@ from megashear.checkpoint.hf_config import CONFIG, read_shape
 from megashear.checkpoint.safetensors_file import bytes_of
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.checkpoint.workers import byte_bar, run_all
+from megashear.files.regular import inside, open_regular
+from megashear.files.structured import read_json_object
 from megashear.models import layout
 from megashear.shape import ModelShape
 
@@ -154,7 +156,8 @@ def check(
     files = [
         name
         for name, digest in certificate["files"].items()
-        if not (directory / name).is_file() or _file_digest(directory / name) != digest
+        if not (path := inside(directory, name, directory / CERTIFICATE)).is_file()
+        or _file_digest(path) != digest
     ]
     if differing:
         first = differing[0]
@@ -188,10 +191,12 @@ def _read(directory: Path) -> dict[str, Any]:
             f"(of a checkpoint, the one with {TRACKER}), or convert its source again"
         )
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json_object(path, "it")
         found = values["format"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is broken: no JSON object with a format in it") from None
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is broken: no JSON object with a format in it ({error})"
+        ) from None
     if found != FORMAT:
         raise ValueError(
             f"{path} is of format {found}, this megashear reads {FORMAT}; use the megashear that "
@@ -264,5 +269,5 @@ def _small_files(directory: Path) -> list[str]:
 
 
 def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,12 +13,16 @@ from typing import Any
 
 from megashear.checkpoint import integrity
 from megashear.checkpoint.integrity import DamagedError, FileSum
+from megashear.files.regular import read_bytes
+from megashear.files.structured import read_json_object
 from megashear.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Text file that names the newest whole iteration, as Megatron-LM writes it."""
+TRACKER_BYTES = 64
+"""Most that it holds, bytes."""
 DESCRIPTION = "megashear.json"
 TOKENIZER = "tokenizer"
 """Folder of an iteration that carries the tokenizer's files."""
@@ -236,8 +240,8 @@ def latest_iteration(checkpoint: Path) -> int | None:
     tracker = checkpoint / TRACKER
     if not tracker.is_file():
         return None
-    text = tracker.read_bytes().decode("utf-8", errors="replace").strip()
-    if not re.fullmatch(r"[0-9]+", text):
+    text = read_bytes(tracker, TRACKER_BYTES).decode("utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[0-9]{1,18}", text):
         raise ValueError(f"{tracker} holds {text!r}, wanted the number of an iteration")
     return int(text)
 
@@ -314,9 +318,8 @@ def _values(path: Path) -> dict[str, Any]:
             f"{path.parent} has no {path.name}: not written by megashear, or not to the end"
         )
     try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise DamagedError(f"{path} is broken: no JSON object with a format in it")
-    return values
+        return read_json_object(path, "it")
+    except ValueError as error:
+        raise DamagedError(
+            f"{path} is broken: no JSON object with a format in it ({error})"
+        ) from None

@@ -7,8 +7,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from megashear.files.regular import read_bytes
+
 logger = logging.getLogger(__name__)
 
+MODEL_BYTES = 100 * 2**20
+"""Largest SentencePiece model that is read, bytes; LLaMA's has half a MB, Gemma's four."""
 _BPE = 2  # trainer_spec.model_type. Source: sentencepiece_model.proto
 _CONTROL = 3  # type of a piece, from the same file
 _USER_DEFINED = 4
@@ -127,7 +131,7 @@ def _parse(model: Path) -> Any:
     # the class is made when the module is imported, unseen by type checkers
     proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009
     try:
-        proto.ParseFromString(model.read_bytes())
+        proto.ParseFromString(read_bytes(model, MODEL_BYTES))
     except DecodeError as error:
         raise ValueError(f"{model} is not a SentencePiece model: {error}") from None
     return proto

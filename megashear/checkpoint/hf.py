@@ -37,6 +37,8 @@ from megashear.checkpoint.safetensors_file import (
 )
 from megashear.checkpoint.torch_files import load_mapped, tensors_of
 from megashear.checkpoint.workers import run_all
+from megashear.files.regular import inside
+from megashear.files.structured import read_json_object
 from megashear.models import layout
 from megashear.models.finite import first_not_finite
 from megashear.shape import ModelShape
@@ -372,8 +374,8 @@ def _read_index(single: Path, path: Path) -> dict[str, Any] | None:
     """The index of several files; None where one file holds all."""
     if single.is_file() or not path.is_file():
         return None
+    index = read_json_object(path)
     try:
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         sorted(set(index["weight_map"].values()))
         int((index.get("metadata") or {}).get("total_size") or 0)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -400,9 +402,10 @@ def _weight_files(
         )
     names = sorted(set(index["weight_map"].values()))
     for name in names:
-        if Path(name).suffix != single.suffix:
+        path = inside(directory, name, index_path)
+        if path.suffix != single.suffix:
             raise ValueError(f"{index_path} names {name}, wanted a *{single.suffix} file")
-        if Path(name).name != name:
+        if path.parent != directory:
             raise ValueError(f"{index_path} names {name}, which is not a file of its own directory")
         if not (directory / name).is_file():
             raise ValueError(f"{index_path} names {name}, which is missing; download it again")

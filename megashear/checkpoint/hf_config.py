@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megashear.checkpoint.hf_fields import HARMLESS, KEPT, NEUTRAL, READ, WAYS_OUT
-from megashear.shape import Family, ModelShape, RopeScaling
+from megashear.files.structured import read_json_object
+from megashear.shape import Family, ModelShape, RopeScaling, check_extent, check_number
 
 CONFIG = "config.json"
 
@@ -88,13 +89,7 @@ def read_config(directory: Path | str) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         raise ValueError(f"HF checkpoint {directory} has no {CONFIG}; is it the right directory?")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, not a JSON object")
-    return config
+    return read_json_object(path, wide_integers=True)
 
 
 def read_shape(directory: Path | str) -> ModelShape:
@@ -268,9 +263,7 @@ def _size(config: Mapping[str, Any], name: str, where: str, *, default: int | No
     found = default if found is None else found
     if found is None:
         raise ValueError(f"{where}: {name} is missing; it must be a positive integer")
-    if not isinstance(found, int) or isinstance(found, bool) or found <= 0:
-        raise ValueError(f"{where}: {name} is {found!r}; it must be a positive integer")
-    return found
+    return check_extent(found, name, f"{where}: {name}")
 
 
 def _number(
@@ -280,10 +273,7 @@ def _number(
     found = default if found is None else found
     if found is None:
         raise ValueError(f"{where}: {name} is missing; it must be a positive number")
-    is_number = isinstance(found, int | float) and not isinstance(found, bool)
-    if not is_number or not 0 < found <= sys.float_info.max:
-        raise ValueError(f"{where}: {name} is {_short(found)}; it must be a positive number")
-    return float(found)
+    return check_number(found, name, f"{where}: {name}")
 
 
 def _short(value: Any) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from megashear.checkpoint.description import MisnamedError, check_whole, iterations
 from megashear.checkpoint.saver import fail_together, forget_partial
+from megashear.files.structured import parse_json
 from megashear.parallel.groups import ParallelGroups
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def _lock(handle: int, owner: dict[str, Any]) -> bool:
 def _owner(handle: int) -> dict[str, Any]:
     """Whose the file says it is; nothing where it is new, or half written."""
     try:
-        found = json.loads(os.pread(handle, 4096, 0))
+        found = parse_json(os.pread(handle, 4096, 0), "the lock")
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

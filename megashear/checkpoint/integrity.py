@@ -12,12 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from megashear.files.regular import (
+    NotRegularError,
+    check_regular,
+    inside,
+    open_regular,
+    read_bytes,
+)
+
 CHECKSUMS = "checksums.txt"
 """The list; `sha256sum -c checksums.txt` reads it too."""
 
 _TITLE = "# sha256 and size of each file, written by megashear; by hand: sha256sum -c " + CHECKSUMS
-_LINE = re.compile(r"([0-9a-f]{64})  ([^\n\\]+)\n# (\d+) bytes\n")
+_LINE = re.compile(r"([0-9a-f]{64})  ([^\n\\]+)\n# (\d{1,18}) bytes\n")
 _END = re.compile(r"# sha256 of all above: ([0-9a-f]{64})\n")
+_LIST_BYTES = 64 * 2**20
+"""Largest list that is read, bytes: half a million files."""
 _READ_BYTES = 4 * 2**20
 """Bytes read at a time: enough that threads hash beside each other, little beside a model."""
 
@@ -94,15 +104,18 @@ def read(directory: Path | str) -> dict[str, FileSum]:
     """The list of a directory: sums by path inside of it.
 
     Raises:
-        DamagedError: the list is missing, or not as it was written.
+        DamagedError: the list is missing, not as it was written, or names what does not lie in the
+            directory.
     """
     path = Path(directory) / CHECKSUMS
+    if not path.exists():
+        raise DamagedError(f"{path} is missing")
     try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise DamagedError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path, _LIST_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise DamagedError(f"{path} cannot be read: {error}") from None
+    except ValueError as error:
+        raise DamagedError(str(error)) from None
     head, _, _ = text.rpartition("# sha256 of all above: ")
     end = _END.fullmatch(text, len(head))
     wanted = end[1] if end else "no line with its own sha256"
@@ -111,6 +124,11 @@ def read(directory: Path | str) -> dict[str, FileSum]:
     entries = list(_LINE.finditer(lines))
     if end is None or found != wanted or "".join(entry[0] for entry in entries) != lines:
         raise DamagedError(f"{path} is damaged: its sha256 is {found}, it ends with {wanted}")
+    try:
+        for entry in entries:
+            inside(path.parent, entry[2], path)
+    except ValueError as error:
+        raise DamagedError(str(error)) from None
     return {entry[2]: FileSum(int(entry[3]), entry[1]) for entry in entries}
 
 
@@ -240,7 +258,7 @@ def _files(directory: Path) -> Iterator[str]:
 
 def _sum(path: Path, *, sync: bool = False) -> FileSum:
     digest, size = hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path, buffering=0) as file:
         while data := file.read(_READ_BYTES):
             digest.update(data)
             size += len(data)
@@ -262,7 +280,9 @@ def _write_list(directory: Path, sums: Mapping[str, FileSum]) -> None:
 
 def _check_size(path: Path, wanted: FileSum) -> None:
     try:
-        size = path.stat().st_size
+        size = check_regular(path).st_size
+    except NotRegularError as error:
+        raise DamagedError(f"{error}; {wanted.size:,} bytes were written") from None
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing; {wanted.size:,} bytes were written") from None
     except OSError as error:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megashear.checkpoint.description import DESCRIPTION, TRACKER, Description, iteration_name
+from megashear.checkpoint.description import (
+    DESCRIPTION,
+    TRACKER,
+    TRACKER_BYTES,
+    Description,
+    iteration_name,
+)
 from megashear.checkpoint.integrity import CHECKSUMS
 from megashear.checkpoint.megatron_lm_args import shape_of_arguments, vocab_size_of_arguments
 from megashear.checkpoint.pickles import METADATA, check_index, read_common
 from megashear.checkpoint.weights import CheckpointWeights
+from megashear.files.regular import read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +46,8 @@ def find_megatron_lm(checkpoint: Path | str) -> Path | None:
     directory = Path(checkpoint)
     tracker = directory / TRACKER
     if tracker.is_file():
-        newest = tracker.read_text(encoding="utf-8").strip()
-        if newest != RELEASE and not newest.isdigit():
+        newest = read_bytes(tracker, TRACKER_BYTES).decode("utf-8", errors="replace").strip()
+        if newest != RELEASE and not re.fullmatch(r"[0-9]{1,18}", newest):
             return None
         directory /= newest if newest == RELEASE else iteration_name(int(newest))
     if next(directory.glob("mp_rank_*"), None) is not None:

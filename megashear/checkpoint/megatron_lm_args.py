@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megashear.shape import Family, ModelShape, RopeScaling
+from megashear.shape import Family, ModelShape, RopeScaling, check_extent, check_number
 
 CHECKPOINT_VERSION = 3.0
 """``checkpoint_version``: from 2.0 on q, k and v lie group by group. Source: Megatron-LM,
@@ -258,17 +258,13 @@ def _family(*, qkv_bias: bool, qk_norm: bool, where: str) -> Family:
 def _size(args: argparse.Namespace, name: str, where: str, *, default: int | None = None) -> int:
     found = getattr(args, name, None)
     found = default if found is None else found
-    if not isinstance(found, int) or isinstance(found, bool) or found <= 0:
-        raise ValueError(f"{where}: {_named(name)} is {found!r}; it must be a positive integer")
-    return found
+    return check_extent(found, name, f"{where}: {_named(name)}")
 
 
 def _number(args: argparse.Namespace, name: str, where: str, *, default: float) -> float:
     found = getattr(args, name, None)
     found = default if found is None else found
-    if not isinstance(found, int | float) or isinstance(found, bool) or not found > 0:
-        raise ValueError(f"{where}: {_named(name)} is {found!r}; it must be a positive number")
-    return float(found)
+    return check_number(found, name, f"{where}: {_named(name)}")
 
 
 def _plain_number(value: float) -> int | float:

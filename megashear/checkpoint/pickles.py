@@ -110,7 +110,8 @@ def check_index(directory: Path) -> Metadata:
     """
     metadata = _read_metadata(directory / METADATA)
     for index, place in (metadata.storage_data or {}).items():
-        if Path(place.relative_path).name != place.relative_path:
+        name = place.relative_path
+        if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(
                 f"{directory / METADATA} puts {index.fqn} into {place.relative_path}, which is "
                 f"not a file of its own directory; refused"

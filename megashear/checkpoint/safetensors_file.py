@@ -19,6 +19,8 @@ from torch import Tensor
 
 from megashear.checkpoint.aside import begin_writing, forget
 from megashear.files.pointers import refuse_pointer
+from megashear.files.regular import open_regular
+from megashear.files.structured import parse_json
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Number formats of weights by safetensors' names for them."""
@@ -61,9 +63,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         with safe_open(path, framework="pt", device="cpu"):
             pass  # holds lengths, offsets and the file's size to each other
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
+            # safe_open refuses a header of more than 100 MB
+            header = parse_json(file.read(length), f"the header of {path}")
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read as safetensors: {error}; "
@@ -90,7 +93,7 @@ def _way_out(path: Path) -> str:
     if not header.startswith(b"{"):
         return "it is no safetensors file, or damaged: download or write it again"
     try:
-        entries = json.loads(header)
+        entries = parse_json(header, "the header")
         end = 8 + length + max(e["data_offsets"][1] for n, e in entries.items() if n[:2] != "__")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return "its header is truncated or damaged: download or write it again"
@@ -107,7 +110,7 @@ def read_tensor(path: Path, entry: Entry) -> Tensor:
     """
     tensor = torch.empty(entry.shape, dtype=entry.torch_dtype)
     into = bytes_of(tensor)
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path, buffering=0) as file:
         file.seek(entry.begin)
         while into:
             count = file.readinto(into)

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from megashear.checkpoint.aside import begin_writing
 from megashear.checkpoint.integrity import FileSum, HashingFile
 from megashear.checkpoint.pickles import COMMON, METADATA
+from megashear.files.regular import open_regular
 
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -50,7 +51,7 @@ def read_entry(directory: Path, place: _StorageInfo) -> Tensor:
     """
     if getattr(place, "transform_descriptors", None):
         raise ValueError(f"it is transformed by {place.transform_descriptors}, which is not known")
-    with (directory / place.relative_path).open("rb", buffering=0) as file:
+    with open_regular(directory / place.relative_path, buffering=0) as file:
         window = cast(IO[bytes], _Window(file, place.offset, place.length))
         found = torch.load(window, map_location="cpu", weights_only=True)
     if not isinstance(found, Tensor):

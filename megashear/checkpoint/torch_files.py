@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megashear.files.pointers import refuse_pointer
+from megashear.files.regular import open_regular
 
 _ZIP = b"PK"
 """First bytes of the format that torch.save writes since release 1.6, which can be mapped."""
@@ -70,7 +71,7 @@ def load_mapped(path: Path, *, passed_over: Collection[str] = ()) -> Any:
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     refuse_pointer(path)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.read(len(_ZIP)) != _ZIP:
             raise ValueError(
                 f"{path} is not in the format that torch.save writes since release 1.6; load it "

@@ -23,6 +23,7 @@ from megashear.commands.settings import (
     settings_of,
     type_name,
 )
+from megashear.files.structured import read_yaml_pairs
 
 Config = TypeVar("Config")
 
@@ -272,24 +273,10 @@ def _read_config(argv: Sequence[str], settings: Mapping[str, Setting]) -> list[s
 def _read_yaml(file: Path, settings: Mapping[str, Setting]) -> dict[str, Any]:
     """Values of a flat YAML mapping by key, each of the type its key wants."""
     try:
-        # Nodes, not the mapping: they know their lines, and keys that are there twice.
-        loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
-        root = loader.get_single_node()
-        if root is None:
-            return {}
-        if not isinstance(root, yaml.MappingNode):
-            raise UsageError(f"--config {file} does not hold a mapping of `key: value` lines")
-        pairs = [
-            (
-                key.start_mark.line + 1,
-                *(loader.construct_object(n, deep=True) for n in (key, value)),
-            )
-            for key, value in root.value
-        ]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {file} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from None
+        # Pairs, not the mapping: they know their lines, and keys that are there twice.
+        pairs = read_yaml_pairs(file, f"--config {file}")
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     values: dict[str, Any] = {}
     aliases = {alias: setting.key for setting in settings.values() for alias in setting.aliases}
     for line, name, value in pairs:

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megashear.files.structured import LARGE_JSON_BYTES, read_json_object
+
 logger = logging.getLogger(__name__)
 
 FOLDER = ".progress"
@@ -120,14 +122,20 @@ def read_journal(directory: Path, name: str) -> Journal:
     path = directory / FOLDER / f"{name}.json"
     if not path.is_file():
         return Journal()
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json_object(path, max_bytes=LARGE_JSON_BYTES)
     places = []
-    for place in content["places"]:
-        state = place.pop("state")
-        train, held_out = SideState(**state.pop("train")), SideState(**state.pop("held_out"))
-        state = DomainState(train=train, held_out=held_out, **state)
-        places.append(Place(**place, state=state))
-    return Journal(places=tuple(places), counts=content["counts"])
+    try:
+        for place in content["places"]:
+            state = place.pop("state")
+            train, held_out = SideState(**state.pop("train")), SideState(**state.pop("held_out"))
+            state = DomainState(train=train, held_out=held_out, **state)
+            places.append(Place(**place, state=state))
+        return Journal(places=tuple(places), counts=content["counts"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not say what a run of megashear preprocess has done: {error}; delete "
+            f"{directory} to begin anew"
+        ) from None
 
 
 def write_journal(directory: Path, name: str, journal: Journal) -> None:
@@ -208,7 +216,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any], directory: Path) ->
     if not path.is_file():
         write_whole(path, json.dumps(wanted, indent=2))
         return
-    begun = json.loads(path.read_text(encoding="utf-8"))
+    begun = read_json_object(path, max_bytes=LARGE_JSON_BYTES)
     changed = [key for key in {**wanted, **begun} if wanted.get(key) != begun.get(key)]
     if changed:
         told = ", ".join(f"{key} {begun.get(key)!r}, now {wanted.get(key)!r}" for key in changed)

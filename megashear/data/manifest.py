@@ -11,6 +11,8 @@ import numpy as np
 
 from megashear.data.indexed import check_pair
 from megashear.data.journal import write_whole
+from megashear.files.regular import inside
+from megashear.files.structured import read_json_object
 from megashear.tokenizer.models import Tokenizer
 
 FORMAT = "megashear-data-1"
@@ -165,11 +167,13 @@ def read_manifest(directory: str | Path) -> DataManifest:
             f"{directory} is not a megashear data directory: {_what_is_there(directory)}"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path, "it")
         found = content.pop("format", None)
         if found != FORMAT:
             raise ValueError(f"its format is {found!r}, wanted {FORMAT!r}")
         domains = tuple(_domain_counts(domain) for domain in content.pop("domains"))
+        for domain in domains:
+            inside(directory, domain.name, path)
         manifest = DataManifest(directory=directory, domains=domains, **content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(

@@ -11,7 +11,6 @@ Source: mosaicml-streaming 0.13.0, streaming/base/format/mds; read, and its shar
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ import numpy.typing as npt
 from megashear.data.text_files import CHUNK_BYTES, Chunk, Record
 from megashear.data.unpack import DAMAGES, unpacked
 from megashear.files.pointers import refuse_pointer
-from megashear.files.regular import open_regular
+from megashear.files.regular import inside, open_regular
+from megashear.files.structured import LARGE_JSON_BYTES, parse_json, read_json, read_json_object
 
 INDEX_NAME = "index.json"
 COLUMN = "tokens"
@@ -39,7 +39,7 @@ def is_mds(directory: Path) -> bool:
     if not index.is_file():
         return False
     try:
-        return isinstance(json.loads(index.read_text(encoding="utf-8")).get("shards"), list)
+        return isinstance(read_json(index, max_bytes=LARGE_JSON_BYTES).get("shards"), list)
     except (ValueError, AttributeError):
         return False
 
@@ -53,7 +53,7 @@ def shards_of(directory: Path) -> list[Path]:
     """
     index = directory / INDEX_NAME
     shards = []
-    for shard in json.loads(index.read_text(encoding="utf-8"))["shards"]:
+    for shard in read_json_object(index, max_bytes=LARGE_JSON_BYTES)["shards"]:
         try:
             found = _shard(directory, shard)
         except (KeyError, TypeError, AttributeError) as error:
@@ -64,9 +64,10 @@ def shards_of(directory: Path) -> list[Path]:
 
 def listed_files(directory: Path) -> set[Path]:
     """Return every file that the directory's index.json names, packed and unpacked."""
-    listed = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))["shards"]
+    index = directory / INDEX_NAME
+    listed = read_json_object(index, max_bytes=LARGE_JSON_BYTES)["shards"]
     forms = (shard[form] for shard in listed for form in ("raw_data", "zip_data"))
-    return {directory / form["basename"] for form in forms if form}
+    return {inside(directory, form["basename"], index) for form in forms if form}
 
 
 def read_mds(
@@ -135,7 +136,7 @@ def _shard(directory: Path, shard: Mapping[str, Any]) -> Path:
     packed, packing = shard["zip_data"], (shard["compression"] or "").partition(":")[0]
     # Both forms may be there, for mosaicml-streaming unpacks shards beside themselves.
     for described in filter(None, (shard["raw_data"], packed)):
-        file = directory / described["basename"]
+        file = inside(directory, described["basename"], index)
         if not file.is_file():
             continue
         if file.stat().st_size != described["bytes"]:
@@ -184,7 +185,7 @@ def _description(data: bytes) -> tuple[dict[str, Any], list[int]]:
     offsets = np.frombuffer(data, "<u4", count=count + 1, offset=4).tolist()
     if offsets[-1] != len(data) or any(a > b for a, b in itertools.pairwise([begin, *offsets])):
         raise ValueError(f"it has {len(data)} bytes, its samples end at {offsets[-1]}")
-    description = json.loads(data[begin : offsets[0]])
+    description = parse_json(data[begin : offsets[0]], "its description")
     return description, offsets
 
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megashear.data.mixture import DomainMixture, WhenExhausted, normalise_weights
 from megashear.data.shares import ShareLimits, Vector, weights_of
+from megashear.files.structured import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -167,12 +166,7 @@ def _whole(value: object, what: str) -> int:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"--domain-phases {path} does not exist")
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--domain-phases {path} is not YAML: {error}") from error
+    entries = read_yaml(path, f"--domain-phases {path}")
     if (
         not isinstance(entries, list)
         or not entries

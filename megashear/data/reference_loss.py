@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from megashear.data.shares import unknown_domain
+from megashear.files.structured import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -342,7 +342,11 @@ def read_models(files: Sequence[str | Path]) -> list[Model]:
         else:
             rows = values
         for size, losses in rows.items():
-            if isinstance(size, bool) or not isinstance(size, int | float) or size < 1:
+            if (
+                isinstance(size, bool)
+                or not isinstance(size, int | float)
+                or not (1 <= size < math.inf)
+            ):
                 raise ValueError(
                     f"{file} has {size!r} where a number of parameters was wanted; wanted what "
                     f"`megashear evaluate --output` wrote, or lines `parameters: {{domain: loss}}`"
@@ -413,12 +417,7 @@ def _read_mapping(path: Path) -> Mapping[str, float]:
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
-    if not path.is_file():
-        raise ValueError(f"losses {path} do not exist")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
+    values = read_yaml(path, f"losses {path}")  # JSON is YAML
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping; wanted `domain: loss`, a line for each domain")
     return values

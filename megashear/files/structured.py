@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -34,6 +35,14 @@ _UNFINISHED = (0, 0)
 
 class _RefusedError(ValueError):
     """Why a document is not taken though its syntax is right."""
+
+
+class _RangeError(_RefusedError):
+    """A number that is out of range."""
+
+    def __init__(self, digits: str) -> None:
+        super().__init__(f"the number {_short(digits)} is out of range")
+        self.digits = digits
 
 
 def read_json(
@@ -90,11 +99,11 @@ def parse_json(text: bytes | str, name: str, *, wide_integers: bool = False) -> 
             value = int(digits)
             if wide_integers or -(2**63) <= value < 2**64:
                 return value
-        raise _RefusedError(f"the number {_short(digits)} is out of range")
+        raise _RangeError(digits)
 
     def real(digits: str) -> float:
         if len(digits) > _REAL_DIGITS or math.isinf(value := float(digits)):
-            raise _RefusedError(f"the number {_short(digits)} is out of range")
+            raise _RangeError(digits)
         return value
 
     try:
@@ -105,6 +114,8 @@ def parse_json(text: bytes | str, name: str, *, wide_integers: bool = False) -> 
         )
     except RecursionError:
         raise ValueError(f"{name} {_too_deep()}") from None
+    except _RangeError as error:
+        raise ValueError(f"{name}: {error}{_owner(str(text), error.digits)}") from None
     except _RefusedError as error:
         raise ValueError(f"{name}: {error}") from None
     except ValueError as error:
@@ -257,6 +268,12 @@ def _check_keys(node: yaml.MappingNode) -> None:
 def _line(node: yaml.Node) -> int:
     line: int = node.start_mark.line
     return line + 1
+
+
+def _owner(text: str, digits: str) -> str:
+    """Name the key of a number, for messages, where it is easily found."""
+    found = re.search(r'"([^"\\\n]{1,99})"\s*:[\s\[]*' + re.escape(digits), text)
+    return "" if found is None else f" ({found[1]})"
 
 
 def _without_twice(pairs: list[tuple[Hashable, Any]]) -> Mapping[Hashable, Any]:

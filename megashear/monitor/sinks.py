@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from megashear.config import TrainConfig
 from megashear.files.output import writing
+from megashear.files.structured import parse_json
 from megashear.monitor.tensorboard import HISTOGRAM_BINS, TensorBoardSink
 
 logger = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ class JsonLinesSink:
 
     def _parse(self, number: int, text: bytes) -> dict[str, Any]:
         try:
-            line = json.loads(text)
+            line = parse_json(text, str(self._path))
         except ValueError:  # no JSON, or no UTF-8
             line = None
         if not isinstance(line, dict) or not isinstance(line.get(STEP), int):

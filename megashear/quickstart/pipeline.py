@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from megashear.files.structured import read_json_object
 from megashear.quickstart.recipe import SOURCE, TARGET, VOCABULARY, Recipe
 from megashear.quickstart.text import write_domains
 from megashear.shape import ModelShape
@@ -137,7 +138,7 @@ class Quickstart:
             micro_batch_size=recipe.global_batch_size,
             output=self._path("cut.json"),
         )
-        cut = json.loads(self._path("cut.json").read_text(encoding="utf-8"))
+        cut = read_json_object(self._path("cut.json"))
         self.results.append(
             Result(
                 name="cut, no recovery",

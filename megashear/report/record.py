@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megashear.checkpoint.description import (
     Description,
     find_iteration,
@@ -21,6 +19,7 @@ from megashear.checkpoint.description import (
     read_description,
 )
 from megashear.checkpoint.store import read_log_alpha
+from megashear.files.structured import read_yaml
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.figures import EVENT_FILES, Point, read_events
 from megashear.report.kept import MaskReading
@@ -401,7 +400,7 @@ def _then(record: RunRecord) -> Path | None:
     file = record.config.get("then_pretrain")
     if record.stage != "prune" or file is None:
         return None
-    read = _if_there(lambda: yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+    read = _if_there(lambda: read_yaml(file))
     save = read.get("save") if isinstance(read, Mapping) else None
     return Path(save) if save is not None and holds_iterations(save) else None
 
@@ -410,6 +409,6 @@ def _if_there(read: Callable[[], Any]) -> Any:
     """What ``read`` gives; None where the files it needs are gone by now."""
     try:
         return read()
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         logger.info("left out of the report: %s", error)
         return None

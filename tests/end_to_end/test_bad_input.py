@@ -250,7 +250,7 @@ def test_weights_that_make_no_mixture(refusal: Refusal, caplog: pytest.LogCaptur
     )
     assert "words takes 80.0 % of the mixture by its given weight, more than --domin" in caplog.text
     assert "paths takes" not in caplog.text
-    assert "--reference-loss: losses gone.yaml do not exist" in error
+    assert "--reference-loss: losses gone.yaml does not exist" in error
 
 
 def test_references_of_other_domains(refusal: Refusal) -> None:

@@ -287,7 +287,7 @@ def test_directories_of_something_else_are_refused(tokenise, texts, tmp_path) ->
     with pytest.raises(ValueError, match=r"is not a megashear data directory.*preprocess"):
         read_manifest(tmp_path)
     for text, message in (
-        ("{", "is not a manifest this version reads: Expecting"),
+        ("{", "is not a manifest this version reads: it is not JSON: Expecting"),
         ("[]", "is not a manifest this version reads"),
         ('{"format": "x"}', "its format is 'x', wanted 'megashear-data-1'"),
         ('{"format": "megashear-data-1", "domains": [], "more": 1}', "'more'"),
