@@ -251,15 +251,15 @@ def _text(record: Record, key: str, place: str) -> object:
         raise ValueError(f"{place} is not UTF-8: {error}; convert the file to UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{place} is not valid JSON: {error}; mend or remove it (wanted: an object a line, or "
-            f"one array of objects)"
+            f"{place} is not valid JSON: {error}; wanted: an object a line, or one array of "
+            f"objects; mend it, or move the file away if it is no text"
         ) from None
     if not isinstance(line, dict):
         raise ValueError(f"{place} holds a {type(line).__name__}; a JSON object is wanted")
     if key not in line:
         raise ValueError(
             f"{place} has no key {key!r}, only {sorted(line)}; name the key of the text with "
-            f"--json-key"
+            f"--json-key, or move the file away if it is no text"
         )
     if isinstance(line, _Repeating) and line.counts[key] > 1:
         raise ValueError(

@@ -27,7 +27,7 @@ from megashear.data.documents import (
 )
 from megashear.data.domain_writer import DomainWriter
 from megashear.data.indexed import token_dtype
-from megashear.data.inputs import read_chunks
+from megashear.data.inputs import read_chunks, samples_of
 from megashear.data.journal import FOLDER, unfinished
 from megashear.data.manifest import (
     HELD_OUT_SUFFIX,
@@ -121,8 +121,9 @@ def preprocess(
     if workers < 1:
         raise ValueError(f"--workers is {workers}; at least 1 process has to tokenise")
     check_max_document(max_document_mb)
-    for first, *_ in files.values():  # rather than hours later, when it is this domain's turn
-        check_first(first, json_key, tokens_dtype, max_document_mb)
+    for each in files.values():  # rather than hours later, when it is this domain's turn
+        for file in samples_of(each):
+            check_first(file, json_key, tokens_dtype, max_document_mb)
     tokenizer = load_tokenizer(tokenizer_path)
     if tokenizer.note is not None:
         logger.warning("--tokenizer-model: %s", tokenizer.note)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megashear.data.indexed import check_pair, read_documents
@@ -133,6 +133,17 @@ def find_domains(directory: str | Path, json_key: str = "text") -> Inputs:
     if inputs.unread:
         logger.warning("%s; read are %s", inputs.tell_unread(), KINDS)
     return inputs
+
+
+def samples_of(files: Sequence[Path]) -> list[Path]:
+    """Return the first file of each folder and suffix: what is wrong in one is so in all like it.
+
+    Descriptions that lie beside data (``dataset_infos.json``) are mostly of another suffix.
+    """
+    firsts: dict[tuple[Path, str], Path] = {}
+    for file in files:
+        firsts.setdefault((file.parent, _suffix(file)), file)
+    return list(firsts.values())
 
 
 def read_chunks(
@@ -274,11 +285,8 @@ class _Search:
 def _suffix(file: Path) -> str:
     """Return the suffix by which a file is read."""
     name = file.name.lower()
-    return next(
-        suffix
-        for suffix in (*TEXT_SUFFIXES, *SHARD_SUFFIXES, MEGATRON_SUFFIX)
-        if name.endswith(suffix)
-    )
+    known = (*TEXT_SUFFIXES, *SHARD_SUFFIXES, MEGATRON_SUFFIX)
+    return next((suffix for suffix in known if name.endswith(suffix)), file.suffix)
 
 
 def _domain_name(file: Path, json_key: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megashear.commands.preprocess import format_manifest
+from megashear.data import domains
 from megashear.data.documents import read_texts
 from megashear.data.domains import preprocess
 from megashear.data.inputs import find_domains
@@ -374,3 +375,21 @@ def test_a_mistake_of_a_whole_domain_is_found_at_the_start(
     with pytest.raises(ValueError, match=r"zz\.jsonl, line 2 has no key 'text', only \['body'\]"):
         preprocess({**jsonl, "zz": [last]}, tmp_path / "out", sentencepiece_file, progress=True)
     assert os.listdir(tmp_path) == ["zz.jsonl"]
+
+
+def test_a_description_beside_the_data_is_found_at_the_start(
+    jsonl, tmp_path, sentencepiece_file, monkeypatch
+) -> None:
+    """Whatever lies before it in its domain: it is of another suffix."""
+    monkeypatch.setattr(domains, "encode_chunk", None)  # before anything is tokenised
+    file = shutil.copy(jsonl["numbers"][0], tmp_path / "a.jsonl")
+    other = tmp_path / "dataset_infos.json"
+    other.write_text('{\n  "name": "numbers"\n}')
+    message = r"infos\.json, line 1 is not valid JSON: .* or move the file away if it is no text"
+    inputs = {"x": [Path(file), other]}
+    with pytest.raises(ValueError, match=message):
+        preprocess(inputs, tmp_path / "out", sentencepiece_file, progress=True)
+    other.write_text('{"name": "numbers"}')
+    message = r"infos\.json, line 1 has no key 'text', only \['name'\]; .* or move the file away"
+    with pytest.raises(ValueError, match=message):
+        preprocess(inputs, tmp_path / "out", sentencepiece_file, progress=True)
