@@ -15,6 +15,8 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -165,7 +167,7 @@ class ReadAhead:
         self._reader = reader
         self._num_workers = num_workers
         self._expected = _Expected(expect)
-        self._answers: Iterator[Tensor | None] | None = None
+        self._answers: Iterator[npt.NDArray[np.int64] | None] | None = None
         self._workers: list[BaseProcess] = []
 
     def read(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
@@ -216,10 +218,9 @@ class ReadAhead:
                     batch_size=None,  # a request is a batch already
                     sampler=self._expected,  # endless: has no length
                     num_workers=self._num_workers,
-                    collate_fn=_as_it_is,
+                    collate_fn=_to_send,
                     multiprocessing_context="fork",
                     worker_init_fn=functools.partial(_begin_worker, os.getpid()),
-                    pin_memory=device.has_cuda(),
                     # its own, or starting would draw from torch's global generator
                     generator=torch.Generator(),
                 )
@@ -250,7 +251,9 @@ class ReadAhead:
                 f"{what} (a process that reads training sequences ahead; --num-workers 0 reads "
                 f"in the rank itself)"
             ) from error
-        return self._expected.issued.popleft(), block
+        # one block is pinned, and not each of its parts
+        answer = None if block is None else device.pinned(torch.from_numpy(block))
+        return self._expected.issued.popleft(), answer
 
 
 def _end_with(parent: int, worker: int) -> None:
@@ -314,5 +317,10 @@ def _kill(workers: Collection[BaseProcess]) -> None:
                 worker.join(_LOOK_S)
 
 
-def _as_it_is(block: Any) -> Any:
-    return block
+def _to_send(block: Any) -> npt.NDArray[np.int64] | None:
+    """Turn a block into an array, whose bytes go through the pipe.
+
+    A tensor's file descriptor would, through a socket in a temporary folder that a killed worker
+    leaves behind.
+    """
+    return None if block is None else block.numpy()

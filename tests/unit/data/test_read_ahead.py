@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from multiprocessing import util
 from multiprocessing.context import ForkProcess
@@ -187,6 +188,22 @@ def test_workers_that_wait_for_a_rank_that_waits_for_them_are_noticed(
         process.join(1.0)
         assert process.exitcode is None
         assert all(map(is_running, pids))
+
+
+@pytest.mark.parametrize("by_descriptor", [False, True])
+def test_workers_have_no_temporary_folder_that_a_kill_would_leave(
+    data, tmp_path: Path, by_descriptor: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)
+    if by_descriptor:  # the twin: what torch does with a tensor
+        monkeypatch.setattr(read_ahead, "_to_send", lambda block: block)
+        made = torch.from_numpy
+        taken = lambda block: block if isinstance(block, torch.Tensor) else made(block)  # noqa: E731
+        monkeypatch.setattr(torch, "from_numpy", taken)
+    with opened(data) as each:
+        assert rows(each.next_batch()) == rows(loader(data).next_batch())
+        assert bool(list(tmp_path.iterdir())) is by_descriptor
 
 
 def test_a_forked_child_does_not_end_the_workers_of_its_parent(data) -> None:
