@@ -116,6 +116,11 @@ def check_index(directory: Path) -> Metadata:
                 f"{directory / METADATA} puts {index.fqn} into {place.relative_path}, which is "
                 f"not a file of its own directory; refused"
             )
+        if not all(isinstance(n, int) and 0 <= n < 2**63 for n in (place.offset, place.length)):
+            raise ValueError(
+                f"{directory / METADATA} is broken: {index.fqn} has {place.length} bytes from byte "
+                f"{place.offset} on; copy the checkpoint again"
+            )
         path = directory / place.relative_path
         refuse_pointer(path)
         if not path.is_file() or path.stat().st_size < place.offset + place.length:

@@ -54,7 +54,8 @@ def find(source: Path | str | Iterable[Path | str] | None) -> list[Path]:
             named = [source / name for name in CARRIED if (source / name).is_file()]
             for path in named:
                 refuse_pointer(path)
-            return named + sorted((source / TEMPLATES).glob("*.jinja"))
+            templates = sorted((source / TEMPLATES).glob("*.jinja"))
+            return named + [path for path in templates if path.is_file()]
         source = [source]
     files = [Path(path) for path in source]
     for path in files:

@@ -146,3 +146,13 @@ def test_entries_outside_of_the_checkpoint_are_refused(harmed: Harmed) -> None:
     checkpoint = harmed(lambda directory: change_metadata(directory, point_outside))
     with pytest.raises(ValueError, match=r"into \.\./\.\./other, which is not a file of its own"):
         CheckpointWeights(checkpoint)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**63, "3", 1.5])
+def test_entries_at_no_place_are_refused(harmed: Harmed, wrong: Any) -> None:
+    def move(metadata: Metadata) -> None:
+        next(iter(metadata.storage_data.values())).offset = wrong
+
+    checkpoint = harmed(lambda directory: change_metadata(directory, move))
+    with pytest.raises(ValueError, match=r"\.metadata is broken: .* bytes from byte .* on; copy"):
+        CheckpointWeights(checkpoint)

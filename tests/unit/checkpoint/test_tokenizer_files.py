@@ -113,6 +113,8 @@ def test_the_files_of_a_directory_are_copied_and_nothing_else(tmp_path: Path) ->
     output.mkdir()
     for name in ("tokenizer.json", "chat_template.jinja", "README.md", "config.json"):
         (source / name).write_text("{}")
+    (source / tokenizer_files.TEMPLATES).mkdir()
+    (source / tokenizer_files.TEMPLATES / "endless.jinja").symlink_to("/dev/zero")
     tokenizer_files.copy_for_transformers(tokenizer_files.find(source), output)
     assert sorted(p.name for p in output.iterdir()) == ["chat_template.jinja", "tokenizer.json"]
 
