@@ -44,6 +44,16 @@ if ((TORCH_ELASTIC_SHUTDOWN_TIMEOUT > 30)) && ! knows_the_timeout; then
     "signal, and --save-interval for what stops the job otherwise" >&2
 fi
 
+# What is wrong with the call is found in one process, and is the last line then: of processes that
+# it started, torchrun would print a traceback of its own below.
+if [[ "${1-} ${2-}" == "-m megashear" ]]; then
+  found="$(WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) "$PYTHON" "$@" --dry-run 2>&1 >/dev/null)" || {
+    status=$?
+    printf '%s\n' "$found" >&2
+    exit "$status"
+  }
+fi
+
 # c10d, not static: when a process fails, the agents of all nodes start theirs anew at once. Ranks
 # then follow the names of the hosts, and NODE_RANK says only which node keeps the meeting place:
 # torchrun's guess fails where a host has several names.

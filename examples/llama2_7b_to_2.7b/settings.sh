@@ -31,5 +31,5 @@ DTYPE="${DTYPE:-bfloat16}"
 export PYTHON="${PYTHON:-python3}"
 LAUNCH="${LAUNCH:-$HERE/../launch/torchrun.sh}"
 
-# Flags for the end of every megashear command: EXTRA=--dry-run starts nothing.
+# Flags for the end of every megashear command: EXTRA=--dry-run checks and starts nothing.
 EXTRA="${EXTRA:-}"

@@ -15,6 +15,15 @@ from megashear.masks.mask_set import exact_gates, expected_gates, target_units
 from megashear.shape import ModelShape
 
 
+def check_cut(load: Path | str) -> None:
+    """Refuse what is no checkpoint with masks, without a look at its weights.
+
+    Raises:
+        ValueError: ``load`` is none.
+    """
+    read_log_alpha(find_iteration(load))
+
+
 def cut_checkpoint(
     load: Path | str, output: Path | str, *, exact_target: bool = False
 ) -> dict[str, Any]:

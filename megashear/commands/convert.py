@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.commands.outcome import refuse_torchrun, report, user_errors
-from megashear.commands.parse import parse
+from megashear.commands.parse import check_new, check_there, parse
 from megashear.config import ConvertConfig
 from megashear.files.output import check_writable
 
@@ -15,7 +15,7 @@ PROG = "megashear convert"
 @user_errors(PROG, interrupted="nothing of --output is left; the same command starts anew")
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
-    config = parse(ConvertConfig, argv, prog=PROG, description=__doc__ or "")
+    config = parse(ConvertConfig, argv, prog=PROG, description=__doc__ or "", check=check)
     refuse_torchrun(PROG)
     # Here, not above: torch takes seconds that --help should not.
     from megashear.checkpoint import certificate
@@ -62,3 +62,17 @@ def main(argv: Sequence[str]) -> int:
             f"of their norm, at most {logits['bound']:g} is right"
         )
     return 0
+
+
+def check(config: ConvertConfig) -> None:
+    """Refuse what the command would refuse before it starts.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    check_there(config, "input", "tokenizer", "check")
+    check_new(config, "output")
+    if config.input is not None:
+        from megashear.checkpoint.sources import SAYABLE, open_source
+
+        open_source(config.input, **{name: getattr(config, name) for name in SAYABLE})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.commands.outcome import refuse_torchrun, report, user_errors
-from megashear.commands.parse import parse
+from megashear.commands.parse import check_new, check_there, parse
 from megashear.config import CutConfig
 from megashear.files.output import check_writable
 
@@ -15,7 +15,7 @@ PROG = "megashear cut"
 @user_errors(PROG, interrupted="nothing of --output is left; the same command starts anew")
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
-    config = parse(CutConfig, argv, prog=PROG, description=__doc__ or "")
+    config = parse(CutConfig, argv, prog=PROG, description=__doc__ or "", check=check)
     refuse_torchrun(PROG)
     check_writable("--output", config.output)
     # Here, not above: torch and megatron-core take seconds that --help should not.
@@ -23,3 +23,16 @@ def main(argv: Sequence[str]) -> int:
 
     report(cut_checkpoint(config.load, config.output, exact_target=config.exact_target))
     return 0
+
+
+def check(config: CutConfig) -> None:
+    """Refuse what the command would refuse before it starts.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    check_there(config, "load")
+    check_new(config, "output")
+    from megashear.checkpoint.shear import check_cut
+
+    check_cut(config.load)

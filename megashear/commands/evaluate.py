@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.commands.outcome import report, user_errors
-from megashear.commands.parse import parse
+from megashear.commands.parse import check_there, parse
 from megashear.config import EvaluateRun
 
 PROG = "megashear evaluate"
@@ -14,7 +14,7 @@ PROG = "megashear evaluate"
 @user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
-    config = parse(EvaluateRun, argv, prog=PROG, description=__doc__ or "")
+    config = parse(EvaluateRun, argv, prog=PROG, description=__doc__ or "", check=check)
     # Here, not above: torch and megatron-core take seconds that --help should not.
     from megashear.train.measure import evaluate
 
@@ -22,3 +22,15 @@ def main(argv: Sequence[str]) -> int:
     if config.output is not None:
         report(f"wrote {config.output}")
     return 0
+
+
+def check(config: EvaluateRun) -> None:
+    """Refuse what the command would refuse before it starts.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    check_there(config, "load", "load_hf", "data_path")
+    from megashear.train.measure import check_evaluate
+
+    check_evaluate(config)

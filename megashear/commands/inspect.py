@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.commands.outcome import refuse_torchrun, report, user_errors
-from megashear.commands.parse import parse
+from megashear.commands.parse import check_new, check_there, parse
 from megashear.config import InspectConfig
 
 PROG = "megashear inspect"
@@ -15,7 +15,12 @@ PROG = "megashear inspect"
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
     config = parse(
-        InspectConfig, argv, prog=PROG, description=__doc__ or "", positional=("load", "compare")
+        InspectConfig,
+        argv,
+        prog=PROG,
+        description=__doc__ or "",
+        positional=("load", "compare"),
+        check=check,
     )
     refuse_torchrun(PROG)
     # Here, not above: torch and megatron-core take seconds that --help should not.
@@ -33,3 +38,13 @@ def main(argv: Sequence[str]) -> int:
         )
     )
     return 0
+
+
+def check(config: InspectConfig) -> None:
+    """Refuse what the command would refuse before it reads.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    check_there(config, "load", "compare")
+    check_new(config, "image", "json")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from megashear.checkpoint.integrity import SaveError
 from megashear.files.output import WAYS_OUT, UnwritableError
@@ -31,7 +34,7 @@ UNSAVED = "checkpoints in --save are whole; the same command with --resume resum
 
 
 class UsageError(ValueError):
-    """The command line or its YAML file cannot be understood; equal on all ranks."""
+    """The command line or its YAML file cannot be understood."""
 
 
 def user_errors(prog: str, *, interrupted: str = "nothing was written") -> Callable[[Main], Main]:
@@ -39,9 +42,8 @@ def user_errors(prog: str, *, interrupted: str = "nothing was written") -> Calla
 
     That is ValueError and what the file system says of a file that the user named; every other
     exception keeps its traceback. An output that cannot be written is one line too, exit status 3,
-    and so is a run whose loss or weights are not finite, exit status 4. All ranks of a run find the
-    same usage errors, so rank 0 alone prints those; of the others each rank prints its own, for it
-    may be the only one that met it. Ctrl-C is one line as well, exit status 130.
+    and so is a run whose loss or weights are not finite, exit status 4. Ctrl-C is one line as well,
+    exit status 130. What all ranks of a host find is printed by the first of them, see `_refuse`.
 
     Logging is configured on the way, so that whatever a command calls can speak.
 
@@ -57,25 +59,20 @@ def user_errors(prog: str, *, interrupted: str = "nothing was written") -> Calla
             configure_logging(int(os.environ.get("RANK", "0")))
             try:
                 return main(argv)
-            except UsageError as error:
-                if is_first_rank():
-                    print(f"{prog}: error: {error}", file=sys.stderr)
             except (ValueError, FileExistsError, FileNotFoundError) as error:
-                _print_error(prog, str(error))
+                _refuse(prog, str(error))
                 if isinstance(error, UnwritableError):
                     return CANNOT_SAVE
             except OSError as error:
                 if error.filename is None or error.errno not in WAYS_OUT:
                     raise
-                _print_error(prog, f"{os.fspath(error.filename)}: {error.strerror}")
+                _refuse(prog, f"{os.fspath(error.filename)}: {error.strerror}")
                 return CANNOT_SAVE if error.errno in _OF_WRITING else USAGE
             except SaveError as error:
-                if is_first_rank():  # all ranks have the same
-                    print(f"{prog}: error: {error}", file=sys.stderr)
+                _refuse(prog, str(error))
                 return CANNOT_SAVE
             except DivergedError as error:
-                if is_first_rank():  # all ranks have the same
-                    print(f"{prog}: error: {error}", file=sys.stderr)
+                _refuse(prog, str(error))
                 return DIVERGED
             except KeyboardInterrupt as error:
                 if is_first_rank():
@@ -88,10 +85,28 @@ def user_errors(prog: str, *, interrupted: str = "nothing was written") -> Calla
     return wrap
 
 
-def _print_error(prog: str, message: str) -> None:
-    """Print what one rank met; it may be the only one."""
-    where = "" if is_first_rank() else f" on rank {os.environ['RANK']}"
-    print(f"{prog}: error{where}: {message}", file=sys.stderr)
+def _refuse(prog: str, message: str) -> None:
+    """Print an error on one line, and leave it where torchrun reports it last.
+
+    Most errors are met by all ranks. The first rank of a host prints its own at once and leaves;
+    torchrun then ends the others, which wait for that. A rank that is still there later was the
+    only one to meet the error, and prints it with its number.
+    """
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" on rank {rank}"
+    line = f"{prog}: error{where}: {' '.join(message.splitlines())}"
+    if os.environ.get("LOCAL_RANK", rank) != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run's own handler would only note it
+        time.sleep(PATIENCE_S)
+    # torchrun ends with a traceback of its own; the file puts this line below it
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+    print(line, file=sys.stderr, flush=True)
+
+
+PATIENCE_S = 10.0
+"""Seconds that a rank leaves the first one of its host to meet the same error."""
 
 
 def refuse_torchrun(prog: str) -> None:

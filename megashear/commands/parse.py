@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_origin
 
@@ -38,7 +38,8 @@ DRY_RUN = Setting(
     key="dry_run",
     group="",
     wanted=bool,
-    help="Print the resolved run as YAML for --config and exit; nothing is started.",
+    help="Print the resolved run as YAML for --config, check all that needs no device (paths, "
+    "layout, batches, targets, references) and exit; nothing is started or written.",
     default=False,
 )
 
@@ -50,6 +51,7 @@ def parse(
     prog: str,
     description: str,
     positional: Sequence[str] = (),
+    check: Callable[[Config], object] | None = None,
 ) -> Config:
     """Read a run from flags and from the YAML file that ``--config`` names.
 
@@ -63,12 +65,15 @@ def parse(
         description: first lines of the help.
         positional: keys that words before the first flag stand for, in this order; the last one
             takes all words left where it is a list.
+        check: what the command itself looks at before it starts and no device is needed for;
+            ``--dry-run`` calls it once the run is printed.
 
     Raises:
         UsageError: too many words before the first flag, an unknown key or flag (names the
             nearest), a value of another type in the file, a number out of its range, empty text, a
             flag that is needed and not given, or values that the configuration refuses; looked at
             in this order, so that a wrong value is reported whatever else is missing.
+        ValueError: of ``check``, with --dry-run.
         SystemExit: 0 after --help and --dry-run; 2 where tyro refused the words, and has said so
             on stderr.
     """
@@ -93,9 +98,41 @@ def parse(
         raise UsageError(str(error)) from None
     if dry_run:
         if is_first_rank():
-            print(to_yaml(config, prog=prog), end="")
+            print(to_yaml(config, prog=prog), end="", flush=True)
+        if check is not None:
+            check(config)
         raise SystemExit(0)
     return config
+
+
+def check_there(config: object, *keys: str) -> None:
+    """Refuse paths that lead nowhere, without the import of anything that could open them.
+
+    Args:
+        config: the run.
+        keys: its settings that name what is read: a path, several, or None.
+
+    Raises:
+        ValueError: with the flag and the path.
+    """
+    values = flatten(config)
+    for key in keys:
+        named = values[key]
+        for path in named if isinstance(named, tuple) else (named,):
+            if path is not None and not Path(path).exists():
+                raise ValueError(f"{_flag(key)} {path} does not exist")
+
+
+def check_new(config: object, *keys: str) -> None:
+    """Refuse outputs that are there already.
+
+    Raises:
+        ValueError: with the flag and the path.
+    """
+    for key in keys:
+        path = getattr(config, key)
+        if path is not None and Path(path).exists():
+            raise ValueError(f"{_flag(key)} {path} exists; choose another or remove it first")
 
 
 def to_yaml(config: object, *, prog: str) -> str:

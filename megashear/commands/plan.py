@@ -24,19 +24,11 @@ def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
     config = _parse(argv)
     refuse_torchrun(PROG)
-    prune = _recipe(PruneRun, config.prune_config, "--prune-config")
-    pretrain = _recipe(PretrainRun, config.pretrain_config, "--pretrain-config")
+    prune, pretrain, source, target = _read(config)
     # Here, not above: torch takes seconds that --help should not.
     from megashear.planning.jobs import make_plans
     from megashear.planning.tables import as_dict, lines
 
-    source = _model(config.model)
-    target = _target(config, prune, source)
-    if target is None and prune is not None:
-        raise ValueError(
-            f"--prune-config {config.prune_config} names no target; give --target or --target-* "
-            f"extents, or leave it out to plan for training --model as it is"
-        )
     jobs = make_plans(config, source, target, prune=prune, pretrain=pretrain)
     if config.json:
         report(json.dumps({planned.job.name: as_dict(planned) for planned in jobs}, indent=2))
@@ -48,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> PlanConfig:
     try:
-        return parse(PlanConfig, argv, prog=PROG, description=__doc__ or "")
+        return parse(PlanConfig, argv, prog=PROG, description=__doc__ or "", check=_read)
     except UsageError as error:
         if CONFIG.flag in argv and "unknown key" in str(error):
             raise UsageError(
@@ -56,6 +48,26 @@ def _parse(argv: Sequence[str]) -> PlanConfig:
                 f"with --prune-config or --pretrain-config"
             ) from None
         raise
+
+
+def _read(
+    config: PlanConfig,
+) -> tuple[PruneRun | None, PretrainRun | None, ModelShape, ModelShape | None]:
+    """The two recipes, the model's shape and the target's.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    prune = _recipe(PruneRun, config.prune_config, "--prune-config")
+    pretrain = _recipe(PretrainRun, config.pretrain_config, "--pretrain-config")
+    source = _model(config.model)
+    target = _target(config, prune, source)
+    if target is None and prune is not None:
+        raise ValueError(
+            f"--prune-config {config.prune_config} names no target; give --target or --target-* "
+            f"extents, or leave it out to plan for training --model as it is"
+        )
+    return prune, pretrain, source, target
 
 
 def _recipe(run: type[Run], file: str | None, flag: str) -> Run | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.commands.outcome import refuse_torchrun, report, user_errors
-from megashear.commands.parse import parse
+from megashear.commands.parse import check_new, check_there, parse
 from megashear.config import PlotMixtureConfig
 
 PROG = "megashear plot-mixture"
@@ -14,7 +14,7 @@ PROG = "megashear plot-mixture"
 @user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
-    config = parse(PlotMixtureConfig, argv, prog=PROG, description=__doc__ or "")
+    config = parse(PlotMixtureConfig, argv, prog=PROG, description=__doc__ or "", check=check)
     refuse_torchrun(PROG)
     # Here, not above: reading events and drawing take packages that --help should not.
     from megashear.monitor.figures import plot_mixture
@@ -22,3 +22,13 @@ def main(argv: Sequence[str]) -> int:
     plot_mixture(config.tensorboard_dir, config.output, title=config.title)
     report(f"wrote {config.output}")
     return 0
+
+
+def check(config: PlotMixtureConfig) -> None:
+    """Refuse what the command would refuse before it starts.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    check_there(config, "tensorboard_dir")
+    check_new(config, "output")

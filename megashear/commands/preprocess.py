@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megashear.commands.outcome import refuse_torchrun, report, user_errors
-from megashear.commands.parse import parse
+from megashear.commands.parse import check_new, check_there, parse
 from megashear.config import PreprocessConfig
 from megashear.files.output import check_writable
 
@@ -19,7 +19,7 @@ PROG = "megashear preprocess"
 @user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
-    config = parse(PreprocessConfig, argv, prog=PROG, description=__doc__ or "")
+    config = parse(PreprocessConfig, argv, prog=PROG, description=__doc__ or "", check=check)
     refuse_torchrun(PROG)
     check_writable("--output", config.output)
     # Here, not above: numpy and megatron-core take seconds that --help should not.
@@ -66,3 +66,18 @@ def format_manifest(manifest: DataManifest) -> str:
     return "\n".join(
         [*lines, f"wrote {manifest.directory}: {len(lines)} domains, {total:,} training tokens"]
     )
+
+
+def check(config: PreprocessConfig) -> None:
+    """Refuse what the command would refuse before it starts.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    check_there(config, "input", "tokenizer_model")
+    check_new(config, "output")
+    from megashear.data.inputs import find_domains
+    from megashear.tokenizer.choice import load_tokenizer
+
+    find_domains(config.input, config.json_key)
+    load_tokenizer(config.tokenizer_model)

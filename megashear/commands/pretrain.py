@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.commands.outcome import UNSAVED, report, status_of, tell_stop, user_errors
-from megashear.commands.parse import parse
+from megashear.commands.parse import check_there, parse
 from megashear.config import PretrainRun
 
 PROG = "megashear pretrain"
@@ -14,7 +14,7 @@ PROG = "megashear pretrain"
 @user_errors(PROG, interrupted=UNSAVED)
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
-    config = parse(PretrainRun, argv, prog=PROG, description=__doc__ or "")
+    config = parse(PretrainRun, argv, prog=PROG, description=__doc__ or "", check=check)
     # Here, not above: torch and megatron-core take seconds that --help should not.
     from megashear.train.run import pretrain
 
@@ -22,3 +22,15 @@ def main(argv: Sequence[str]) -> int:
     report(reached)
     tell_stop(PROG, reached, resumes=config.train.resume)
     return status_of(reached)
+
+
+def check(config: PretrainRun) -> None:
+    """Refuse what the run would refuse before its processes meet.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    check_there(config, "load", "load_hf", "data_path", "reference_loss", "domain_phases")
+    from megashear.train.run import check_pretrain
+
+    check_pretrain(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.commands.outcome import UNSAVED, report, status_of, tell_stop, user_errors
-from megashear.commands.parse import parse
+from megashear.commands.parse import check_there, parse
 from megashear.config import PretrainRun, PruneRun
 
 PROG = "megashear prune"
@@ -14,15 +14,8 @@ PROG = "megashear prune"
 @user_errors(PROG, interrupted=UNSAVED)
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
-    config = parse(PruneRun, argv, prog=PROG, description=__doc__ or "")
-    then = None
-    if config.then_pretrain is not None:
-        then = parse(
-            PretrainRun,
-            ["--config", config.then_pretrain],
-            prog=f"{PROG} --then-pretrain",
-            description="",
-        )
+    config = parse(PruneRun, argv, prog=PROG, description=__doc__ or "", check=check)
+    then = _then(config)
     # Here, not above: torch and megatron-core take seconds that --help should not.
     from megashear.train.run import prune
 
@@ -30,3 +23,28 @@ def main(argv: Sequence[str]) -> int:
     report(reached)
     tell_stop(PROG, reached, resumes=config.train.resume)
     return status_of(reached)
+
+
+def check(config: PruneRun) -> None:
+    """Refuse what the run would refuse before its processes meet.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    check_there(config, "load", "load_hf", "data_path", "reference_loss", "domain_phases")
+    then = _then(config)
+    from megashear.train.run import check_prune
+
+    check_prune(config, then)
+
+
+def _then(config: PruneRun) -> PretrainRun | None:
+    """The run that follows in the same job."""
+    if config.then_pretrain is None:
+        return None
+    return parse(
+        PretrainRun,
+        ["--config", config.then_pretrain],
+        prog=f"{PROG} --then-pretrain",
+        description="",
+    )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megashear.commands.outcome import refuse_torchrun, report, user_errors
-from megashear.commands.parse import parse
+from megashear.commands.parse import check_new, check_there, parse
 from megashear.config import QuickstartConfig
 
 PROG = "megashear quickstart"
@@ -18,7 +18,7 @@ PROG = "megashear quickstart"
 )
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
-    config = parse(QuickstartConfig, argv, prog=PROG, description=__doc__ or "")
+    config = parse(QuickstartConfig, argv, prog=PROG, description=__doc__ or "", check=check)
     refuse_torchrun(PROG)
     # Here, not above: they take time that --help should not.
     from megashear.parallel import device
@@ -36,3 +36,13 @@ def main(argv: Sequence[str]) -> int:
     recipe = SHORT if config.short else FULL
     Quickstart(output=Path(config.output), recipe=recipe, seed=config.seed, data=data).run()
     return 0
+
+
+def check(config: QuickstartConfig) -> None:
+    """Refuse what the command would refuse before it starts.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    check_there(config, "data")
+    check_new(config, "output")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megashear.commands.outcome import is_first_rank, refuse_torchrun, report, user_errors
-from megashear.commands.parse import parse
+from megashear.commands.parse import check_new, check_there, parse
 from megashear.config import ReferenceLossRun
 from megashear.files.output import check_writable, writing
 
@@ -16,11 +16,10 @@ PROG = "megashear reference-loss"
 @user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
-    config = parse(ReferenceLossRun, argv, prog=PROG, description=__doc__ or "")
+    config = parse(ReferenceLossRun, argv, prog=PROG, description=__doc__ or "", check=check)
     if not config.load:
         refuse_torchrun(PROG)
-    if Path(config.output).exists():
-        raise ValueError(f"--output {config.output} exists; choose another or remove it first")
+    check_new(config, "output")
     check_writable("--output", config.output)
     # Here, not above: torch and megatron-core take seconds that --help should not.
     import yaml
@@ -40,3 +39,19 @@ def main(argv: Sequence[str]) -> int:
     losses = "  ".join(f"{name} {loss:.4f}" for name, loss in found[REFERENCE].items())
     report(f"{found['method']}: {found['meaning']}\n{losses}\nwrote {config.output}")
     return 0
+
+
+def check(config: ReferenceLossRun) -> None:
+    """Refuse what the command would refuse before it starts.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    check_there(config, "load", "losses", "data_path")
+    check_new(config, "output")
+    from megashear.data.reference_loss import find_references
+    from megashear.train.measure import check_models
+
+    known, runs, params = check_models(config)
+    if not runs:  # nothing is left to measure
+        find_references(known, method=config.method, params=params)

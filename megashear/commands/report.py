@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.commands.outcome import refuse_torchrun, report, user_errors
-from megashear.commands.parse import parse
+from megashear.commands.parse import check_new, check_there, parse
 from megashear.config import ReportConfig
 
 PROG = "megashear report"
@@ -14,7 +14,9 @@ PROG = "megashear report"
 @user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
     """Run the command on the arguments after its name; the exit status."""
-    config = parse(ReportConfig, argv, prog=PROG, description=__doc__ or "", positional=("run",))
+    config = parse(
+        ReportConfig, argv, prog=PROG, description=__doc__ or "", positional=("run",), check=check
+    )
     refuse_torchrun(PROG)
     # Here, not above: torch and megatron-core take seconds that --help should not.
     from megashear.report.write import write_report
@@ -30,3 +32,13 @@ def main(argv: Sequence[str]) -> int:
     )
     report("\n".join(f"wrote {path}" for path in written))
     return 0
+
+
+def check(config: ReportConfig) -> None:
+    """Refuse what the command would refuse before it reads.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    check_there(config, "run", "tensorboard_dir")
+    check_new(config, "images", *(() if config.overwrite else ("output",)))

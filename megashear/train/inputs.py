@@ -122,17 +122,25 @@ class Inputs:
             )
 
 
-def check_inputs(config: PruneRun | PretrainRun, start: Start) -> Inputs:
+def check_inputs(
+    config: PruneRun | PretrainRun, start: Start, *, is_dry_run: bool = False
+) -> Inputs:
     """Read what the mixture follows, and refuse what does not fit the run.
 
+    Args:
+        config: the run.
+        start: where it begins.
+        is_dry_run: whether nothing will be started; without WORLD_SIZE in the environment, one
+            replica is taken then.
+
     Raises:
-        ValueError: layout, device, batches, schedule, checkpoint, data and references that do not
+        ValueError: layout, batches, schedule, checkpoint, data and references that do not
             fit each other; equal on every rank, before any of them waits for another.
     """
     parallel, train, data = config.parallel, config.train, config.data
-    replicas = parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
+    alone = parallel.model_parallel_size if is_dry_run else 1
+    replicas = parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", alone)))
     device.install()
-    device.check_settings(parallel, config.model)
     check_layout(start.shape, parallel)
     if start.checkpoint is not None:
         # names and shapes, from the index: a rank that found out while loading would be late

@@ -49,11 +49,7 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
     Raises:
         ValueError: anything a user can mend.
     """
-    if config.output is not None and Path(config.output).exists():
-        raise ValueError(f"--output {config.output} exists; choose another or remove it first")
-    if config.output is not None:
-        check_writable("--output", config.output)
-    measured = _Measured.check(config)
+    measured = check_evaluate(config)
     with distributed(config.parallel, config.model) as groups:
         summary = measured.losses(groups)
         if config.output is not None and groups.rank == 0:
@@ -61,6 +57,19 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
                 Path(config.output).parent.mkdir(parents=True, exist_ok=True)
                 integrity.replace(Path(config.output), json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def check_evaluate(config: EvaluateRun) -> _Measured:
+    """Refuse what `evaluate` refuses before processes meet.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    if config.output is not None and Path(config.output).exists():
+        raise ValueError(f"--output {config.output} exists; choose another or remove it first")
+    if config.output is not None:
+        check_writable("--output", config.output)
+    return _Measured.check(config)
 
 
 def measure_models(config: ReferenceLossRun) -> tuple[list[Model], int | None]:
@@ -72,15 +81,7 @@ def measure_models(config: ReferenceLossRun) -> tuple[list[Model], int | None]:
     Raises:
         ValueError: anything a user can mend, found before processes meet.
     """
-    known = read_models(config.losses)
-    runs = [_Measured.check(run) for run in _evaluations(config)]
-    params = config.params
-    if config.target is not None:
-        if runs:
-            source = min((run.description.shape for run in runs), key=lambda s: s.num_params())
-            params = target_shape(TargetConfig(target=config.target), source).num_params()
-        else:
-            params = read_shape(config.target, flag="--target").num_params()
+    known, runs, params = check_models(config)
     if not runs:
         return known, params
     with distributed(config.parallel, config.model) as groups:
@@ -103,6 +104,27 @@ def measure_models(config: ReferenceLossRun) -> tuple[list[Model], int | None]:
                 )
             )
     return known, params
+
+
+def check_models(config: ReferenceLossRun) -> tuple[list[Model], list[_Measured], int | None]:
+    """Read what `measure_models` reads before processes meet.
+
+    Returns:
+        The models whose losses are known, those to evaluate, and the target's parameters.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    known = read_models(config.losses)
+    runs = [_Measured.check(run) for run in _evaluations(config)]
+    params = config.params
+    if config.target is not None:
+        if runs:
+            source = min((run.description.shape for run in runs), key=lambda s: s.num_params())
+            params = target_shape(TargetConfig(target=config.target), source).num_params()
+        else:
+            params = read_shape(config.target, flag="--target").num_params()
+    return known, runs, params
 
 
 def _evaluations(config: ReferenceLossRun) -> list[EvaluateRun]:

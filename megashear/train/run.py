@@ -79,22 +79,11 @@ def prune(
         ValueError: anything a user can mend, found before processes meet where it can be.
     """
     train = config.train
-    if then is not None:
-        check_then(config, then)
-        if train.resume and holds_iterations(then.train.save):
-            logger.info("pruning is done: going on with continued pretraining")
-            return pretrain(dataclasses.replace(then, train=resuming(then.train)), command=command)
-    start = find_start(
-        train,
-        stage=StructuredPruning.stage,
-        without="--load is not given; pruning starts from a checkpoint that `megashear convert` "
-        "wrote, or from a Hugging Face directory with --load-hf",
-    )
-    target = target_shape(config.masks, start.shape)
-    inputs = check_inputs(config, start)
-    check_masks(config.masks, train, start, target)
-    check_target_layout(target, start.shape, config, then)
-    behind = None if then is None else _Behind.check(then, start, target)
+    if (left := _after_pruning(config, then)) is not None:
+        logger.info("pruning is done: going on with continued pretraining")
+        return pretrain(left, command=command)
+    ready = _ReadyToPrune.check(config, then)
+    start, target, inputs, behind = ready.start, ready.target, ready.inputs, ready.behind
 
     def check(older: Start) -> None:
         check_inputs(config, older)
@@ -125,6 +114,71 @@ def prune(
         status = recovered.pop(EXIT_STATUS)
         del reached[EXIT_STATUS]
         return {"pruning": reached, "continued pretraining": recovered, EXIT_STATUS: status}
+
+
+def check_prune(config: PruneRun, then: PretrainRun | None = None) -> None:
+    """Refuse what `prune` refuses before processes meet, where no device is needed to tell.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    if (left := _after_pruning(config, then)) is not None:
+        check_pretrain(left)
+    else:
+        _ReadyToPrune.check(config, then, is_dry_run=True)
+
+
+def check_pretrain(config: PretrainRun) -> None:
+    """Refuse what `pretrain` refuses before processes meet, where no device is needed to tell.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    check_inputs(config, _start_of_pretraining(config), is_dry_run=True)
+
+
+def _after_pruning(config: PruneRun, then: PretrainRun | None) -> PretrainRun | None:
+    """The continued pretraining that is resumed, where a job of both is past its pruning."""
+    if then is None:
+        return None
+    check_then(config, then)
+    if config.train.resume and holds_iterations(then.train.save):
+        return dataclasses.replace(then, train=resuming(then.train))
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ReadyToPrune:
+    """A pruning run, checked as far as files and flags alone can tell."""
+
+    start: Start
+    target: ModelShape
+    inputs: Inputs
+    behind: _Behind | None
+
+    @classmethod
+    def check(
+        cls, config: PruneRun, then: PretrainRun | None, *, is_dry_run: bool = False
+    ) -> _ReadyToPrune:
+        """Refuse what need not wait for other processes.
+
+        Raises:
+            ValueError: as `prune`.
+        """
+        start = find_start(
+            config.train,
+            stage=StructuredPruning.stage,
+            without="--load is not given; pruning starts from a checkpoint that `megashear "
+            "convert` wrote, or from a Hugging Face directory with --load-hf",
+        )
+        target = target_shape(config.masks, start.shape)
+        inputs = check_inputs(config, start, is_dry_run=is_dry_run)
+        check_masks(config.masks, config.train, start, target)
+        check_target_layout(target, start.shape, config, then)
+        behind = None
+        if then is not None:
+            behind = _Behind.check(then, start, target, is_dry_run=is_dry_run)
+        return cls(start=start, target=target, inputs=inputs, behind=behind)
 
 
 def _pruning_trainer(
@@ -164,14 +218,16 @@ class _Behind:
     inputs: Inputs
 
     @classmethod
-    def check(cls, config: PretrainRun, start: Start, target: ModelShape) -> _Behind:
+    def check(
+        cls, config: PretrainRun, start: Start, target: ModelShape, *, is_dry_run: bool = False
+    ) -> _Behind:
         """Refuse what would only be found when pruning is over.
 
         Raises:
             ValueError: as `pretrain`.
         """
         fresh = Start(shape=target, checkpoint=None, description=None, continues=False)
-        inputs = check_inputs(config, fresh)
+        inputs = check_inputs(config, fresh, is_dry_run=is_dry_run)
         check_vocabulary(inputs.manifest, target, start.tokenizer)
         return cls(config=config, inputs=inputs)
 
@@ -244,15 +300,7 @@ def pretrain(config: PretrainRun, *, command: Sequence[str] = ()) -> dict[str, A
     Raises:
         ValueError: anything a user can mend, found before processes meet where it can be.
     """
-    fresh = None if config.init_shape is None else read_shape(config.init_shape)
-    start = find_start(
-        config.train,
-        stage=LanguageModelling.stage,
-        without="--load is not given; name a checkpoint, a Hugging Face directory with --load-hf, "
-        "or --init-shape for fresh weights",
-        fresh=fresh,
-    )
-    loadable.warn(start.shape)
+    start = _start_of_pretraining(config)
     inputs = check_inputs(config, start)
     timeout_s = collective_timeout_s(config.train.distributed_timeout_minutes)
     with (
@@ -279,6 +327,19 @@ def pretrain(config: PretrainRun, *, command: Sequence[str] = ()) -> dict[str, A
         lineage = {} if start.description is None else start.description.lineage
         trainer = _trainer(config, start, objective, inputs, groups, lineage, command=command)
         return trainer.run(start.first_step)
+
+
+def _start_of_pretraining(config: PretrainRun) -> Start:
+    fresh = None if config.init_shape is None else read_shape(config.init_shape)
+    start = find_start(
+        config.train,
+        stage=LanguageModelling.stage,
+        without="--load is not given; name a checkpoint, a Hugging Face directory with --load-hf, "
+        "or --init-shape for fresh weights",
+        fresh=fresh,
+    )
+    loadable.warn(start.shape)
+    return start
 
 
 def _tell_batch(description: Description, train: TrainConfig) -> None:

@@ -43,8 +43,18 @@ class Refusal:
         self.folder, self.text = folder, text
         self._monkeypatch, self._capsys = monkeypatch, capsys
 
-    def __call__(self, *words: object, processes: int = 1) -> str:
-        """The error that ``megashear words`` ends with, as one of ``processes``."""
+    def __call__(self, *words: object, processes: int = 1, starts: bool = False) -> str:
+        """The error that ``megashear words`` ends with, as one of ``processes``.
+
+        ``--dry-run`` ends with the same, unless a start alone finds it or says it otherwise
+        (``starts``).
+        """
+        error = self._error(*words, processes=processes)
+        if not starts:
+            assert self._error(*words, "--dry-run", processes=processes) == error
+        return error
+
+    def _error(self, *words: object, processes: int) -> str:
         before = contents(self.folder), contents(self.text.data.parent)
         self._capsys.readouterr()
         with self._monkeypatch.context() as patched:
@@ -54,13 +64,15 @@ class Refusal:
             status = main([str(word) for word in words])
         printed = self._capsys.readouterr()
         assert status == USAGE, printed
-        assert printed.out == ""
+        assert "--dry-run" in words or printed.out == ""
         assert (contents(self.folder), contents(self.text.data.parent)) == before
         *_, error = printed.err.strip().splitlines()
         assert error.startswith(f"megashear {words[0]}: error: "), printed.err
         return error
 
-    def prune(self, *words: object, processes: int = 1, **changes: object) -> str:
+    def prune(
+        self, *words: object, processes: int = 1, starts: bool = False, **changes: object
+    ) -> str:
         """The same of a pruning run that is right but for ``words`` and ``changes``."""
         given = {
             "load": self.text.checkpoint,
@@ -79,7 +91,7 @@ class Refusal:
             if value is not None
             for word in (f"--{key.replace('_', '-')}", value)
         ]
-        return self("prune", *flags, *words, processes=processes)
+        return self("prune", *flags, *words, processes=processes, starts=starts)
 
 
 def met(*args: Any, **kwargs: Any) -> None:
@@ -246,7 +258,9 @@ def test_weights_that_make_no_mixture(refusal: Refusal, caplog: pytest.LogCaptur
     )
     assert "--domain-weights: words 0.6 is above 0.5, its --domain-floor or --domain-cap" in error
     error = refusal.prune(
-        *("--domain-weights", "words=.8", "paths=.1", "numbers=.1"), reference_loss="gone.yaml"
+        *("--domain-weights", "words=.8", "paths=.1", "numbers=.1"),
+        reference_loss="gone.yaml",
+        starts=True,
     )
     assert "words takes 80.0 % of the mixture by its given weight, more than --domin" in caplog.text
     assert "paths takes" not in caplog.text
@@ -337,7 +351,7 @@ def test_a_cuda_only_option_on_the_cpu(refusal: Refusal) -> None:
         "--transformer-impl transformer_engine needs a CUDA device and none is found; use "
         "--transformer-impl local"
     )
-    assert wanted in refusal.prune(transformer_impl="transformer_engine")
+    assert wanted in refusal.prune(transformer_impl="transformer_engine", starts=True)
 
 
 def edit_config(folder: Path, **fields: object) -> None:
@@ -475,7 +489,7 @@ def test_an_empty_domain_or_a_broken_line(refusal: Refusal, lines: str, wanted: 
     folder = refusal.folder / "jsonl"
     shutil.copytree(refusal.text.jsonl, folder)
     (folder / "broken.jsonl").write_text(lines)
-    error = preprocess(refusal, folder)
+    error = preprocess(refusal, folder, starts=True)  # --dry-run reads no text
     assert wanted in error
 
 
@@ -486,11 +500,14 @@ def test_a_tokenizer_that_is_none(refusal: Refusal) -> None:
     assert "tokenizer.model is not a SentencePiece model" in error
 
 
-def preprocess(refusal: Refusal, folder: Path, *, tokenizer: Path | None = None) -> str:
+def preprocess(
+    refusal: Refusal, folder: Path, *, tokenizer: Path | None = None, starts: bool = False
+) -> str:
     return refusal(
         "preprocess",
         *("--input", folder, "--output", refusal.folder / "data"),
         *("--tokenizer-model", tokenizer or refusal.text.tokenizer),
+        starts=starts,
     )
 
 
@@ -504,9 +521,9 @@ def test_output_that_exists(refusal: Refusal) -> None:
         ("convert", "--input", text.checkpoint, "--output", taken),
         ("evaluate", "--load", text.checkpoint, "--data-path", text.data, "--output", taken),
     ):
-        assert f"{taken} exists" in refusal(*words), words
+        assert f"{taken} exists" in refusal(*words, starts=True), words
     pruned = pruned_checkpoint(refusal.folder / "pruned")
-    assert f"{taken} exists" in refusal("cut", "--load", pruned, "--output", taken)
+    assert f"{taken} exists" in refusal(*("cut", "--load", pruned, "--output", taken), starts=True)
     saved = text_run.write_checkpoint(refusal.folder / "saved", SHAPE)
     assert f"--save {saved} holds a run at step 0; add --resume" in refusal.prune(save=saved)
 
@@ -526,12 +543,12 @@ def edit_description(checkpoint: Path, **fields: object) -> None:
 
 def test_a_checkpoint_of_another_stage(refusal: Refusal) -> None:
     pruned, output = pruned_checkpoint(refusal.folder / "pruned"), refusal.folder / "output"
-    error = refusal("convert", "--input", pruned, "--output", output)
+    error = refusal("convert", "--input", pruned, "--output", output, starts=True)
     assert "is of a pruning run" in error
     assert "`megashear cut`" in error
     error = refusal("cut", "--load", refusal.text.checkpoint, "--output", output)
     assert "is of stage 'converted' and has no masks; give one that megashear prune wrote" in error
-    assert f"no checkpoint at {output}" in refusal.prune(load=output)
+    assert f"no checkpoint at {output}" in refusal.prune(load=output, starts=True)
     assert "--load is not given; pruning starts from a checkpoint" in refusal.prune(load=None)
 
 
@@ -609,7 +626,11 @@ def test_every_process_of_torchrun_ends_at_once(text: TextRun, tmp_path: Path) -
         timeout_s=NOT_HANGING_S,
     )
     assert result.returncode != 0
-    assert "world size 3 is not a multiple of" in result.stderr
+    line = "megashear prune: error: world size 3 is not a multiple of"
+    # once where it was met, and once below the traceback that torchrun itself prints
+    assert result.stderr.count(line) == 2
+    assert f"traceback : {line}" in result.stderr.rpartition("Traceback")[2]
+    assert "error on rank" not in result.stderr
     assert not list(tmp_path.iterdir())
     assert time.monotonic() - begin < NOT_HANGING_S
 

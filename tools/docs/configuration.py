@@ -29,8 +29,11 @@ or off is turned off by its negation, `--no-bf16`, and is `true` or `false` in Y
 several words, or a YAML list. Where the default is `-`, nothing is set, and the text says what that
 means.
 
-Every command takes `--config` and `--dry-run`, which prints the run as it was understood, as a file
-for `--config`, and starts nothing.
+Every command takes `--config` and `--dry-run`. The latter prints the run as it was understood, as a
+file for `--config`, then checks what the start would check and no device is needed for: paths,
+layout, batches, targets, references. It writes nothing and exits with 2 where something is wrong.
+A run of several processes is checked for one replica, or for as many processes as the environment
+variable `WORLD_SIZE` says: `WORLD_SIZE=64 megashear prune --config prune.yaml --dry-run`.
 
 """
 _COMMAND = re.compile(r"`megashear ([\w-]+)`: ")

@@ -2,10 +2,13 @@
 
 import dataclasses
 import importlib
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,14 +48,14 @@ def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_process_of_torchrun_does_not_print_what_nobody_can_mend(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "megashear", "cut", "--load", "a", "--output", "b", "--dry-run"],
+        [sys.executable, "-m", "megashear", "plan", *NEEDED["plan"], "--dry-run"],
         env=os.environ | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")},
         capture_output=True,
         text=True,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "load: a" in done.stdout
+    assert "model: llama2-7b" in done.stdout
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,13 +70,42 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("command", NEEDED)
-def test_a_dry_run_of_each_command_starts_nothing(
-    command: str, capsys: pytest.CaptureFixture[str]
+def test_a_dry_run_prints_the_run_and_then_refuses_paths_that_lead_nowhere(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([command, *NEEDED[command], "--dry-run"])
-    assert end.value.code == 0
-    assert capsys.readouterr().out.startswith(f"# megashear {command} --config <this file>\n")
+    monkeypatch.chdir(tmp_path)
+    argv = [command, *NEEDED[command], "--dry-run"]
+    if command == "plan":  # reads nothing that is not there
+        with pytest.raises(SystemExit) as end:
+            main(argv)
+        assert end.value.code == 0
+        argv[argv.index("--model") + 1] = "llama2-7x"
+    assert main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"# megashear {command} --config <this file>\n")
+    wanted = r"--model llama2-7x is neither|--[a-z-]+ \S+ does not exist$"
+    assert re.search(wanted, printed.err.rstrip("\n"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_refuses_outputs_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("in", "t", "run", "figures", "masks.png", "out", "out.png", "losses.json"):
+        Path(name).touch()
+    for name in ("checkpoint", "other"):
+        Path(name).mkdir()
+    for command, flag in (
+        *(("preprocess", "--output"), ("convert", "--output"), ("cut", "--output")),
+        *(("reference-loss", "--output"), ("plot-mixture", "--output")),
+        *(("report", "--images"), ("inspect", "--image")),
+    ):
+        assert main([command, *NEEDED[command], "--dry-run"]) == 2
+        assert re.search(rf"error: {flag} \S+ exists; choose another", capsys.readouterr().err)
 
 
 def test_help_needs_no_torch() -> None:
@@ -111,14 +143,29 @@ def test_other_errors_keep_their_traceback() -> None:
         _failing(ZeroDivisionError())([])
 
 
-def test_usage_errors_are_printed_once_and_others_with_their_rank(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_rank_leaves_an_error_to_the_first_of_its_host_and_prints_it_after_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "3")
-    assert _failing(outcome.UsageError("unknown flag"))([]) == 2
-    assert capsys.readouterr().err == ""
-    assert _failing(ValueError("no such data"))([]) == 2
-    assert capsys.readouterr().err == "megashear prune: error on rank 3: no such data\n"
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    report = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        for rank, local, wait, where in (
+            ("0", "0", [], ""),
+            ("3", "3", [outcome.PATIENCE_S], " on rank 3"),
+            ("8", "0", [], " on rank 8"),  # of another host, whose log is another
+        ):
+            waited.clear()
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setenv("LOCAL_RANK", local)
+            assert _failing(ValueError("no such\ndata"))([]) == 2
+            line = f"megashear prune: error{where}: no such data"
+            assert (capsys.readouterr().err, waited) == (line + "\n", wait)
+            assert json.loads(report.read_text())["message"] == line
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _failing(error: Exception) -> outcome.Main:
@@ -176,7 +223,8 @@ def test_convert_finds_out_the_direction(
     def converted(found: object, output: str, **options: object) -> dict[str, object]:
         assert found is source
         given.update(options)
-        return {"bytes": 2**30, "logits": logits if options["verify"] is not None else None}
+        shown = logits if options["verify"] is not None else None
+        return {"bytes": 2**30, "dtypes": ["float32"], "logits": shown}
 
     monkeypatch.setattr(convert, function, converted)
     needed = ["convert", "--input", str(tmp_path), "--output", "out", *flags]
