@@ -182,6 +182,7 @@ def read_parquet(
         # Buffered: pages are read as they are wanted. Pre-buffered, whole row groups would be.
         with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
             _check_column(file, table.schema_arrow, column)
+            _check_groups(file, table.metadata, column, max_document_mb)
             size = file.stat().st_size
             num_rows = table.metadata.num_rows
             batches = table.iter_batches(PARQUET_ROWS, columns=[column], use_threads=False)
@@ -208,6 +209,21 @@ def read_parquet(
 def _is_longer(text: str, limit: int) -> bool:
     """Whether a text has more bytes than ``limit``; counts them only where they may be."""
     return 4 * len(text) > limit and len(text.encode(errors="surrogatepass")) > limit
+
+
+def _check_groups(file: Path, metadata: Any, column: str, max_document_mb: int) -> None:
+    """Refuse rows that must be longer than the limit before they are unpacked."""
+    first = 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        last = first + group.num_rows - 1
+        for place in range(group.num_columns):
+            chunk = group.column(place)
+            most = max_document_mb * 1_000_000 * max(group.num_rows, 1)
+            # Twice: pages have headers and lengths beside the texts.
+            if chunk.path_in_schema == column and chunk.total_uncompressed_size > 2 * most:
+                raise _too_long(f"{file}: one of the rows {first} to {last}", max_document_mb)
+        first = last + 1
 
 
 def _check_column(file: Path, schema: Any, column: str) -> None:

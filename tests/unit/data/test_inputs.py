@@ -250,6 +250,16 @@ def test_a_longer_document_than_allowed_is_refused(suffix: str, tmp_path) -> Non
         list(read_chunks(file, max_document_mb=1))
 
 
+def test_a_packed_row_without_end_is_refused_unread(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"text": ["x" * 2_100_000]}), file)
+    assert file.stat().st_size < 200_000
+    assert len(list(read_chunks(file, max_document_mb=3))) == 1
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", None)
+    with pytest.raises(ValueError, match=r"x\.parquet: one of the rows 1 to 1 has more than 1 MB"):
+        list(read_chunks(file, max_document_mb=1))
+
+
 def test_a_longer_text_file_than_allowed_is_refused(tmp_path, sentencepiece_file) -> None:
     (tmp_path / "x.txt").write_bytes(LONG)
     assert len(list(read_chunks(tmp_path / "x.txt"))) == 1
