@@ -24,7 +24,7 @@ from megashear.checkpoint.safetensors_file import bytes_of
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.checkpoint.workers import byte_bar, run_all
 from megashear.files.regular import inside, open_regular
-from megashear.files.structured import read_json_object
+from megashear.files.structured import check_fields, read_json_object
 from megashear.models import layout
 from megashear.shape import ModelShape
 
@@ -193,7 +193,9 @@ def _read(directory: Path) -> dict[str, Any]:
     try:
         values = read_json_object(path, "it")
         found = values["format"]
-    except (ValueError, KeyError) as error:
+        for record in values["weights"].values() if found == FORMAT else ():
+            check_fields(Record, record)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is broken: no JSON object with a format in it ({error})"
         ) from None

@@ -14,7 +14,7 @@ from typing import Any
 from megashear.checkpoint import integrity
 from megashear.checkpoint.integrity import DamagedError, FileSum
 from megashear.files.regular import read_bytes
-from megashear.files.structured import read_json_object
+from megashear.files.structured import check_fields, read_json_object
 from megashear.shape import ModelShape
 
 logger = logging.getLogger(__name__)
@@ -282,10 +282,11 @@ def read_description(directory: Path) -> Description:
         )
     del values["format"]
     later = directory / EVALUATION
-    # what is not listed was cut short
-    if later.is_file() and later.name in integrity.read(directory):
-        values["details"] |= _values(later)
     try:
+        check_fields(Description, values)
+        # what is not listed was cut short
+        if later.is_file() and later.name in integrity.read(directory):
+            values["details"] |= _values(later)
         values["shape"] = ModelShape(**values["shape"])
         return Description(**values)
     except (KeyError, TypeError) as error:

@@ -12,7 +12,7 @@ import numpy as np
 from megashear.data.indexed import check_pair
 from megashear.data.journal import write_whole
 from megashear.files.regular import inside
-from megashear.files.structured import read_json_object
+from megashear.files.structured import check_fields, read_json_object
 from megashear.tokenizer.models import Tokenizer
 
 FORMAT = "megashear-data-1"
@@ -174,6 +174,8 @@ def read_manifest(directory: str | Path) -> DataManifest:
         domains = tuple(_domain_counts(domain) for domain in content.pop("domains"))
         for domain in domains:
             inside(directory, domain.name, path)
+        check_fields(DataManifest, content)
+        np.dtype(content.get("dtype"))
         manifest = DataManifest(directory=directory, domains=domains, **content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
@@ -186,6 +188,7 @@ def read_manifest(directory: str | Path) -> DataManifest:
 def _domain_counts(content: dict[str, Any]) -> DomainCounts:
     if (skipped := content.pop("skipped_documents", None)) is not None:  # before there were reasons
         content["skipped"] = {"empty": skipped} if skipped else {}
+    check_fields(DomainCounts, content)
     return DomainCounts(**content)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -122,6 +123,37 @@ def parse_json(text: bytes | str, name: str, *, wide_integers: bool = False) -> 
         raise ValueError(f"{name} is not JSON: {error}") from None
     _check_depth(found, name)
     return found
+
+
+def check_fields(kind: type, values: object) -> None:
+    """Hold what a file says to the types of a dataclass's fields; unknown types may be anything.
+
+    Args:
+        kind: the dataclass, in a module that postpones the evaluation of annotations.
+        values: by name of field.
+
+    Raises:
+        TypeError: it is no mapping, or a value is of another type; it is named.
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"{_short(repr(values))} stands where an object is wanted")
+    for field in dataclasses.fields(kind):
+        names = [option.strip().partition("[")[0] for option in str(field.type).split("|")]
+        if field.name not in values or not _TYPES.keys() >= set(names):
+            continue
+        value = values[field.name]
+        if not any(
+            isinstance(value, _TYPES[name]) and (name == "bool" or not isinstance(value, bool))
+            for name in names
+        ):
+            raise TypeError(f"{field.name} is {_short(repr(value))}; wanted {field.type}")
+
+
+_TYPES: dict[str, Any] = {
+    **{"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict},
+    **{"None": type(None), "tuple": list},
+}
+"""What JSON makes of the types of fields, by their names."""
 
 
 def read_yaml(path: Path | str, name: str | None = None) -> Any:

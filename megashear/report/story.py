@@ -252,17 +252,23 @@ def _shape_section(records: Sequence[RunRecord]) -> Section | None:
 def _results_section(path: Path) -> Section | None:
     if not path.is_file():
         return None
-    models = read_json_object(path)["models"]
-    domains = list(models[0]["losses"])
-    rows = [
-        [
-            model["name"],
-            f"{model['parameters']:,}",
-            *(f"{model['losses'][domain]:.3f}" for domain in domains),
-            str(MeanLoss(domains=model["losses"], errors=known_errors(model.get("errors", {})))),
+    content = read_json_object(path)
+    try:
+        models = content["models"]
+        domains = list(models[0]["losses"])
+        rows = [
+            [
+                model["name"],
+                f"{model['parameters']:,}",
+                *(f"{model['losses'][domain]:.3f}" for domain in domains),
+                str(
+                    MeanLoss(domains=model["losses"], errors=known_errors(model.get("errors", {})))
+                ),
+            ]
+            for model in models
         ]
-        for model in models
-    ]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not what a quickstart wrote: {error!r}; remove it") from None
     return Section(
         name="results",
         title="All models of this quickstart",

@@ -224,3 +224,32 @@ def test_shapes_out_of_bounds_are_refused(field: str, value: Any, message: str) 
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(GROUPED, **{field: value})
     assert ModelShape(**GROUPED.to_dict()) == GROUPED
+
+
+@pytest.mark.parametrize(
+    ("reader", "entry", "message"),
+    [
+        ("description", {"iteration": "3"}, "iteration is '3'; wanted int"),
+        ("description", {"details": [1]}, r"details is \[1\]; wanted dict"),
+        ("description", {"shape": 3}, "megashear.json is broken"),
+        ("manifest", {"domains": [3]}, "manifest.json is not a manifest"),
+        ("manifest", {"vocab_size": "9"}, "vocab_size is '9'; wanted int"),
+        ("manifest", {"dtype": "nonsense"}, "'nonsense' not understood"),
+        ("manifest", {"eos_id": True}, "eos_id is True; wanted int | None"),
+        ("certificate", {"weights": {"a": 3}}, "3 stands where an object is wanted"),
+        ("journal", {"places": [3]}, "x.json does not say what a run"),
+    ],
+)
+def test_values_of_another_type_are_refused(
+    tmp_path: Path, reader: str, entry: dict[str, Any], message: str
+) -> None:
+    values: dict[str, dict[str, Any]] = {
+        "description": {"format": 2, "iteration": 3, "stage": "cut", "shape": GROUPED.to_dict()},
+        "manifest": {"format": "megashear-data-1", "domains": [], "dtype": "uint16"},
+        "certificate": {"format": certificate.FORMAT},
+        "journal": {"counts": None},
+    }
+    name, read = JSON_READERS[reader]
+    put(tmp_path, name, json.dumps(values[reader] | entry))
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
