@@ -273,7 +273,7 @@ def test_a_recipe_in_the_place_of_the_plans_own_file_is_told_where_it_goes(
         capsys.readouterr().err
     )
     run("--model", "llama2-7b", "--prune-config", "gone.yaml", *EIGHT, status=2)
-    assert "--prune-config gone.yaml cannot be read" in capsys.readouterr().err
+    assert "--prune-config gone.yaml does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
