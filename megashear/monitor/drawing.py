@@ -57,6 +57,8 @@ def style(panel: Axes, *, ylabel: str = "", xlabel: str = "", grid: bool = True)
     panel.set_axisbelow(True)
     if grid:
         panel.grid(color=FAINT, alpha=0.6, linewidth=0.6)
+    if xlabel == "step":
+        panel.locator_params(axis="x", integer=True)  # there is no step 2.5
     panel.set_ylabel(ylabel, color=INK, fontsize=9.5)
     panel.set_xlabel(xlabel, color=INK, fontsize=9.5)
 

@@ -169,7 +169,7 @@ def sparsity_figure(points: Points, row_lengths: Mapping[str, int]) -> Figure:
                 markersize=4,
                 label="closed in evaluations",
             )
-        style(panel, ylabel="share that goes" if number % columns == 0 else "")
+        style(panel, ylabel="share pruned" if number % columns == 0 else "")
         panel.set_title(KIND_TITLES[kind], color=INK, fontsize=10)
         panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
     for number in range(len(kinds), rows * columns):

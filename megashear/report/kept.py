@@ -88,7 +88,7 @@ class MaskReading:
         )
 
     def kept(self, mode: Mode) -> KeptUnits:
-        """What stays in one mode."""
+        """Return what is kept in one mode."""
         return self.exact if mode == "exact" else self.expected
 
     def gates(self, mode: Mode) -> dict[str, Tensor]:

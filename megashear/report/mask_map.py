@@ -1,4 +1,4 @@
-"""One picture of what stays of a model: layers, heads, neurons, hidden dimensions."""
+"""One picture of what is kept of a model: layers, heads, neurons, hidden dimensions."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Cells = npt.NDArray[np.floating]
 def mask_map(kept: KeptUnits, *, title: str = "") -> Figure:
     """A row for each layer, its heads and its neurons, and below the hidden dimensions.
 
-    What stays is blue; what goes is blank; where a cell stands for several neighbours it is the
-    fainter the fewer of them stay. A layer that goes takes its heads and neurons along.
+    What is kept is blue; what is pruned is blank; where a cell stands for several neighbours it is
+    the fainter the fewer of them are kept. A pruned layer takes its heads and neurons along.
 
     Args:
-        kept: what stays.
+        kept: what is kept.
         title: above; with what the colours mean, for a picture that stands alone.
     """
     source = kept.source
@@ -70,7 +70,7 @@ def mask_map(kept: KeptUnits, *, title: str = "") -> Figure:
             panels["neurons"].text(
                 (neurons.shape[1] - 1) / 2,
                 layer,
-                f" layer {layer} goes ",
+                f" layer {layer} is pruned ",
                 color=INK,
                 fontsize=8,
                 ha="center",
@@ -83,7 +83,7 @@ def mask_map(kept: KeptUnits, *, title: str = "") -> Figure:
     _units(panels["hidden"], source.hidden_size, hidden.shape[1])
     if title:
         figure.suptitle(
-            f"{title}\nblue stays, blank goes; fainter: only some of the neighbours in a cell stay",
+            f"{title}\nblue is kept, blank pruned; fainter: some neighbours of a cell are kept",
             color=INK,
             fontsize=10,
         )
@@ -95,7 +95,7 @@ def cells(kept: KeptUnits) -> tuple[Cells, Cells, Cells]:
 
     Returns:
         Heads [L, H], neurons [L, at most ``MAX_COLUMNS``], hidden [1, at most
-        ``HIDDEN_COLUMNS``]; rows of layers that go are 0.
+        ``HIDDEN_COLUMNS``]; rows of pruned layers are 0.
     """
     heads = kept.heads.numpy().astype(float)
     neurons = shares(kept.neurons.numpy(), columns_for(kept.source.ffn_hidden_size, MAX_COLUMNS))
@@ -110,7 +110,7 @@ def columns_for(num_units: int, most: int) -> int:
 
 
 def _cells(panel: Axes, values: Cells, *, grid: bool = False) -> None:
-    """Paint cells: opaque where all is kept, nothing where all goes."""
+    """Paint cells: opaque where all is kept, nothing where nothing is."""
     from matplotlib.colors import to_rgb
 
     painted = np.empty((*values.shape, 4))

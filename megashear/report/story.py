@@ -60,9 +60,9 @@ from megashear.shape import ModelShape
 GLOSSARY = {
     "pruning": "Making a model smaller by taking whole parts out of it: layers, attention heads, "
     "MLP neurons, hidden dimensions. What is left is an ordinary model of a smaller shape.",
-    "mask, gate": "Every part that may go has a gate, a learned number between closed and open. A "
-    "mask is the row of all gates of one kind. Weights and gates are trained together; closing "
-    "gates is asked for by a constraint that grows until the target shape is met.",
+    "mask, gate": "Every part that may be pruned has a gate, a learned number between closed and "
+    "open. A mask is the row of all gates of one kind. Weights and gates are trained together; "
+    "closing gates is asked for by a constraint that grows until the target shape is met.",
     "expected and exact": "In expected mode as many gates are open as the masks ask for, which is "
     "what training measures. In exact mode every row keeps the target's number of most open gates, "
     "which is the model that is cut. The nearer the two, the less the cut changes.",
@@ -215,7 +215,8 @@ def _cards(records: Sequence[RunRecord], source: MeanLoss | None) -> Iterator[tu
         error = "" if loss.error is None else f"+- {loss.error:.3f} "
         yield "Held-out loss", f"{loss.mean:.3f}", f"{error}nats per token, {loss.words}"
         for words, level in _levels(records[-1], source).items():
-            yield "Gap", f"{loss.mean - level:+.3f}", f"nats per token, to {words}"
+            where = words.removeprefix("the mean of ").removeprefix("the model ")
+            yield f"Gap: {where}", f"{loss.mean - level:+.3f}", f"nats per token, to {words}"
     tokens = [record.tokens for record in records if record.tokens is not None]
     if tokens:
         yield "Text read", large(sum(tokens)), "tokens of training"
@@ -327,8 +328,8 @@ def _run_section(record: RunRecord, name: str, source: MeanLoss | None) -> Secti
             "masks",
             mask_map(kept),
             f"Every row is a layer of the model before the cut, every column one of its heads or "
-            f"neurons: blue stays, blank goes, and fainter cells stand for neighbours of which "
-            f"only some stay. {_layers_that_go(kept.removed_layers)}",
+            f"neurons: blue is kept, blank is pruned, and fainter cells stand for neighbours of "
+            f"which only some are kept. {_pruned_layers(kept.removed_layers)}",
         )
         parts.append(_kinds_table(record))
         parts.append(paragraph(verdict(record)))
@@ -339,7 +340,7 @@ def _run_section(record: RunRecord, name: str, source: MeanLoss | None) -> Secti
         parts.append("<h3>Learning rate and gradients</h3>")
         drawn("training", training_figure(points), _training_caption(record, points))
     if kinds_of(points):
-        parts.append("<h3>How much goes</h3>")
+        parts.append("<h3>How much is pruned</h3>")
         lengths = {}
         if record.masks is not None:
             lengths = {kind: one.num_units for kind, one in record.masks.kinds.items()}
@@ -507,7 +508,7 @@ def _sparsity_caption(points: Mapping[str, Mapping[int, float]]) -> str:
         gaps.append((abs(expected - target), kind, expected, target))
     _, kind, expected, target = max(gaps)
     return (
-        f"The share of each kind that shall go, dashed, grows from 0 to its target, and the share "
+        f"The share of each kind to be pruned, dashed, grows from 0 to its target, and the share "
         f"that the masks expect to close, blue, follows it; farthest at the end are "
         f"{KIND_NAMES[kind]}, {expected:.3f} where {target:.3f} is asked for."
     )
@@ -570,11 +571,11 @@ def _speed_caption(points: Mapping[str, Mapping[int, float]]) -> str:
     return words + "."
 
 
-def _layers_that_go(layers: Sequence[int]) -> str:
+def _pruned_layers(layers: Sequence[int]) -> str:
     if not layers:
-        return "All layers stay."
+        return "All layers are kept."
     numbers = ", ".join(map(str, layers))
-    return f"Layer{'s' if len(layers) > 1 else ''} {numbers} go{'es' if len(layers) == 1 else ''}."
+    return f"Layer {numbers} is pruned." if len(layers) == 1 else f"Layers {numbers} are pruned."
 
 
 def _config_parts(values: Mapping[str, Any]) -> list[str]:

@@ -111,13 +111,13 @@ def mask_table(masks: MaskReading) -> str:
 
 
 def layer_map(masks: MaskReading, mode: Mode) -> str:
-    """Which units of which layer stay: heads one by one, neurons in bins."""
+    """Return which units of which layer are kept: heads one by one, neurons in bins."""
     kept = masks.kept(mode)
     source = masks.source
     rows = [["layer", "heads", "kept", f"neurons, {BINS} bins", "kept"]]
     for layer in range(source.num_layers):
         if not kept.layers[layer]:
-            rows.append([f"{layer}", "the layer goes", "", "", ""])
+            rows.append([f"{layer}", "a pruned layer", "", "", ""])
             continue
         rows.append(
             [
@@ -129,20 +129,20 @@ def layer_map(masks: MaskReading, mode: Mode) -> str:
             ]
         )
     text = table(rows, left=4)
-    goes = kept.removed_layers
+    pruned = kept.removed_layers
     lines = [
-        f"in {mode} mode (# kept, . goes; bins from ' ' none to '{SHADES[-1]}' all kept):",
+        f"in {mode} mode (# kept, . pruned; bins from ' ' none to '{SHADES[-1]}' all kept):",
         text,
         f"hidden |{shares_as_text(kept.hidden, 2 * BINS)}| {int(kept.hidden.sum()):,} of "
         f"{source.hidden_size:,}",
     ]
-    if goes:
-        lines.append(f"layers that go: {', '.join(map(str, goes))}")
+    if pruned:
+        lines.append(f"pruned layers: {', '.join(map(str, pruned))}")
     return "\n".join(lines)
 
 
 def heads_as_text(kept: KeptUnits, layer: int) -> str:
-    """A layer's query heads, ``#`` kept and ``.`` gone, key/value groups apart."""
+    """A layer's query heads, ``#`` kept and ``.`` pruned, key/value groups apart."""
     width = kept.source.heads_per_group
     signs = "".join("#" if is_kept else "." for is_kept in kept.heads[layer].tolist())
     if width == 1:
