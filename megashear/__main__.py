@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from megashear import __version__
-from megashear.commands.outcome import USAGE, is_first_rank
+from megashear.commands.outcome import INTERRUPTED, USAGE, is_first_rank
 from megashear.commands.settings import nearest
 
 COMMANDS = {
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; the process's own unless given.
 
     Returns:
-        Exit status: 0, or 2 where the call can be mended.
+        Exit status: 0, 2 where the call can be mended; others are in docs/reliability.md.
     """
     argv = sys.argv[1:] if argv is None else argv
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
@@ -56,7 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     module = f"megashear.commands.{command.replace('-', '_')}"
     # One module, not all: what a command imports is its own affair.
-    status: int = importlib.import_module(module).main(rest)
+    try:
+        command_main = importlib.import_module(module).main
+    except KeyboardInterrupt:  # from here on it is the command's to take
+        if is_first_rank():
+            print(f"megashear {command}: interrupted; nothing was begun", file=sys.stderr)
+        return INTERRUPTED
+    status: int = command_main(rest)
     return status
 
 

@@ -36,7 +36,7 @@ from megashear.checkpoint.formats import NOT_FINITE
 from megashear.checkpoint.integrity import DamagedError, FileSum
 from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
-from megashear.checkpoint.saver import Saver
+from megashear.checkpoint.saver import Saver, fail_together
 from megashear.checkpoint.weights import MASTERS, without_extra_state
 from megashear.masks.census import Sides
 from megashear.masks.constraint import SparsityConstraint
@@ -151,8 +151,11 @@ def amend_description(directory: Path, details: Mapping[str, Any], groups: Paral
         directory: one iteration's.
         details: what to add to its details.
         groups: where this rank stands.
+
+    Raises:
+        SaveError: on every rank, if they cannot be written.
     """
-    with raise_together():
+    with fail_together(f"{directory} cannot be added to"):
         if groups.rank == 0:
             add_details(directory, details)
 

@@ -64,10 +64,12 @@ def user_errors(prog: str, *, interrupted: str = "nothing was written") -> Calla
                 if isinstance(error, UnwritableError):
                     return CANNOT_SAVE
             except OSError as error:
-                if error.filename is None or error.errno not in WAYS_OUT:
+                is_of_writing = error.errno in _OF_WRITING
+                if error.errno not in WAYS_OUT or not (error.filename or is_of_writing):
                     raise
-                _refuse(prog, f"{os.fspath(error.filename)}: {error.strerror}")
-                return CANNOT_SAVE if error.errno in _OF_WRITING else USAGE
+                where = f"{os.fspath(error.filename)}: " if error.filename else ""
+                _refuse(prog, f"{where}{error.strerror}")
+                return CANNOT_SAVE if is_of_writing else USAGE
             except SaveError as error:
                 _refuse(prog, str(error))
                 return CANNOT_SAVE

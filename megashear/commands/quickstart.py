@@ -8,6 +8,7 @@ from pathlib import Path
 from megashear.commands.outcome import refuse_torchrun, report, user_errors
 from megashear.commands.parse import check_new, check_there, parse
 from megashear.config import QuickstartConfig
+from megashear.files.output import check_writable
 
 PROG = "megashear quickstart"
 
@@ -25,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
     from megashear.quickstart.pipeline import Quickstart
     from megashear.quickstart.recipe import FULL, SHORT
 
+    check_writable("--output", config.output)
     data = None if config.data is None else Path(config.data)
     if data is not None and not data.is_dir():
         raise ValueError(f"--data {data} is not a directory of jsonl files, one a domain")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from megashear.__main__ import main
-from megashear.commands.outcome import CANNOT_SAVE
+from megashear.checkpoint.hold import held
+from megashear.commands.outcome import CANNOT_SAVE, USAGE
 from tests.ranks import run_ranks
 from tests.text_run import SEQUENCE, TextRun
 
@@ -26,6 +27,7 @@ OUTPUTS = {
     "plot-mixture": ["--tensorboard-dir", "{run}/events", "--output", "{out}/x.png"],
     "convert": ["--input", "{model}", "--output", "{out}/x"],
     "cut": ["--load", "{model}", "--output", "{out}/x"],
+    "quickstart": ["--short", "--output", "{out}/x"],
     "preprocess": ["--input", "{jsonl}", "--output", "{out}/x", "--tokenizer-model", "{tokenizer}"],
 }
 
@@ -94,6 +96,28 @@ def test_a_run_whose_directory_has_become_read_only_ends_at_once(
     one_line(said, f"megashear pretrain: error: {flag} {folder / where}")
     assert "ead-only" in said
     assert pretrain(text, folder, "--resume")[0] == 0  # once it can be written
+
+
+def test_two_runs_with_one_save_and_renamed_iterations_are_refused(
+    text: TextRun, run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    before = sorted((folder / "saved").rglob("*"))
+    with held(folder / "saved"):
+        status, said = pretrain(text, folder, "--resume")
+    assert status == USAGE
+    one_line(said, f"held by another run, process {os.getpid()} on ")
+    (folder / "saved" / "iter_0000001").rename(folder / "saved" / "iter_0000003")
+    shutil.copytree(run / "saved" / "iter_0000001", folder / "saved" / "iter_0000001")
+    status, said = pretrain(text, folder, "--resume", "--keep", "1")
+    assert status == USAGE
+    one_line(said, "iter_0000003 is of step 1, as its megashear.json says: it was renamed")
+    (folder / "saved" / "iter_0000001").rename(folder / "saved" / "other")
+    (folder / "saved" / "iter_0000003").rename(folder / "saved" / "iter_0000001")
+    shutil.rmtree(folder / "saved" / "other")
+    assert sorted((folder / "saved").rglob("*")) == before
+    assert pretrain(text, folder, "--resume", "--keep", "1")[0] == 0
 
 
 @pytest.mark.parametrize("obstacle", ["read-only", "file"])

@@ -1,12 +1,17 @@
 """Ctrl-C and stopped runs: one line, last, that says what is kept and how to resume."""
 
+import errno
+import importlib
 import os
+import re
 import signal
 from collections.abc import Sequence
 
 import pytest
 
+from megashear.__main__ import main
 from megashear.commands import outcome
+from megashear.files.output import UnwritableError
 
 
 def pressed(text: str = "") -> outcome.Main:
@@ -32,6 +37,47 @@ def test_ctrl_c_is_one_line_and_130(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c_in_a_command_that_is_not_wrapped_is_a_traceback() -> None:
     with pytest.raises(KeyboardInterrupt):
         pressed().__wrapped__([])  # type: ignore[attr-defined]
+
+
+def test_ctrl_c_while_a_command_is_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(module: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    assert main(["cut"]) == 130
+    assert capsys.readouterr().err == "megashear cut: interrupted; nothing was begun\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "wanted"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 3, "No space left on device"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), 3, "a/b: Read-only file system"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), 2, "a/b: Permission denied"),
+        (UnwritableError("--output a cannot be written"), 3, "--output a cannot be written"),
+    ],
+)
+def test_what_the_file_system_refuses_is_one_line(
+    error: Exception, status: int, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failing(error)([]) == status
+    assert capsys.readouterr().err == f"megashear cut: error: {wanted}\n"
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), OSError(2**20, "?", "a")])
+def test_an_error_of_the_system_that_is_no_file_s_keeps_its_traceback(error: OSError) -> None:
+    with pytest.raises(OSError, match=re.escape(str(error.strerror))):
+        failing(error)([])
+
+
+def failing(error: Exception) -> outcome.Main:
+    @outcome.user_errors("megashear cut")
+    def command(argv: Sequence[str]) -> int:
+        raise error
+
+    return command
 
 
 def test_of_several_ranks_one_speaks(
