@@ -16,7 +16,7 @@ from pathlib import Path
 from megashear.checkpoint.integrity import SaveError
 from megashear.files.output import WAYS_OUT, UnwritableError
 from megashear.monitor.console import configure_logging
-from megashear.train.stops import DIVERGED, DivergedError
+from megashear.train.stops import DIVERGED, SKIPPED_LAST, DivergedError
 
 Main = Callable[[Sequence[str]], int]
 """A command: arguments after its name in, exit status out."""
@@ -136,7 +136,7 @@ def status_of(summary: Mapping[str, object]) -> int:
 
 
 def tell_stop(prog: str, summary: Mapping[str, object], *, resumes: bool) -> None:
-    """Print what a run that was stopped early has saved and how to resume, last, on rank 0.
+    """Print what a run that did not end as it should has saved and how to resume, on rank 0.
 
     Args:
         prog: the command as the user typed it.
@@ -145,7 +145,16 @@ def tell_stop(prog: str, summary: Mapping[str, object], *, resumes: bool) -> Non
     """
     parts = [part for part in summary.values() if isinstance(part, Mapping) and "stopped" in part]
     last = parts[-1] if parts else summary
-    if last["stopped"] is None or not is_first_rank():
+    if not is_first_rank():
+        return
+    if skipped := last.get(SKIPPED_LAST):
+        print(
+            f"{prog}: the last {skipped} steps were skipped, so that none shows the weights to be "
+            f"good; look at the held-out losses, and at the text of these steps",
+            file=sys.stderr,
+            flush=True,
+        )
+    if last["stopped"] is None:
         return
     again = "the same command" if resumes else "the same command with --resume"
     outcome = f"saved step {last['step']} in {last['checkpoint']}; {again} resumes from it"

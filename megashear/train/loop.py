@@ -65,7 +65,15 @@ from megashear.train.objectives import (
 )
 from megashear.train.optim import ready_gradients, schedule_fraction, step_with_norm
 from megashear.train.schedule import SequenceLosses
-from megashear.train.stops import EXIT_STATUS, REQUESTS, DivergedError, Stops, exit_status
+from megashear.train.stops import (
+    DIVERGED,
+    EXIT_STATUS,
+    REQUESTS,
+    SKIPPED_LAST,
+    DivergedError,
+    Stops,
+    exit_status,
+)
 from megashear.train.watch import cost_points, show_masks, survey_points, utilisation_points
 
 logger = logging.getLogger(__name__)
@@ -197,6 +205,7 @@ class Trainer:
         saved_step = first_step
         found: dict[str, DomainLosses] = {}
         step, stop, request = first_step, None, 0.0
+        skipped_last = 0
         mixture = self.data.loader.mixture
         if step == 0:  # who continues a run has written them
             self._log_mixture(step, sink)
@@ -283,16 +292,18 @@ class Trainer:
             found = self.evaluate(step, sink, whole=True)
             self._check_losses(found, step, saver)
             if saver is not None:
-                saver.prove(step)
+                saver.prove(self._newest_good(step) if self.guard.in_a_row else step)
             if saved is not None:
                 self._amend(saved, found)
             # whoever goes on behind this run must hear of a signal that came meanwhile
             _, request = self._agree([], stops.request())
             stop = stops.reason(request, 1)
+            skipped_last = self.guard.in_a_row
         reached = {
             "step": step,
             "stopped": stop,
-            EXIT_STATUS: exit_status(request),
+            EXIT_STATUS: exit_status(request) or (DIVERGED if skipped_last else 0),
+            SKIPPED_LAST: skipped_last,
             "held-out loss": {mode: losses.losses for mode, losses in found.items()},
             STANDARD_ERROR: {mode: losses.known_errors for mode, losses in found.items()},
             "evaluation": {

@@ -98,7 +98,8 @@ def prune(
         start = settle(start, train, groups, stage=StructuredPruning.stage, check=check)
         trainer = _pruning_trainer(config, start, target, inputs, groups, command)
         reached = trainer.run(start.first_step)
-        done = reached["step"] == train.train_iters and reached["stopped"] is None
+        reached_end = reached["step"] == train.train_iters and reached["stopped"] is None
+        done = reached_end and not reached[EXIT_STATUS]
         if behind is not None and not done:
             logger.warning(
                 "pruning ended at step %d of %d: neither the cut nor what --then-pretrain %s "

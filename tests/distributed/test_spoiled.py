@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from megashear.checkpoint.description import latest_iteration
+from megashear.commands import outcome
 from megashear.commands.outcome import user_errors
 from megashear.config import PretrainRun, PruneRun
 from megashear.train import loop, run
@@ -56,6 +57,7 @@ def ended(config: Config, broken: Callable[[int], None]) -> tuple[int, str]:
 
     def body(rank: int) -> tuple[int, list[str]]:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+        outcome.PATIENCE_S = 0.0  # no torchrun ends the second rank meanwhile
         broken(rank)
 
         @user_errors("megashear")
@@ -65,10 +67,11 @@ def ended(config: Config, broken: Callable[[int], None]) -> tuple[int, str]:
 
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             status = command([])
-        return status, [line for line in stderr.getvalue().splitlines() if "error:" in line]
+        return status, [line for line in stderr.getvalue().splitlines() if "error" in line]
 
-    (status, said), (other, nothing) = run_ranks(2, body)
-    assert (other, nothing) == (status, [])  # by itself, and alike
+    (status, said), (other, same) = run_ranks(2, body)
+    assert other == status  # by itself, and alike
+    assert [line.replace("error on rank 1:", "error:") for line in same] == said
     return status, said[-1] if said else ""
 
 
@@ -159,6 +162,35 @@ def test_weights_of_one_rank_that_are_not_finite_are_not_saved(
     assert re.search(rf"step {GOOD + 1} is not saved: [\w.]+\[[\d, ]+\] is inf", said), said
     assert f"from before is {tmp_path}/saved/iter_{GOOD:07d}: lower --lr" in said
     assert names(tmp_path) == ["iter_0000001", f"iter_{GOOD:07d}"]
+
+
+def test_a_run_that_ends_while_steps_are_skipped_ends_with_the_code_too(
+    text: TextRun, tmp_path: Path
+) -> None:
+    def broken(rank: int) -> None:
+        original, calls = loop.ready_gradients, [0]
+
+        def ready_gradients(optimizer: Any) -> float:
+            calls[0] += 1
+            return float("nan") if calls[0] == WHOLE else original(optimizer)
+
+        loop.ready_gradients = ready_gradients
+
+    def body(rank: int) -> tuple[int, str]:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "1"}
+        broken(rank)
+        reached = run.pretrain(config)  # type: ignore[arg-type]
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            outcome.tell_stop("megashear pretrain", reached, resumes=False)
+        return outcome.status_of(reached), stderr.getvalue()
+
+    more = {"save_interval": 1, "keep": 1}
+    config = configuration(text, "pretrain", layout(), tmp_path, **more)
+    ((status, said),) = run_ranks(1, body)
+    assert status == DIVERGED
+    assert said.startswith("megashear pretrain: the last 1 steps were skipped, so that none shows")
+    # the last weights that a step was taken from
+    assert f"iter_{WHOLE - 2:07d}" in names(tmp_path)
 
 
 def test_a_run_without_good_checkpoints_says_so(text: TextRun, tmp_path: Path) -> None:
