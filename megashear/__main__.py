@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"megashear {__version__}")
         return 0
+    if command == "help":  # the word that many tools have
+        return main([*rest[:1], "--help"])
+    if command == "completion":
+        return _print_completion(rest)
     if command not in COMMANDS:
         if is_first_rank():
             print(
@@ -66,6 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def _print_completion(words: Sequence[str]) -> int:
+    from megashear.commands.completion import SHELLS, script
+
+    if len(words) != 1 or words[0] not in SHELLS:
+        found = " ".join(words) or "nothing"
+        print(
+            f"megashear completion: error: found {found}, wanted one of {', '.join(SHELLS)}; "
+            f"source what it prints",
+            file=sys.stderr,
+        )
+        return USAGE
+    print(script(words[0], COMMANDS))
+    return 0
+
+
 def usage() -> str:
     """The commands with a line each."""
     width = max(map(len, COMMANDS))
@@ -77,7 +96,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`megashear <command> --help` lists the keys of a command.",
+            "`megashear help <command>` lists the keys of a command. For completion of commands,",
+            'flags and choices: `eval "$(megashear completion bash)"`, or zsh.',
         ]
     )
 

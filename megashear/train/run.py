@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.core.optimizer import MegatronOptimizer
+
 from megashear.checkpoint import loadable, tokenizer_files
 from megashear.checkpoint.cut import rounding_changes
 from megashear.checkpoint.description import Description, holds_iterations
@@ -357,6 +359,44 @@ def _tell_batch(description: Description, train: TrainConfig) -> None:
         )
 
 
+def _rate(optimizer: MegatronOptimizer) -> float | None:
+    """Return the learning rate of the next step; None on a rank that steps nothing."""
+    return next((float(group["lr"]) for group in optimizer.param_groups), None)
+
+
+def _tell_rate(
+    description: Description,
+    config: PruneRun | PretrainRun,
+    before: float | None,
+    now: float | None,
+) -> None:
+    """Warn of a learning rate that jumps where the run is resumed, by flags that have changed."""
+    if before is None or now is None or abs(now - before) <= _SAME_RATE * max(now, before):
+        return
+    saved = description.details["run"]
+    changed = [
+        f"--{name.replace('_', '-')} was {old} and is {new}"
+        for part in ("train", "optimizer")
+        for name in _OF_SCHEDULE
+        if name in saved[part]
+        and (old := saved[part][name]) != (new := getattr(getattr(config, part), name))
+    ]
+    logger.warning(
+        "the learning rate jumps at step %d from %.4g, where the saved run left it, to %.4g%s; "
+        "--lr-decay-iters %d keeps the decay that the saved run had",
+        *(description.iteration, before, now),
+        f": {', '.join(changed)}" if changed else "",
+        saved["optimizer"]["lr_decay_iters"] or saved["train"]["train_iters"],
+    )
+
+
+_SAME_RATE = 0.01
+"""Relative; a smaller change is none that a loss shows."""
+_OF_SCHEDULE = (
+    *("train_iters", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_decay_iters"),
+)
+
+
 def _trainer(
     config: PruneRun | PretrainRun,
     start: Start,
@@ -428,8 +468,10 @@ def _trainer(
         )
         if GUARD in description.details:  # older releases took every step
             guard.load_state_dict(description.details[GUARD])
+        saved_rate = _rate(optimizer)
         apply_flags(optimizer, config.optimizer)
         schedule.load_state_dict(description.details["scheduler"])
+        _tell_rate(description, config, saved_rate, _rate(optimizer))
         loader.load_state_dict(description.details["loader"])
         if inputs.reweighting is not None:
             inputs.reweighting.load_state_dict(description.details.get("reweighting", {}))

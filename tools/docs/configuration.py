@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from megashear import config
 from megashear.__main__ import COMMANDS
+from megashear.commands import completion
 from megashear.commands.settings import Setting, groups_of, settings_of, type_name
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -45,11 +46,7 @@ def configurations() -> dict[str, type]:
     Raises:
         ValueError: a command has none.
     """
-    found: dict[str, type] = {}
-    for owner in vars(config).values():
-        if dataclasses.is_dataclass(owner) and (name := _COMMAND.match(owner.__doc__ or "")):
-            assert isinstance(owner, type)
-            found[name[1]] = owner
+    found = completion.configurations()
     if missing := COMMANDS.keys() - found.keys():
         raise ValueError(
             f"no dataclass of config.py says that it is of {', '.join(sorted(missing))}; begin its "

@@ -63,6 +63,47 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"megashear {megashear.__version__}\n"
 
 
+def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in COMMANDS.values())
+    with pytest.raises(SystemExit) as end:
+        main(["help", "cut"])
+    assert end.value.code == 0
+    assert "--exact-target" in capsys.readouterr().out
+    assert main(["help", "cutt"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["prune", "--target-num-l"], ["--target-num-layers"]),
+        (["pl"], ["plan", "plot-mixture"]),
+        (["help", "conv"], ["convert"]),
+        (["pretrain", "--lr-decay-style", "co"], ["cosine", "constant"]),
+        (["pretrain", "--target-num-l"], []),  # a flag of prune
+        (["prune", "--load", "co"], []),  # left to the shell's own files
+    ],
+)
+def test_bash_completes_commands_flags_and_choices(
+    words: list[str], wanted: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["completion", "bash"]) == 0
+    line = " ".join(f"'{word}'" for word in ["megashear", *words])
+    ask = f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; _megashear; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(
+        ["bash", "-c", capsys.readouterr().out + ask], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout.split(), done.stderr) == (wanted, "")
+
+
+def test_completion_is_for_shells_that_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "zsh"]) == 0
+    assert capsys.readouterr().out.startswith("autoload -U +X bashcompinit")
+    assert main(["completion", "fish"]) == 2
+    assert "found fish, wanted one of bash, zsh" in capsys.readouterr().err
+
+
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrian"]) == 2
     message = "megashear: error: unknown command pretrian; nearest: pretrain; "
