@@ -1,15 +1,17 @@
 """What the environment and the configuration get wrong is refused before processes meet."""
 
 import json
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from megashear.config import ModelConfig, ParallelConfig
-from megashear.parallel import device, launch
-from megashear.parallel.launch import distributed, fresh_store, recorded
+from megashear.parallel import agree, device, launch
+from megashear.parallel.launch import distributed, fresh_store, process_group, recorded
 from tests.ranks import run_ranks
 
 
@@ -111,3 +113,17 @@ def test_kernels_are_compiled_on_all_ranks_or_on_none(
             assert "torch.compile does not work on rank 1 (no C compiler)" in told[0]
         else:
             assert told == []
+
+
+def test_a_process_alone_leaves_no_temporary_file_if_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("RANK", raising=False)
+    with process_group():
+        assert dist.get_world_size() == 1
+        assert agree.gather_objects("alone") == ["alone"]
+        assert list(tmp_path.iterdir()) == []  # what is there now would stay
+    assert not dist.is_initialized()
+    with tempfile.TemporaryDirectory(prefix="megashear-"):  # as it was
+        assert list(tmp_path.iterdir()) != []
