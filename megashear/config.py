@@ -490,6 +490,9 @@ class TargetConfig:
     """Take a target that stock runtimes refuse to load, such as a LLaMA whose heads do not divide
     its hidden size."""
 
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskConfig(TargetConfig):
