@@ -401,10 +401,16 @@ def read_reference(
 
 
 def _check_loss(value: object, name: str, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= MOST_LOSS:  # type: ignore[operator]  # NaN is not
         raise ValueError(
-            f"{where}: the loss of {name!r} is {value!r}; wanted a finite number of nats per token"
+            f"{where}: the loss of {name!r} is {value!r}; wanted nats per token, above 0 and at "
+            f"most {MOST_LOSS:g}"
         )
+
+
+MOST_LOSS = 100.0
+"""Nats per token: to guess among all ids that 32 bits can name costs 22."""
 
 
 def _read_mapping(path: Path) -> Mapping[str, float]:

@@ -105,7 +105,7 @@ def format_step(
     penalty: float | None = None,
     sparsity: Mapping[str, tuple[float, float]] | None = None,
 ) -> str:
-    """One line on a step.
+    """Return a line on a step, and a second one on its masks; each fits 100 columns after the time.
 
     Args:
         step: steps done.
@@ -118,19 +118,26 @@ def format_step(
         penalty: what the masks' constraint adds to the loss; None outside pruning.
         sparsity: expected and target sparsity of each mask kind; None outside pruning.
     """
-    parts = [f"step {step}/{total_steps}", f"loss {loss:.3f}"]
-    if penalty is not None:
-        parts.append(f"penalty {penalty:.3f}")
-    parts += [
-        f"lr {learning_rate:.1e}",
-        f"grad norm {grad_norm:.2f}",
-        f"{format_count(tokens_per_second)} tokens/s",
+    parts = [
+        f"step {step}/{total_steps}",
+        f"loss {loss:.3f}",
+        f"lr {learning_rate:.1e}".replace("e-0", "e-"),
+        f"grad {grad_norm:.2f}",
+        f"{format_count(tokens_per_second)} tok/s",
+        f"ETA {format_duration(eta_seconds)}",
     ]
-    if sparsity:
-        kinds = " ".join(f"{kind} {now:.3f}/{goal:.3f}" for kind, (now, goal) in sparsity.items())
-        parts.append(f"sparsity (expected/target) {kinds}")
-    parts.append(f"ETA {format_duration(eta_seconds)}")
-    return " | ".join(parts)
+    line = " | ".join(parts)
+    if penalty is None:
+        return line
+    kinds = " ".join(
+        f"{kind} {_share(now)}/{_share(goal)}" for kind, (now, goal) in (sparsity or {}).items()
+    )
+    return f"{line}\n  penalty {penalty:.3f} | sparsity {kinds}"
+
+
+def _share(value: float) -> str:
+    """Return three digits behind the point, without the 0 before it."""
+    return f"{value:.3f}".removeprefix("0")
 
 
 def format_evaluation(

@@ -77,8 +77,14 @@ def test_references_come_in_the_order_of_the_domains(tmp_path: Path) -> None:
     [
         ("wiki: 1.7\n", r"no loss for \['cc'\]"),
         ("wiki: 1.7\ncc: 2.0\nwikki: 2.0\n", "no domain 'wikki'; did you mean 'wiki'"),
-        ("wiki: 1.7\ncc: .nan\n", "loss of 'cc' is nan; wanted a finite number"),
-        ("wiki: 1.7\ncc: true\n", "loss of 'cc' is True; wanted a finite number"),
+        ("wiki: 1.7\ncc: .nan\n", "loss of 'cc' is nan; wanted nats per token, above 0"),
+        (
+            "wiki: -1\ncc: 1.5\n",
+            "loss of 'wiki' is -1; wanted nats per token, above 0 and at most 100",
+        ),
+        ("wiki: 1.7\ncc: 1.0e+300\n", "loss of 'cc' is 1e.300; wanted nats per token, above 0"),
+        ("wiki: 1.7\nwiki: 1.8\n", "twice"),
+        ("wiki: 1.7\ncc: true\n", "loss of 'cc' is True; wanted nats per token, above 0"),
         ("wiki: 1.7\ncc: high\n", "loss of 'cc' is 'high'"),
         ("[1.7, 2.0]\n", "holds no mapping; wanted `domain: loss`"),
         ("wiki: [\n", "is not YAML"),
@@ -269,7 +275,10 @@ def test_models_are_read_from_what_evaluate_wrote_and_from_tables(tmp_path: Path
     [
         ("wiki: 1.7\n", "has 'wiki' where a number of parameters was wanted"),
         ("7: 1.7\n", r"7 parameters: 1.7; wanted `\{domain: loss\}`"),
-        ("7: {wiki: low}\n", "7 parameters: the loss of 'wiki' is 'low'; wanted a finite number"),
+        (
+            "7: {wiki: low}\n",
+            "7 parameters: the loss of 'wiki' is 'low'; wanted nats per token, above 0",
+        ),
         ("true: {wiki: 1.0}\n", "has True where a number of parameters"),
     ],
 )

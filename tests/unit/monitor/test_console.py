@@ -30,7 +30,7 @@ def _restore_logging() -> Iterator[None]:
     logger.handlers[:] = handlers
 
 
-def test_a_pruning_step_is_one_line() -> None:
+def test_a_pruning_step_has_a_line_of_its_own_for_masks() -> None:
     line = format_step(
         120,
         3200,
@@ -43,17 +43,38 @@ def test_a_pruning_step_is_one_line() -> None:
         eta_seconds=3753,
     )
     assert line == (
-        "step 120/3200 | loss 2.114 | penalty 0.012 | lr 9.8e-05 | grad norm 0.91 | "
-        "41.2 k tokens/s | sparsity (expected/target) hidden 0.312/0.375 head 0.100/0.250 | "
-        "ETA 1:02:33"
+        "step 120/3200 | loss 2.114 | lr 9.8e-5 | grad 0.91 | 41.2 k tok/s | ETA 1:02:33\n"
+        "  penalty 0.012 | sparsity hidden .312/.375 head .100/.250"
     )
+
+
+def test_the_lines_of_a_long_pruning_run_fit_100_columns() -> None:
+    kinds = ("hidden", "head", "intermediate", "layer")
+    line = format_step(
+        48_000,
+        48_000,
+        loss=2.1141,
+        penalty=-10.0123,
+        learning_rate=9.8e-5,
+        grad_norm=0.912,
+        tokens_per_second=1_234_000,
+        sparsity=dict.fromkeys(kinds, (0.3121, 0.375)),
+        eta_seconds=4 * 86400 - 1,
+    )
+    first, second = line.splitlines()
+    assert len("03:01:30 INFO " + first) <= 100
+    assert len(second) <= 100
+    longer = format_step(
+        10**7, 10**7, loss=1e9, learning_rate=1, grad_norm=1e9, tokens_per_second=1, eta_seconds=1
+    )
+    assert len("03:01:30 INFO " + longer) > 100  # numbers are never cut
 
 
 def test_a_pretraining_step_says_nothing_of_masks() -> None:
     line = format_step(
         1, 2, loss=1, learning_rate=0, grad_norm=0, tokens_per_second=0, eta_seconds=None
     )
-    assert line == "step 1/2 | loss 1.000 | lr 0.0e+00 | grad norm 0.00 | 0 tokens/s | ETA ?"
+    assert line == "step 1/2 | loss 1.000 | lr 0.0e+00 | grad 0.00 | 0 tok/s | ETA ?"
 
 
 def test_an_evaluation_is_one_line() -> None:
