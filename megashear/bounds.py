@@ -1,4 +1,4 @@
-"""Ranges of numbers, which stand in the type of a configuration's field."""
+"""What the type of a configuration field says: the range of its numbers, its place in help."""
 
 from __future__ import annotations
 
@@ -107,3 +107,14 @@ _LONGEST = 64
 
 TINY = 1e-30
 """Least of what must be above 0: float32 still holds it."""
+
+
+COMMON = "common"
+"""Metadata of a field's type: ``--help`` shows it, and not only ``--help-all``."""
+
+
+@functools.cache
+def common_of(owner: type) -> frozenset[str]:
+    """Return the names of a dataclass's fields that ``--help`` shows."""
+    hints = get_type_hints(owner, include_extras=True)
+    return frozenset(n for n, hint in hints.items() if COMMON in getattr(hint, "__metadata__", ()))

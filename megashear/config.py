@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from megashear.bounds import TINY, Between, check_bounds
+from megashear.bounds import COMMON, TINY, Between, check_bounds
 
 NamedNumbers = tuple[float | str, ...]
 """Numbers, or words ``name=number``; in YAML also a mapping of names to numbers, or one number."""
@@ -78,17 +78,17 @@ def check_streams(num_streams: int, *, global_batch_size: int, micro_batch_size:
 class ParallelConfig:
     """How processes are divided; data parallelism takes what tensor and pipeline leave over."""
 
-    tensor_model_parallel_size: Ranks = 1
+    tensor_model_parallel_size: Annotated[Ranks, COMMON] = 1
     """Tensor-parallel ranks. Divides query groups, intermediate size and vocabulary."""
-    pipeline_model_parallel_size: Ranks = 1
+    pipeline_model_parallel_size: Annotated[Ranks, COMMON] = 1
     """Pipeline stages. Divides the number of layers."""
     num_virtual_stages_per_pipeline_rank: Ranks = 1
     """Model chunks per pipeline rank (interleaved schedule); 1 is the plain 1F1B schedule."""
     context_parallel_size: Ranks = 1
     """Context-parallel ranks; only 1 is supported."""
-    sequence_parallel: bool = False
+    sequence_parallel: Annotated[bool, COMMON] = False
     """Split the sequence over tensor ranks outside attention and MLP. Needs tensor parallelism."""
-    use_distributed_optimizer: bool = False
+    use_distributed_optimizer: Annotated[bool, COMMON] = False
     """Shard moments and float32 masters over data-parallel ranks, each of which steps its part.
     Checkpoints are the same with and without it."""
     overlap_grad_reduce: bool = False
@@ -197,13 +197,13 @@ class ParallelConfig:
 class ModelConfig:
     """How the model computes; its shape comes from the checkpoint."""
 
-    bf16: bool = False
+    bf16: Annotated[bool, COMMON] = False
     """Compute in bfloat16 with float32 master weights. Masks stay float32."""
     fp16: bool = False
     """Refused: loss scaling would scale the gates' gradients too. Use --bf16."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Layers for continued pretraining; transformer_engine needs CUDA. Pruning is always local."""
-    recompute_granularity: Literal["full"] | None = None
+    recompute_granularity: Annotated[Literal["full"] | None, COMMON] = None
     """Recompute whole layers in the backward pass to save activation memory."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     """With --recompute-granularity: uniform chunks of layers, or the first N layers of a stage."""
@@ -263,19 +263,19 @@ class ModelConfig:
 class TrainConfig:
     """How long, how much at a time, what is logged, saved and evaluated."""
 
-    train_iters: Steps = 100
+    train_iters: Annotated[Steps, COMMON] = 100
     """Optimizer steps of the run."""
-    micro_batch_size: Sequences = 1
+    micro_batch_size: Annotated[Sequences, COMMON] = 1
     """Sequences per replica and forward pass."""
-    global_batch_size: Sequences = 8
+    global_batch_size: Annotated[Sequences, COMMON] = 8
     """Sequences per optimizer step, over all replicas."""
-    seq_length: Length = 128
+    seq_length: Annotated[Length, COMMON] = 128
     """Tokens per sequence."""
     seed: Seed = 1234
     """Seed of the data order, of the mask noise and of fresh weights."""
     log_interval: Steps = 10
     """Steps between console lines and TensorBoard points."""
-    eval_interval: StepsOrNever = 50
+    eval_interval: Annotated[StepsOrNever, COMMON] = 50
     """Steps between evaluations, after each of which the mixture is reweighted; 0 is never."""
     eval_sequences: Steps | None = None
     """Held-out sequences per domain in an evaluation, a fixed seeded subsample; the last one reads
@@ -288,29 +288,29 @@ class TrainConfig:
     eval_micro_batch_size: Sequences | None = None
     """Sequences per replica and forward pass of an evaluation, which keeps no activations and has
     room for more; --micro-batch-size unless given."""
-    save: str | None = None
+    save: Annotated[str | None, COMMON] = None
     """Directory for checkpoints."""
-    save_interval: StepsOrNever = 0
+    save_interval: Annotated[StepsOrNever, COMMON] = 0
     """Steps between checkpoints; 0 saves at the end only."""
     async_save: bool = False
     """Go on training while a checkpoint is written; needs host memory for a copy of it. The last
     one, and one before the run leaves, are waited for."""
-    keep: StepsOrNever = 0
+    keep: Annotated[StepsOrNever, COMMON] = 0
     """Newest checkpoints to keep in --save; older ones are deleted once a new one is whole and
     a step was taken from it, but never the one the run started from. 0 keeps all."""
-    load: str | None = None
+    load: Annotated[str | None, COMMON] = None
     """Checkpoint directory to start from; a run of the same kind continues, else only its weights
     are taken."""
-    load_hf: str | None = None
+    load_hf: Annotated[str | None, COMMON] = None
     """Hugging Face directory to start from instead of --load; each rank reads its own slices."""
-    resume: bool = False
+    resume: Annotated[bool, COMMON] = False
     """Go on from the newest checkpoint in --save if there is one, else start from --load."""
     finetune: bool = False
     """Take only the weights of --load, even from a run of the same kind, and start at step 0."""
     verify_checkpoint: bool = True
     """Compare every file of a checkpoint with its checksum before a run starts from it; without,
     only names and sizes."""
-    tensorboard_dir: str | None = None
+    tensorboard_dir: Annotated[str | None, COMMON] = None
     """Directory for TensorBoard event files."""
     jsonl_log: str | None = None
     """File of JSON lines for the scalars that TensorBoard has: a line for each step with points.
@@ -389,13 +389,13 @@ class TrainConfig:
 class OptimizerConfig:
     """AdamW of the weights, and the schedule that masks and multipliers share."""
 
-    lr: Rate = 1e-4
+    lr: Annotated[Rate, COMMON] = 1e-4
     """Peak learning rate of the weights."""
     min_lr: Annotated[float, Between(0, MOST_RATE)] | None = None
     """Floor of the schedule; a tenth of --lr unless given."""
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after warm-up."""
-    lr_warmup_iters: StepsOrNever = 0
+    lr_warmup_iters: Annotated[StepsOrNever, COMMON] = 0
     """Steps of linear warm-up from 0."""
     lr_decay_iters: Steps | None = None
     """Step at which the floor is reached; --train-iters unless given."""
@@ -422,7 +422,7 @@ class DataConfig:
 
     data_path: str
     """Directory that `megashear preprocess` wrote."""
-    domain_weights: Annotated[NamedNumbers, Between(0, 1e6)] = ()
+    domain_weights: Annotated[Annotated[NamedNumbers, Between(0, 1e6)], COMMON] = ()
     """Starting weight of each domain, as name=weight or in the order of the data directory; by
     tokens if empty."""
     data_exhausted: Literal["repeat", "redistribute", "stop"] = "repeat"
@@ -431,7 +431,9 @@ class DataConfig:
     num_workers: Annotated[int, Between(0, 256)] = 2
     """Processes per rank that read training sequences ahead; 0 reads in the rank itself. What is
     read does not depend on it."""
-    reweight: Literal["signed", "clipped", "bandit", "constant", "schedule"] = "signed"
+    reweight: Annotated[Literal["signed", "clipped", "bandit", "constant", "schedule"], COMMON] = (
+        "signed"
+    )
     """How evaluations move the weights: by excess loss (signed, or clipped at 0 as in the paper),
     bandit, or not at all (constant, or schedule: by the phases of --domain-phases)."""
     domain_phases: str | None = None
@@ -443,7 +445,7 @@ class DataConfig:
     """Largest share of a domain, one number for all and name=share where one differs."""
     dominant_share: Share = 0.6
     """Share of the mixture from which one domain is warned of."""
-    reference_loss: str | None = None
+    reference_loss: Annotated[str | None, COMMON] = None
     """YAML of `domain: loss`, what each domain's loss should be, or what `megashear reference-loss`
     or `megashear evaluate --output` wrote; needed unless --reweight is constant or schedule."""
     reweight_eta: Annotated[float, Between(0, 1e3)] = 1.0
@@ -471,20 +473,20 @@ class DataConfig:
 class TargetConfig:
     """What the model shall become."""
 
-    target: str | None = None
+    target: Annotated[str | None, COMMON] = None
     """Preset (llama2-2.7b, llama2-1.3b, llama2-370m) or JSON file of extents; or give the
     --target-* extents."""
-    target_num_layers: Extent | None = None
+    target_num_layers: Annotated[Extent | None, COMMON] = None
     """Layers to keep; the source's unless given."""
-    target_hidden_size: Extent | None = None
+    target_hidden_size: Annotated[Extent | None, COMMON] = None
     """Hidden dimensions to keep; the source's unless given."""
-    target_num_attention_heads: Extent | None = None
+    target_num_attention_heads: Annotated[Extent | None, COMMON] = None
     """Query heads to keep. In a grouped-query model the same number goes from every key/value head,
     and given alone it keeps all key/value heads; the source's unless given."""
     target_num_query_groups: Extent | None = None
     """Key/value heads to keep, of a grouped-query model; given alone, each keeps all its query
     heads. The source's unless given; without grouped queries it follows the heads."""
-    target_ffn_hidden_size: Extent | None = None
+    target_ffn_hidden_size: Annotated[Extent | None, COMMON] = None
     """MLP neurons to keep; the source's unless given."""
     force_unloadable_target: bool = False
     """Take a target that stock runtimes refuse to load, such as a LLaMA whose heads do not divide
@@ -501,11 +503,11 @@ class MaskConfig(TargetConfig):
     target_tensor_model_parallel_size: Ranks | None = None
     """Tensor-parallel ranks that the cut model shall divide over; those of the pruning run unless
     given."""
-    sparsity_warmup_iters: StepsOrNever = 640
+    sparsity_warmup_iters: Annotated[StepsOrNever, COMMON] = 640
     """Steps over which the target sparsity rises from 0."""
     mask_lr: Rate = 1.0
     """Peak learning rate of log_alpha and of the multipliers."""
-    mask_noise_streams: Sequences = 1
+    mask_noise_streams: Annotated[Sequences, COMMON] = 1
     """Independent mask draws per global batch."""
     eval_relaxed_masks: bool = False
     """Evaluate under masks sampled as in training too, so that the loss of closing gates for good
@@ -529,7 +531,7 @@ class PruneRun:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig
     masks: MaskConfig = field(default_factory=MaskConfig)
-    then_pretrain: str | None = None
+    then_pretrain: Annotated[str | None, COMMON] = None
     """YAML file of a `megashear pretrain` to go on with in the same job: the model is cut where it
     lies, with float32 masters and Adam's moments, at the same layout."""
 
@@ -543,7 +545,7 @@ class PretrainRun:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig
-    init_shape: str | None = None
+    init_shape: Annotated[str | None, COMMON] = None
     """Start from fresh weights of this shape: a preset or a JSON file of extents; else --load."""
     init_method_std: Annotated[float, Between(TINY, 10)] = 0.02
     """Standard deviation of fresh weights."""
@@ -558,17 +560,17 @@ class EvaluateRun:
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    load: str | None = None
+    load: Annotated[str | None, COMMON] = None
     """Checkpoint directory."""
-    load_hf: str | None = None
+    load_hf: Annotated[str | None, COMMON] = None
     """Hugging Face directory to evaluate instead of --load; each rank reads its own slices."""
     data_path: str
     """Directory that `megashear preprocess` wrote."""
-    seq_length: Length | None = None
+    seq_length: Annotated[Length | None, COMMON] = None
     """Tokens per sequence; that of the run that made the checkpoint unless given."""
-    micro_batch_size: Sequences = 1
+    micro_batch_size: Annotated[Sequences, COMMON] = 1
     """Sequences per replica and forward pass."""
-    output: str | None = None
+    output: Annotated[str | None, COMMON] = None
     """JSON file to write the losses and their standard errors to."""
     verify_checkpoint: bool = True
     """Compare every file of the checkpoint with its checksum first; without, only names and
@@ -591,21 +593,21 @@ class ReferenceLossRun:
     model: ModelConfig = field(default_factory=ModelConfig)
     output: str
     """YAML file to write, for --reference-loss; must not exist."""
-    load: tuple[str, ...] = ()
+    load: Annotated[tuple[str, ...], COMMON] = ()
     """Checkpoint directories to evaluate on --data-path, one after the other."""
-    losses: tuple[str, ...] = ()
+    losses: Annotated[tuple[str, ...], COMMON] = ()
     """Files of losses known already: of `megashear evaluate --output`, or YAML of `parameters:
     {domain: loss}` with a line for each model."""
-    target: str | None = None
+    target: Annotated[str | None, COMMON] = None
     """What the model shall become, for the fit: a preset or a JSON file of extents; or --params."""
     params: Tokens | None = None
     """Parameters of what the model shall become, embeddings included; in place of --target."""
     method: Literal["auto", "scaling-law", "power-law", "own-loss"] = "auto"
     """Fit L(N) = a N^-b + c through three or more sizes, a N^-b through two, or take the loss of
     the smallest model as it is; auto fits where it can."""
-    data_path: str | None = None
+    data_path: Annotated[str | None, COMMON] = None
     """With --load: directory that `megashear preprocess` wrote."""
-    seq_length: Length | None = None
+    seq_length: Annotated[Length | None, COMMON] = None
     """With --load: tokens per sequence; that of the run that made the checkpoint unless given."""
     micro_batch_size: Sequences = 1
     """Sequences per replica and forward pass."""
@@ -808,24 +810,24 @@ class PlanConfig(TargetConfig):
     model: str
     """What there is: a preset, a Hugging Face directory (config.json is enough), a checkpoint, or a
     JSON file of extents."""
-    prune_config: str | None = None
+    prune_config: Annotated[str | None, COMMON] = None
     """YAML file of the `megashear prune` to plan for: its target, steps, batches, noise streams,
     evaluations and layout. Flags of the plan override it."""
-    pretrain_config: str | None = None
+    pretrain_config: Annotated[str | None, COMMON] = None
     """The same of the `megashear pretrain` after it; also where nothing is pruned."""
     any_layout: bool = False
     """List all layouts that fit, not only those of --prune-config and --pretrain-config."""
     gpus: Ranks
     """How many."""
-    gpu: str = "H100-80G"
+    gpu: Annotated[str, COMMON] = "H100-80G"
     """Their kind; a wrong name lists all."""
-    gpus_per_node: Ranks = 8
+    gpus_per_node: Annotated[Ranks, COMMON] = 8
     """How many hang together by the fast link; tensor parallelism stays within a node."""
     network_gbit: Annotated[float, Between(1e-3, 1e6)] | None = None
     """Between nodes, Gbit/s for each GPU; what its kind is usually sold with unless given."""
-    seq_length: Length | None = None
+    seq_length: Annotated[Length | None, COMMON] = None
     """Tokens per sequence; those of the recipes, or 4096, unless given."""
-    pruning_tokens: Annotated[float, Between(1, 1e18)] | None = None
+    pruning_tokens: Annotated[Annotated[float, Between(1, 1e18)] | None, COMMON] = None
     """Tokens of the pruning run; those of --prune-config, or 3200 steps', unless given."""
     pruning_global_batch_size: Sequences | None = None
     """Sequences per step of the pruning run; those of --prune-config, or 32, unless given."""
@@ -837,7 +839,7 @@ class PlanConfig(TargetConfig):
     mask_noise_streams: Sequences | None = None
     """Independent mask draws per global batch of the pruning run; those of --prune-config, or 8,
     unless given."""
-    pretraining_tokens: Annotated[float, Between(1, 1e18)] | None = None
+    pretraining_tokens: Annotated[Annotated[float, Between(1, 1e18)] | None, COMMON] = None
     """Tokens of the continued pretraining; those of --pretrain-config, or 48000 steps', unless
     given."""
     pretraining_global_batch_size: Sequences | None = None

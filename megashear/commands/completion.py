@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, get_args, get_origin
 
 from megashear import config
-from megashear.commands.parse import CONFIG, DRY_RUN
+from megashear.commands.parse import CONFIG, DRY_RUN, HELP_ALL
 from megashear.commands.settings import Setting, settings_of
 
 SHELLS = ("bash", "zsh")
@@ -70,7 +70,10 @@ def script(shell: str, commands: Iterable[str]) -> str:
 
 
 def _flags(settings: Mapping[str, Setting]) -> list[str]:
-    return [setting.flag for setting in [*settings.values(), CONFIG, DRY_RUN]] + ["--help"]
+    return [setting.flag for setting in [*settings.values(), CONFIG, DRY_RUN]] + [
+        "--help",
+        HELP_ALL,
+    ]
 
 
 def _choices(setting: Setting) -> list[str]:

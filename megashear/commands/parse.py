@@ -55,8 +55,8 @@ def parse(
 ) -> Config:
     """Read a run from flags and from the YAML file that ``--config`` names.
 
-    Flags are flat, dashes and underscores are the same, the last one given wins. ``--help`` and
-    ``--dry-run`` print on rank 0 and end the process.
+    Flags are flat, dashes and underscores are the same, the last one given wins. ``--help``,
+    ``--help-all`` and ``--dry-run`` print on rank 0 and end the process.
 
     Args:
         config_type: dataclass of the run, see ``megashear.config``.
@@ -79,13 +79,18 @@ def parse(
     """
     settings = settings_of(config_type)
     assert not {"config", "dry_run"} & settings.keys()
-    asks_help = not {"-h", "--help"}.isdisjoint(argv)
+    asks_help = not {"-h", "--help", HELP_ALL}.isdisjoint(argv)
+    if asks_help and HELP_ALL not in argv:
+        settings, description = _short_help(settings, description)
     argv = _named(argv, [settings[key] for key in positional], prog)
     argv = _without_aliases(argv, settings)
     if not asks_help:
         _check_flags(argv, settings)
         argv = [*_read_config(argv, settings), *argv]
-    given = _parse_flags(config_type, ["--help"] if asks_help else argv, prog, description)
+    shown = frozenset(settings) if asks_help else None
+    given = _parse_flags(
+        config_type, ["--help"] if asks_help else argv, prog, description, shown=shown
+    )
     values = flatten(given)
     dry_run = values.pop(DRY_RUN.key)
     del values[CONFIG.key]
@@ -171,6 +176,23 @@ def _check_texts(values: Mapping[str, Any], settings: Mapping[str, Setting]) -> 
                 raise UsageError(f"{setting.flag} is {text!r}; no name holds the character 0")
 
 
+def _short_help(
+    settings: Mapping[str, Setting], description: str
+) -> tuple[dict[str, Setting], str]:
+    """Return the settings that the short help shows, and what stands above them."""
+    some = {key: s for key, s in settings.items() if s.is_common or s.is_needed}
+    if not any(s.is_common for s in some.values()):
+        return dict(settings), description
+    return some, (
+        f"{description}\n\nThe {len(some)} keys that most calls need; {HELP_ALL} lists all "
+        f"{len(settings)}."
+    )
+
+
+HELP_ALL = "--help-all"
+"""Flag for a help with every key, where ``--help`` shows those that most calls need."""
+
+
 def _check_needed(values: Mapping[str, Any], settings: Mapping[str, Setting], prog: str) -> None:
     missing = [s.flag for s in settings.values() if s.is_needed and values[s.key] is None]
     if missing:
@@ -180,7 +202,14 @@ def _check_needed(values: Mapping[str, Any], settings: Mapping[str, Setting], pr
         )
 
 
-def _parse_flags(config_type: type, argv: Sequence[str], prog: str, description: str) -> object:
+def _parse_flags(
+    config_type: type,
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    *,
+    shown: frozenset[str] | None,
+) -> object:
     """Let tyro read the flags; ranks other than 0 stay silent."""
     with contextlib.ExitStack() as stack:
         if not is_first_rank():
@@ -188,7 +217,7 @@ def _parse_flags(config_type: type, argv: Sequence[str], prog: str, description:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         return tyro.cli(
-            _unchecked(config_type, [CONFIG, DRY_RUN], is_help="--help" in argv),
+            _unchecked(config_type, [CONFIG, DRY_RUN], shown=shown),
             args=[_with_dashes(word) for word in argv],
             prog=prog,
             description=description,
@@ -196,12 +225,15 @@ def _parse_flags(config_type: type, argv: Sequence[str], prog: str, description:
         )
 
 
-def _unchecked(config_type: type, extra: Sequence[Setting] = (), *, is_help: bool) -> type:
+def _unchecked(
+    config_type: type, extra: Sequence[Setting] = (), *, shown: frozenset[str] | None
+) -> type:
     """A twin of a configuration for tyro, with the same fields and groups but no checks.
 
     Without it tyro would frame the messages of ``__post_init__`` like its own, and would need a
     valid configuration of the file alone where only file and flags together make one. Only the
-    help says what is needed: else tyro would miss it before anyone looked at what is given.
+    help (of the keys ``shown``) says what is needed: else tyro would miss it before anyone looked
+    at what is given.
     """
     fields: list[Any] = []
     for setting in [*extra, *settings_of(config_type).values()]:
@@ -209,14 +241,18 @@ def _unchecked(config_type: type, extra: Sequence[Setting] = (), *, is_help: boo
             continue
         bounds = "" if setting.range is None else f" Takes {setting.range}."
         note = tyro.conf.arg(help=setting.help + bounds)
+        if shown is not None and setting not in extra and setting.key not in shown:
+            continue
         if not setting.is_needed:
             fields.append((setting.key, Annotated[setting.wanted, note], setting.default))
-        elif is_help:
+        elif shown is not None:
             fields.append((setting.key, Annotated[setting.wanted, note]))
         else:
             fields.append((setting.key, Annotated[setting.wanted | None, note], None))
     fields += [
-        (name, _unchecked(owner, is_help=is_help)) for name, owner in groups_of(config_type).items()
+        (name, _unchecked(owner, shown=shown))
+        for name, owner in groups_of(config_type).items()
+        if shown is None or shown & settings_of(owner).keys()
     ]
     twin = dataclasses.make_dataclass(config_type.__name__, fields, frozen=True, kw_only=True)
     twin.__doc__ = config_type.__doc__

@@ -12,7 +12,7 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from megashear.bounds import Between, ranges_of
+from megashear.bounds import Between, common_of, ranges_of
 from megashear.config import NamedNumbers
 
 Config = TypeVar("Config")
@@ -36,6 +36,8 @@ class Setting:
     """Other names of the key that users know from elsewhere."""
     range: Between | None = None
     """What its numbers must lie in; None where it holds none."""
+    is_common: bool = False
+    """Whether the short help shows it."""
 
     @property
     def is_needed(self) -> bool:
@@ -86,6 +88,7 @@ def settings_of(config_type: type) -> dict[str, Setting]:
                 default=field.default,
                 aliases=field.metadata.get("aliases", ()),
                 range=ranges_of(owner).get(field.name),
+                is_common=field.name in common_of(owner),
             )
             assert (found[field.name].range is not None) is _is_number_type(hints[field.name]), (
                 f"{owner.__name__}.{field.name}: a number has a range, megashear.bounds.Between"

@@ -55,7 +55,15 @@ OTHERS_FLAGS = {
     "--ckpt-convert-format",
     *("--qk-layernorm", "--use-rope-scaling", "--rope-scaling-factor"),
     "--rotary-seq-len-interpolation-factor",
-    *("--standalone", "--index-url", "--extra-index-url", "--logdir", "--help", "--version"),
+    *(
+        "--standalone",
+        "--index-url",
+        "--extra-index-url",
+        "--logdir",
+        "--help",
+        "--help-all",
+        "--version",
+    ),
 }
 """Flags in the texts that are not megashear's."""
 

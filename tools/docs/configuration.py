@@ -30,7 +30,8 @@ or off is turned off by its negation, `--no-bf16`, and is `true` or `false` in Y
 several words, or a YAML list. Where the default is `-`, nothing is set, and the text says what that
 means.
 
-Every command takes `--config` and `--dry-run`. The latter prints the run as it was understood, as a
+`--help` of a command shows the keys that most calls need, `--help-all` every one. Every command
+takes `--config` and `--dry-run`. The latter prints the run as it was understood, as a
 file for `--config`, then checks what the start would check and no device is needed for: paths,
 layout, batches, targets, references. It writes nothing and exits with 2 where something is wrong.
 A run of several processes is checked for one replica, or for as many processes as the environment

@@ -74,6 +74,21 @@ def test_every_setting_is_a_flag(run: type, monkeypatch: pytest.MonkeyPatch) -> 
         assert flatten(config) == {key: value for key, (value, _) in others.items()}
 
 
+def test_help_is_short_and_help_all_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = {}
+    for word in ("-h", "--help", "--help-all"):
+        with pytest.raises(SystemExit) as end:
+            prune("--bf16", word)
+        assert end.value.code == 0
+        flags[word] = set(re.findall(r"^\W*(--[a-z][a-z0-9-]*)", capsys.readouterr().out, re.M))
+    every = {s.flag for s in settings_of(PruneRun).values()} | {"--config", "--dry-run"}
+    assert flags["--help-all"] == every
+    assert flags["-h"] == flags["--help"]
+    assert {"--data-path", "--target-num-layers", "--config"} <= flags["--help"]
+    assert flags["--help"].isdisjoint({"--adam-eps", "--wandb-entity", "--ddp-bucket-size"})
+    assert len(flags["--help"]) < len(every) / 2
+
+
 def test_help_gives_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         prune("--data-path", "text", "--help")
