@@ -7,6 +7,7 @@ import datetime
 import json
 import logging
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -177,12 +178,22 @@ def process_group(*, timeout_s: float = 600.0) -> Iterator[None]:
         # torchrun ends them only once this process is gone
         dist.destroy_process_group()
     else:
-        # alone: meet oneself in memory, so that no port can be taken and no file stays behind
-        store = dist.HashStore()
-        dist.init_process_group(
-            device.backend(), store=store, rank=0, world_size=1, timeout=timeout
-        )
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+        # alone: meet oneself, so that no port can be taken
+        with _own_store(device.backend()) as store:
+            dist.init_process_group(
+                device.backend(), store=store, rank=0, world_size=1, timeout=timeout
+            )
+            try:
+                yield
+            finally:
+                dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _own_store(backend: str) -> Iterator[dist.Store]:
+    """Yield where one process meets itself: in memory under gloo, where no file stays behind."""
+    if backend == "gloo":
+        yield dist.HashStore()
+    else:  # nccl was never tried in memory
+        with tempfile.TemporaryDirectory(prefix="megashear-") as folder:
+            yield dist.FileStore(f"{folder}/store", 1)
