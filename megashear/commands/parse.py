@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, get_origin
 import tyro
 import yaml
 
+from megashear.checkpoint.description import holds_iterations
 from megashear.commands.outcome import UsageError, is_first_rank
 from megashear.commands.settings import (
     Setting,
@@ -23,6 +24,8 @@ from megashear.commands.settings import (
     settings_of,
     type_name,
 )
+from megashear.config import PretrainRun, PruneRun, TrainConfig
+from megashear.files.output import check_writable
 from megashear.files.structured import read_yaml_pairs
 
 Config = TypeVar("Config")
@@ -126,6 +129,41 @@ def check_there(config: object, *keys: str) -> None:
         for path in named if isinstance(named, tuple) else (named,):
             if path is not None and not Path(path).exists():
                 raise ValueError(f"{_flag(key)} {path} does not exist")
+
+
+def check_run_paths(config: PruneRun | PretrainRun) -> None:
+    """Refuse paths of a run that lead nowhere, and outputs that cannot be written.
+
+    A run that is resumed reads nothing of its source, which may be gone.
+
+    Args:
+        config: the run.
+
+    Raises:
+        ValueError: with the flag and the path.
+    """
+    train = config.train
+    resumed = train.resume and holds_iterations(train.save)
+    source = () if resumed else ("load", "load_hf")
+    check_there(config, *source, "data_path", "reference_loss", "domain_phases")
+    check_outputs(train)
+
+
+def check_outputs(train: TrainConfig, of: str = "") -> None:
+    """Refuse outputs of a run that cannot be written.
+
+    Args:
+        train: whose flags they are.
+        of: what to say behind a flag of a run that is not the command's own.
+
+    Raises:
+        UnwritableError: with the flag, the path and the way out.
+    """
+    for key in ("save", "tensorboard_dir"):
+        if (path := getattr(train, key)) is not None:
+            check_writable(_flag(key) + of, path, into=True)
+    if train.jsonl_log is not None:
+        check_writable("--jsonl-log" + of, train.jsonl_log)
 
 
 def check_new(config: object, *keys: str) -> None:

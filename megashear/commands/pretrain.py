@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.commands.outcome import UNSAVED, report, status_of, tell_stop, user_errors
-from megashear.commands.parse import check_there, parse
+from megashear.commands.parse import check_run_paths, parse
 from megashear.config import PretrainRun
 
 PROG = "megashear pretrain"
@@ -30,7 +30,7 @@ def check(config: PretrainRun) -> None:
     Raises:
         ValueError: anything a user can mend.
     """
-    check_there(config, "load", "load_hf", "data_path", "reference_loss", "domain_phases")
+    check_run_paths(config)
     from megashear.train.run import check_pretrain
 
     check_pretrain(config)

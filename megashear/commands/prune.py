@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megashear.checkpoint.description import holds_iterations
 from megashear.commands.outcome import UNSAVED, report, status_of, tell_stop, user_errors
-from megashear.commands.parse import check_there, parse
+from megashear.commands.parse import check_outputs, check_run_paths, parse
 from megashear.config import PretrainRun, PruneRun
 
 PROG = "megashear prune"
@@ -31,8 +32,12 @@ def check(config: PruneRun) -> None:
     Raises:
         ValueError: anything a user can mend.
     """
-    check_there(config, "load", "load_hf", "data_path", "reference_loss", "domain_phases")
     then = _then(config)
+    # past its pruning, a job of both that is resumed reads nothing of it
+    if then is None or not (config.train.resume and holds_iterations(then.train.save)):
+        check_run_paths(config)
+    if then is not None:
+        check_outputs(then.train, " of --then-pretrain")
     from megashear.train.run import check_prune
 
     check_prune(config, then)

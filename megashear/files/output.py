@@ -15,8 +15,8 @@ WAYS_OUT = {
     errno.EACCES: "this user may not write there; choose another output",
     errno.EPERM: "this user may not write there; choose another output",
     errno.EROFS: "the file system is read-only; choose another output",
-    errno.EEXIST: "a file is in the way of its parent directory; choose another output",
-    errno.ENOTDIR: "a file is in the way of its parent directory; choose another output",
+    errno.EEXIST: "a file is in the way of a directory; choose another output",
+    errno.ENOTDIR: "a file is in the way of a directory; choose another output",
     errno.ENAMETOOLONG: "its name is too long; choose a shorter one",
     errno.EIO: "the disk fails; choose an output on another one",
     errno.ESTALE: "the file system of another host has changed; choose another output",
@@ -47,17 +47,19 @@ def writing(flag: str, path: Path | str) -> Iterator[None]:
         raise UnwritableError(f"{flag} {path} cannot be written: {way_out}") from error
 
 
-def check_writable(flag: str, path: Path | str) -> None:
+def check_writable(flag: str, path: Path | str, *, into: bool = False) -> None:
     """Refuse an output that cannot be made where it shall be, before work is spent on it.
 
     Args:
         flag: what the user typed to name it.
         path: of a file or directory to make; directories on the way to it need not be there.
+        into: whether it is a directory that may be there, to write files into.
 
     Raises:
         UnwritableError: the nearest directory that is there does not take a new name.
     """
-    for parent in Path(path).absolute().parents:
+    whole = Path(path).absolute()
+    for parent in (whole, *whole.parents) if into else whole.parents:
         try:
             is_there = os.path.lexists(parent)
         except OSError:

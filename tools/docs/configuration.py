@@ -33,7 +33,8 @@ means.
 `--help` of a command shows the keys that most calls need, `--help-all` every one. Every command
 takes `--config` and `--dry-run`. The latter prints the run as it was understood, as a
 file for `--config`, then checks what the start would check and no device is needed for: paths,
-layout, batches, targets, references. It writes nothing and exits with 2 where something is wrong.
+layout, batches, targets, references. It writes nothing and exits with 2 where something is wrong,
+with 3 where an output cannot be written. The source of a run that is resumed may be gone.
 A run of several processes is checked for one replica, or for as many processes as the environment
 variable `WORLD_SIZE` says: `WORLD_SIZE=64 megashear prune --config prune.yaml --dry-run`.
 

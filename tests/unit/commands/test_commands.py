@@ -149,6 +149,54 @@ def test_a_dry_run_refuses_outputs_that_are_there(
         assert re.search(rf"error: {flag} \S+ exists; choose another", capsys.readouterr().err)
 
 
+def test_a_dry_run_of_a_run_that_is_resumed_does_not_ask_for_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("then.yaml").write_text("data-path: data\nsave: recovered\n")
+
+    def error(*argv: str) -> str:
+        assert main([*argv, "--load", "gone", "--save", "run", "--dry-run"]) == 2
+        return capsys.readouterr().err
+
+    pretrain, prune = ("pretrain", "--data-path", "data"), ("prune", "--data-path", "no")
+    both = (*prune, "--then-pretrain", "then.yaml")
+    assert "--load gone does not exist" in error(*pretrain, "--resume")  # nothing is saved yet
+    Path("run/iter_0000003").mkdir(parents=True)
+    assert "--load gone does not exist" in error(*pretrain)
+    assert "no whole checkpoint in run" in error(*pretrain, "--resume")  # it was looked for there
+    # pruning still reads its data, unless only continued pretraining is left
+    assert "--data-path no does not exist" in error(*both, "--resume")
+    Path("recovered/iter_0000001").mkdir(parents=True)
+    assert "no whole checkpoint in recovered" in error(*both, "--resume")
+    assert "--load gone does not exist" in error(*both)
+
+
+@pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir", "--jsonl-log"])
+def test_a_dry_run_refuses_outputs_that_cannot_be_written(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("data", "source", "there"):
+        Path(name).mkdir()
+    Path("file").touch()
+    Path("then.yaml").write_text(f"data-path: data\n{flag[2:]}: file/run\n")
+    argv = ["--data-path", "data", "--load", "source", "--dry-run"]
+    wanted = "file/run cannot be written: a file is in the way of a directory; choose another"
+    assert main(["pretrain", *argv, flag, "file/run"]) == outcome.CANNOT_SAVE
+    assert f"error: {flag} {wanted}" in capsys.readouterr().err
+    assert main(["prune", *argv, "--then-pretrain", "then.yaml"]) == outcome.CANNOT_SAVE
+    assert f"error: {flag} of --then-pretrain {wanted}" in capsys.readouterr().err
+    assert main(["pretrain", *argv, flag, "there/run"]) == 2  # the source is refused next
+    assert "no checkpoint at source" in capsys.readouterr().err
+    if flag != "--jsonl-log":
+        assert main(["pretrain", *argv, flag, "file"]) == outcome.CANNOT_SAVE
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "there")
+        assert main(["pretrain", *argv, flag, "there"]) == outcome.CANNOT_SAVE
+        assert "this user may not write there" in capsys.readouterr().err
+
+
 def test_help_needs_no_torch() -> None:
     check = "import sys; assert not {'torch', 'megatron', 'numpy'} & sys.modules.keys()"
     modules = ", ".join(f"megashear.commands.{name.replace('-', '_')}" for name in NEEDED)
