@@ -147,19 +147,24 @@ def tell_stop(prog: str, summary: Mapping[str, object], *, resumes: bool) -> Non
     last = parts[-1] if parts else summary
     if not is_first_rank():
         return
+    again = "the same command" if resumes else "the same command with --resume"
     if skipped := last.get(SKIPPED_LAST):
+        steps = "step was" if skipped == 1 else f"{skipped} steps were"
+        text = "that step" if skipped == 1 else "these steps"
+        way_on = f"; {again} takes the weights as they are" if last["checkpoint"] else ""
         print(
-            f"{prog}: the last {skipped} steps were skipped, so that none shows the weights to be "
-            f"good; look at the held-out losses, and at the text of these steps",
+            f"{prog}: the last {steps} skipped, so that none shows the weights to be good; look at "
+            f"the held-out losses, and at the text of {text}{way_on}",
             file=sys.stderr,
             flush=True,
         )
     if last["stopped"] is None:
         return
-    again = "the same command" if resumes else "the same command with --resume"
     outcome = f"saved step {last['step']} in {last['checkpoint']}; {again} resumes from it"
     if last["checkpoint"] is None:
         outcome = f"step {last['step']} is not saved, for --save is not given"
+    elif last.get("held-out loss"):  # it came while a run that was done was evaluated
+        outcome = f"step {last['step']}, the run's last, is evaluated and in {last['checkpoint']}"
     print(f"{prog}: stopped, for {last['stopped']}; {outcome}", file=sys.stderr, flush=True)
 
 

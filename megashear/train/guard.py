@@ -33,6 +33,9 @@ class StepGuard:
     """Steps skipped since the run began."""
     in_a_row: int = 0
     """Steps skipped since the last one taken."""
+    not_finite: int = 0
+    """Of these, steps of this process that were not finite, since the last loss that was; no part
+    of a checkpoint: who starts again has seen how the run ended."""
     mean_loss: float = 0.0
     num_losses: int = 0
 
@@ -43,7 +46,9 @@ class StepGuard:
             loss: mean over the global batch, nats per token, equal on every rank.
             norms: gradient norms by what they are of; finite on every rank or on none.
         """
-        reason = self._reason(loss, norms)
+        reason = self._not_finite(loss, norms)
+        self.not_finite = self.not_finite + 1 if reason else 0
+        reason = reason or self._spike(loss)
         if reason is None:
             self.in_a_row = 0
             self.mean_loss += (1 - _MEMORY) * (loss - self.mean_loss) if self.num_losses else loss
@@ -74,12 +79,15 @@ class StepGuard:
         self.mean_loss = float(state["mean_loss"])
         self.num_losses = int(state["num_losses"])
 
-    def _reason(self, loss: float, norms: Mapping[str, float]) -> str | None:
+    def _not_finite(self, loss: float, norms: Mapping[str, float]) -> str | None:
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         for what, norm in norms.items():
             if not math.isfinite(norm):
                 return f"the gradient norm of {what} is {norm}"
+        return None
+
+    def _spike(self, loss: float) -> str | None:
         factor = self.train.loss_spike_factor
         if factor and self.num_losses >= _WARM_UP and loss > factor * self.mean_loss:
             return (

@@ -298,7 +298,7 @@ class Trainer:
             # whoever goes on behind this run must hear of a signal that came meanwhile
             _, request = self._agree([], stops.request())
             stop = stops.reason(request, 1)
-            skipped_last = self.guard.in_a_row
+            skipped_last = self.guard.not_finite
         reached = {
             "step": step,
             "stopped": stop,

@@ -176,10 +176,13 @@ def test_a_run_that_ends_while_steps_are_skipped_ends_with_the_code_too(
 
         loop.ready_gradients = ready_gradients
 
-    def body(rank: int) -> tuple[int, str]:
+    def body(rank: int, again: bool = False) -> tuple[int, str]:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "1"}
-        broken(rank)
-        reached = run.pretrain(config)  # type: ignore[arg-type]
+        if not again:
+            broken(rank)
+        reached = run.pretrain(
+            replace(config, train=replace(config.train, resume=again))  # type: ignore[arg-type]
+        )
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             outcome.tell_stop("megashear pretrain", reached, resumes=False)
         return outcome.status_of(reached), stderr.getvalue()
@@ -188,9 +191,12 @@ def test_a_run_that_ends_while_steps_are_skipped_ends_with_the_code_too(
     config = configuration(text, "pretrain", layout(), tmp_path, **more)
     ((status, said),) = run_ranks(1, body)
     assert status == DIVERGED
-    assert said.startswith("megashear pretrain: the last 1 steps were skipped, so that none shows")
+    assert said.startswith("megashear pretrain: the last step was skipped, so that none shows")
+    assert said.endswith("; the same command with --resume takes the weights as they are\n")
     # the last weights that a step was taken from
     assert f"iter_{WHOLE - 2:07d}" in names(tmp_path)
+    # no dead end: who starts again has read it
+    assert run_ranks(1, lambda rank: body(rank, again=True)) == [(0, "")]
 
 
 def test_a_run_without_good_checkpoints_says_so(text: TextRun, tmp_path: Path) -> None:

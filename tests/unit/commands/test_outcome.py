@@ -100,6 +100,11 @@ DONE = STOPPED | {"stopped": None}
         (STOPPED, False, "iter_0000007; the same command with --resume resumes from it"),
         ({"pruning": DONE, "continued pretraining": STOPPED}, True, "saved step 7 in saved"),
         (STOPPED | {"checkpoint": None}, False, "step 7 is not saved, for --save is not given"),
+        (
+            STOPPED | {"held-out loss": {"loss": {"c": 4.5}}},
+            False,
+            "step 7, the run's last, is evaluated and in saved/iter_0000007\n",
+        ),
     ],
 )
 def test_a_stopped_run_ends_with_what_is_saved(

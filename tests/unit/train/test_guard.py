@@ -34,6 +34,7 @@ def test_a_spike_is_skipped_once_there_is_a_mean_to_compare_with() -> None:
     reason = judge.judge(6.5, FINE)
     assert reason is not None
     assert "6.5000 is above --loss-spike-factor 2 times the mean 3." in reason
+    assert (judge.in_a_row, judge.not_finite) == (1, 0)  # finite, so that the weights are
     assert judge.judge(5.9, FINE) is None
     assert guard().judge(1e9, FINE) is None  # off unless asked for
 
@@ -50,6 +51,10 @@ def test_too_many_in_a_row_give_up_and_one_taken_starts_again() -> None:
     judge.judge(math.nan, FINE)
     assert judge.gives_up
     assert judge.skipped == 5
+    assert judge.not_finite == 3
+    again = guard(max_skipped_steps=2)
+    again.load_state_dict(judge.state_dict())
+    assert (again.in_a_row, again.not_finite) == (3, 0)  # this process has seen none
 
 
 def test_none_is_skipped_where_none_is_allowed() -> None:
