@@ -20,7 +20,15 @@ import torch
 
 from megashear.commands.outcome import is_first_rank, user_errors
 from megashear.commands.parse import parse
-from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megashear.config import (
+    Length,
+    MaskConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Sequences,
+    Steps,
+)
 from megashear.data.batch import MicroBatch
 from megashear.masks.targets import EXTENTS, whole_parts
 from megashear.models.llama import build_llama
@@ -47,13 +55,13 @@ class MemoryRun:
     """Preset or JSON file of extents."""
     target_shape: str | None = None
     """What to prune it to: a preset or a JSON file; without, there are no masks."""
-    micro_batch_size: int = 1
+    micro_batch_size: Sequences = 1
     """Sequences per replica and forward pass."""
-    global_batch_size: int = 8
+    global_batch_size: Sequences = 8
     """Sequences per step."""
-    seq_length: int = 4096
+    seq_length: Length = 4096
     """Tokens per sequence."""
-    steps: int = 3
+    steps: Steps = 3
     """Steps to run; the last one is reported."""
 
 
