@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megashear.checkpoint import integrity
+from megashear.checkpoint.hf_fields import kept_fields
 from megashear.checkpoint.integrity import DamagedError, FileSum
 from megashear.files.regular import read_bytes
 from megashear.files.structured import check_fields, read_json_object
@@ -68,8 +69,12 @@ class Description:
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """Return the part of ``details`` that every later stage carries on for config.json."""
-        return {name: self.details[name] for name in (HF_CONFIG,) if self.details.get(name)}
+        """Return the part of ``details`` that every later stage carries on for config.json.
+
+        Of a checkpoint from elsewhere, too, it holds no more than `hf_fields.KEPT` names.
+        """
+        kept = kept_fields(self.details.get(HF_CONFIG, {}))
+        return {HF_CONFIG: kept} if kept else {}
 
 
 def iteration_name(iteration: int) -> str:
@@ -287,6 +292,11 @@ def read_description(directory: Path) -> Description:
         # what is not listed was cut short
         if later.is_file() and later.name in integrity.read(directory):
             values["details"] |= _values(later)
+        if not isinstance(kept := values["details"].get(HF_CONFIG, {}), dict):
+            raise DamagedError(
+                f"{path}: {HF_CONFIG} in its details is {str(kept)[:80]}, wanted an object; copy "
+                f"the checkpoint again"
+            )
         values["shape"] = ModelShape(**values["shape"])
         return Description(**values)
     except (KeyError, TypeError) as error:

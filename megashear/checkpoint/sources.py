@@ -144,7 +144,7 @@ def open_checkpoint(directory: Path | str, iteration: int | None = None) -> Sour
         weights=weights,
         shape=weights.shape,
         token_ids=weights.description.token_ids,
-        kept_fields=weights.description.details.get(HF_CONFIG, {}),
+        kept_fields=weights.description.hf_config.get(HF_CONFIG, {}),
         tokenizer=weights.tokenizer,
         trained_in=weights.trained_in,
     )

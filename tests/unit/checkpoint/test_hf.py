@@ -10,9 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megashear.checkpoint import hf
+from megashear.checkpoint import hf, integrity
 from megashear.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megashear.checkpoint.description import (
+    HF_CONFIG,
+    find_iteration,
+    read_description,
+    write_description,
+)
 from megashear.checkpoint.hf_config import config_of_shape, shape_of_config
+from megashear.checkpoint.integrity import DamagedError
 from megashear.checkpoint.sources import open_hf
 from megashear.shape import ModelShape
 from tests.families import FAMILIES
@@ -254,6 +261,39 @@ def test_what_is_not_used_comes_back_as_it_went_in(directory: Path, tmp_path: Pa
     edit_config(directory, attention_dropout="drop", initializer_range=1, use_cache="drop")
     assert open_hf(directory).kept_fields == {"initializer_range": 1}
     assert config_of_shape(GROUPED, dtype="float32")["use_cache"] is True
+
+
+def test_a_foreign_checkpoint_puts_no_other_field_into_config_json(
+    directory: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "there"
+    hf_to_megatron(directory, checkpoint)
+    iteration = find_iteration(checkpoint)
+    description = read_description(iteration)
+    foreign = {
+        "auto_map": {"AutoModelForCausalLM": "modeling.Model"},
+        "quantization_config": {"bits": 4},
+        "architectures": ["Other"],
+        "model_type": "other",
+    }
+
+    def describe(kept: Any) -> None:
+        write_description(iteration, replace(description, details={HF_CONFIG: kept}))
+        integrity.write(iteration)
+
+    describe({"use_cache": False} | foreign)
+    assert read_description(iteration).hf_config == {HF_CONFIG: {"use_cache": False}}
+    megatron_to_hf(checkpoint, tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["use_cache"] is False  # what is kept still comes back
+    assert back["architectures"] == ["LlamaForCausalLM"]
+    assert back["model_type"] == "llama"
+    assert not {"auto_map", "quantization_config"} & back.keys()
+    describe(["use_cache"])
+    with pytest.raises(
+        DamagedError, match=r"hf_config in its details is \['use_cache'\], wanted an"
+    ):
+        read_description(iteration)
 
 
 def test_fields_without_effect_are_ignored(directory: Path) -> None:
