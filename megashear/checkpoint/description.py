@@ -36,6 +36,12 @@ FIRST_FORMAT = 1
 
 HF_CONFIG = "hf_config"
 """Name in ``details`` of what goes back into config.json as it came; see `hf_fields.KEPT`."""
+ENVIRONMENT = "environment"
+"""Name in ``details`` of what a run ran on and of its command; runs of before have none."""
+HELD_OUT_LOSS = "held_out_loss"
+"""Name in ``details`` of the last evaluation's losses by mode and domain, of a finished run."""
+HELD_OUT_ERROR = "held_out_standard_error"
+"""Name of these losses' standard errors, None for one not known; runs of before have none."""
 _LINEAGE = ("source_shape", "pruned_for", "rounding")
 
 _ITERATION = re.compile(r"iter_([0-9]{7,})")

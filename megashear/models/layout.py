@@ -331,14 +331,22 @@ def check_extents(name: str, found: Sequence[int], wanted: Sequence[int], where:
         )
 
 
+_WRAPPERS = {
+    "module.": "DDP",
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+}
+"""What wraps a model, by the beginning that it gives to every name."""
+
+
 def _check_names(found: Collection[str], wanted: Collection[str], where: str, things: str) -> None:
     unknown, missing = set(found) - set(wanted), set(wanted) - set(found)
     wrapper = next(iter(unknown), "").partition(".")[0] + "."
     if missing and {name.removeprefix(wrapper) for name in unknown} == set(wanted):
-        raise ValueError(
-            f"{where}: all {len(unknown)} {things} begin with {wrapper!r}, which DDP, FSDP or "
-            f"torch.compile put there; save the model that is wrapped, not its wrapper"
-        )
+        origin = "; save the model alone, not the one it is a part of"
+        if wrapper in _WRAPPERS:
+            origin = f", which {_WRAPPERS[wrapper]} puts there; save the model that is wrapped"
+        raise ValueError(f"{where}: all {len(unknown)} {things} begin with {wrapper!r}{origin}")
     complaints = []
     if unknown:
         complaints.append(f"has {len(unknown)} {things} this model does not know: {_list(unknown)}")

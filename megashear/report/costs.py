@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megashear.checkpoint.description import ENVIRONMENT
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.console import format_duration
 from megashear.report.page import Section, paragraph, table
@@ -101,7 +102,9 @@ def _device(record: RunRecord) -> str | None:
     """What the run ran on, where it says so."""
     if record.description is None:
         return None
-    found: str | None = record.description.details.get("device")
+    details = record.description.details
+    # runs of before have it beside the environment, or alone
+    found: str | None = details.get(ENVIRONMENT, {}).get("device") or details.get("device")
     return found
 
 

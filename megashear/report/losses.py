@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from megashear.checkpoint.description import HELD_OUT_ERROR, HELD_OUT_LOSS
 from megashear.files.structured import read_json_object
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.figures import domains_of
-from megashear.report.record import HELD_OUT_ERROR, HELD_OUT_LOSS, RESULTS, RunRecord
+from megashear.report.record import RESULTS, RunRecord
 
 SOURCE_MODEL = "source"
 """Name of the model before pruning in a quickstart's results."""

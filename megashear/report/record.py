@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megashear.checkpoint.description import (
+    ENVIRONMENT,
+    HELD_OUT_LOSS,
     Description,
     find_iteration,
     holds_iterations,
@@ -32,12 +34,6 @@ RESULTS = "results.json"
 """What the quickstart writes at its end, beside its runs."""
 QUICKSTART_RUNS = ("pruned", "sheared")
 """Runs of a quickstart that a report tells of, where they are there."""
-HELD_OUT_LOSS = "held_out_loss"
-"""Key of the last evaluation's losses in the details of a run's last checkpoint."""
-HELD_OUT_ERROR = "held_out_standard_error"
-"""Key of their standard errors; runs of before have none."""
-ENVIRONMENT = "environment"
-"""Key of what the run ran on and of its command; runs of before have none."""
 ALIVE_S = 900.0
 """Seconds since the last point for which a run that is not at its end counts as running."""
 

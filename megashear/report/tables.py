@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megashear.checkpoint.description import HELD_OUT_LOSS
 from megashear.checkpoint.formats import dtypes_of, name_of
 from megashear.models import layout
 from megashear.models.kept import KeptUnits
@@ -236,7 +237,7 @@ def _facts(opened: Opened) -> str:
     if "consumed_samples" in details:
         length = details["loader"]["sequence_length"]
         lines.append(f"{details['consumed_samples']:,} sequences read, of {length:,} tokens now")
-    for mode, losses in details.get("held_out_loss", {}).items():
+    for mode, losses in details.get(HELD_OUT_LOSS, {}).items():
         what = "held-out loss" if mode == "loss" else f"held-out loss under {mode} masks"
         mean = sum(losses.values()) / len(losses)
         lines.append(

@@ -17,7 +17,14 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megashear.checkpoint.description import Description, iteration_name, read_description
+from megashear.checkpoint.description import (
+    ENVIRONMENT,
+    HELD_OUT_ERROR,
+    HELD_OUT_LOSS,
+    Description,
+    iteration_name,
+    read_description,
+)
 from megashear.checkpoint.finite import not_finite_anywhere
 from megashear.checkpoint.saver import Saved, Saver
 from megashear.checkpoint.store import (
@@ -52,7 +59,6 @@ from megashear.parallel.agree import (
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.watchdog import Watchdog
 from megashear.shape import ModelShape
-from megashear.train.environment import ENVIRONMENT
 from megashear.train.evaluate import STANDARD_ERROR, DomainLosses, evaluate_domains
 from megashear.train.guard import StepGuard
 from megashear.train.inputs import EVAL_SEQUENCES
@@ -83,11 +89,6 @@ DATA, COMPUTE, COMMUNICATION, OPTIMIZER = tags.STEP_PARTS
 
 GUARD = "step_guard"
 """Key of the guard's state in a checkpoint's details."""
-
-HELD_OUT_LOSS = "held_out_loss"
-"""What a finished run adds to the details of its last checkpoint: losses by mode and domain."""
-HELD_OUT_ERROR = "held_out_standard_error"
-"""Key beside it: the standard errors of these losses; None for one that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

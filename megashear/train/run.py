@@ -14,7 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megashear.checkpoint import loadable, tokenizer_files
 from megashear.checkpoint.cut import rounding_changes
-from megashear.checkpoint.description import Description, holds_iterations
+from megashear.checkpoint.description import ENVIRONMENT, Description, holds_iterations
 from megashear.checkpoint.hold import held_together
 from megashear.checkpoint.sharded_hf import load_hf
 from megashear.checkpoint.store import load_run, load_weights
@@ -25,13 +25,12 @@ from megashear.data.manifest import DataManifest
 from megashear.masks.mask_set import exact_gates
 from megashear.masks.target_flags import target_shape
 from megashear.models.llama import build_llama
-from megashear.parallel import device
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.parallel.watchdog import collective_timeout_s, watch
 from megashear.shape import ModelShape, read_shape
-from megashear.train.environment import ENVIRONMENT, environment
+from megashear.train.environment import environment
 from megashear.train.guard import StepGuard
 from megashear.train.in_flight import Optimized, cut_in_flight
 from megashear.train.inputs import (
@@ -381,12 +380,15 @@ def _tell_rate(
         if name in saved[part]
         and (old := saved[part][name]) != (new := getattr(getattr(config, part), name))
     ]
+    way_out = ""
+    if any(flag.startswith(("--train-iters", "--lr-decay-iters")) for flag in changed):
+        decay = saved["optimizer"]["lr_decay_iters"] or saved["train"]["train_iters"]
+        way_out = f"; --lr-decay-iters {decay} keeps the decay that the saved run had"
     logger.warning(
-        "the learning rate jumps at step %d from %.4g, where the saved run left it, to %.4g%s; "
-        "--lr-decay-iters %d keeps the decay that the saved run had",
+        "the learning rate jumps at step %d from %.4g, where the saved run left it, to %.4g%s%s",
         *(description.iteration, before, now),
         f": {', '.join(changed)}" if changed else "",
-        saved["optimizer"]["lr_decay_iters"] or saved["train"]["train_iters"],
+        way_out,
     )
 
 
@@ -509,8 +511,7 @@ def _trainer(
         details=details
         | {
             "run": dataclasses.asdict(config),
-            "device": device.name() or "CPU",
-            ENVIRONMENT: environment(groups, command),
+            ENVIRONMENT: environment(groups.world_size, command),
         }
         | (start.description.hf_config if start.description else {}),
         token_ids=start.description.token_ids if start.description else {},

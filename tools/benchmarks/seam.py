@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from megashear.checkpoint.description import find_iteration, read_description
+from megashear.checkpoint.description import HELD_OUT_LOSS, find_iteration, read_description
 
 RANKS = 2
 WAYS = ("carried", "reset")
@@ -119,7 +119,7 @@ def measured(folder: Path, steps: int) -> dict[str, Any]:
     losses = [event.value for event in reader.Scalars("train/lm-loss")]
     assert len(losses) == steps, f"{folder}: {len(losses)} losses"
     details = read_description(find_iteration(folder / "trained")).details
-    held_out = statistics.mean(details["held_out_loss"]["loss"].values())
+    held_out = statistics.mean(details[HELD_OUT_LOSS]["loss"].values())
     return {"losses": losses, "held_out": held_out}
 
 

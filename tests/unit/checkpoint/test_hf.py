@@ -386,9 +386,9 @@ def foreign(directory: Path) -> None:
     (directory / hf.SINGLE).rename(directory / "pytorch_model.bin")
 
 
-def wrap(weights: dict[str, torch.Tensor], names: list[str]) -> None:
+def wrap(weights: dict[str, torch.Tensor], names: list[str], wrapper: str = "_orig_mod") -> None:
     for name in names:
-        weights[f"_orig_mod.{name}"] = weights.pop(name)
+        weights[f"{wrapper}.{name}"] = weights.pop(name)
 
 
 def resave(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -423,7 +423,11 @@ def resave(directory: Path, change: Callable[[dict[str, torch.Tensor]], object])
         ),
         (
             lambda d: resave(d, lambda w: wrap(w, list(w))),
-            r"all 39 weights begin with '_orig_mod\.', which DDP, FSDP or torch.compile put there",
+            r"all 39 weights begin with '_orig_mod\.', which torch.compile puts there; save the",
+        ),
+        (
+            lambda d: resave(d, lambda w: wrap(w, list(w), "language_model")),
+            r"all 39 weights begin with 'language_model\.'; save the model alone, not the one it",
         ),
         (
             lambda d: resave(d, lambda w: wrap(w, list(w)[:2])),

@@ -14,6 +14,7 @@ from megashear.checkpoint.description import Description
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.figures import Point
 from megashear.monitor.tensorboard import TensorBoardSink
+from megashear.report import costs
 from megashear.report.costs import COSTS
 from megashear.report.curves import (
     recovery_figure,
@@ -282,6 +283,18 @@ def test_a_run_that_kept_no_command_says_so(tmp_path: Path) -> None:
     assert "2.11" in text
     assert "kept neither" not in text
     assert "<pre>megashear prune --save 'a b'</pre>" in html.unescape(words_of(found))
+
+
+def test_a_run_of_before_says_its_device_in_its_details() -> None:
+    def device_of(**details: Any) -> str | None:
+        description = Description(
+            shape=PAIRS["multi-head"][0], iteration=6, stage="pretrain", details=details
+        )
+        return costs._device(RunRecord(name="run", save=None, description=description))
+
+    assert device_of(device="H100") == "H100"
+    assert device_of(environment={"torch": "2.11"}) is None
+    assert device_of(environment={"device": "H200"}) == "H200"
 
 
 def test_curves_of_masks_are_the_points() -> None:

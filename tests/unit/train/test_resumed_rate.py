@@ -37,6 +37,16 @@ def test_a_rate_that_jumps_is_told_with_the_flags_that_changed(
     )
 
 
+def test_the_decay_is_named_only_where_its_length_changed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    higher = replace(SAVED, optimizer=replace(SAVED.optimizer, lr=1e-2))
+    line = told(caplog, higher, 1e-4, 1e-3)
+    assert line.rstrip().endswith("to 0.001: --lr was 0.001 and is 0.01")
+    shorter = replace(SAVED, optimizer=replace(SAVED.optimizer, lr_decay_iters=60))
+    assert "; --lr-decay-iters 120 keeps the decay" in told(caplog, shorter, 1e-4, 1e-5)
+
+
 def test_a_rate_that_stays_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
     assert told(caplog, SAVED, 1e-4, 1.0001e-4) == ""
     assert told(caplog, SAVED, 0.0, 0.0) == ""
