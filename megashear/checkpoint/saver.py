@@ -75,6 +75,8 @@ class Saver:
         keep: newest iterations to keep; older ones are deleted once a newer one is known to be
             good, see `prove`. 0 keeps all.
         protected: an iteration that is never deleted: the one that the run started from.
+        resumed: the iteration in ``root`` that the run resumes from, which counts as this
+            process's own: a job that saves only when it is stopped proves it, and no other.
         beat: told while a save is waited for and goes on, see `Watchdog`; not of a disk that
             hangs.
     """
@@ -87,12 +89,14 @@ class Saver:
         background: bool = False,
         keep: int = 0,
         protected: Path | None = None,
+        resumed: int | None = None,
         beat: Callable[[str], None] = lambda doing: None,
     ) -> None:
         self.root, self._groups, self._beat = Path(root), groups, beat
         self._background, self._keep, self._protected = background, keep, protected
         self._pending: _Pending | None = None
-        self._unproven: list[int] = []  # iterations that this process has made visible
+        # iterations that this process has made visible, or begins with
+        self._unproven = [] if resumed is None else [resumed]
         self._deletion: Task[Any] | None = None
         # A thread that still writes while the interpreter is taken down ends the process with a
         # signal instead of its exit code.
@@ -157,7 +161,8 @@ class Saver:
         with fail_together(f"{final} cannot be made"):
             if self._groups.rank == 0:
                 _make_way(self.root, final, description.iteration)
-                forget_partial(self.root)
+                if _is_done(self._deletion):  # else it removes its own by itself, and takes long
+                    forget_partial(self.root)
                 aside.mkdir(parents=True)
         with fail_together(f"{final} cannot be written"):
             carried = tokenizer_files.find(tokenizer)
@@ -230,7 +235,9 @@ class Saver:
         """Take note that iterations up to one are good, and delete what --keep has too many.
 
         The weights of a checkpoint are known to be good when a later step was taken from them:
-        until then it does not count, and nothing older goes. Collective over nothing.
+        until then it does not count, and nothing older goes. A thread deletes, for large
+        iterations take long and the other ranks go on; `finish` waits for it. Collective over
+        nothing.
 
         Args:
             iteration: the newest that is known to be good.
@@ -241,11 +248,16 @@ class Saver:
         self._unproven = [number for number in self._unproven if number > iteration]
         if not self._keep or self._groups.rank != 0:
             return
-        if self._deletion is not None:
-            self._deletion.wait()
-        self._deletion = Task(lambda: self._delete(max(proven)))
-        if not self._background:
-            self._deletion.wait()
+        before = self._deletion
+        self._deletion = Task(lambda: self._delete(max(proven), before))
+
+    def finish(self) -> None:
+        """Wait until what --keep has too many is deleted. Collective over the world."""
+        pause = 1e-3
+        while not _done_everywhere(self._deletion):
+            time.sleep(pause)
+            self._beat("deleting older checkpoints")
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def go_back(self, iteration: int) -> Path | None:
         """Name the newest iteration up to one the latest, so that a resume begins there.
@@ -264,16 +276,15 @@ class Saver:
         good = None
         with fail_together(f"{self.root / TRACKER} cannot be written"):
             if self._groups.rank == 0:
-                found = {n: path for n, path in iterations(self.root).items() if n <= iteration}
-                good = next(
-                    (n for n, path in found.items() if (path / DESCRIPTION).is_file()), None
-                )
+                good = next(iter(_ours(self.root, iteration)), None)
                 if good is not None:
                     name_latest(self.root, good)
         good = broadcast_object(good, 0)
         return None if good is None else self.root / iteration_name(good)
 
-    def _delete(self, good: int) -> None:
+    def _delete(self, good: int, before: Task[Any] | None) -> None:
+        if before is not None:
+            before.wait()
         try:
             forget_older(self.root, good, keep=self._keep, protected=self._protected)
         except OSError as error:  # a full disk ends the next save, this one is whole
@@ -414,8 +425,12 @@ def _gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.3f} GB"
 
 
-def _done_everywhere(task: Task[Any]) -> bool:
-    done = torch.tensor([int(task.wait(0.0))], dtype=torch.int32)
+def _is_done(task: Task[Any] | None) -> bool:
+    return task is None or task.wait(0.0)
+
+
+def _done_everywhere(task: Task[Any] | None) -> bool:
+    done = torch.tensor([int(_is_done(task))], dtype=torch.int32)
     world: Any = dist.group.WORLD
     return bool(flat_all_reduce([done], world, dist.ReduceOp.MIN)[0])
 

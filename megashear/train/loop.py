@@ -187,7 +187,7 @@ class Trainer:
         return open_sinks(self.train, first_step=first_step, config=run, layout=layout, texts=texts)
 
     def _run(self, first_step: int, stops: Stops) -> dict[str, Any]:
-        saver = self._saver()
+        saver = self._saver(first_step)
         if saver is not None and first_step < self.train.train_iters:
             saver.check(checkpoint_bytes(self.shape, bf16=self.bf16))
         with raise_together():
@@ -299,6 +299,8 @@ class Trainer:
             # whoever goes on behind this run must hear of a signal that came meanwhile
             _, request = self._agree([], stops.request())
             stop = stops.reason(request, 1)
+            if saver is not None:
+                saver.finish()
             skipped_last = self.guard.not_finite
         reached = {
             "step": step,
@@ -453,7 +455,7 @@ class Trainer:
             self._report(saver.wait(), sink)
         return saver.root / iteration_name(step)
 
-    def _saver(self) -> Saver | None:
+    def _saver(self, first_step: int) -> Saver | None:
         if self.train.save is None:
             return None
         return Saver(
@@ -462,6 +464,7 @@ class Trainer:
             background=self.train.async_save,
             keep=self.train.keep,
             protected=self.source,
+            resumed=first_step if self._is_ours(self.source) else None,
             beat=self.watchdog.beat,
         )
 

@@ -201,6 +201,7 @@ def test_killed_at_any_call_that_changes_the_disk_a_whole_one_is_left(tmp_path: 
             killed(calls)
         saving.save(described(iteration), state(iteration, 0, 1))
         saving.prove(iteration)
+        saving.finish()
 
     before = tmp_path / "before"
     assert alone(lambda: [save(before, iteration) for iteration in (1, 2, 3)] and None) == 0

@@ -241,7 +241,7 @@ def test_older_ones_go_when_a_newer_one_is_known_to_be_good(tmp_path: Path) -> N
             saving.prove(iteration - 1)  # not this one: nothing goes for it
             assert rank != 0 or names(root) == before
             saving.prove(iteration)
-            dist.barrier()
+            saving.finish()
             seen.append([name for name in names(root) if name.startswith("iter")])
         return seen
 
@@ -256,6 +256,38 @@ def test_older_ones_go_when_a_newer_one_is_known_to_be_good(tmp_path: Path) -> N
     ]
     assert (root / "notes").is_dir()
     assert find_iteration(root, contents=True).name == "iter_0000005"
+
+
+def test_a_deletion_that_takes_long_holds_nothing_up(tmp_path: Path) -> None:
+    root = tmp_path / "saved"
+
+    def body(rank: int) -> tuple[list[str], list[str], bool]:
+        may_go, beats, original = threading.Event(), [], saver.forget_older
+
+        def slow(*args: Any, **more: Any) -> list[Path]:
+            may_go.wait()
+            return original(*args, **more)
+
+        saver.forget_older = slow
+        saving = make(root, keep=1, resumed=1, beat=beats.append)
+        saving.save(described(2), state(2, rank))
+        saving.prove(1)  # the run begins with it: nothing is older
+        saving.prove(2)
+        saving.save(described(3), state(3, rank))
+        saving.prove(3)
+        there = names(root)
+        dist.barrier()
+        threading.Timer(0.05, may_go.set).start()
+        saving.finish()
+        return there, names(root), any("deleting" in beat for beat in beats)
+
+    for there, left, told in run_ranks(RANKS, body):
+        assert [name for name in there if name.startswith("iter")] == [
+            "iter_0000002",
+            "iter_0000003",
+        ]
+        assert [name for name in left if name.startswith("iter")] == ["iter_0000003"]
+        assert told
 
 
 def test_what_killed_saves_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,30 @@ def test_the_last_step_is_saved_before_the_long_evaluation(text: TextRun, tmp_pa
     start(again, 1)
     description = read_description(find_iteration(tmp_path / "saved", contents=True))
     assert description.details["held_out_loss"] == losses
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_job_that_saves_when_it_is_stopped_deletes_what_keep_has_too_many(
+    text: TextRun, tmp_path: Path, broken: bool
+) -> None:
+    def forgetful() -> None:
+        save = loop.Saver.save
+
+        def after_deletions(saver: loop.Saver, *args: Any, **more: Any) -> Any:
+            saver.finish()  # a run that is stopped does not wait for them
+            return save(saver, *args, **more)
+
+        loop.Saver.save = after_deletions  # type: ignore[method-assign]
+        if broken:  # the process knows only what it has saved itself
+            loop.Trainer._is_ours = lambda self, checkpoint: False  # type: ignore[method-assign]
+
+    config = configuration(text, "pretrain", layout(), tmp_path, keep=1, exit_interval=1)
+    for resume in (False, True, True):
+        train = replace(config.train, resume=resume)
+        start(replace(config, train=train), 1, forgetful)
+    # 2 is what the last one resumed from, and protected
+    left = [f"iter_{step:07d}" for step in ((1, 2, 3) if broken else (2, 3))]
+    assert sorted(path.name for path in (tmp_path / "saved").glob("iter_*")) == left
 
 
 def test_a_run_carries_the_models_own_tokenizer_and_token_ids(
