@@ -210,12 +210,12 @@ def check_whole(directory: Path, *, contents: bool = True) -> None:
     """
     sums = checksums(directory)
     if sums is None:
-        _check_name(directory)
+        check_name(directory)
         return
     integrity.verify(directory, contents=contents)
     if not contents:
         integrity.verify(directory, [name for name in sums if not name.endswith(".distcp")])
-    _check_name(directory)
+    check_name(directory)
 
 
 def checksums(directory: Path) -> dict[str, FileSum] | None:
@@ -309,8 +309,13 @@ def read_description(directory: Path) -> Description:
         raise DamagedError(f"{path} is broken: {error}") from None
 
 
-def _check_name(directory: Path) -> None:
-    """Hold an iteration's name to the step that it says it is of; other names may be any."""
+def check_name(directory: Path) -> None:
+    """Hold an iteration's name to the step that it says it is of; other names may be any.
+
+    Raises:
+        MisnamedError: it is named for another step.
+        DamagedError: what it says of itself cannot be read.
+    """
     name = _ITERATION.fullmatch(directory.name)
     step = _values(directory / DESCRIPTION).get("iteration")
     if name is not None and isinstance(step, int) and step != int(name[1]):

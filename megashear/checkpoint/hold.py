@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megashear.checkpoint.description import MisnamedError, check_whole, iterations
+from megashear.checkpoint.description import MisnamedError, check_name, iterations
 from megashear.checkpoint.saver import fail_together, forget_partial
 from megashear.files.structured import parse_json
 from megashear.parallel.groups import ParallelGroups
@@ -26,6 +26,9 @@ LOCK = ".megashear.lock"
 """File in --save that says whose it is, locked as long as its owner lives."""
 _PATIENCE_S = 5.0
 """Seconds to wait for an owner that is being killed, or ends just now."""
+_LEASE_S = 100.0
+"""Seconds to wait for an owner on another host, which may be gone: a Linux server of NFSv4 keeps
+the locks of a host that is gone for 90 s (nfsd's lease time)."""
 _PAUSE_S = 0.05
 _HELD = (errno.EACCES, errno.EAGAIN)
 """Errors of a lock that another process has; all others say that there are no locks here."""
@@ -89,16 +92,16 @@ def check_names(root: Path) -> None:
     """
     for path in iterations(root).values():
         try:
-            check_whole(path, contents=False)
+            check_name(path)
         except MisnamedError as error:
             raise ValueError(f"--save {root}: {error}") from None
-        except ValueError:
-            continue  # damaged: a run resumes from another
+        except (ValueError, OSError):
+            continue  # damaged, or a disk that fails: whether the run needs it shows later
 
 
 def _take(root: Path) -> int:
     """Lock the file of a directory, and write into it whose it is; the open file's number."""
-    path, deadline = root / LOCK, time.monotonic() + _PATIENCE_S
+    path, start, is_told = root / LOCK, time.monotonic(), False
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         owner = _owner(handle)
@@ -106,7 +109,15 @@ def _take(root: Path) -> int:
         if is_taken and _is_at(handle, path):
             break
         os.close(handle)
-        if not is_taken and time.monotonic() > deadline:
+        waited, is_elsewhere = time.monotonic() - start, _is_elsewhere(owner)
+        if not is_taken and waited > _PATIENCE_S and is_elsewhere and not is_told:
+            logger.warning(
+                "--save %s is held by %s; waiting %g s for that host's locks to run out, in case "
+                "it is gone",
+                *(root, _name(owner), _LEASE_S),
+            )
+            is_told = True
+        if not is_taken and waited > (_LEASE_S if is_elsewhere else _PATIENCE_S):
             raise ValueError(
                 f"--save {root} is held by another run, {_name(owner)}; wait for it, end it, or "
                 f"choose another --save; if it is gone and this stays, remove {path}"
@@ -120,6 +131,7 @@ def _take(root: Path) -> int:
         )
     own = {
         "pid": os.getpid(),
+        "started": _started(os.getpid()),
         "host": socket.gethostname(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "since": datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="seconds"),
@@ -137,7 +149,7 @@ def _lock(handle: int, owner: dict[str, Any]) -> bool:
         if error.errno in _HELD:
             return False
         # a file system without locks: of this host it can be told who lives
-        return not (owner.get("host") == socket.gethostname() and _lives(owner.get("pid")))
+        return not (owner.get("host") == socket.gethostname() and _lives(owner))
     return True
 
 
@@ -157,7 +169,12 @@ def _name(owner: dict[str, Any]) -> str:
     return f"process {owner.get('pid')} on {owner.get('host')}{job}, since {owner.get('since')}"
 
 
-def _lives(pid: object) -> bool:
+def _is_elsewhere(owner: dict[str, Any]) -> bool:
+    return owner.get("host", socket.gethostname()) != socket.gethostname()
+
+
+def _lives(owner: dict[str, Any]) -> bool:
+    pid, started = owner.get("pid"), owner.get("started")
     if not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
         return False
     try:
@@ -165,8 +182,18 @@ def _lives(pid: object) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    # containers start to count anew: the number may be another process's by now
+    return started is None or _started(pid) in (None, started)
+
+
+def _started(pid: int) -> int | None:
+    """Return when a process began, in ticks since its host did; None where that is not told."""
+    try:
+        # the second field, a name in brackets, may have spaces; the 22nd is the start
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _is_at(handle: int, path: Path) -> bool:

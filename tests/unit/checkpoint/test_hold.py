@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,10 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megashear.checkpoint import hold, integrity
+from megashear.checkpoint import description, hold, integrity
 from megashear.checkpoint.description import (
     TRACKER,
     Description,
@@ -34,6 +37,7 @@ FORK = multiprocessing.get_context("fork")
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hold, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(hold, "_LEASE_S", 0.4)
 
 
 def holding(root: Path, here: Connection) -> None:
@@ -115,6 +119,81 @@ def test_without_locks_of_the_file_system_it_goes_by_who_lives(
     os.waitpid(pid, 0)
     with held(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_another_host_s_locks_are_given_time_to_run_out(
+    tmp_path: Path,
+    owner: Callable[[], int],
+    elsewhere: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pid, pauses = owner(), []
+    if elsewhere:
+        path = tmp_path / LOCK
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "node7"}))
+    monkeypatch.setattr(hold, "_LEASE_S", 0.0 if not elsewhere else 1e9)
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if "node7" in caplog.text:  # it waits; now the server gives the lock back
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    monkeypatch.setattr(hold.time, "sleep", pause)
+    if elsewhere:
+        with held(tmp_path):
+            pass
+        wanted = f"process {pid} on node7, since .*; waiting 1e[+]09 s for that host's locks"
+        assert re.search(rf"--save {tmp_path} is held by {wanted}", caplog.text)
+        assert caplog.text.count("waiting") == 1
+    else:
+        with pytest.raises(ValueError, match="is held by another run"), held(tmp_path):
+            pass
+        assert "waiting" not in caplog.text
+
+
+def test_a_number_that_another_process_has_by_now_is_no_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    owner = {"pid": os.getppid(), "host": socket.gethostname()}
+    began = hold._started(os.getppid())
+    assert began is not None
+    for started, lives in ((began, True), (None, True), (began - 1, False)):
+        (tmp_path / LOCK).write_text(json.dumps(owner | {"started": started}))
+        refused = pytest.raises(ValueError, match="is held by another run")
+        with refused if lives else contextlib.nullcontext(), held(tmp_path):
+            pass
+
+
+def test_other_iterations_cost_a_start_only_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        described(tmp_path, step)
+    (tmp_path / iteration_name(1) / integrity.CHECKSUMS).unlink()
+    original, read = description.read_json_object, []
+
+    def failing(path: Path, *more: str) -> dict[str, Any]:
+        read.append(path.parent.name)
+        if path.parent.name == iteration_name(2):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return original(path, *more)
+
+    def no_hash(*_: object, **more: object) -> None:
+        raise AssertionError("an iteration that nobody asked for is hashed")
+
+    monkeypatch.setattr(integrity, "verify", no_hash)
+    monkeypatch.setattr(description, "read_json_object", failing)
+    with held(tmp_path):
+        pass
+    assert sorted(read) == [iteration_name(1), iteration_name(2)]
+    assert caplog.text == ""
 
 
 def test_a_directory_that_was_made_for_nothing_goes(tmp_path: Path) -> None:
