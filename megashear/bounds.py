@@ -105,6 +105,8 @@ def _short(found: str) -> str:
 _LONGEST = 64
 """Characters of a value in a message."""
 
+MOST_EXTENT = 2**31 - 1
+"""Largest extent of a model: kernels index with 32 bits."""
 TINY = 1e-30
 """Least of what must be above 0: float32 still holds it."""
 

@@ -11,15 +11,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from megashear.bounds import COMMON, TINY, Between, check_bounds
+from megashear.bounds import COMMON, MOST_EXTENT, TINY, Between, check_bounds
 
 NamedNumbers = tuple[float | str, ...]
 """Numbers, or words ``name=number``; in YAML also a mapping of names to numbers, or one number."""
 
 MOST_RATE = 1e4
 """Largest learning rate, of weights and masks."""
-MOST_EXTENT = 2**31 - 1
-"""Largest extent of a model: kernels index with 32 bits."""
 
 Ranks = Annotated[int, Between(1, 2**20)]
 """Processes, devices, or parts of a model among them."""

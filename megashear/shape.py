@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megashear.bounds import MOST_EXTENT
 from megashear.files.structured import read_json_object
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -17,8 +18,6 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 
 MOST_LAYERS = 2**16
 """More layers than any model has."""
-MOST_EXTENT = 2**31 - 1
-"""More of anything else than any model has."""
 MOST_NUMBER = 1e18
 """A larger number in a model's description is a mistake; float32 goes to 3e38."""
 

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "bounds": set(),
     "files": set(),
     "config": {"bounds"},
-    "shape": {"files"},
+    "shape": {"bounds", "files"},
     "tokenizer": {"files"},
     "parallel": {"config", "files"},
     "masks": {"shape", "config"},

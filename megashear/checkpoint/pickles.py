@@ -109,6 +109,7 @@ def check_index(directory: Path) -> Metadata:
         ValueError: as `check_pickles`.
     """
     metadata = _read_metadata(directory / METADATA)
+    sizes: dict[str, int | None] = {}  # of each file once; it has thousands of entries
     for index, place in (metadata.storage_data or {}).items():
         name = place.relative_path
         if not isinstance(name, str) or Path(name).name != name:
@@ -121,13 +122,16 @@ def check_index(directory: Path) -> Metadata:
                 f"{directory / METADATA} is broken: {index.fqn} has {place.length} bytes from byte "
                 f"{place.offset} on; copy the checkpoint again"
             )
-        path = directory / place.relative_path
-        refuse_pointer(path)
-        if not path.is_file() or path.stat().st_size < place.offset + place.length:
+        if name not in sizes:
+            path = directory / name
+            refuse_pointer(path)
+            sizes[name] = path.stat().st_size if path.is_file() else None
+        size = sizes[name]
+        if size is None or size < place.offset + place.length:
             raise ValueError(
                 f"checkpoint {directory} is incomplete: {index.fqn} ends at byte "
-                f"{place.offset + place.length:,} of {place.relative_path}, which is "
-                + (f"{path.stat().st_size:,} bytes" if path.is_file() else "missing")
+                f"{place.offset + place.length:,} of {name}, which is "
+                + ("missing" if size is None else f"{size:,} bytes")
                 + "; copy it again"
             )
     return metadata

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from megashear.files.pointers import refuse_pointer
 from megashear.files.regular import open_regular
 from megashear.files.structured import LARGE_JSON_BYTES, read_json_object
 from megashear.tokenizer.choice import preferred
-from megashear.tokenizer.companions import declared_ids
+from megashear.tokenizer.companions import COMPANION_NAMES, declared_ids
 from megashear.tokenizer.models import SentencePieceTokenizer
 
 CARRIED = (
@@ -108,6 +109,20 @@ def token_ids(files: Sequence[Path]) -> dict[str, Any]:
     knows more than it, then the added tokens of tokenizer.json under the names that
     tokenizer_config.json gives.
     """
+    beside = {path.with_name(name) for path in files for name in COMPANION_NAMES}
+    stats = [
+        (path, found.st_mtime_ns, found.st_size)
+        for path in sorted({*files, *beside})
+        if path.exists() and (found := path.stat())
+    ]
+    return dict(_token_ids(tuple(files), tuple(stats)))
+
+
+@functools.lru_cache(maxsize=4)
+def _token_ids(
+    files: tuple[Path, ...], stats: tuple[tuple[Path, int, int], ...]
+) -> Mapping[str, Any]:
+    """As `token_ids`, remembered while the files are as they were: a run asks at every save."""
     by_name = {_carried_name(path): path for path in files}
     chosen = _chosen(by_name)
     ids: dict[str, Any] = {}

@@ -32,8 +32,8 @@ class SparsityConstraint:
         dtype: of the multipliers, float32 as in the reference; float64 is for comparing layouts.
 
     Raises:
-        ValueError: a target that the clamp of log_alpha puts out of reach, a negative warm-up, or
-            a bound too low to hold the constraint.
+        ValueError: a target that the clamp of log_alpha puts out of reach, or a bound too low to
+            hold the constraint.
 
     Source: Sheared LLaMA (arXiv:2310.06694), section 2.1. Deviations: sums in float64, bounded
     lambda2, no multipliers for a kind that keeps its size.
@@ -50,11 +50,7 @@ class SparsityConstraint:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         assert parts.keys() == targets.keys(), f"masks {[*parts]} for targets {[*targets]}"
-        if warmup_steps < 0:
-            raise ValueError(
-                f"--sparsity-warmup-iters is {warmup_steps}; it must be 0 (the whole target at "
-                f"once) or more"
-            )
+        assert warmup_steps >= 0, f"{warmup_steps} steps of warm-up"
         if lambda2_max is not None and not lambda2_max >= LEAST_LAMBDA2_MAX and not force:
             raise ValueError(
                 f"lambda2_max is {lambda2_max:g}; below {LEAST_LAMBDA2_MAX:g} the masks were seen "

@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from megashear.checkpoint import pickles
 from megashear.checkpoint.pickles import check_pickles
 from megashear.checkpoint.weights import CheckpointWeights
 from tests.ranks import run_ranks
@@ -50,6 +51,20 @@ def add_byte_entry(directory: Path, value: Any) -> None:
         metadata.storage_data[MetadataIndex("rng")] = place("__0_9.distcp", 0, length)
 
     change_metadata(directory, add)
+
+
+def test_each_file_of_an_index_is_looked_at_once(
+    tmp_path: Path, harmed: Harmed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iteration = harmed(lambda directory: None) / "iter_0000120"
+    looked: list[Path] = []
+    refuse = pickles.refuse_pointer
+    monkeypatch.setattr(pickles, "refuse_pointer", lambda path: (looked.append(path), refuse(path)))
+    entries = pickles.check_index(iteration).storage_data
+    assert len(looked) == len(set(looked)) < len(entries)
+    (looked[-1]).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match=rf"{looked[-1].name} is a pointer of Git LFS"):
+        pickles.check_index(iteration)
 
 
 @pytest.mark.parametrize("where", [".metadata", "planner_data", "common.pt", "byte entry"])

@@ -107,6 +107,24 @@ def test_token_ids_are_taken_from_a_fast_tokenizer_and_generation_config(tmp_pat
     assert tokenizer_files.token_ids(files) == {"bos_token_id": 5, "eos_token_id": [6, 9]}
 
 
+def test_token_ids_are_read_again_only_where_a_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, parse = [], tokenizer_files._json
+    monkeypatch.setattr(tokenizer_files, "_json", lambda path: read.append(path) or parse(path))
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [{"id": 5, "content": "<a>"}]}')
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<a>"}')
+    files = tokenizer_files.find(tmp_path)
+    ids = tokenizer_files.token_ids(files)
+    ids["eos_token_id"] = 7  # whoever changes what he got changes no other's
+    before = len(read)
+    assert tokenizer_files.token_ids(files) == {"bos_token_id": 5}
+    assert len(read) == before > 0
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [{"id": 66, "content": "<a>"}]}')
+    assert tokenizer_files.token_ids(files) == {"bos_token_id": 66}
+    assert len(read) > before
+
+
 def test_the_files_of_a_directory_are_copied_and_nothing_else(tmp_path: Path) -> None:
     source, output = tmp_path / "source", tmp_path / "output"
     source.mkdir()

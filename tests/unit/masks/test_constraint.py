@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megashear.config import MaskConfig
 from megashear.masks import constraint as constraint_module
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.mask_set import MaskSet, target_units, whole_parts
@@ -171,8 +172,9 @@ def test_reachable_range_is_computed_from_the_clamp(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_negative_warmup_is_refused() -> None:
-    with pytest.raises(ValueError, match="--sparsity-warmup-iters is -1; it must be 0"):
-        build(warmup_steps=-1)
+    with pytest.raises(ValueError, match="--sparsity-warmup-iters is -1; wanted 0 to"):
+        MaskConfig(sparsity_warmup_iters=-1)
+    assert MaskConfig(sparsity_warmup_iters=0).sparsity_warmup_iters == 0
 
 
 @pytest.mark.parametrize("bound", [99.0, 0.0, -5.0, math.nan])
