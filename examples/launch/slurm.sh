@@ -15,7 +15,7 @@
 #SBATCH --signal=TERM@300
 set -euo pipefail
 
-# The run's --save: the job is queued again only when a checkpoint has come since its start.
+# The run's --save: the job is queued again only when a later checkpoint has come since its start.
 SAVE="${SAVE:-}"
 # Without SAVE nobody sees whether the run moves: a failure before the time is over is no reason to
 # queue the job again once it has been, for whatever reason, this often.
@@ -40,7 +40,11 @@ shown() {
   all="$(SLURM_TIME_FORMAT=standard scontrol -o show job "$SLURM_JOB_ID")" || return 0
   if [[ " $all " =~ " $1="([^ ]*) ]]; then echo "${BASH_REMATCH[1]}"; fi
 }
-checkpoint() { cat "$SAVE/latest_checkpointed_iteration.txt" 2>/dev/null || echo none; }
+checkpoint() {
+  local step
+  step="$(cat "$SAVE/latest_checkpointed_iteration.txt" 2>/dev/null)" || :
+  if [[ "$step" =~ ^[0-9]+$ ]]; then echo "$((10#$step))"; else echo none; fi
+}
 # Slurm may send the signal up to a minute early.
 is_time_over() {
   local end
@@ -83,8 +87,10 @@ elif [[ "${PREEMPTED:-None}" != None && "$PREEMPTED" != "$PREEMPTED_BEFORE" ]]; 
 elif ((SECONDS < SHORTEST)); then
   give_up ", sooner than SHORTEST=$SHORTEST: read the log above"
 elif [[ -n "$SAVE" ]]; then
-  if [[ "$(checkpoint)" == "$SAVED_BEFORE" ]]; then
-    give_up ", and no checkpoint in $SAVE since the start ($SAVED_BEFORE then and now): read the log above"
+  SAVED="$(checkpoint)"
+  # A run that diverged names an older one: that is no progress.
+  if ((${SAVED/none/-1} <= ${SAVED_BEFORE/none/-1})); then
+    give_up ", and no later checkpoint in $SAVE since the start ($SAVED_BEFORE then, $SAVED now): read the log above"
   fi
 elif ((RESTARTS >= MAX_BLIND_REQUEUES)) && ! is_time_over; then
   give_up ", before the time was over, and queued again $RESTARTS times already (at most \

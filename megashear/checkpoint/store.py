@@ -270,7 +270,11 @@ def load_run(
             if entry.key in stored or not entry.key.endswith(SIDES)
         }
     loaded = _read(state, directory, unwrap(chunks[0]).num_tokens)
-    _fill(chunks, loaded, directory)
+    way_out = (
+        f"a run cannot resume from such a weight; move {directory} elsewhere, and the run resumes "
+        f"from the checkpoint before it, where there is one"
+    )
+    _fill(chunks, loaded, directory, way_out=way_out)
     optimizer_state.load(optimizer, model, loaded)
     if masks is not None:
         _fill_masks(masks, loaded["masks"])
@@ -420,14 +424,20 @@ def weight_not_finite(chunks: Sequence[torch.nn.Module]) -> NotFinite | None:
     return not_finite_anywhere(_model_entries(chunks))
 
 
-def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any], directory: Path) -> None:
+def _fill(
+    chunks: Sequence[torch.nn.Module],
+    loaded: dict[str, Any],
+    directory: Path,
+    *,
+    way_out: str = NOT_FINITE,
+) -> None:
     """Put what was read from ``directory`` into the model, and refuse what is not finite there."""
     for number, chunk in enumerate(chunks):
         missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=False)
         odd = [name for name in (*missing, *unexpected) if "_extra_state" not in name]
         assert not odd, odd
     if (bad := weight_not_finite(chunks)) is not None:
-        raise ValueError(f"checkpoint {directory}: {bad}; {NOT_FINITE}")
+        raise ValueError(f"checkpoint {directory}: {bad}; {way_out}")
 
 
 def _mask_entries(state: MaskState, groups: ParallelGroups) -> dict[str, Any]:

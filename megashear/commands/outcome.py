@@ -27,6 +27,9 @@ CANNOT_SAVE = 3
 """Exit status where an output could not be written; checkpoints that were there are whole."""
 _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """Errors that only a file that is written meets."""
+_OF_DISKS = {errno.EIO, errno.ESTALE}
+"""Errors of a disk or a server, which a read meets too: no call is to blame, so that they keep
+their traceback unless it is known that an output met them."""
 INTERRUPTED = 128 + signal.SIGINT
 """Exit status after Ctrl-C, as a shell would say it."""
 UNSAVED = "checkpoints in --save are whole; the same command with --resume resumes from the last"
@@ -65,7 +68,8 @@ def user_errors(prog: str, *, interrupted: str = "nothing was written") -> Calla
                     return CANNOT_SAVE
             except OSError as error:
                 is_of_writing = error.errno in _OF_WRITING
-                if error.errno not in WAYS_OUT or not (error.filename or is_of_writing):
+                is_known = error.errno in WAYS_OUT.keys() - _OF_DISKS
+                if not is_known or not (error.filename or is_of_writing):
                     raise
                 where = f"{os.fspath(error.filename)}: " if error.filename else ""
                 _refuse(prog, f"{where}{error.strerror}")

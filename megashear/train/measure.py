@@ -193,7 +193,7 @@ class _Measured:
         if config.load is not None:
             whole = agree_on_iteration(config.load, groups, contents=config.verify_checkpoint)
             with raise_together():
-                if whole != directory:  # which is damaged
+                if whole != directory:  # damaged, or no more the newest
                     directory, description = whole, read_description(whole)
                     check_no_masks(directory, description)
                     CheckpointWeights(directory)

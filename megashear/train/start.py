@@ -136,7 +136,8 @@ def settle(
             if older.shape != start.shape:
                 raise ValueError(
                     f"{directory}, the newest whole checkpoint in {start.source}, is of another "
-                    f"model than {start.checkpoint}, which is damaged; name one with --load"
+                    f"model than {start.checkpoint}, which is not taken: it is damaged, or another "
+                    f"run has saved since; name one with --load"
                 )
             check(older)
             start = older

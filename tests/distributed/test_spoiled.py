@@ -164,6 +164,27 @@ def test_weights_of_one_rank_that_are_not_finite_are_not_saved(
     assert names(tmp_path) == ["iter_0000001", f"iter_{GOOD:07d}"]
 
 
+def test_a_checkpoint_that_is_spoiled_is_refused_with_the_way_to_an_older_one(
+    text: TextRun, tmp_path: Path
+) -> None:
+    def broken(rank: int) -> None:
+        steps_that_spoil(GOOD, one_number)
+        loop.not_finite_anywhere = lambda state: None  # as before saves were looked at
+
+    more = {"save_interval": 1, "exit_interval": GOOD}
+    assert ended(configuration(text, "pretrain", SPLIT, tmp_path, **more), broken)[0] == 0
+    resumed = configuration(text, "pretrain", SPLIT, tmp_path, resume=True, **more)
+    status, said = ended(resumed, lambda rank: None)
+    spoiled = tmp_path / "saved" / f"iter_{GOOD:07d}"
+    assert status == 2
+    way_out = f"move {spoiled} elsewhere, and the run resumes from the checkpoint before it"
+    assert re.search(rf"checkpoint {spoiled}: [\w.]+\[[\d, ]+\] is inf; .*; {way_out}", said), said
+    assert "download" not in said  # nobody did
+    spoiled.rename(tmp_path / "elsewhere")
+    assert ended(resumed, lambda rank: None)[0] == 0
+    assert names(tmp_path) == ["iter_0000001", spoiled.name]
+
+
 def test_a_run_that_ends_while_steps_are_skipped_ends_with_the_code_too(
     text: TextRun, tmp_path: Path
 ) -> None:

@@ -315,8 +315,11 @@ def test_a_young_job_that_was_preempted_is_queued_again(
 
 @pytest.mark.parametrize(
     ("before", "after", "calls"),
-    [("200", "300", 1), (None, "100", 1), ("200", "200", 0), (None, None, 0)],
-    ids=["further", "the first", "stuck", "none at all"],
+    [
+        *(("200", "300", 1), ("900", "1000", 1), (None, "0", 1)),
+        *(("200", "200", 0), (None, None, 0), ("300", "200", 0), ("200", "nonsense", 0)),
+    ],
+    ids=["further", "longer", "the first", "stuck", "none at all", "gone back", "no number"],
 )
 def test_a_failing_job_goes_on_only_while_its_checkpoints_do(
     slurm_job: dict[str, str], tmp_path: Path, before: str | None, after: str | None, calls: int
@@ -331,7 +334,7 @@ def test_a_failing_job_goes_on_only_while_its_checkpoints_do(
         slurm_job, "sh", "-c", step, SHORTEST=0, SAVE=tracker.parent, SLURM_RESTART_COUNT=9
     )
     assert (tmp_path / "calls").exists() == bool(calls)
-    assert (f"no checkpoint in {tracker.parent} since" in done.stderr) == (not calls)
+    assert (f"no later checkpoint in {tracker.parent} since" in done.stderr) == (not calls)
     assert done.returncode == (0 if calls else 1)
 
 

@@ -66,7 +66,15 @@ def test_what_the_file_system_refuses_is_one_line(
     assert capsys.readouterr().err == f"megashear cut: error: {wanted}\n"
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), OSError(2**20, "?", "a")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(104, "reset"),
+        OSError(2**20, "?", "a"),
+        OSError(errno.EIO, "Input/output error", "a/b"),  # of a read, as far as anyone knows
+        OSError(errno.ESTALE, "Stale file handle", "a/b"),
+    ],
+)
 def test_an_error_of_the_system_that_is_no_file_s_keeps_its_traceback(error: OSError) -> None:
     with pytest.raises(OSError, match=re.escape(str(error.strerror))):
         failing(error)([])
