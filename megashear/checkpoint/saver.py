@@ -248,7 +248,7 @@ class Saver:
         self._unproven = [number for number in self._unproven if number > iteration]
         if not self._keep or self._groups.rank != 0:
             return
-        before = self._deletion
+        before = None if _is_done(self._deletion) else self._deletion  # or none is ever forgotten
         self._deletion = Task(lambda: self._delete(max(proven), before))
 
     def finish(self) -> None:

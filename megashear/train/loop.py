@@ -298,7 +298,7 @@ class Trainer:
                 self._amend(saved, found)
             # whoever goes on behind this run must hear of a signal that came meanwhile
             _, request = self._agree([], stops.request())
-            stop = stops.reason(request, 1)
+            stop = stops.reason(request, None)
             if saver is not None:
                 saver.finish()
             skipped_last = self.guard.not_finite

@@ -75,13 +75,18 @@ class Stops:
         over = bool(limit) and time.monotonic() - self.started >= limit
         return _OVER if over else 0.0
 
-    def reason(self, request: float, step: int) -> str | None:
-        """Why the run ends after ``step`` steps, as agreed; None if it goes on."""
+    def reason(self, request: float, step: int | None) -> str | None:
+        """Say why the run ends after ``step`` steps, as agreed; None if it goes on.
+
+        Args:
+            request: what ranks agreed on.
+            step: steps done; None after the last one, where no interval ends what is at its end.
+        """
         if request == _OVER:
             return f"--exit-duration-in-mins {self.train.exit_duration_in_mins} is over"
         if request:
             return f"{signal.Signals(int(request)).name} was received"
-        if self.train.exit_interval and step % self.train.exit_interval == 0:
+        if step is not None and self.train.exit_interval and step % self.train.exit_interval == 0:
             return f"--exit-interval {self.train.exit_interval} asks for it"
         return None
 

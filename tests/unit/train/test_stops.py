@@ -61,3 +61,7 @@ def test_a_signal_of_any_rank_outranks_the_time_of_all() -> None:
 def test_an_interval_ends_the_run_at_its_multiples() -> None:
     asked = Stops(TrainConfig(exit_interval=5))
     assert [asked.reason(0.0, step) is not None for step in (4, 5, 6, 10)] == [0, 1, 0, 1]
+    every = Stops(TrainConfig(exit_interval=1))
+    assert every.reason(0.0, 1) is not None
+    assert every.reason(0.0, None) is None  # what is at its end is not stopped: a cut may follow
+    assert every.reason(float(signal.SIGTERM), None) == "SIGTERM was received"
