@@ -140,6 +140,7 @@ def preprocess(
         **asdict(policy),
         "tokenizer_path": None,  # its content counts, and it may be moved
         "tokenizer_fingerprint": tokenizer.fingerprint,
+        "added_tokens_fingerprint": tokenizer.added_fingerprint,
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
         "tokens_dtype": tokens_dtype,

@@ -223,6 +223,8 @@ class _Search:
             ValueError: it was; its text would be there twice.
         """
         found = path.stat()
+        if not found.st_ino:  # some file systems in user space number no files
+            return
         first = self._met.setdefault((found.st_dev, found.st_ino), path)
         if first is not path:
             if first == path:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megashear.files.structured import LARGE_JSON_BYTES, read_json_object
+from megashear.files.structured import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,8 @@ def read_journal(directory: Path, name: str) -> Journal:
     path = directory / FOLDER / f"{name}.json"
     if not path.is_file():
         return Journal()
-    content = read_json_object(path, max_bytes=LARGE_JSON_BYTES)
+    # Of any size, for it is ours: some 420 bytes for each input file.
+    content = read_json_object(path, max_bytes=path.stat().st_size)
     places = []
     try:
         for place in content["places"]:
@@ -181,8 +182,7 @@ def unfinished(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
             yield
         except BaseException as error:
             names = [path.stem for path in folder.glob("*.json")]
-            journals = [read_journal(directory, name) for name in names]
-            is_kept = any(journal.places or journal.counts for journal in journals)
+            is_kept = any(_is_kept(directory, name) for name in names)
             if not is_kept:
                 shutil.rmtree(directory)
             kept = (
@@ -195,6 +195,15 @@ def unfinished(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
             if is_kept:
                 logger.warning(kept)
             raise
+
+
+def _is_kept(directory: Path, name: str) -> bool:
+    """Return whether a domain's journal lists work; a journal that cannot be read may."""
+    try:
+        journal = read_journal(directory, name)
+    except ValueError:  # must not take the place of the error that ends the run
+        return True
+    return bool(journal.places or journal.counts)
 
 
 def _lock(lock: Any, directory: Path) -> None:
@@ -216,7 +225,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any], directory: Path) ->
     if not path.is_file():
         write_whole(path, json.dumps(wanted, indent=2))
         return
-    begun = read_json_object(path, max_bytes=LARGE_JSON_BYTES)
+    begun = read_json_object(path)
     changed = [key for key in {**wanted, **begun} if wanted.get(key) != begun.get(key)]
     if changed:
         told = ", ".join(f"{key} {begun.get(key)!r}, now {wanted.get(key)!r}" for key in changed)

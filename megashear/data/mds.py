@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from megashear.data.text_files import CHUNK_BYTES, Chunk, Record
 from megashear.data.unpack import DAMAGES, unpacked
-from megashear.files.pointers import refuse_pointer
 from megashear.files.regular import inside, open_regular
 from megashear.files.structured import LARGE_JSON_BYTES, parse_json, read_json, read_json_object
 
@@ -157,7 +156,6 @@ def _shard(directory: Path, shard: Mapping[str, Any]) -> Path:
 
 
 def _unpacked(file: Path) -> bytes:
-    refuse_pointer(file)
     with open_regular(file) as raw:
         if file.suffix not in PACKED:
             data = raw.read(LARGEST + 1)

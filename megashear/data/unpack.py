@@ -10,8 +10,6 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from megashear.files.pointers import refuse_pointer
-
 PACKINGS = {".gz": "gzip", ".zst": "Zstandard", ".zstd": "Zstandard"}
 """Suffixes of packed text that is read."""
 FEED_BYTES = (1 << 8, 1 << 12)
@@ -22,6 +20,8 @@ DENSE_BYTES = 1 << 20
 BEGINNINGS = {
     b"\x1f\x8b": ("gzip", ".gz"),
     b"\x28\xb5\x2f\xfd": ("Zstandard", ".zst"),
+    # Frames to skip, with which pzstd begins a file. Source: RFC 8878, section 3.1.2.
+    **{bytes([low]) + b"\x2a\x4d\x18": ("Zstandard", ".zst") for low in range(0x50, 0x60)},
     b"PAR1": ("parquet", ".parquet"),
     b"BZh": ("bzip2", None),
     b"\xfd7zXZ": ("xz", None),
@@ -41,9 +41,8 @@ def unpacked(raw: BinaryIO, file: Path) -> io.BufferedReader:
     """Return the text of ``file`` as a stream over its bytes ``raw``.
 
     Raises:
-        ValueError: the file is of another kind than its name says, or a pointer of Git LFS.
+        ValueError: the file is of another kind than its name says.
     """
-    refuse_pointer(file)
     packing = PACKINGS.get(file.suffix.lower())
     beginning = raw.read(max(map(len, BEGINNINGS)))
     raw.seek(0)

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from megashear.files.pointers import is_pointer, refuse_pointer
+from megashear.files.pointers import refuse_pointer
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -76,12 +76,13 @@ def open_regular(
         return os.open(path, flags | os.O_NONBLOCK)
 
     stream: Any = open(path, "rb", buffering=buffering, opener=opener)  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise NotRegularError(f"{name or path} changed while it was opened; a file is wanted")
-    if is_pointer(path):
-        stream.close()
+    try:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise NotRegularError(f"{name or path} changed while it was opened; a file is wanted")
         refuse_pointer(path, name)
+    except BaseException:
+        stream.close()
+        raise
     opened: io.BufferedReader | io.FileIO = stream
     return opened
 

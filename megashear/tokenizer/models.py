@@ -41,6 +41,9 @@ class Tokenizer(ABC):
     note: str | None = None
     """What a user must hear of the choice between the files that are there; None for nothing."""
 
+    added_fingerprint: str | None = None
+    """SHA-256 of the tokens that the files beside the model add to it; None where they add none."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._goes_alone = path.name not in COMPANION_NAMES
@@ -203,9 +206,12 @@ class HuggingFaceTokenizer(Tokenizer):
         import tokenizers
 
         known = {token.content for token in self.added}
-        for number, token in sorted(declared.items()):
-            if token.content in known:
-                continue
+        lacking = [
+            (n, token) for n, token in sorted(declared.items()) if token.content not in known
+        ]
+        if lacking:
+            self.added_fingerprint = hashlib.sha256(repr(lacking).encode()).hexdigest()
+        for number, token in lacking:
             self._model.add_tokens([tokenizers.AddedToken(**token.options, special=token.special)])
             found = self._model.token_to_id(token.content)
             if found != number:

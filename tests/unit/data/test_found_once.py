@@ -1,10 +1,12 @@
 """All that lies in a directory is read once or told of, however it is reached."""
 
+import functools
 import json
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +50,22 @@ def test_hard_links_are_refused(folder) -> None:
     os.link(folder / "cc/a.jsonl", folder / "cc/z.jsonl")
     with pytest.raises(ValueError, match=r"z\.jsonl is \S+a\.jsonl once more, by a link"):
         find_domains(folder)
+
+
+def test_files_without_numbers_are_not_taken_for_one(folder, monkeypatch) -> None:
+    """As some file systems in user space have them; the twin gives all the number 7."""
+    found = Path.stat
+
+    def stat(path: Path, number: int = 0, **kw: Any) -> os.stat_result:
+        fields = list(found(path, **kw))
+        return os.stat_result([fields[0], number, *fields[2:]])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", stat)
+        assert [len(files) for files in find_domains(folder).values()] == [2, 1]
+        patch.setattr(Path, "stat", functools.partialmethod(stat, 7))
+        with pytest.raises(ValueError, match="once more, by a link"):
+            find_domains(folder)
 
 
 def test_shards_that_are_listed_twice_are_refused(folder) -> None:

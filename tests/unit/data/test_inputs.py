@@ -276,6 +276,7 @@ def test_a_longer_text_file_than_allowed_is_refused(tmp_path, sentencepiece_file
     [
         (gzip.compress(b"{}"), r"x\.jsonl is a gzip file.*name it \*\.gz"),
         (zstandard.compress(b"{}"), r"x\.jsonl is a Zstandard file.*name it \*\.zst"),
+        (b"\x5f\x2a\x4d\x18\0\0\0\0", r"x\.jsonl is a Zstandard file.*name it \*\.zst"),
         (b"PAR1....", r"x\.jsonl is a parquet file.*name it \*\.parquet"),
         (b"BZh91AY", r"x\.jsonl is a bzip2 file, which .* not say; unpack it first"),
     ],
@@ -284,6 +285,18 @@ def test_a_file_of_another_kind_than_its_name_is_refused(tmp_path, content, mess
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(read_chunks(tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize("low", [0x50, 0x5F])
+def test_zstandard_that_begins_with_a_frame_to_skip_is_read(tmp_path, low: int) -> None:
+    skipped = bytes([low]) + b"\x2a\x4d\x18\x04\0\0\0size"
+    (tmp_path / "x.jsonl.zst").write_bytes(skipped + zstandard.compress(GOOD))
+    (tmp_path / "y.jsonl").write_bytes(GOOD)
+    (chunk,), (plain,) = (list(read_chunks(tmp_path / n)) for n in ("x.jsonl.zst", "y.jsonl"))
+    assert chunk.records == plain.records
+    (tmp_path / "x.jsonl.zst").write_bytes(b"\x4f" + skipped[1:] + zstandard.compress(GOOD))
+    with pytest.raises(ValueError, match="is no Zstandard file, though its name says so"):
+        list(read_chunks(tmp_path / "x.jsonl.zst"))
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [(".json.gz", "gzip"), (".txt.zst", "Zstandard")])

@@ -23,6 +23,8 @@ from megashear.data.documents import EncodedChunk
 from megashear.data.domains import preprocess
 from megashear.data.inputs import find_domains
 from megashear.data.manifest import DataManifest, read_manifest
+from megashear.files.structured import LARGE_JSON_BYTES
+from megashear.tokenizer.models import Tokenizer
 from tests.unit.data.conftest import write_jsonl
 from tests.unit.data.test_domains import content, documents
 
@@ -244,6 +246,40 @@ def test_other_settings_do_not_mix(run, tmp_path, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         run(**options)
     assert content(tmp_path / "out.tmp") == before
+
+
+def test_other_added_tokens_do_not_mix(run, tmp_path, monkeypatch) -> None:
+    """A run begun by a release that did not ask resumes only where no token was added."""
+    assert killed_at("encode", 12, run)
+    noted = tmp_path / "out.tmp" / journal.FOLDER / journal.SETTINGS_NAME
+    settings = json.loads(noted.read_text())
+    assert settings.pop("added_tokens_fingerprint") is None
+    noted.write_text(json.dumps(settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "added_fingerprint", "ab12")
+        with pytest.raises(ValueError, match="added_tokens_fingerprint None, now 'ab12'"):
+            run()
+    run()
+
+
+def test_a_journal_of_any_size_is_read_and_a_spoiled_one_hides_no_error(tmp_path) -> None:
+    out = tmp_path / "out.tmp"
+    noted = out / journal.FOLDER / "cc.json"
+
+    def end(spoiled: bool) -> None:
+        with journal.unfinished(out, {}):
+            journal.write_journal(out, "cc", journal.Journal())
+            with noted.open("a") as stream:
+                stream.write(" " * LARGE_JSON_BYTES)
+            assert journal.read_journal(out, "cc") == journal.Journal()
+            if spoiled:
+                noted.write_text("{")
+            raise RuntimeError("the real one")
+
+    for spoiled in (True, False):
+        with pytest.raises(RuntimeError, match="the real one"):
+            end(spoiled)
+        assert out.exists() == spoiled
 
 
 def test_a_directory_of_somebody_else_is_refused(run, tmp_path) -> None:

@@ -285,7 +285,8 @@ def test_tokens_that_other_files_declare_are_added(
     edit(tmp_path / "tokenizer.json", lambda v: v["added_tokens"].pop())  # <tool>
     size = len(bytes_vocabulary["vocab"]) + 2
     token = {"content": "<tool>", "special": False, "normalized": False}
-    lacking = load_tokenizer(tmp_path).encode(TEXTS[2])
+    without = load_tokenizer(tmp_path)
+    lacking = without.encode(TEXTS[2])
 
     def declare(number: int) -> None:
         entry = {"added_tokens_decoder": {str(number): token}}
@@ -296,6 +297,9 @@ def test_tokens_that_other_files_declare_are_added(
     ours = check(tmp_path, "llama", *LEADING)
     assert ours.encode(TEXTS[2]).count(size) == 2
     assert ours.encode(TEXTS[2]) != lacking
+    assert ours.fingerprint == without.fingerprint
+    assert without.added_fingerprint is None
+    assert ours.added_fingerprint is not None
     (tmp_path / declared_in).write_text("{}")
     declare(size + 7)
     with pytest.raises(ValueError, match=rf"'<tool>' the id {size + 7}, and it would get {size}"):
