@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megashear.files.output import check_writable, writing
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.drawing import INK, check_image, legend, new_figure, save, style
+from megashear.monitor.notes import READING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,10 +124,14 @@ def _read_directory(directory: str | Path) -> dict[str, dict[int, Point]]:
     # 0 keeps all points; by default it thins them out
     reader = EventAccumulator(str(directory), size_guidance={"scalars": 0})
     reader.Reload()
-    return {
+    found = {
         tag: dict(sorted((e.step, Point(e.value, e.wall_time)) for e in reader.Scalars(tag)))
         for tag in reader.Tags()["scalars"]
     }
+    # without points: a text says by being there that the run logs a weight from its step on
+    if f"{READING}/text_summary" in reader.Tags()["tensors"]:
+        found[READING] = {}
+    return found
 
 
 def plot_mixture(directories: Sequence[str | Path], output: str | Path, *, title: str = "") -> None:
@@ -194,9 +199,10 @@ def mixture_figure(runs: Sequence[Points], *, names: Sequence[str] = (), title: 
                 "linestyle": DASHES[number // len(COLOURS) % len(DASHES)],
             }
             weights = points.get(tags.mixture_weight(name), {})
-            # a weight holds from its step on; runs of before have the one of the steps up to it,
-            # and none at step 0
-            jumps = {"drawstyle": "steps-post" if 0 in weights else "steps-pre", "label": name}
+            # a weight holds from its step on; runs of before wrote no texts, and have the weight
+            # of the steps up to it. A resumed run has none at step 0
+            holds_on = READING in points or 0 in weights
+            jumps = {"drawstyle": "steps-post" if holds_on else "steps-pre", "label": name}
             _draw(panels[0], _from(begin, weights), {}, line | jumps)
             errors = _from(begin, points.get(tags.eval_error(name), {}))
             if has_losses:

@@ -103,7 +103,7 @@ def source_loss(file: Path | str | None, folder: Path | None) -> MeanLoss | None
         folder: of a quickstart, whose results have its source.
 
     Raises:
-        ValueError: the file holds no losses by domain.
+        ValueError: the file holds no losses by domain, or standard errors that are no numbers.
     """
     if file is not None:
         read = read_json_object(file, f"--source-loss {file}")
@@ -113,22 +113,35 @@ def source_loss(file: Path | str | None, folder: Path | None) -> MeanLoss | None
                 f"--source-loss {file} holds no losses by domain under 'held-out loss'; give what "
                 f"`megashear evaluate --load SOURCE --output FILE` wrote"
             )
-        errors = read.get("standard error")
-        return MeanLoss(
-            domains=losses,
-            errors=known_errors(errors if isinstance(errors, dict) else {}),
-            words="source",
-        )
+        errors = _checked_errors(read.get("standard error"), f"--source-loss {file}")
+        return MeanLoss(domains=losses, errors=errors, words="source")
     if folder is None or not (folder / RESULTS).is_file():
         return None
     for model in read_json_object(folder / RESULTS).get("models", []):
         if model.get("name") == SOURCE_MODEL:
-            return MeanLoss(
-                domains=model["losses"],
-                errors=known_errors(model.get("errors", {})),
-                words="source",
-            )
+            errors = _checked_errors(model.get("errors"), str(folder / RESULTS))
+            return MeanLoss(domains=model["losses"], errors=errors, words="source")
     return None
+
+
+def _checked_errors(found: Any, file: str) -> dict[str, float]:
+    """Return the standard errors that are known, of a file that anyone may have written."""
+    found = {} if found is None else found
+    wrong = (
+        [f"{name}: {error!r}" for name, error in found.items() if not _is_error(error)]
+        if isinstance(found, dict)
+        else [repr(found)]
+    )
+    if wrong:
+        raise ValueError(
+            f"{file} holds a standard error that is no number ({wrong[0][:100]}); a number or null "
+            f"is wanted for each domain; write it again with `megashear evaluate --output FILE`"
+        )
+    return known_errors(found)
+
+
+def _is_error(found: Any) -> bool:
+    return found is None or isinstance(found, int | float)
 
 
 def _are_losses(found: Any) -> TypeGuard[dict[str, float]]:

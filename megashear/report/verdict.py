@@ -15,9 +15,10 @@ LIMITS = {
     "changed by rounding to the target": 0.05,
     "apart from the target": 0.05,
 }
-"""Largest share of a kind's gates (of the last, of a row's units) of a mask that has settled. One
-gate is never too many: of few gates it is a large share. The last two leave room for the clamp of
-log_alpha: a gate that is as closed as it gets is open with a chance of .047."""
+"""Largest share of a kind's gates (of the last, of a row's units) of a mask that has settled. A
+single gate beyond a limit is always tolerated, because with few gates it is already a large share.
+The last two leave room for the clamp of log_alpha: a gate that is as closed as it gets is open with
+a chance of .047."""
 UNDECIDED, CHURN, ROUNDING, DISTANCE = LIMITS
 
 
@@ -30,19 +31,23 @@ class Finding:
     """One of `LIMITS`."""
     share: float
     """Of the kind's gates; of the distance, of a row's units."""
-    num_gates: int
-    """Of the kind; of the distance, units of a row."""
+    allowance: float
+    """Share that is always tolerated: one gate of the kind; of the distance, a tenth of a unit."""
 
     @property
     def is_settled(self) -> bool:
         """Whether it is within its limit."""
-        return self.share <= max(LIMITS[self.what], 1.001 / self.num_gates)
+        return self.share <= max(LIMITS[self.what], 1.001 * self.allowance)
 
     def __str__(self) -> str:
-        return (
-            f"{100 * self.share:.1f} % of the {KIND_NAMES[self.kind]} are {self.what}, where "
-            f"{100 * LIMITS[self.what]:.0f} % are settled"
-        ).replace("are changed", "changed")
+        name, limit = KIND_NAMES[self.kind], f"(at most {100 * LIMITS[self.what]:.0f} %"
+        share = f"{100 * self.share:.1f} %"
+        if self.what == DISTANCE:
+            return (
+                f"the expected number of {name} is {share} of a row away from the target {limit})"
+            )
+        verb = "are " if self.what == UNDECIDED else ""
+        return f"{share} of the {name} {verb}{self.what} {limit} in settled masks)"
 
 
 def findings(record: RunRecord) -> list[Finding]:
@@ -87,11 +92,10 @@ def _measured(record: RunRecord, masks: MaskReading) -> list[Finding]:
         if churn:
             shares[CHURN] = churn[max(churn)]
         found += [
-            Finding(kind=kind, what=what, share=share, num_gates=one.num_gates)
+            Finding(kind=kind, what=what, share=share, allowance=1 / one.num_gates)
             for what, share in shares.items()
         ]
         distance = abs(one.expected_open - one.target) / one.num_units
-        found.append(
-            Finding(kind=kind, what=DISTANCE, share=distance, num_gates=10 * one.num_units)
-        )
+        allowance = 0.1 / one.num_units
+        found.append(Finding(kind=kind, what=DISTANCE, share=distance, allowance=allowance))
     return found

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from megashear.monitor import figures
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.figures import plot_mixture, read_events, runs_in
+from megashear.monitor.notes import READING
 from megashear.monitor.tensorboard import TensorBoardSink
 
 DOMAINS = ("cc", "wiki")
@@ -86,8 +87,10 @@ def test_runs_that_follow_each_other_are_joined(tmp_path: Path) -> None:
     assert run.points["x"] == {1: 1.0, 2: 2.0, 3: 3.5, 4: 4.5}
 
 
-def write_weights(folder: Path, weights: dict[int, float]) -> Path:
-    sink = TensorBoardSink(folder)
+def write_weights(
+    folder: Path, weights: dict[int, float], texts: dict[str, str] | None = None
+) -> Path:
+    sink = TensorBoardSink(folder, texts=texts)
     for step, weight in weights.items():
         sink.scalars(step, {tags.mixture_weight("cc"): weight, tags.eval_loss("cc"): 2.0})
     sink.close()
@@ -117,7 +120,8 @@ def test_runs_that_begin_alike_are_drawn_one_after_the_other(
 def test_a_change_is_drawn_where_it_is(drawn: list[Figure], tmp_path: Path) -> None:
     now = write_weights(tmp_path / "now", {0: 0.25, 10: 0.25, 15: 0.5, 20: 0.5})
     before = write_weights(tmp_path / "before", {10: 0.25, 20: 0.5})
-    for number, (folder, where) in enumerate({now: 15, before: 10}.items()):
+    resumed = write_weights(tmp_path / "resumed", {10: 0.25, 20: 0.5}, {READING: "how to read it"})
+    for number, (folder, where) in enumerate({now: 15, before: 10, resumed: 20}.items()):
         plot_mixture([folder], tmp_path / f"{number}.svg")
         line = drawn[number].axes[0].lines[0]
         drawn_by = {"steps-post": 0, "steps-pre": 1}[line.get_drawstyle()]

@@ -115,3 +115,20 @@ def test_what_holds_no_losses_is_refused(tmp_path: Path, content: dict[str, Any]
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"--source-loss .*source.json holds no losses by domain"):
         source_loss(file, None)
+
+
+@pytest.mark.parametrize("errors", [{"c": "x"}, {"c": [0.1]}, "low"])
+def test_errors_that_are_no_numbers_are_refused(tmp_path: Path, errors: Any) -> None:
+    file = tmp_path / "source.json"
+    file.write_text(json.dumps({"held-out loss": LOSSES, "standard error": errors}))
+    with pytest.raises(ValueError, match=r"--source-loss .*source.json holds a standard error"):
+        source_loss(file, None)
+    models = [{"name": "source", "losses": LOSSES, "errors": errors}]
+    (tmp_path / "results.json").write_text(json.dumps({"models": models}))
+    with pytest.raises(ValueError, match=r"results.json holds a standard error that is no number"):
+        source_loss(None, tmp_path)
+    # the twin: a number or null is read
+    file.write_text(json.dumps({"held-out loss": LOSSES, "standard error": {"c": 0.1, "p": None}}))
+    found = source_loss(file, None)
+    assert found is not None
+    assert found.errors == {"c": 0.1}

@@ -12,7 +12,7 @@ from megashear.monitor import tensorboard as tags
 from megashear.monitor.figures import Point
 from megashear.report.kept import MaskReading
 from megashear.report.record import RunRecord
-from megashear.report.verdict import CHURN, LIMITS, Finding, findings, verdict
+from megashear.report.verdict import CHURN, DISTANCE, LIMITS, UNDECIDED, Finding, findings, verdict
 from tests.tiny import PAIRS
 from tests.unit.report.test_kept import half_open
 
@@ -50,21 +50,32 @@ def test_what_has_not_settled_is_named() -> None:
     assert "The masks have not settled yet: " in restless
     moved = verdict(run(settled(), churn=0.5), most=1)
     assert "50.0 % of the hidden dimensions changed side since the evaluation before" in moved
-    assert "where 2 % are settled; and " in moved
+    assert "(at most 2 % in settled masks); and " in moved
+
+
+def test_a_finding_says_its_limit_as_one() -> None:
+    undecided = Finding(kind="head", what=UNDECIDED, share=0.12, allowance=0.01)
+    assert (
+        str(undecided) == "12.0 % of the query heads are undecided (at most 10 % in settled masks)"
+    )
+    away = dataclasses.replace(undecided, what=DISTANCE, share=0.06)
+    assert str(away) == (
+        "the expected number of query heads is 6.0 % of a row away from the target (at most 5 %)"
+    )
 
 
 @pytest.mark.parametrize("what", LIMITS)
 def test_a_measure_is_settled_up_to_its_limit(what: str) -> None:
     limit = LIMITS[what]
     at, above = (
-        Finding(kind="head", what=what, share=limit + e, num_gates=1000) for e in (0, 1e-6)
+        Finding(kind="head", what=what, share=limit + e, allowance=1e-3) for e in (0, 1e-6)
     )
     assert at.is_settled
     assert not above.is_settled
 
 
 def test_one_gate_of_few_is_never_too_many() -> None:
-    one = Finding(kind="layer", what=CHURN, share=1 / 6, num_gates=6)
+    one = Finding(kind="layer", what=CHURN, share=1 / 6, allowance=1 / 6)
     assert one.is_settled
     assert not dataclasses.replace(one, share=2 / 6).is_settled
 
