@@ -47,6 +47,8 @@ REFUSED_SUFFIXES = frozenset(
 """Of what is likely data and is not read: archives, tables, packed files of unknown content."""
 NUM_NAMED = 5
 """Files named in a message that counts them all."""
+NUM_LOOKED_AT = 256
+"""JSON files of a folder whose first record is looked at, one open each."""
 
 
 class Inputs(dict[str, list[Path]]):
@@ -119,6 +121,13 @@ def find_domains(directory: str | Path, json_key: str = "text") -> Inputs:
                 f"{files[0]} is plain text, which is one document a file, and a domain needs two "
                 f"or more: put several into one folder, write it as JSON lines, or move it away"
             )
+        plain = [file for file in files if file.name.lower().endswith(PLAIN_SUFFIXES)]
+        if plain and len(plain) < len(files):
+            logger.warning(
+                "%s: %d of its %d files are plain text, each taken as one document, %s first; move "
+                "away what is no data, such as a README",
+                *(entry, len(plain), len(files), plain[0]),
+            )
         name = entry.name if entry.is_dir() else _domain_name(entry, json_key)
         if name in domains:
             raise ValueError(
@@ -136,14 +145,18 @@ def find_domains(directory: str | Path, json_key: str = "text") -> Inputs:
 
 
 def samples_of(files: Sequence[Path]) -> list[Path]:
-    """Return the first file of each folder and suffix: what is wrong in one is so in all like it.
+    """Return the files whose first record is looked at before any text is tokenised.
 
-    Descriptions that lie beside data (``dataset_infos.json``) are mostly of another suffix.
+    Of JSON up to `NUM_LOOKED_AT` of each folder, for a description that is no data
+    (``dataset_infos.json``) may lie among shards under any name; of other kinds, whose files are
+    all alike, the first of each folder.
     """
-    firsts: dict[tuple[Path, str], Path] = {}
+    chosen: dict[tuple[Path, str], list[Path]] = {}
     for file in files:
-        firsts.setdefault((file.parent, _suffix(file)), file)
-    return list(firsts.values())
+        alike = chosen.setdefault((file.parent, _suffix(file)), [])
+        if len(alike) < (NUM_LOOKED_AT if file.name.lower().endswith(JSON_SUFFIXES) else 1):
+            alike.append(file)
+    return [file for alike in chosen.values() for file in alike]
 
 
 def read_chunks(

@@ -33,13 +33,22 @@ LARGEST = 2**32 - 1
 
 
 def is_mds(directory: Path) -> bool:
-    """Whether a directory's index.json lists shards."""
+    """Whether a directory's index.json lists shards.
+
+    Raises:
+        ValueError: it cannot be read, and shards lie beside it.
+    """
     index = directory / INDEX_NAME
     if not index.is_file():
         return False
     try:
         return isinstance(read_json(index, max_bytes=LARGE_JSON_BYTES).get("shards"), list)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError) as error:
+        if next(directory.glob("*.mds*"), None) is not None:
+            raise ValueError(
+                f"{index} does not list the MDS shards beside it: {error}; copy it again from "
+                f"where the shards were written"
+            ) from None
         return False
 
 

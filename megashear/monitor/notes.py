@@ -17,7 +17,7 @@ HINTS = """\
 - **Custom Scalars** groups the curves by five questions; start there.
 - **Smoothing** (the slider of the settings): 0 for everything but `train/lm-loss` and
   `train/grad-norm`, where .6 helps. Held-out losses, masks and weights of domains have few points,
-  all of which count; smoothed, a step of theirs looks like a drift, and later than it was.
+  all of which count; smoothed, a change of theirs looks like a drift, and later than it was.
 - **Colours** are those of runs, one for each directory; curves of one run in one chart differ in
   their symbols, which *Matches* below the chart names. Start TensorBoard on the directory above
   several runs to compare them; the box beside a run's name changes its colour.

@@ -28,6 +28,8 @@ class MeanLoss:
     """Standard error of each loss, as far as they are known."""
     words: str = ""
     """What it was measured on."""
+    on_subsample: bool = False
+    """Whether that is the part of the held-out text that evaluations within a run read."""
 
     @property
     def mean(self) -> float:
@@ -70,9 +72,9 @@ def final_loss(record: RunRecord) -> MeanLoss | None:
     words = f"at step {step:,}, on the run's subsample"
     losses = _at(points, tags.eval_loss, step)
     if not losses or losses.keys() != {*domains_of(points)}:
-        return MeanLoss(domains={"mean": steps[step]}, words=words)
+        return MeanLoss(domains={"mean": steps[step]}, words=words, on_subsample=True)
     errors = known_errors(_at(points, tags.eval_error, step))
-    return MeanLoss(domains=losses, errors=errors, words=words)
+    return MeanLoss(domains=losses, errors=errors, words=words, on_subsample=True)
 
 
 def references_of(record: RunRecord) -> dict[str, float]:
@@ -93,6 +95,21 @@ def mean_reference(record: RunRecord) -> float | None:
     if not references or references.keys() != {*domains_of(record.points)}:
         return None
     return sum(references.values()) / len(references)
+
+
+def check_domains(source: MeanLoss, record: RunRecord, file: Path | str) -> None:
+    """Refuse losses of other domains than a run's: the gap between two such means says nothing.
+
+    Raises:
+        ValueError: with the domains of both.
+    """
+    loss = final_loss(record)
+    if loss is None or loss.domains.keys() in ({"mean"}, source.domains.keys()):
+        return
+    raise ValueError(
+        f"--source-loss {file} has losses of {', '.join(sorted(source.domains))}, and the run of "
+        f"{', '.join(sorted(loss.domains))}; evaluate the source on the run's --data-path"
+    )
 
 
 def source_loss(file: Path | str | None, folder: Path | None) -> MeanLoss | None:

@@ -178,6 +178,9 @@ def _gaps(records: Sequence[RunRecord], source: MeanLoss | None) -> list[str]:
     if loss is None:
         return []
     levels = _levels(records[-1], source)
+    if loss.on_subsample and BEFORE_PRUNING in levels:
+        name = f"{BEFORE_PRUNING} (over all held-out text; this loss over a subsample)"
+        levels = {name: levels.pop(BEFORE_PRUNING), **levels}
     return [
         f"That is {loss.mean - level:.3f} above {words}, {level:.3f}."
         if loss.mean >= level
@@ -191,12 +194,14 @@ def _levels(record: RunRecord, source: MeanLoss | None) -> dict[str, float]:
     reference = mean_reference(record)
     levels = {}
     if source is not None:
-        levels["the model before pruning"] = source.mean
+        levels[BEFORE_PRUNING] = source.mean
     if reference is not None and (source is None or abs(reference - source.mean) > SAME_LOSS):
         levels["the mean of the references"] = reference
     return levels
 
 
+BEFORE_PRUNING = "the model before pruning"
+"""What the source is called where a loss is held to it."""
 SAME_LOSS = 5e-4
 """Nats; losses that differ less are one line, for three digits are shown."""
 
@@ -405,7 +410,7 @@ def _domains_table(record: RunRecord, source: MeanLoss | None) -> list[str]:
     if references:
         columns["reference"] = references
         columns["above it"] = {n: loss.domains[n] - references[n] for n in references}
-    if source is not None and "the model before pruning" in _levels(record, source):
+    if source is not None and BEFORE_PRUNING in _levels(record, source):
         columns["before pruning"] = source.domains
     rows = [
         [name, *(f"{of[name]:.3f}" if name in of else "-" for of in columns.values())]

@@ -8,7 +8,7 @@ from pathlib import Path
 from megashear.checkpoint import integrity
 from megashear.files.output import check_writable, writing
 from megashear.monitor.drawing import require_matplotlib
-from megashear.report.losses import source_loss
+from megashear.report.losses import check_domains, source_loss
 from megashear.report.page import page, save_figures
 from megashear.report.record import RESULTS, read_runs
 from megashear.report.story import headline, sections_of, title_of
@@ -63,6 +63,8 @@ def write_report(
     records = read_runs(run, tensorboard_dirs)
     folder = Path(run[0]) if (Path(run[0]) / RESULTS).is_file() else None
     before = source_loss(source, folder)
+    if source is not None and before is not None:
+        check_domains(before, records[-1], source)
     sections = sections_of(records, folder, before)
     lead = headline(records, before)
     content = page(title or title_of(records), lead, sections, now=records[0].now)

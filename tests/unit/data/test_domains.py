@@ -380,7 +380,7 @@ def test_a_mistake_of_a_whole_domain_is_found_at_the_start(
 def test_a_description_beside_the_data_is_found_at_the_start(
     jsonl, tmp_path, sentencepiece_file, monkeypatch
 ) -> None:
-    """Whatever lies before it in its domain: it is of another suffix."""
+    """Whatever lies before it in its domain, of the same suffix or another."""
     monkeypatch.setattr(domains, "encode_chunk", None)  # before anything is tokenised
     file = shutil.copy(jsonl["numbers"][0], tmp_path / "a.jsonl")
     other = tmp_path / "dataset_infos.json"
@@ -391,5 +391,7 @@ def test_a_description_beside_the_data_is_found_at_the_start(
         preprocess(inputs, tmp_path / "out", sentencepiece_file, progress=True)
     other.write_text('{"name": "numbers"}')
     message = r"infos\.json, line 1 has no key 'text', only \['name'\]; .* or move the file away"
-    with pytest.raises(ValueError, match=message):
-        preprocess(inputs, tmp_path / "out", sentencepiece_file, progress=True)
+    alike = Path(shutil.copy(file, tmp_path / "a.json"))
+    for inputs in ({"x": [Path(file), other]}, {"x": [alike, other]}):
+        with pytest.raises(ValueError, match=message):
+            preprocess(inputs, tmp_path / "out", sentencepiece_file, progress=True)

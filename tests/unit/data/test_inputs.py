@@ -131,6 +131,9 @@ def test_domains_are_files_or_folders_of_any_depth(tmp_path, caplog) -> None:
     assert found.unread == [tmp_path / ".x.jsonl", tmp_path / "notes/readme.md"]
     assert re.search(r"2 files are not read: \S+/\.x\.jsonl, \S+/readme\.md; read are", caplog.text)
     assert len(caplog.records) == 2
+    (tmp_path / "cc/2/README.txt").write_text("no data")
+    assert tmp_path / "cc/2/README.txt" in find_domains(tmp_path)["cc"]
+    assert re.search(r"/cc: 1 of its 3 files are plain text, .*2/README\.txt first", caplog.text)
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,13 @@ def test_a_directory_of_shards_is_no_directory_of_domains(wiki) -> None:
     assert not is_mds(wiki.parent)
 
 
+def test_a_list_of_shards_that_is_broken_is_refused_where_shards_are(wiki) -> None:
+    (wiki / "index.json").write_text('{"shards": [')
+    message = r"wiki/index\.json does not list the MDS shards beside it: .* is not JSON.*copy"
+    with pytest.raises(ValueError, match=message):
+        find_domains(wiki.parent)
+
+
 def test_ids_beyond_the_vocabulary_are_refused(wiki, tmp_path, sentencepiece_file) -> None:
     start = (wiki / "shard.00000.mds").read_bytes().index(CHUNKS[11].tobytes()) + 6
     wrong = np.uint16(300).tobytes()

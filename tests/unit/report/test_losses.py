@@ -14,6 +14,7 @@ from megashear.monitor import tensorboard as tags
 from megashear.monitor.figures import Point
 from megashear.report.losses import (
     MeanLoss,
+    check_domains,
     final_loss,
     mean_reference,
     references_of,
@@ -88,12 +89,13 @@ def test_the_gap_to_source_and_references_stands_at_the_top(tmp_path: Path) -> N
     file = tmp_path / "source.json"
     file.write_text(json.dumps({"held-out loss": {"c": 1.0, "prose": 2.0}, "mean": 1.5}))
     source = source_loss(file, None)
-    lead = "".join(headline([record(POINTS)], source))
+    finished = record(POINTS, held_out_loss={"loss": LOSSES})
+    lead = "".join(headline([finished], source))
     assert "That is 1.000 above the model before pruning, 1.500." in lead
     assert "That is 0.250 above the mean of the references, 2.250." in lead
     assert "+1.000" in lead
     assert "before pruning" not in "".join(headline([record(POINTS)]))
-    better = "".join(headline([record(POINTS)], MeanLoss(domains={"c": 3.0})))
+    better = "".join(headline([finished], MeanLoss(domains={"c": 3.0})))
     assert "That is 0.500 below the model before pruning, 3.000." in better
     # a source that is the reference is said once
     once = "".join(headline([record(POINTS)], MeanLoss(domains={"c": 2.25})))
@@ -132,3 +134,17 @@ def test_errors_that_are_no_numbers_are_refused(tmp_path: Path, errors: Any) -> 
     found = source_loss(file, None)
     assert found is not None
     assert found.errors == {"c": 0.1}
+
+
+def test_a_source_of_other_domains_is_refused() -> None:
+    check_domains(MeanLoss(domains=LOSSES), record(POINTS), "source.json")
+    other = MeanLoss(domains={"c": 2.0, "wiki": 3.0})
+    message = "--source-loss source.json has losses of c, wiki, and the run of c, prose; evaluate"
+    with pytest.raises(ValueError, match=message):
+        check_domains(other, record(POINTS), "source.json")
+
+
+def test_a_gap_to_a_source_on_other_text_says_so() -> None:
+    source = MeanLoss(domains={"c": 1.5, "prose": 2.5})
+    said = "the model before pruning (over all held-out text; this loss over a subsample), 2.000"
+    assert said in "".join(headline([record(POINTS)], source))
