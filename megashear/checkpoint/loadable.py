@@ -66,7 +66,7 @@ def warn(shape: ModelShape, of_what: str = "") -> None:
 
 
 def _nearest(target: ModelShape, source: ModelShape) -> str:
-    """The flags of the nearest hidden sizes and numbers of heads that load."""
+    """Return the flags of the nearest hidden sizes and numbers of heads that load."""
     hidden, heads = target.hidden_size, target.num_attention_heads
     # as many query heads for each key/value head; without grouped queries both go together
     groups = 1 if source.heads_per_group == 1 else target.num_query_groups
@@ -81,7 +81,7 @@ def _nearest(target: ModelShape, source: ModelShape) -> str:
 
 
 def _around(value: int, most: int, fits: Callable[[int], bool]) -> list[str]:
-    """The nearest numbers below and above ``value``, from 1 to ``most``, that fit."""
+    """Return the nearest numbers below and above ``value``, from 1 to ``most``, that fit."""
     sides = (range(min(value, most), 0, -1), range(value + 1, most + 1))
     found = (next((n for n in side if fits(n)), None) for side in sides)
     return [str(n) for n in found if n is not None]

@@ -122,7 +122,7 @@ def token_ids(files: Sequence[Path]) -> dict[str, Any]:
 def _token_ids(
     files: tuple[Path, ...], stats: tuple[tuple[Path, int, int], ...]
 ) -> Mapping[str, Any]:
-    """As `token_ids`, remembered while the files are as they were: a run asks at every save."""
+    """Return `token_ids`, remembered while the files do not change: a run asks at every save."""
     by_name = {_carried_name(path): path for path in files}
     chosen = _chosen(by_name)
     ids: dict[str, Any] = {}
@@ -155,7 +155,7 @@ def _carried_name(path: Path) -> str:
 
 
 def _chosen(by_name: Mapping[str, Path]) -> Path | None:
-    """The file that fixes the token ids."""
+    """Return the file that fixes the token ids."""
     model, fast = by_name.get("tokenizer.model"), by_name.get("tokenizer.json")
     return preferred(model, fast) if model is not None and fast is not None else model or fast
 

@@ -53,7 +53,7 @@ def _parse(argv: Sequence[str]) -> PlanConfig:
 def _read(
     config: PlanConfig,
 ) -> tuple[PruneRun | None, PretrainRun | None, ModelShape, ModelShape | None]:
-    """The two recipes, the model's shape and the target's.
+    """Return the two recipes, the model's shape and the target's.
 
     Raises:
         ValueError: anything a user can mend.
@@ -71,7 +71,7 @@ def _read(
 
 
 def _recipe(run: type[Run], file: str | None, flag: str) -> Run | None:
-    """The run that a YAML file describes, read as `prune` and `pretrain` read it."""
+    """Read the run that a YAML file describes, as `prune` and `pretrain` read it."""
     if file is None:
         return None
     # a recipe leaves to the command line where the text is, and a plan reads none

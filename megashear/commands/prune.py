@@ -44,7 +44,7 @@ def check(config: PruneRun) -> None:
 
 
 def _then(config: PruneRun) -> PretrainRun | None:
-    """The run that follows in the same job."""
+    """Return the run that follows in the same job."""
     if config.then_pretrain is None:
         return None
     return parse(

@@ -39,7 +39,7 @@ def nearest_multiples(value: int, step: int, most: int) -> str:
 
 
 def _named_extents(name: str) -> dict[str, Any]:
-    """The extents of a preset, or those that a JSON file has."""
+    """Return the extents of a preset, or those that a JSON file has."""
     if name in PRESETS:
         # a preset stands for its extents: the rest is what the source is
         return {e: getattr(PRESETS[name], e) for e in (*EXTENTS.values(), "head_dim")}

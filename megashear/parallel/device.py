@@ -349,7 +349,7 @@ def engine_mismatch(cuda: str | None = torch.version.cuda) -> str | None:
 
 
 def _engine_extra(cuda: str | None) -> str:
-    """The extra of megashear that brings Transformer Engine for torch's CUDA."""
+    """Name the extra of megashear that brings Transformer Engine for torch's CUDA."""
     return "gpu" if cuda is None else f"gpu-cu{cuda.partition('.')[0]}"
 
 

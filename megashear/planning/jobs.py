@@ -109,7 +109,7 @@ def make_plans(
 
 
 def _fixed(config: PlanConfig, run: PruneRun | PretrainRun | None) -> Fixed:
-    """The layout that flags choose, or else a recipe."""
+    """Return the layout that flags choose, or else a recipe."""
     recompute = None
     if config.recompute_granularity is not None:
         recompute = ModelConfig(

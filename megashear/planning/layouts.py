@@ -89,7 +89,7 @@ class Fixed:
 
     @classmethod
     def of_run(cls, run: PruneRun | PretrainRun) -> Fixed:
-        """The layout of a run as it is configured."""
+        """Return the layout of a run as it is configured."""
         return cls(
             tensor=run.parallel.tensor_model_parallel_size,
             pipeline=run.parallel.pipeline_model_parallel_size,

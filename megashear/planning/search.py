@@ -141,7 +141,7 @@ def _nothing_fits(
 
 
 def _smallest(work: Work, job: Job, cluster: Cluster, fixed: Fixed) -> Candidate:
-    """A division with every layer recomputed, unless that was chosen otherwise."""
+    """Return a division with every layer recomputed, unless that was chosen otherwise."""
     *_, least = recomputes(work, fixed.model)
     return candidate(replace(work, model=least), job, cluster)
 

@@ -143,7 +143,7 @@ def layer_map(masks: MaskReading, mode: Mode) -> str:
 
 
 def heads_as_text(kept: KeptUnits, layer: int) -> str:
-    """A layer's query heads, ``#`` kept and ``.`` pruned, key/value groups apart."""
+    """Return a layer's query heads, ``#`` kept and ``.`` pruned, key/value groups apart."""
     width = kept.source.heads_per_group
     signs = "".join("#" if is_kept else "." for is_kept in kept.heads[layer].tolist())
     if width == 1:

@@ -66,7 +66,7 @@ def preferred(model: Path, fast: Path) -> Path:
 
 @functools.lru_cache(maxsize=16)
 def _preferred(model: Path, fast: Path, stats: tuple[tuple[int, int], ...]) -> Path:
-    """As `preferred`, remembered while the files are as they were: a run asks at every save."""
+    """Return `preferred`, remembered while the files do not change: a run asks at every save."""
     return _choose(model, fast).path
 
 
@@ -110,7 +110,7 @@ def _load_named_model(path: Path) -> Tokenizer:
 
 
 def _choose(model: Path, fast: Path) -> Tokenizer:
-    """The tokenizer of a directory that holds both."""
+    """Choose the tokenizer of a directory that holds both."""
     try:
         pieces = SentencePieceTokenizer(model, alone=True)
     except ValueError as error:

@@ -555,7 +555,7 @@ class Trainer:
         return f"{reason}; samples of this step: {samples}"
 
     def _newest_good(self, step: int) -> int:
-        """The newest iteration whose weights a step was taken from, after ``step`` steps."""
+        """Return the newest iteration whose weights a step was taken from, after ``step`` steps."""
         return step - self.guard.in_a_row - 1
 
     def _check_losses(
@@ -570,8 +570,10 @@ class Trainer:
                     raise self._diverged(what, step, saver)
 
     def _diverged(self, what: str, step: int, saver: Saver | None) -> DivergedError:
-        """The error that ends a run that is not finite, once the last good checkpoint is named
-        the latest. Collective over the world."""
+        """Name the last good checkpoint the latest, and return the error that ends the run.
+
+        Collective over the world.
+        """
         way_out = "lower --lr, or look at the text of these steps"
         if saver is None:
             return DivergedError(f"{what}. Nothing was saved, for --save is not given: {way_out}")

@@ -140,7 +140,7 @@ def check_pretrain(config: PretrainRun) -> None:
 
 
 def _after_pruning(config: PruneRun, then: PretrainRun | None) -> PretrainRun | None:
-    """The continued pretraining that is resumed, where a job of both is past its pruning."""
+    """Return the continued pretraining to resume, where a job of both is past its pruning."""
     if then is None:
         return None
     check_then(config, then)
