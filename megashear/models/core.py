@@ -118,6 +118,10 @@ def document_mask(documents: Tensor) -> Tensor:
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, aware of sequence parallelism."""
 
+    num_open: Tensor | None = None
+    """How many hidden dimensions are open where masks close some, float32 [], see
+    `kernels.rms_norm`; None for all."""
+
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
     ) -> None:
@@ -129,7 +133,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm ``x``, [..., hidden_size]; the mean square is taken in float32."""
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return kernels.rms_norm(x, self.weight, self.eps, self.num_open)
 
 
 class SwiGLU(MegatronModule):

@@ -2,8 +2,8 @@
 backward pass, which torch's own operators, one node each, would keep several times over.
 
 Gates come in here where the activation that they gate is in hand anyway. Arithmetic is float32
-whatever the activation's precision, and the result is rounded once; a norm on CUDA rounds its
-weight too, see `rms_norm`.
+whatever the activation's precision, and the result is rounded once; a norm over all dimensions on
+CUDA rounds its weight too, see `fused_rms_norm`.
 """
 
 from __future__ import annotations
@@ -32,31 +32,37 @@ def swiglu(x: Tensor, units: Tensor | None = None) -> Tensor:
     return output
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, num_open: Tensor | None = None) -> Tensor:
+    """x / sqrt(sum(x^2) / h' + eps) * weight over the last dimension.
 
-    On CUDA it is torch's fused kernel, which takes weights of the activation's precision alone: a
-    masked norm's float32 weight, gates folded in, is rounded once, as the cut rounds what it folds,
-    and masked and unmasked norms run one kernel. On a CPU the weight is taken as it is.
+    Where masks close hidden dimensions, ``x`` is exactly 0 there, so that with h' of h open this is
+    the norm that the cut model takes of what it keeps. The host never reads h': it may be another
+    one in every step without a wait and without another kernel.
+
+    On CUDA the norm over all dimensions is torch's fused kernel, see `fused_rms_norm`, and the one
+    over the open is ours, compiled. On a CPU both are ours.
 
     Args:
         x: [..., h].
         weight: [h], of any precision.
         eps: added to the mean square.
+        num_open: h', float32 [], on the device of ``x``; None for h.
 
     Returns:
         Shaped and typed like ``x``.
 
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467).
     """
-    if x.is_cuda:
+    if x.is_cuda and num_open is None:
         return fused_rms_norm(x, weight, eps)
-    output: Tensor = _RMSNorm.apply(x, weight, eps)
+    count = x.new_full((), x.size(-1), dtype=torch.float32) if num_open is None else num_open
+    output: Tensor = _RMSNorm.apply(x, weight, eps, count)
     return output
 
 
 def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` as it is on CUDA; a float32 weight beside bfloat16 would run as seven kernels."""
+    """`rms_norm` over all dimensions as it is on CUDA, where the weight is rounded as ``x`` is; a
+    float32 weight beside bfloat16 would run as seven kernels."""
     return torch.nn.functional.rms_norm(x, (x.size(-1),), weight.to(x.dtype), eps)
 
 
@@ -157,24 +163,38 @@ def _activation_gradients(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        # in the order of torch's own norm, for the same bits
-        scale = wide.pow(2).mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, count: Tensor) -> Tensor:
+        y, scale = _norm(x, weight, eps, count)
+        ctx.save_for_backward(x, weight, scale, count)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        dy, wide, w = dy.float(), x.float(), weight.float()
-        product = (dy * wide).flatten(0, -2)  # [tokens, h]
-        dweight = product.T @ scale.flatten()
-        # d scale / d x = -scale^3 x / h
-        along = (product @ w).view_as(scale) * scale.pow(3).div_(-x.size(-1))
-        dx = (dy * w).mul_(scale).addcmul_(wide, along)
-        return dx.to(x.dtype), dweight.to(weight.dtype), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *_norm_gradients(dy, *ctx.saved_tensors), None, None
+
+
+@fused
+def _norm(x: Tensor, weight: Tensor, eps: float, count: Tensor) -> tuple[Tensor, Tensor]:
+    """And what each token was scaled by, float32 [..., 1]."""
+    wide = x.float()
+    # in the order of torch's own norm, for the same bits
+    scale = wide.pow(2).sum(dim=-1, keepdim=True).div_(count).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight).to(x.dtype), scale
+
+
+@fused
+def _norm_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of the input and of the weight."""
+    dy, wide, w = dy.float(), x.float(), weight.float()
+    product = (dy * wide).flatten(0, -2)  # [tokens, h]
+    dweight = product.T @ scale.flatten()
+    # d scale / d x = -scale^3 x / count
+    along = (product @ w).view_as(scale) * scale.pow(3).div_(count).neg_()
+    dx = (dy * w).mul_(scale).addcmul_(wide, along)
+    return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
 class _Rotate(torch.autograd.Function):
