@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megashear.masks.mask_set import exact_gates, expected_gates
-from megashear.masks.targets import EXTENTS, KINDS, UNMASKED
+from megashear.masks.kinds import KINDS
+from megashear.masks.targets import UNMASKED
 from megashear.models import layout
 from megashear.shape import ModelShape
-
-__all__ = ["RoundingChange", "cut", "rounding_changes"]
 
 
 def cut(
@@ -91,10 +88,7 @@ class _Gates:
         self.source = source
         self.of: dict[str, Tensor] = {}  # float32 [num_rows, num_units]
         for kind in KINDS:
-            extents = (
-                1 if kind in ("hidden", "layer") else source.num_layers,
-                getattr(source, EXTENTS[kind]),
-            )
+            extents = KINDS[kind].extents(source)
             given = gates.get(kind, torch.ones(extents))
             self.of[kind] = given.detach().float().cpu().reshape(extents)
         groups = self.of["group"].repeat_interleave(source.heads_per_group, dim=1)
@@ -167,45 +161,3 @@ def _check_count(where: str, mask: str, row: Tensor, wanted: int) -> None:
 
 def _open(row: Tensor) -> Tensor:
     return row.nonzero().flatten()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RoundingChange:
-    """How far the masks of one kind are from a shape that can be cut."""
-
-    num_changed: int
-    """Gates open in one of the two modes and closed in the other."""
-    num_gates: int
-    """Gates of the kind."""
-    fewest_open: int
-    """Open gates of the row with the fewest, in expected mode."""
-    most_open: int
-    """Open gates of the row with the most, in expected mode."""
-    target: int
-    """Open gates of every row in exact mode."""
-
-
-def rounding_changes(
-    log_alpha: Mapping[str, Tensor], targets: Mapping[str, int]
-) -> dict[str, RoundingChange]:
-    """What rounding to the target's shape does to the masks, by kind.
-
-    Expected mode is what the masks ask for and training evaluates; exact mode is what is cut.
-
-    Args:
-        log_alpha: whole masks by kind, [num_rows, num_units].
-        targets: units to leave open in each row, by the same kinds.
-    """
-    exact, expected = exact_gates(log_alpha, targets), expected_gates(log_alpha)
-    changes = {}
-    for kind, gates in exact.items():
-        is_open = expected[kind] != 0
-        opened = is_open.sum(dim=1)  # [num_rows]
-        changes[kind] = RoundingChange(
-            num_changed=int((is_open != (gates != 0)).sum()),
-            num_gates=gates.numel(),
-            fewest_open=int(opened.min()),
-            most_open=int(opened.max()),
-            target=targets[kind],
-        )
-    return changes

@@ -7,10 +7,11 @@ from typing import Any
 
 from megashear.checkpoint import loadable
 from megashear.checkpoint.aside import check_absent
-from megashear.checkpoint.cut import cut, rounding_changes
+from megashear.checkpoint.cut import cut
 from megashear.checkpoint.description import Description, find_iteration
 from megashear.checkpoint.store import read_log_alpha
 from megashear.checkpoint.weights import CheckpointWeights, write_weights
+from megashear.masks.census import take_census
 from megashear.masks.mask_set import exact_gates, expected_gates, target_units
 from megashear.shape import ModelShape
 
@@ -50,7 +51,7 @@ def cut_checkpoint(
     source, target = weights.shape, ModelShape(**details["target_shape"])
     loadable.warn(target, "target ")
     targets = target_units(source, target)
-    changes = rounding_changes(log_alpha, targets)
+    counts = take_census(log_alpha, targets)
     gates = exact_gates(log_alpha, targets) if exact_target else expected_gates(log_alpha)
     written = write_weights(
         output,
@@ -63,7 +64,7 @@ def cut_checkpoint(
             details={
                 "source_shape": source.to_dict(),
                 "pruned_for": weights.description.iteration,
-                "rounding": {kind: change.num_changed for kind, change in changes.items()},
+                "rounding": {kind: found.num_changed for kind, found in counts.items()},
                 # how it was trained: `megashear evaluate` asks for lengths and borders of documents
                 **({"run": details["run"]} if "run" in details else {}),
                 **weights.description.hf_config,
@@ -77,6 +78,6 @@ def cut_checkpoint(
         "parameters before": source.num_params(),
         "parameters after": target.num_params(),
         "gates that rounding to the target changed": {
-            kind: f"{change.num_changed} of {change.num_gates}" for kind, change in changes.items()
+            kind: f"{found.num_changed} of {found.num_gates}" for kind, found in counts.items()
         },
     }

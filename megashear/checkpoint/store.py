@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,10 @@ from megashear.checkpoint.saver import Saver, fail_together
 from megashear.checkpoint.weights import MASTERS, without_extra_state
 from megashear.masks.census import Sides
 from megashear.masks.constraint import SparsityConstraint
+from megashear.masks.kinds import KINDS
 from megashear.masks.mask_set import MaskPart, MaskSet, by_layer
 from megashear.masks.optimizer import MaskOptimizer
 from megashear.models import layout
-from megashear.models.binding import SPLIT_OVER_TENSOR
 from megashear.models.finite import NotFinite
 from megashear.models.llama import unwrap
 from megashear.parallel import device
@@ -302,7 +302,7 @@ def read_log_alpha(checkpoint: Path | str) -> dict[str, Tensor]:
         wanted = {
             kind: ShardedTensor.from_rank_offsets(
                 f"masks.{kind}.log_alpha",
-                torch.empty(extents if kind in SPLIT_OVER_TENSOR else extents[1:]),
+                torch.empty(extents if KINDS[kind].per_layer else extents[1:]),
             )
             for kind, extents in masks.items()
         }
@@ -454,28 +454,35 @@ def _mask_entries(state: MaskState, groups: ParallelGroups) -> dict[str, Any]:
 def _shards(
     key: str, tensor: Tensor, part: MaskPart | None, groups: ParallelGroups
 ) -> dict[str, ShardedTensor]:
-    if part is None or part.kind == "hidden":  # every rank holds the whole
-        everyone = (groups.pipeline_rank, groups.tensor_rank, groups.data_rank)
-        return {key: ShardedTensor.from_rank_offsets(key, tensor.reshape(-1), replica_id=everyone)}
-    if part.kind == "layer":
-        copies = (0, groups.tensor_rank, groups.data_rank)
-        return {
-            f"{key}.{layer}": ShardedTensor.from_rank_offsets(
-                key, tensor[0, own : own + 1], (0, layer, part.num_units), replica_id=copies
-            )
-            for own, layer in enumerate(part.units)
-        }
+    kind = None if part is None else KINDS[part.kind]
+    copy = [groups.pipeline_rank, groups.tensor_rank, groups.data_rank]
+    stacked, across = 0, []
+    if kind is not None and kind.split_over_pipeline:
+        stacked, copy[0] = int(kind.per_layer), 0
+    if kind is not None and kind.split_over_tensor:
+        across, copy[1] = [(stacked, groups.tensor_rank, groups.tensor_size)], 0
     return {
-        f"{key}.{layer}": ShardedTensor.from_rank_offsets(
-            key,
-            own,  # [own units], or [own groups, H/G]
-            (0, layer, part.extents[0]),
-            (1, groups.tensor_rank, groups.tensor_size),
-            prepend_axis_num=1,
-            replica_id=(0, 0, groups.data_rank),
+        name: ShardedTensor.from_rank_offsets(
+            key, piece, *along, *across, prepend_axis_num=stacked, replica_id=tuple(copy)
         )
-        for layer, own in zip(part.layers, by_layer(part, tensor))
+        for name, along, piece in _pieces(key, tensor, part)
     }
+
+
+def _pieces(
+    key: str, tensor: Tensor, part: MaskPart | None
+) -> Iterator[tuple[str, list[tuple[int, int, int]], Tensor]]:
+    """Yield views of a mask tensor as stages divide it, with their names and places.
+
+    Either one, of all that every rank holds whole; or one a layer, [1] of a kind whose units are
+    layers, else [own units] or [own groups, H/G].
+    """
+    if part is None or not KINDS[part.kind].split_over_pipeline:
+        yield key, [], tensor.view(-1)
+        return
+    held = by_layer(part, tensor) if KINDS[part.kind].per_layer else tensor.view(-1, 1)
+    for layer, piece in zip(part.layers, held):
+        yield f"{key}.{layer}", [(0, layer, part.num_layers)], piece
 
 
 def _fill_masks(state: MaskState, loaded: dict[str, Tensor]) -> None:
@@ -486,11 +493,5 @@ def _fill_masks(state: MaskState, loaded: dict[str, Tensor]) -> None:
                 key = f"masks.{kind}.{name}" if kind else f"masks.{name}"
                 if name == SIDES and not any(known.startswith(key) for known in loaded):
                     continue  # of an older release, or nothing of the kind is held here
-                if part is None or kind == "hidden":
-                    tensor.copy_(loaded[key].reshape(tensor.shape))
-                elif kind == "layer":
-                    pieces = [loaded[f"{key}.{layer}"] for layer in part.units]
-                    tensor.copy_(torch.cat(pieces)[None])
-                else:
-                    pieces = [loaded[f"{key}.{layer}"] for layer in part.layers]
-                    tensor.copy_(torch.stack(pieces).view_as(tensor))
+                for named, _, piece in _pieces(key, tensor, part):
+                    piece.copy_(loaded[named].view_as(piece))

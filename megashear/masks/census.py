@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.gates import scores
-from megashear.masks.mask_set import MaskPart, exact_gates
+from megashear.masks.mask_set import MaskPart, exact_gates, expected_gates
 
 UNDECIDED = (0.1, 0.9)
 """Chances to be open between which a gate counts as undecided, neither bound included. The lower
@@ -19,51 +19,66 @@ clamp of log_alpha gives 0.047, so that .05 would leave out hardly more than the
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Census:
-    """Where the gates of one kind stand. Sizes are open units of a row, mean over rows."""
+    """Where the gates of one kind stand, and how far from a shape that can be cut.
 
-    num_gates: int
-    """Gates of the kind, in all rows."""
-    expected_size: float
-    """Sum of the chances to be open."""
-    actual_size: float
-    """Gates that evaluation leaves open, which are whole ones."""
+    Two modes are compared. Expected mode opens as many gates of a row as it is expected to open:
+    what the masks ask for, which training evaluates. Exact mode opens the target's number in every
+    row: what is cut.
+    """
+
+    kind: str
+    num_rows: int
+    num_units: int
+    """In a row."""
+    target: int
+    """Units to keep in each row."""
     fewest_open: int
-    """The same of the row with the fewest."""
+    """Open gates of the row that keeps fewest, expected mode."""
     most_open: int
-    """The same of the row with the most."""
-    undecided: int
+    """Open gates of the row that keeps most, expected mode."""
+    actual_open: float
+    """Open gates of a row, expected mode, mean over rows."""
+    num_changed: int
+    """Gates open in one of the two modes and closed in the other."""
+    num_undecided: int
     """Gates whose chance to be open lies between the bounds of ``UNDECIDED``."""
-    rounded: int
-    """Gates on another side in exact mode, which is cut, than in expected mode."""
+    expected_open: float
+    """Sum of a row's chances to be open, mean over rows."""
+
+    @property
+    def num_gates(self) -> int:
+        """Return the gates of the kind, in all rows."""
+        return self.num_rows * self.num_units
 
 
 def take_census(
-    whole_log_alpha: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    targets: Mapping[str, int],
+    whole_log_alpha: Mapping[str, Tensor], targets: Mapping[str, int]
 ) -> dict[str, Census]:
     """Count the gates of every kind.
 
     Args:
         whole_log_alpha: **whole** masks by kind, [num_rows, num_units].
-        expected: their deterministic gates in expected mode (`mask_set.expected_gates`).
-        targets: units to leave open in each row, by kind.
+        targets: units to leave open in each row, by the same kinds.
     """
-    exact = exact_gates(whole_log_alpha, targets)
+    exact, expected = exact_gates(whole_log_alpha, targets), expected_gates(whole_log_alpha)
     counted = {}
     for kind, log_alpha in whole_log_alpha.items():
+        num_rows, num_units = log_alpha.shape
         chance = scores(log_alpha.detach())  # float64
         is_open = expected[kind] != 0
         per_row = is_open.sum(dim=1)  # [num_rows]
         least, most = UNDECIDED
         counted[kind] = Census(
-            num_gates=log_alpha.numel(),
-            expected_size=float(chance.sum()) / log_alpha.shape[0],
-            actual_size=int(per_row.sum()) / log_alpha.shape[0],
+            kind=kind,
+            num_rows=num_rows,
+            num_units=num_units,
+            target=targets[kind],
             fewest_open=int(per_row.min()),
             most_open=int(per_row.max()),
-            undecided=int(((chance > least) & (chance < most)).sum()),
-            rounded=int((is_open != (exact[kind] != 0)).sum()),
+            actual_open=int(per_row.sum()) / num_rows,
+            num_changed=int((is_open != (exact[kind] != 0)).sum()),
+            num_undecided=int(((chance > least) & (chance < most)).sum()),
+            expected_open=float(chance.sum()) / num_rows,
         )
     return counted
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from megashear.masks.gates import LOG_ALPHA_MAX, LOG_ALPHA_MIN, probability_closed
+from megashear.masks.kinds import KINDS
 from megashear.masks.state import load_tensors
-from megashear.masks.targets import EXTENTS, KINDS, MaskPart, target_flag
+from megashear.masks.targets import MaskPart, target_flag
 
 LEAST_LAMBDA2_MAX = 100.0
 """Smallest bound of lambda2 that still holds the constraint; 10 was seen to lose control."""
@@ -151,8 +152,9 @@ def _target_sparsity(part: MaskPart, wanted: int) -> float:
             nearest = math.floor(part.num_units * (1.0 - least))
         else:
             nearest = math.ceil(part.num_units * (1.0 - most))
-        extent = EXTENTS[part.kind]
-        each = " for each key/value head" if part.rows_per_layer > 1 else ""
+        kind = KINDS[part.kind]
+        extent, outer = kind.extent, kind.within if part.rows_per_layer > 1 else None
+        each = "" if outer is None else f" for each {KINDS[outer].unit}"
         raise ValueError(
             f"target {extent} {wanted} of {part.num_units}{each} is a sparsity of "
             f"{sparsity:.4f}, and masks reach {least:.4f} to {most:.4f}; the nearest "

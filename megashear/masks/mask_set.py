@@ -15,11 +15,11 @@ from megashear.masks.gates import (
     sample_gates,
     uniform_noise,
 )
+from megashear.masks.kinds import KINDS
 from megashear.masks.state import load_tensors
-from megashear.masks.targets import KINDS, MaskPart, target_units, whole_parts
+from megashear.masks.targets import MaskPart, target_units, whole_parts
 
 __all__ = [
-    "KINDS",
     "MaskPart",
     "MaskSet",
     "by_layer",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megashear.config import TargetConfig
-from megashear.masks.targets import EXTENTS
+from megashear.masks.kinds import EXTENTS
 from megashear.shape import PRESETS, ModelShape, read_extents
 
 
@@ -42,7 +42,7 @@ def _named_extents(name: str) -> dict[str, Any]:
     """Return the extents of a preset, or those that a JSON file has."""
     if name in PRESETS:
         # a preset stands for its extents: the rest is what the source is
-        return {e: getattr(PRESETS[name], e) for e in (*EXTENTS.values(), "head_dim")}
+        return {e: getattr(PRESETS[name], e) for e in (*EXTENTS, "head_dim")}
     if not Path(name).exists():
         raise ValueError(
             f"--target {name} is not known; presets: {', '.join(PRESETS)}; or name a JSON file of "

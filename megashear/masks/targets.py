@@ -5,25 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
+from megashear.masks.kinds import EXTENTS, KINDS
 from megashear.shape import ModelShape
-
-KINDS = ("hidden", "head", "group", "intermediate", "layer")
-"""Kinds of mask, in the order in which every process goes through them."""
-
-EXTENTS = {
-    "hidden": "hidden_size",
-    "head": "num_attention_heads",
-    "group": "num_query_groups",
-    "intermediate": "ffn_hidden_size",
-    "layer": "num_layers",
-}
-"""The extent of :class:`ModelShape` that each kind of mask lowers."""
 
 UNMASKED = tuple(
     field.name
     for field in fields(ModelShape)
     # how long its sequences may be is no part of what a model computes
-    if field.name not in (*EXTENTS.values(), "max_position_embeddings")
+    if field.name not in (*EXTENTS, "max_position_embeddings")
 )
 """What a cut model has in common with its source, because no mask changes it."""
 
@@ -32,10 +21,9 @@ UNMASKED = tuple(
 class MaskPart:
     """The rows and units of one kind's whole log_alpha [num_rows, num_units] held here.
 
-    ``hidden`` and ``layer`` have one row; the units of ``layer`` are the layers. Other kinds have a
-    row per layer, but ``head`` with grouped queries: its units are the query heads of one key/value
-    head, and its rows count these, layer by layer. With virtual pipeline stages neither rows nor
-    units need be contiguous.
+    Rows are those of :class:`Kind`: one for the model, or one per layer, but under grouped queries
+    the units of ``head`` are the query heads of one key/value head, and its rows count these, layer
+    by layer. With virtual pipeline stages neither rows nor units need be contiguous.
     """
 
     kind: str
@@ -71,8 +59,15 @@ class MaskPart:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers whose rows are held here, rising; of a kind that has rows for layers."""
+        """Layers whose rows or units are held here, rising; of a kind that stages divide."""
+        if not KINDS[self.kind].per_layer:
+            return tuple(self.units)
         return tuple(sorted({row // self.rows_per_layer for row in self.rows}))
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole mask, of a kind that stages divide."""
+        return self.extents[0] if KINDS[self.kind].per_layer else self.num_units
 
     @property
     def is_whole(self) -> bool:
@@ -100,13 +95,13 @@ def whole_parts(source: ModelShape, target: ModelShape) -> dict[str, MaskPart]:
         ValueError: no set of masks leads from ``source`` to ``target``.
     """
     parts = {}
-    for kind in target_units(source, target):
-        grouped = kind == "head" and _is_grouped(source)
-        rows_per_layer = source.num_query_groups if grouped else 1
-        num_rows = 1 if kind in ("hidden", "layer") else source.num_layers * rows_per_layer
-        num_units = _row_length(source, kind, grouped=grouped)
-        parts[kind] = MaskPart(
-            kind=kind,
+    for name in target_units(source, target):
+        kind = KINDS[name]
+        rows_per_layer = kind.rows_per_layer(source)
+        num_rows = source.num_layers * rows_per_layer if kind.per_layer else 1
+        num_units = kind.row_length(source, source)
+        parts[name] = MaskPart(
+            kind=name,
             num_rows=num_rows,
             num_units=num_units,
             rows=tuple(range(num_rows)),
@@ -125,16 +120,13 @@ def target_units(source: ModelShape, target: ModelShape) -> dict[str, int]:
         ValueError: no set of masks leads from ``source`` to ``target``.
     """
     _check_reachable(source, target)
-    grouped = _is_grouped(source)
     units: dict[str, int] = {}
-    for kind in KINDS:
-        if kind == "group" and not grouped:
-            continue
-        wanted = _row_length(target, kind, grouped=grouped)
-        if wanted < _row_length(source, kind, grouped=grouped):
-            units[kind] = wanted
+    for kind in KINDS.values():
+        wanted = kind.row_length(target, source)
+        if kind.pruned_by(source) is kind and wanted < kind.row_length(source, source):
+            units[kind.name] = wanted
     if not units:
-        extents = ", ".join(f"{name} {getattr(source, name)}" for name in EXTENTS.values())
+        extents = ", ".join(f"{name} {getattr(source, name)}" for name in EXTENTS)
         raise ValueError(
             f"nothing to prune: target and source both have {extents}; lower at least one of them "
             f"in the target"
@@ -147,17 +139,6 @@ def target_flag(extent: str) -> str:
     return "--target-" + extent.replace("_", "-")
 
 
-def _row_length(shape: ModelShape, kind: str, *, grouped: bool) -> int:
-    if kind == "head" and grouped:
-        return shape.heads_per_group
-    length: int = getattr(shape, EXTENTS[kind])
-    return length
-
-
-def _is_grouped(shape: ModelShape) -> bool:
-    return shape.num_query_groups < shape.num_attention_heads
-
-
 def _check_reachable(source: ModelShape, target: ModelShape) -> None:
     for name in UNMASKED:
         found, wanted = getattr(target, name), getattr(source, name)
@@ -167,7 +148,7 @@ def _check_reachable(source: ModelShape, target: ModelShape) -> None:
                 f"the target's {name} to {wanted} (a target given by --target-* extents alone "
                 f"keeps the source's)"
             )
-    for name in EXTENTS.values():
+    for name in EXTENTS:
         found, most = getattr(target, name), getattr(source, name)
         if found > most:
             raise ValueError(
@@ -182,7 +163,7 @@ def _check_heads(source: ModelShape, target: ModelShape) -> None:
     most = source.heads_per_group
     if target.heads_per_group <= most:
         return
-    if not _is_grouped(source):
+    if most == 1:
         raise ValueError(
             f"target has {heads} query heads in num_query_groups {groups}, but in the source "
             f"every query head has its own key/value head and masks do not merge them; set the "

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from megashear.masks.kinds import SPLIT_OVER_PIPELINE, SPLIT_OVER_TENSOR
 from megashear.masks.mask_set import MaskPart, MaskSet, by_layer
 from megashear.masks.optimizer import MaskOptimizer, clip_factor
 from megashear.models.llama import unwrap
@@ -14,35 +15,6 @@ from megashear.models.masked_layers import MaskedTransformerLayer, StreamGates, 
 from megashear.parallel import device
 from megashear.parallel.agree import flat_all_reduce, gather_objects, ordered_sum
 from megashear.parallel.groups import ParallelGroups
-
-SPLIT_OVER_TENSOR = frozenset({"head", "group", "intermediate"})
-"""Kinds that are divided over tensor ranks, with the weights they gate: their units, or whole rows
-where a layer has several (query heads under grouped-query attention)."""
-SPLIT_OVER_PIPELINE = frozenset({"head", "group", "intermediate", "layer"})
-"""Kinds whose layers are divided over pipeline stages."""
-
-
-def own_parts(
-    whole: Mapping[str, MaskPart], layers: Sequence[int], groups: ParallelGroups
-) -> dict[str, MaskPart]:
-    """The parts of whole masks that this rank holds: those that gate its weights.
-
-    Args:
-        whole: every kind to be pruned, whole.
-        layers: this rank's layers, global numbers from 0, rising.
-        groups: where this rank stands.
-    """
-    return {
-        kind: MaskPart(
-            kind=kind,
-            num_rows=part.num_rows,
-            num_units=part.num_units,
-            rows=_own_rows(part, layers, groups),
-            units=_own_units(part, layers, groups),
-            rows_per_layer=part.rows_per_layer,
-        )
-        for kind, part in whole.items()
-    }
 
 
 def own_layers(chunks: Sequence[torch.nn.Module]) -> tuple[int, ...]:
@@ -285,29 +257,6 @@ def _stream_gates(
         intermediate=leaves.get("intermediate"),
         layer=leaves["layer"][0] if "layer" in leaves else None,
     )
-
-
-def _own_rows(part: MaskPart, layers: Sequence[int], groups: ParallelGroups) -> tuple[int, ...]:
-    if part.kind not in SPLIT_OVER_TENSOR:
-        return (0,)
-    each = part.rows_per_layer
-    own = range(each) if each == 1 else _slice(each, groups)
-    return tuple(layer * each + row for layer in layers for row in own)
-
-
-def _own_units(
-    part: MaskPart, layers: Sequence[int], groups: ParallelGroups
-) -> tuple[int, ...] | range:
-    if part.kind == "layer":
-        return tuple(layers)
-    if part.kind in SPLIT_OVER_TENSOR and part.rows_per_layer == 1:
-        return _slice(part.num_units, groups)
-    return part.units
-
-
-def _slice(whole: int, groups: ParallelGroups) -> range:
-    width = whole // groups.tensor_size
-    return range(groups.tensor_rank * width, (groups.tensor_rank + 1) * width)
 
 
 def _layers(chunks: Sequence[torch.nn.Module]) -> list[MaskedTransformerLayer]:

@@ -10,12 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megashear.masks.targets import EXTENTS, KINDS
+from megashear.masks.kinds import HIDDEN, KINDS, LAYER, ON_AXIS
 from megashear.models import layout
 from megashear.shape import ModelShape
-
-UNITS = {"query": "heads", "key_value": "groups", "intermediate": "neurons"}
-"""Units of a layer by the axis of its weights that they are on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -28,16 +25,9 @@ class KeptUnits:
 
     source: ModelShape
     """The model as it is now."""
-    hidden: Tensor
-    """[h]"""
-    layers: Tensor
-    """[L]"""
-    heads: Tensor
-    """[L, H]"""
-    groups: Tensor
-    """[L, G]"""
-    neurons: Tensor
-    """[L, I]"""
+    units: Mapping[str, Tensor]
+    """By kind of mask, [L, units of a layer], or [1, units] of a kind that no layer has its own of:
+    every head in its layer's row, grouped or not."""
 
     @classmethod
     def of(cls, gates: Mapping[str, Tensor], source: ModelShape) -> KeptUnits:
@@ -49,14 +39,7 @@ class KeptUnits:
             source: the model they are of.
         """
         found = cls.expected({kind: (gate != 0).double() for kind, gate in gates.items()}, source)
-        return cls(
-            source=source,
-            hidden=found.hidden != 0,
-            layers=found.layers != 0,
-            heads=found.heads != 0,
-            groups=found.groups != 0,
-            neurons=found.neurons != 0,
-        )
+        return cls(source=source, units={kind: kept != 0 for kind, kept in found.units.items()})
 
     @classmethod
     def expected(cls, chances: Mapping[str, Tensor], source: ModelShape) -> KeptUnits:
@@ -66,55 +49,36 @@ class KeptUnits:
             chances: of each gate to be open, shaped like the gates of `of`.
             source: the model they are of.
         """
-        opened = {}
-        for kind in KINDS:
-            extent = getattr(source, EXTENTS[kind])
-            rows = 1 if kind in ("hidden", "layer") else source.num_layers
-            given = chances.get(kind)
-            opened[kind] = (
-                torch.ones(rows, extent, dtype=torch.float64)
-                if given is None
-                else given.double().reshape(rows, extent)
-            )
-        layers = opened["layer"][0]
-        groups = opened["group"] * layers[:, None]
-        if source.heads_per_group == 1:  # a head and its key/value head are one unit
-            groups = heads = opened["head"] * groups
-        else:
-            heads = opened["head"] * groups.repeat_interleave(source.heads_per_group, dim=1)
+        own, units = {}, {}
+        for name, kind in KINDS.items():
+            extents = kind.extents(source)
+            given = chances.get(name, torch.ones(extents))
+            own[name] = given.double().reshape(extents)
+        for name, kind in KINDS.items():
+            units[name] = own[name] * own[LAYER].T if kind.per_layer else own[name]
+            if kind.within is not None:
+                each = kind.size(source) // KINDS[kind.within].size(source)
+                units[name] = units[name] * own[kind.within].repeat_interleave(each, dim=1)
         return cls(
             source=source,
-            hidden=opened["hidden"][0],
-            layers=layers,
-            heads=heads,
-            groups=groups,
-            neurons=opened["intermediate"] * layers[:, None],
+            units={name: units[kind.pruned_by(source).name] for name, kind in KINDS.items()},
         )
 
     @property
     def kept_layers(self) -> list[int]:
         """Numbers of the layers that are kept, from 0."""
-        found: list[int] = self.layers.nonzero().flatten().tolist()
+        found: list[int] = self.units[LAYER][0].nonzero().flatten().tolist()
         return found
 
     @property
     def removed_layers(self) -> list[int]:
         """Numbers of the layers that are pruned, from 0."""
-        found: list[int] = (self.layers == 0).nonzero().flatten().tolist()
+        found: list[int] = (self.units[LAYER][0] == 0).nonzero().flatten().tolist()
         return found
 
     def of_kind(self, kind: str) -> Tensor:
         """Return the units of a kind of mask in the rows of its gates, [num_rows, num_units]."""
-        units = {
-            "hidden": self.hidden[None],
-            "layer": self.layers[None],
-            "head": self.heads,
-            "group": self.groups,
-            "intermediate": self.neurons,
-        }[kind]
-        if kind == "head" and self.source.heads_per_group > 1:
-            return units.reshape(-1, self.source.heads_per_group)  # [L * G, H/G]
-        return units
+        return self.units[kind].reshape(-1, KINDS[kind].row_length(self.source, self.source))
 
     def num_params(self) -> int:
         """Return the parameters of what is kept, rows of all layers as they are, equal or not."""
@@ -128,24 +92,24 @@ class KeptUnits:
         Args:
             wanted: pattern of the Hugging Face names of the weights to count.
         """
-        lengths = {name: getattr(self, name).double().sum(-1).tolist() for name in UNITS.values()}
-        layers, hidden = self.layers.double().tolist(), float(self.hidden.double().sum())
+        lengths = {kind: kept.double().sum(-1).tolist() for kind, kept in self.units.items()}
+        layers = self.units[LAYER][0].double().tolist()
         total = 0.0
         for name, weight, layer in layout.weights(self.source):
             if not re.fullmatch(wanted, name):
                 continue
-            size = 1.0
+            size, has_units = 1.0, False
             for axis in weight.axes:
-                if axis == "hidden":
-                    size *= hidden
-                elif axis in UNITS:
-                    assert layer is not None, f"{axis} outside the layers"
-                    width = 1 if axis == "intermediate" else self.source.head_dim
-                    size *= lengths[UNITS[axis]][layer] * width
-                else:
+                kind = ON_AXIS.get(axis)
+                if kind is None:
                     size *= layout.AXES[axis](self.source)
-            if layer is not None and not UNITS.keys() & {*weight.axes}:
-                size *= layers[layer]  # units have it already
+                    continue
+                assert layer is not None or not kind.per_layer, f"{axis} outside the layers"
+                row = layer if layer is not None and kind.per_layer else 0
+                size *= lengths[kind.name][row] * kind.unit_width(self.source)
+                has_units |= kind.per_layer
+            if layer is not None and not has_units:  # units of the layer have it already
+                size *= layers[layer]
             total += size
         return total
 
@@ -156,11 +120,13 @@ class KeptUnits:
             found: list[int] = row.nonzero().flatten().tolist()
             return found
 
-        return {
+        found: dict[str, Any] = {
             "parameters": self.num_params(),
-            "hidden": numbers(self.hidden),
+            HIDDEN: numbers(self.units[HIDDEN][0]),
             "layers": self.kept_layers,
-            "query heads by layer": {n: numbers(self.heads[n]) for n in self.kept_layers},
-            "key/value heads by layer": {n: numbers(self.groups[n]) for n in self.kept_layers},
-            "neurons by layer": {n: numbers(self.neurons[n]) for n in self.kept_layers},
         }
+        for name, kind in KINDS.items():
+            if kind.per_layer:
+                rows = {layer: numbers(self.units[name][layer]) for layer in self.kept_layers}
+                found[f"{kind.units} by layer"] = rows
+        return found

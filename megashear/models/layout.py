@@ -10,15 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megashear.masks.kinds import ON_AXIS
 from megashear.shape import ModelShape
 
 AXES: dict[str, Callable[[ModelShape], int]] = {
     "vocab": lambda shape: shape.vocab_size,
-    "hidden": lambda shape: shape.hidden_size,
-    "query": lambda shape: shape.num_attention_heads * shape.head_dim,
-    "key_value": lambda shape: shape.num_query_groups * shape.head_dim,
     "head_dim": lambda shape: shape.head_dim,
-    "intermediate": lambda shape: shape.ffn_hidden_size,
+    **{axis: kind.axis_length for axis, kind in ON_AXIS.items()},
 }
 """Length of each named axis of a weight, in a model of a given shape."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from megashear.masks.kinds import HIDDEN, INTERMEDIATE
 from megashear.planning.work import FLOAT32, Work
 
 Direction = Literal["forward", "backward"]
@@ -48,7 +49,7 @@ def mlp_kept(work: Work) -> int:
 
 def embedding_kept(work: Work) -> int:
     """Bytes that the embedding keeps: token ids, and its output where a gate multiplies it."""
-    return 8 * work.tokens + ("hidden" in work.masks) * _stream(work)
+    return 8 * work.tokens + (HIDDEN in work.masks) * _stream(work)
 
 
 def loss_kept(work: Work) -> int:
@@ -98,7 +99,7 @@ def _layer_backward(work: Work) -> int:
     # The activation, as torch's single operators have it: its input's gradient, sigmoid and silu of
     # the gate, the gradient of the product before its gates; under bfloat16 float32 copies of its
     # input and of its output's gradient. The projection behind it is through.
-    each = 2 * e + 8 + (4 if "intermediate" in work.masks else 0) + (12 if work.model.bf16 else 0)
+    each = 2 * e + 8 + (4 if INTERMEDIATE in work.masks else 0) + (12 if work.model.bf16 else 0)
     activation = t * i * each + _stream(work)
     gathered = e * t * hidden if work.parallel.sequence_parallel else 0
     # the projection: gradients of its input and, twice, of its weight

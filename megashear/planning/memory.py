@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
+from megashear.masks.kinds import KINDS
 from megashear.planning.activations import forward_only, in_flight
 from megashear.planning.work import BFLOAT16, FLOAT32, Work
 from megashear.shape import ModelShape
@@ -94,15 +95,9 @@ def checkpoint_bytes(shape: ModelShape, masks: frozenset[str]) -> int:
         shape: the model.
         masks: kinds of mask that are learned.
     """
-    each = {
-        "hidden": shape.hidden_size,
-        "head": shape.num_layers * shape.num_attention_heads,
-        "group": shape.num_layers * shape.num_query_groups,
-        "intermediate": shape.num_layers * shape.ffn_hidden_size,
-        "layer": shape.num_layers,
-    }
     states = (1 + MOMENTS) * FLOAT32
-    return shape.num_params() * (BFLOAT16 + states) + sum(each[kind] for kind in masks) * states
+    gates = sum(KINDS[kind].num_gates(shape) for kind in masks)
+    return shape.num_params() * (BFLOAT16 + states) + gates * states
 
 
 def stage_parameters(work: Work, stage: int) -> Iterator[int]:
@@ -141,12 +136,9 @@ def _in_buffer(sizes: list[int], replicas: int) -> int:
 
 def _gates(work: Work) -> int:
     """Gates of one noise stream on a rank."""
-    shape, layers = work.shape, work.chunk_layers * work.virtual
-    each = {
-        "hidden": shape.hidden_size,
-        "head": layers * shape.num_attention_heads // work.tensor,
-        "group": layers * shape.num_query_groups // work.tensor,
-        "intermediate": layers * work.own_ffn,
-        "layer": layers,
-    }
-    return sum(each[kind] for kind in work.masks)
+    own_layers = replace(work.shape, num_layers=work.chunk_layers * work.virtual)
+    kinds = (KINDS[name] for name in work.masks)
+    return sum(
+        kind.num_gates(own_layers) // (work.tensor if kind.split_over_tensor else 1)
+        for kind in kinds
+    )

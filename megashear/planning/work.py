@@ -31,7 +31,7 @@ class Work:
     data_size: int = 1
     """Replicas."""
     masks: frozenset[str] = frozenset()
-    """Kinds of mask, of `masks.targets.KINDS`; none in continued pretraining."""
+    """Kinds of mask, of `masks.kinds.KINDS`; none in continued pretraining."""
     noise_streams: int = 1
     """Mask draws that a replica holds in one step."""
 

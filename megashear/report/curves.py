@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megashear.masks.targets import KINDS
+from megashear.masks.kinds import KINDS
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.drawing import FAINT, INK, KEPT, legend, new_figure, style
 from megashear.monitor.figures import COLOURS, DASHES, Points, mark_runs
@@ -18,14 +18,6 @@ if TYPE_CHECKING:
 
 HELD_OUT, MARK = "#D55E00", "#009E73"
 """Source: Okabe and Ito 2008, "Color Universal Design"."""
-KIND_TITLES = {
-    "hidden": "hidden dimensions",
-    "head": "query heads",
-    "group": "key/value heads",
-    "intermediate": "MLP neurons",
-    "layer": "layers",
-}
-
 UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 """Units of a time axis, seconds each; it is at least three of its own long."""
 
@@ -170,7 +162,7 @@ def sparsity_figure(points: Points, row_lengths: Mapping[str, int]) -> Figure:
                 label="closed in evaluations",
             )
         style(panel, ylabel="share pruned" if number % columns == 0 else "")
-        panel.set_title(KIND_TITLES[kind], color=INK, fontsize=10)
+        panel.set_title(KINDS[kind].units, color=INK, fontsize=10)
         panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
     for number in range(len(kinds), rows * columns):
         panels[number // columns][number % columns].set_visible(False)
@@ -199,7 +191,7 @@ def settling_figure(points: Points) -> Figure:
                 panel,
                 {step: 100 * share for step, share in points.get(tag(kind), {}).items()},
                 color=COLOURS[number],
-                label=KIND_TITLES[kind] if tag is tags.undecided else None,
+                label=KINDS[kind].units if tag is tags.undecided else None,
                 marker="o",
                 markersize=3.5,
             )

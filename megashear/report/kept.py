@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from megashear.masks.census import take_census
+from megashear.masks.census import Census, take_census
 from megashear.masks.mask_set import exact_gates, expected_gates, target_units
 from megashear.models.kept import KeptUnits
 from megashear.shape import ModelShape
@@ -16,33 +16,6 @@ from megashear.shape import ModelShape
 Mode = Literal["expected", "exact"]
 """expected: as many gates of a row as it is expected to keep, which training evaluates.
 exact: the target's number in every row, which is cut."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KindSummary:
-    """One kind of mask: how far it is from a shape that can be cut."""
-
-    kind: str
-    num_rows: int
-    num_units: int
-    """In a row."""
-    target: int
-    """Units to keep in each row."""
-    fewest_open: int
-    """In the row that keeps fewest, expected mode."""
-    most_open: int
-    """In the row that keeps most, expected mode."""
-    num_changed: int
-    """Gates that rounding to the target changes."""
-    num_undecided: int
-    """Gates whose chance to be open lies between the bounds of `census.UNDECIDED`."""
-    expected_open: float
-    """Units of a row that the masks expect to keep, mean over rows."""
-
-    @property
-    def num_gates(self) -> int:
-        """Gates of the kind."""
-        return self.num_rows * self.num_units
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +28,7 @@ class MaskReading:
     """Whole masks by kind, [num_rows, num_units]."""
     expected: KeptUnits
     exact: KeptUnits
-    kinds: Mapping[str, KindSummary]
+    kinds: Mapping[str, Census]
 
     @classmethod
     def of(
@@ -63,28 +36,13 @@ class MaskReading:
     ) -> MaskReading:
         """Read whole masks, [num_rows, num_units] by kind, of the way from source to target."""
         targets = target_units(source, target)
-        expected = expected_gates(log_alpha)
-        kinds = {
-            kind: KindSummary(
-                kind=kind,
-                num_rows=log_alpha[kind].shape[0],
-                num_units=log_alpha[kind].shape[1],
-                target=targets[kind],
-                fewest_open=census.fewest_open,
-                most_open=census.most_open,
-                num_changed=census.rounded,
-                num_undecided=census.undecided,
-                expected_open=census.expected_size,
-            )
-            for kind, census in take_census(log_alpha, expected, targets).items()
-        }
         return cls(
             source=source,
             target=target,
             log_alpha=dict(log_alpha),
-            expected=KeptUnits.of(expected, source),
+            expected=KeptUnits.of(expected_gates(log_alpha), source),
             exact=KeptUnits.of(exact_gates(log_alpha, targets), source),
-            kinds=kinds,
+            kinds=take_census(log_alpha, targets),
         )
 
     def kept(self, mode: Mode) -> KeptUnits:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from megashear.masks.kinds import HEAD, HIDDEN, INTERMEDIATE, KINDS, LAYER
 from megashear.models.kept import KeptUnits
 from megashear.monitor.drawing import FAINT, INK, KEPT, PAPER, new_figure, style
 from megashear.monitor.mask_pictures import shares
@@ -40,34 +41,31 @@ def mask_map(kept: KeptUnits, *, title: str = "") -> Figure:
     figure = new_figure(1.9 + max(1.6, min(0.3 * num_layers, 7.0)))
     wide = max(0.9, min(2.6, 0.14 * source.num_attention_heads))
     panels = figure.subplot_mosaic(
-        [["heads", "neurons"], ["hidden", "hidden"]],
+        [[HEAD, INTERMEDIATE], [HIDDEN, HIDDEN]],
         width_ratios=[wide, 6.0],
         height_ratios=[max(1.6, min(0.3 * num_layers, 7.0)), 0.3],
     )
-    _cells(panels["heads"], heads, grid=source.num_attention_heads <= 48)
-    _cells(panels["neurons"], neurons)
-    _cells(panels["hidden"], hidden)
+    _cells(panels[HEAD], heads, grid=source.num_attention_heads <= 48)
+    _cells(panels[INTERMEDIATE], neurons)
+    _cells(panels[HIDDEN], hidden)
     if source.heads_per_group > 1:  # key/value groups apart
         for group in range(1, source.num_query_groups):
-            panels["heads"].axvline(group * source.heads_per_group - 0.5, color=FAINT, linewidth=1)
-    panels["heads"].set_xlabel("query head", color=INK, fontsize=9.5)
-    panels["heads"].set_ylabel("layer", color=INK, fontsize=9.5)
-    for name, what, num_units, painted in (
-        ("neurons", "neuron of the MLP", source.ffn_hidden_size, neurons),
-        ("hidden", "hidden dimension", source.hidden_size, hidden),
-    ):
-        each = num_units / painted.shape[1]
+            panels[HEAD].axvline(group * source.heads_per_group - 0.5, color=FAINT, linewidth=1)
+    panels[HEAD].set_xlabel(KINDS[HEAD].unit, color=INK, fontsize=9.5)
+    panels[HEAD].set_ylabel(KINDS[LAYER].unit, color=INK, fontsize=9.5)
+    for kind, painted in ((KINDS[INTERMEDIATE], neurons), (KINDS[HIDDEN], hidden)):
+        each = kind.size(source) / painted.shape[1]
         shared = "" if each == 1 else f", {each:.3g} to a cell"
-        panels[name].set_xlabel(what + shared, color=INK, fontsize=9.5)
-    panels["hidden"].set_yticks([])
-    for name in ("heads", "neurons"):
+        panels[kind.name].set_xlabel(kind.unit + shared, color=INK, fontsize=9.5)
+    panels[HIDDEN].set_yticks([])
+    for name in (HEAD, INTERMEDIATE):
         every = max(1, num_layers // 16)
         panels[name].set_yticks(range(0, num_layers, every))
         for layer in kept.removed_layers:
             panels[name].axhline(layer, color=FAINT, linewidth=1)
     if num_layers <= 40:
         for layer in kept.removed_layers:
-            panels["neurons"].text(
+            panels[INTERMEDIATE].text(
                 (neurons.shape[1] - 1) / 2,
                 layer,
                 f" layer {layer} is pruned ",
@@ -77,10 +75,10 @@ def mask_map(kept: KeptUnits, *, title: str = "") -> Figure:
                 va="center",
                 bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
             )
-    panels["neurons"].set_yticklabels([])
-    _units(panels["heads"], source.num_attention_heads, heads.shape[1], most=8)
-    _units(panels["neurons"], source.ffn_hidden_size, neurons.shape[1])
-    _units(panels["hidden"], source.hidden_size, hidden.shape[1])
+    panels[INTERMEDIATE].set_yticklabels([])
+    _units(panels[HEAD], source.num_attention_heads, heads.shape[1], most=8)
+    _units(panels[INTERMEDIATE], source.ffn_hidden_size, neurons.shape[1])
+    _units(panels[HIDDEN], source.hidden_size, hidden.shape[1])
     if title:
         figure.suptitle(
             f"{title}\nblue is kept, blank pruned; fainter: some neighbours of a cell are kept",
@@ -97,9 +95,11 @@ def cells(kept: KeptUnits) -> tuple[Cells, Cells, Cells]:
         Heads [L, H], neurons [L, at most ``MAX_COLUMNS``], hidden [1, at most
         ``HIDDEN_COLUMNS``]; rows of pruned layers are 0.
     """
-    heads = kept.heads.numpy().astype(float)
-    neurons = shares(kept.neurons.numpy(), columns_for(kept.source.ffn_hidden_size, MAX_COLUMNS))
-    hidden = shares(kept.hidden.numpy()[None], columns_for(kept.source.hidden_size, HIDDEN_COLUMNS))
+    heads = kept.units[HEAD].numpy().astype(float)
+    neurons, hidden = (
+        shares(kept.units[kind].numpy(), columns_for(KINDS[kind].size(kept.source), most))
+        for kind, most in ((INTERMEDIATE, MAX_COLUMNS), (HIDDEN, HIDDEN_COLUMNS))
+    )
     return heads, neurons, hidden
 
 

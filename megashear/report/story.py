@@ -12,7 +12,7 @@ import yaml
 
 from megashear import config
 from megashear.files.structured import read_json_object
-from megashear.masks.targets import EXTENTS
+from megashear.masks.kinds import EXTENTS, KINDS
 from megashear.monitor import tensorboard as tags
 from megashear.monitor.console import format_duration
 from megashear.monitor.figures import domains_of, mixture_figure
@@ -53,7 +53,7 @@ from megashear.report.page import (
     text,
 )
 from megashear.report.record import RESULTS, RunRecord
-from megashear.report.tables import EXTENT_NAMES, KIND_NAMES, PARTS, part_params
+from megashear.report.tables import EXTENT_NAMES, PARTS, part_params
 from megashear.report.verdict import findings, verdict
 from megashear.shape import ModelShape
 
@@ -244,7 +244,7 @@ def _shape_section(records: Sequence[RunRecord]) -> Section | None:
     rows_of = [
         (EXTENT_NAMES[field], int(getattr(before, field)), int(getattr(after, field)))
         for field in EXTENT_NAMES
-        if field in EXTENTS.values()
+        if field in EXTENTS
     ]
     rows_of += [(what, part_params(before, p), part_params(after, p)) for what, p in PARTS.items()]
     rows_of.append(("parameters in all", before.num_params(), after.num_params()))
@@ -381,7 +381,7 @@ def _kinds_table(record: RunRecord) -> str:
         fewest, most = one.fewest_open, one.most_open
         rows.append(
             [
-                KIND_NAMES[kind],
+                KINDS[kind].units,
                 f"{one.num_units:,}",
                 f"{one.target:,}",
                 f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}",
@@ -515,7 +515,7 @@ def _sparsity_caption(points: Mapping[str, Mapping[int, float]]) -> str:
     return (
         f"The share of each kind to be pruned, dashed, grows from 0 to its target, and the share "
         f"that the masks expect to close, blue, follows it; farthest at the end are "
-        f"{KIND_NAMES[kind]}, {expected:.3f} where {target:.3f} is asked for."
+        f"{KINDS[kind].units}, {expected:.3f} where {target:.3f} is asked for."
     )
 
 
@@ -529,7 +529,7 @@ def _settling_caption(points: Mapping[str, Mapping[int, float]]) -> str:
     return (
         f"The share of gates whose chance to be open lies between 10 and 90 %, and the share that "
         f"opened or closed since the evaluation before: both fall as the masks settle; at the end "
-        f"{100 * last[most]:.1f} % of the {KIND_NAMES[most]} are undecided, the most of all kinds."
+        f"{100 * last[most]:.1f} % of the {KINDS[most].units} are undecided, the most of all kinds."
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 
 from megashear.checkpoint.description import HELD_OUT_LOSS
 from megashear.checkpoint.formats import dtypes_of, name_of
+from megashear.masks.kinds import HEAD, HIDDEN, INTERMEDIATE, KINDS, LAYER
 from megashear.models import layout
 from megashear.models.kept import KeptUnits
 from megashear.report.comparison import Difference, GateDifference, WeightDistance
@@ -18,24 +20,13 @@ from megashear.report.kept import MaskReading, Mode
 from megashear.report.opened import Opened
 from megashear.shape import ModelShape
 
-EXTENT_NAMES = {
-    "num_layers": "layers",
-    "hidden_size": "hidden dimensions",
-    "num_attention_heads": "query heads per layer",
-    "num_query_groups": "key/value heads per layer",
+_NAMES = {
+    **{k.extent: f"{k.units} per layer" if k.per_layer else k.units for k in KINDS.values()},
     "head_dim": "width of a head",
-    "ffn_hidden_size": "neurons per layer",
     "vocab_size": "vocabulary",
 }
+EXTENT_NAMES = {of.name: _NAMES[of.name] for of in fields(ModelShape) if of.name in _NAMES}
 """Extents of a model that a table lists, as a person says them."""
-KIND_NAMES = {
-    "hidden": "hidden dimensions",
-    "head": "query heads",
-    "group": "key/value heads",
-    "intermediate": "neurons",
-    "layer": "layers",
-}
-"""Kinds of mask as a person says them."""
 BINS = 24
 """Characters in which the neurons of a layer are drawn."""
 SHADES = " .:-=+*#"
@@ -84,10 +75,11 @@ def mask_table(masks: MaskReading) -> str:
     ]
     for kind, summary in masks.kinds.items():
         fewest, most = summary.fewest_open, summary.most_open
-        each = " in each group" if kind == "head" and masks.source.heads_per_group > 1 else ""
+        outer = KINDS[kind].outer(masks.source)
+        each = "" if outer is None else f" in each {outer.name}"
         rows.append(
             [
-                KIND_NAMES[kind] + each,
+                KINDS[kind].units + each,
                 f"{summary.num_units:,}",
                 f"{summary.target:,}",
                 f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}",
@@ -117,24 +109,25 @@ def layer_map(masks: MaskReading, mode: Mode) -> str:
     source = masks.source
     rows = [["layer", "heads", "kept", f"neurons, {BINS} bins", "kept"]]
     for layer in range(source.num_layers):
-        if not kept.layers[layer]:
+        if not kept.units[LAYER][0, layer]:
             rows.append([f"{layer}", "a pruned layer", "", "", ""])
             continue
+        neurons = kept.units[INTERMEDIATE][layer]
         rows.append(
             [
                 f"{layer}",
                 heads_as_text(kept, layer),
-                f"{int(kept.heads[layer].sum())} of {source.num_attention_heads}",
-                "|" + shares_as_text(kept.neurons[layer]) + "|",
-                f"{int(kept.neurons[layer].sum()):,} of {source.ffn_hidden_size:,}",
+                f"{int(kept.units[HEAD][layer].sum())} of {source.num_attention_heads}",
+                "|" + shares_as_text(neurons) + "|",
+                f"{int(neurons.sum()):,} of {source.ffn_hidden_size:,}",
             ]
         )
     text = table(rows, left=4)
-    pruned = kept.removed_layers
+    pruned, hidden = kept.removed_layers, kept.units[HIDDEN][0]
     lines = [
         f"in {mode} mode (# kept, . pruned; bins from ' ' none to '{SHADES[-1]}' all kept):",
         text,
-        f"hidden |{shares_as_text(kept.hidden, 2 * BINS)}| {int(kept.hidden.sum()):,} of "
+        f"hidden |{shares_as_text(hidden, 2 * BINS)}| {int(hidden.sum()):,} of "
         f"{source.hidden_size:,}",
     ]
     if pruned:
@@ -145,7 +138,7 @@ def layer_map(masks: MaskReading, mode: Mode) -> str:
 def heads_as_text(kept: KeptUnits, layer: int) -> str:
     """Return a layer's query heads, ``#`` kept and ``.`` pruned, key/value groups apart."""
     width = kept.source.heads_per_group
-    signs = "".join("#" if is_kept else "." for is_kept in kept.heads[layer].tolist())
+    signs = "".join("#" if is_kept else "." for is_kept in kept.units[HEAD][layer].tolist())
     if width == 1:
         return signs
     return " ".join(signs[at : at + width] for at in range(0, len(signs), width))
@@ -232,7 +225,7 @@ def _facts(opened: Opened) -> str:
     if "pruned_for" in details:
         lines.append(f"pruned for {details['pruned_for']:,} steps")
     if "rounding" in details:
-        changed = ", ".join(f"{n:,} {KIND_NAMES[kind]}" for kind, n in details["rounding"].items())
+        changed = ", ".join(f"{n:,} {KINDS[kind].units}" for kind, n in details["rounding"].items())
         lines.append(f"gates that rounding to the target changed: {changed}")
     if "consumed_samples" in details:
         length = details["loader"]["sequence_length"]
@@ -262,7 +255,7 @@ def _gates_text(gates: Sequence[GateDifference]) -> str:
     for found in gates[:LISTED]:
         rows.append(
             [
-                KIND_NAMES[found.kind],
+                KINDS[found.kind].units,
                 str(found.row),
                 _numbers(found.only_first),
                 _numbers(found.only_second),
@@ -273,7 +266,7 @@ def _gates_text(gates: Sequence[GateDifference]) -> str:
     for found in gates:
         num = len(found.only_first) + len(found.only_second)
         total[found.kind] = total.get(found.kind, 0) + num
-    sums = ", ".join(f"{num:,} {KIND_NAMES[kind]}" for kind, num in total.items())
+    sums = ", ".join(f"{num:,} {KINDS[kind].units}" for kind, num in total.items())
     text = table(rows, left=4)
     text += f"\n... and {more} more rows, see --json" if more > 0 else ""
     return f"{text}\nin all: {sums}"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megashear.masks.kinds import KINDS
 from megashear.monitor import tensorboard as tags
 from megashear.report.kept import MaskReading
 from megashear.report.record import RunRecord
-from megashear.report.tables import KIND_NAMES
 
 LIMITS = {
     "undecided": 0.10,
@@ -40,7 +40,7 @@ class Finding:
         return self.share <= max(LIMITS[self.what], 1.001 * self.allowance)
 
     def __str__(self) -> str:
-        name, limit = KIND_NAMES[self.kind], f"(at most {100 * LIMITS[self.what]:.0f} %"
+        name, limit = KINDS[self.kind].units, f"(at most {100 * LIMITS[self.what]:.0f} %"
         share = f"{100 * self.share:.1f} %"
         if self.what == DISTANCE:
             return (

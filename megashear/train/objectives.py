@@ -14,6 +14,7 @@ from megashear.data.batch import MicroBatch
 from megashear.masks.census import Census, Sides, take_census, target_sizes
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.gates import scores
+from megashear.masks.kinds import HIDDEN, KINDS
 from megashear.masks.mask_set import (
     MaskSet,
     exact_gates,
@@ -22,8 +23,9 @@ from megashear.masks.mask_set import (
     whole_parts,
 )
 from megashear.masks.optimizer import MaskOptimizer
-from megashear.models.binding import MaskBinding, own_layers, own_parts
+from megashear.models.binding import MaskBinding, own_layers
 from megashear.models.kept import KeptUnits
+from megashear.models.parts import own_parts
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train.schedule import SequenceLosses, run_schedule
@@ -213,7 +215,7 @@ class StructuredPruning(LanguageModelling):
     def _check_streams(self, step: int) -> None:
         # Of every stream, other replicas' too: a rank that raised for its own would be alone.
         for stream in range(self.config.mask_noise_streams):
-            gates = self.masks.sample(seed=self.seed, step=step, stream=stream, kinds=("hidden",))
+            gates = self.masks.sample(seed=self.seed, step=step, stream=stream, kinds=(HIDDEN,))
             _check_hidden(gates, f"step {step + 1}: every hidden gate of noise stream {stream}")
 
     def stream_of(self, batch: MicroBatch) -> int:
@@ -299,21 +301,22 @@ class StructuredPruning(LanguageModelling):
             log_alpha=whole,
             kept=KeptUnits.of(gates, self.source),
             chances=KeptUnits.expected(chances, self.source),
-            census=take_census(whole, gates, self.targets),
+            census=take_census(whole, self.targets),
             target_sizes=target_sizes(self.constraint, max(0, step - 1)),
             changed={kind: round(float(rows.sum())) for kind, rows in changed.items()},
         )
 
     def replicated_tensors(self) -> dict[str, Tensor]:
-        """What every rank holds a copy of: multipliers, and log_alpha of hidden."""
+        """Return what every rank has a copy of: multipliers, and log_alpha that is not divided."""
         copies = dict(self.constraint.state_dict())
-        if "hidden" in self.masks.log_alpha:
-            copies["log_alpha of hidden"] = self.masks.log_alpha["hidden"].detach()
+        for kind, log_alpha in self.masks.log_alpha.items():
+            if not KINDS[kind].split_over_tensor and not KINDS[kind].split_over_pipeline:
+                copies[f"log_alpha of {kind}"] = log_alpha.detach()
         return copies
 
 
 def _check_hidden(gates: Mapping[str, Tensor], whose: str) -> None:
-    if "hidden" in gates and not gates["hidden"].any():
+    if HIDDEN in gates and not gates[HIDDEN].any():
         raise ValueError(
             f"{whose} is closed, so no norm is defined; raise --target-hidden-size or lower "
             f"--mask-lr"

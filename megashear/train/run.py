@@ -13,7 +13,6 @@ from typing import Any
 from megatron.core.optimizer import MegatronOptimizer
 
 from megashear.checkpoint import loadable, tokenizer_files
-from megashear.checkpoint.cut import rounding_changes
 from megashear.checkpoint.description import ENVIRONMENT, Description, holds_iterations
 from megashear.checkpoint.hold import held_together
 from megashear.checkpoint.sharded_hf import load_hf
@@ -22,6 +21,7 @@ from megashear.config import PretrainRun, PruneRun, TrainConfig
 from megashear.data.batch import DocumentBorders
 from megashear.data.loader import MixtureLoader
 from megashear.data.manifest import DataManifest
+from megashear.masks.census import take_census
 from megashear.masks.mask_set import exact_gates
 from megashear.masks.target_flags import target_shape
 from megashear.models.llama import build_llama
@@ -250,7 +250,7 @@ class _Behind:
             objective, "exact", held_out, config.train, groups, num_sequences=size
         )
         whole = objective.binding.gather_log_alpha()
-        changes = rounding_changes(whole, objective.targets)
+        counts = take_census(whole, objective.targets)
         # megatron-core knows one layout at a time; the old groups go on serving the old model
         groups.destroy()
         new_groups = ParallelGroups.create(config.parallel)
@@ -271,7 +271,7 @@ class _Behind:
             {
                 "source_shape": start.shape.to_dict(),
                 "pruned_for": pruned.train.train_iters,
-                "rounding": {kind: change.num_changed for kind, change in changes.items()},
+                "rounding": {kind: found.num_changed for kind, found in counts.items()},
             },
             command=command,
             fill=False,

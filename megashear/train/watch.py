@@ -32,12 +32,12 @@ def survey_points(survey: MaskSurvey, target: ModelShape) -> dict[str, float]:
         tags.TARGET_PARAMETERS: float(target.num_params()),
     }
     for kind, counted in survey.census.items():
-        points[tags.expected_size(kind)] = counted.expected_size
-        points[tags.actual_size(kind)] = counted.actual_size
+        points[tags.expected_size(kind)] = counted.expected_open
+        points[tags.actual_size(kind)] = counted.actual_open
         points[tags.target_size(kind)] = survey.target_sizes[kind]
-        points[tags.undecided(kind)] = counted.undecided / counted.num_gates
+        points[tags.undecided(kind)] = counted.num_undecided / counted.num_gates
         points[tags.churn(kind)] = survey.changed[kind] / counted.num_gates
-        points[tags.rounding(kind)] = counted.rounded / counted.num_gates
+        points[tags.rounding(kind)] = counted.num_changed / counted.num_gates
     return points
 
 

@@ -32,7 +32,8 @@ from megashear.config import (
     PruneRun,
     TrainConfig,
 )
-from megashear.masks.mask_set import KINDS, expected_gates
+from megashear.masks.kinds import KINDS
+from megashear.masks.mask_set import expected_gates
 from megashear.train import run
 from tests import text_run
 from tests.iterations import copy_iteration

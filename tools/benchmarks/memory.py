@@ -30,7 +30,8 @@ from megashear.config import (
     Steps,
 )
 from megashear.data.batch import MicroBatch
-from megashear.masks.targets import EXTENTS, whole_parts
+from megashear.masks.kinds import EXTENTS
+from megashear.masks.targets import whole_parts
 from megashear.models.llama import build_llama
 from megashear.parallel import device
 from megashear.parallel.agree import gather_objects
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse(MemoryRun, argv, prog=PROG, description=(__doc__ or "").splitlines()[0])
     shape, target = read_shape(config.shape, flag="--shape"), None
     if config.target_shape in PRESETS:
-        extents = (*EXTENTS.values(), "head_dim")
+        extents = (*EXTENTS, "head_dim")
         preset = PRESETS[config.target_shape]
         target = dataclasses.replace(shape, **{name: getattr(preset, name) for name in extents})
     elif config.target_shape is not None:

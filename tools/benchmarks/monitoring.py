@@ -124,7 +124,7 @@ def ways(
             log_alpha=whole,
             kept=KeptUnits.of(gates, source),
             chances=KeptUnits.expected({k: scores(v) for k, v in whole.items()}, source),
-            census=take_census(whole, gates, targets),
+            census=take_census(whole, targets),
             target_sizes={kind: float(size) for kind, size in targets.items()},
             changed={kind: int(rows.sum()) for kind, rows in changed.items()},
         )

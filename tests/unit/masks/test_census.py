@@ -11,7 +11,7 @@ from torch import Tensor
 from megashear.masks import census
 from megashear.masks.census import Sides, take_census, target_sizes
 from megashear.masks.constraint import SparsityConstraint
-from megashear.masks.mask_set import MaskPart, expected_gates, whole_parts
+from megashear.masks.mask_set import MaskPart, whole_parts
 from megashear.masks.targets import target_units
 from tests.tiny import PAIRS
 
@@ -42,7 +42,7 @@ def open_places(row: list[float], num_open: int) -> set[int]:
 
 def test_every_count_is_that_of_single_gates() -> None:
     whole, targets = masks(), target_units(SOURCE, TARGET)
-    found = take_census(whole, expected_gates(whole), targets)
+    found = take_census(whole, targets)
     assert found.keys() == whole.keys()
     for kind, log_alpha in whole.items():
         rows = log_alpha.tolist()
@@ -55,25 +55,34 @@ def test_every_count_is_that_of_single_gates() -> None:
         )
         ours = found[kind]
         assert ours.num_gates == sum(map(len, rows))
-        assert ours.expected_size == pytest.approx(sum(map(sum, chances)) / len(rows), rel=1e-9)
-        assert ours.actual_size == pytest.approx(sum(num_open) / len(rows), rel=1e-12)
+        assert ours.expected_open == pytest.approx(sum(map(sum, chances)) / len(rows), rel=1e-9)
+        assert ours.actual_open == pytest.approx(sum(num_open) / len(rows), rel=1e-12)
         assert (ours.fewest_open, ours.most_open) == (min(num_open), max(num_open))
-        assert ours.undecided == sum(0.1 < p < 0.9 for c in chances for p in c)
-        assert 0 < ours.undecided < ours.num_gates
-        assert ours.rounded == rounded
+        assert ours.num_undecided == sum(0.1 < p < 0.9 for c in chances for p in c)
+        assert 0 < ours.num_undecided < ours.num_gates
+        assert ours.num_changed == rounded
 
 
 def test_other_bounds_count_others(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, targets = masks(), target_units(SOURCE, TARGET)
-    before = take_census(whole, expected_gates(whole), targets)["intermediate"].undecided
+    before = take_census(whole, targets)["intermediate"].num_undecided
     monkeypatch.setattr(census, "UNDECIDED", (0.2, 0.9))
-    assert take_census(whole, expected_gates(whole), targets)["intermediate"].undecided < before
+    assert take_census(whole, targets)["intermediate"].num_undecided < before
 
 
 def test_gates_at_the_clamps_are_decided() -> None:
     log_alpha = torch.tensor([[CLAMP, -CLAMP, 0.0]])
-    found = take_census({"layer": log_alpha}, expected_gates({"layer": log_alpha}), {"layer": 2})
-    assert found["layer"].undecided == 1
+    found = take_census({"layer": log_alpha}, {"layer": 2})
+    assert found["layer"].num_undecided == 1
+
+
+def test_gates_that_rounding_changes_differ_between_the_modes() -> None:
+    # P(z = 0) is .953 for the low, .002 for the high: rows are expected to close 1, 2 and 3 of 4
+    low, high = -4.6, 4.6
+    log_alpha = torch.tensor([[low, high, high, 4], [low, low, 4, high], [low, low, low, high]])
+    found = take_census({"intermediate": log_alpha}, {"intermediate": 2})["intermediate"]
+    assert (found.num_changed, found.num_gates, found.target) == (2, 12, 2)
+    assert (found.fewest_open, found.most_open) == (1, 3)
 
 
 def test_target_sizes_fall_from_the_source_to_the_target() -> None:

@@ -7,7 +7,8 @@ import torch
 
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.gates import LOG_ALPHA_MAX, uniform_noise
-from megashear.masks.mask_set import KINDS, MaskSet, exact_gates, target_units, whole_parts
+from megashear.masks.kinds import KINDS
+from megashear.masks.mask_set import MaskSet, exact_gates, target_units, whole_parts
 from megashear.masks.optimizer import MaskOptimizer
 from tests.unit.masks.test_targets import MHA
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.masks.mask_set import MaskPart, MaskSet, whole_parts
-from megashear.models.binding import MaskBinding, own_layers, own_parts
+from megashear.models.binding import MaskBinding, own_layers
 from megashear.models.llama import build_llama, check_layout, unwrap
+from megashear.models.parts import own_parts
 from megashear.parallel.groups import ParallelGroups
 from tests.ranks import run_ranks
 from tests.tiny import PAIRS, SOURCE, layout

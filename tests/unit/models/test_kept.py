@@ -122,10 +122,10 @@ def test_units_go_with_what_they_stand_in(source: ModelShape) -> None:
     given = {"head": torch.ones(rows, each), "layer": torch.ones(1, source.num_layers)}
     given["layer"][0, 2] = 0.0
     kept = KeptUnits.of(given, source)
-    for units in (kept.heads, kept.groups, kept.neurons):
+    for units in (kept.units[kind] for kind in ("head", "group", "intermediate")):
         assert (~units).nonzero()[:, 0].unique().tolist() == [2]
         assert not units[2].any()
     assert kept.of_kind("head").shape == given["head"].shape
     assert kept.removed_layers == [2]
     open_layers = dict(given, layer=torch.ones(1, source.num_layers))
-    assert KeptUnits.of(open_layers, source).heads.all()  # the twin: own gates are open
+    assert KeptUnits.of(open_layers, source).units["head"].all()  # the twin: own gates are open

@@ -98,9 +98,9 @@ def test_query_heads_go_with_their_group() -> None:
     head[1 * source.num_query_groups + 2, 3] = 0.0  # layer 1, group 2, its last head
     group[3, 5] = 0.0
     kept = KeptUnits.of({"head": head, "group": group}, source)
-    gone = {(layer, unit) for layer, unit in (~kept.heads).nonzero().tolist()}
+    gone = {(layer, unit) for layer, unit in (~kept.units["head"]).nonzero().tolist()}
     assert gone == {(1, 2 * 4 + 3), *((3, 5 * 4 + n) for n in range(4))}
-    assert (~kept.groups).nonzero().tolist() == [[3, 5]]
+    assert (~kept.units["group"]).nonzero().tolist() == [[3, 5]]
 
 
 def test_summaries_of_kinds_are_counts_of_their_own() -> None:

@@ -42,8 +42,8 @@ def test_every_cell_of_the_page_is_a_gate(reading: MaskReading) -> None:
     svg = as_svg(mask_map(kept), "masks", "what stays")
     shown = images_in(svg)
     assert len(shown) == 3
-    closed_heads = {tuple(at) for at in (~kept.heads).nonzero().tolist()}
-    closed_neurons = {tuple(at) for at in (~kept.neurons).nonzero().tolist()}
+    closed_heads = {tuple(at) for at in (~kept.units["head"]).nonzero().tolist()}
+    closed_neurons = {tuple(at) for at in (~kept.units["intermediate"]).nonzero().tolist()}
     for image, closed, width in (
         (shown[0], closed_heads, kept.source.num_attention_heads),
         (shown[1], closed_neurons, kept.source.ffn_hidden_size),
@@ -54,22 +54,26 @@ def test_every_cell_of_the_page_is_a_gate(reading: MaskReading) -> None:
         }
         assert {*image[..., 3].ravel().tolist()} == {0, 255}
     assert (shown[2][0, :, 3] == 0).nonzero()[0].tolist() == (
-        (~kept.hidden).nonzero().flatten().tolist()
+        (~kept.units["hidden"][0]).nonzero().flatten().tolist()
     )
 
 
+def with_units(kept: KeptUnits, kind: str, units: torch.Tensor) -> KeptUnits:
+    return dataclasses.replace(kept, units={**kept.units, kind: units})
+
+
 def test_another_gate_is_another_map(reading: MaskReading) -> None:
-    moved = reading.exact.heads.clone()
+    moved = reading.exact.units["head"].clone()
     layer = reading.exact.kept_layers[0]
     moved[layer, 0] = ~moved[layer, 0]
-    other = dataclasses.replace(reading.exact, heads=moved)
+    other = with_units(reading.exact, "head", moved)
     assert (cells(other)[0] != cells(reading.exact)[0]).sum() == 1
 
 
 def test_cells_of_many_units_are_their_shares() -> None:
     source = dataclasses.replace(PAIRS["multi-head"][0], ffn_hidden_size=1000)
     is_kept = torch.rand(source.num_layers, 1000, generator=torch.Generator().manual_seed(0)) < 0.4
-    kept = dataclasses.replace(KeptUnits.of({}, source), neurons=is_kept)
+    kept = with_units(KeptUnits.of({}, source), "intermediate", is_kept)
     heads, neurons, hidden = cells(kept)
     assert heads.all()
     assert hidden.all()
