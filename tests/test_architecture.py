@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "planning": {"masks", "shape", "config"},
     "checkpoint": {"models", "masks", "parallel", "shape", "tokenizer", "config", "files"},
     "data": {"parallel", "tokenizer", "config", "files"},
-    "monitor": {"parallel", "config", "files"},
+    "monitor": {"masks", "parallel", "config", "files"},
     "report": {"checkpoint", "models", "masks", "monitor", "parallel", "shape", "config", "files"},
     "train": {
         *("checkpoint", "models", "masks", "data", "monitor", "planning", "parallel"),

@@ -154,3 +154,8 @@ EXTENTS = tuple(kind.extent for kind in KINDS.values())
 """Extents of a model that masks lower."""
 ON_AXIS = {kind.axis: kind for kind in KINDS.values() if kind.axis is not None}
 """The kind whose units lie along an axis of weights."""
+
+
+def kinds_of(source: ModelShape) -> list[Kind]:
+    """Return the kinds that have masks of their own; without grouped queries ``group`` has none."""
+    return [kind for kind in KINDS.values() if kind.pruned_by(source) is kind]

@@ -20,14 +20,8 @@ def target_shape(asked: TargetConfig, source: ModelShape) -> ModelShape:
     shape = source
     if asked.target is not None:
         shape = dataclasses.replace(source, **_named_extents(asked.target))
-    heads, groups = _target_heads(asked, shape)
-    wanted: dict[str, Any] = {
-        "num_layers": asked.target_num_layers,
-        "hidden_size": asked.target_hidden_size,
-        "num_attention_heads": heads,
-        "num_query_groups": groups,
-        "ffn_hidden_size": asked.target_ffn_hidden_size,
-    }
+    wanted: dict[str, Any] = {extent: getattr(asked, f"target_{extent}") for extent in EXTENTS}
+    wanted["num_attention_heads"], wanted["num_query_groups"] = _target_heads(asked, shape)
     return dataclasses.replace(shape, **{k: v for k, v in wanted.items() if v is not None})
 
 

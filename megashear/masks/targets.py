@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
-from megashear.masks.kinds import EXTENTS, KINDS
+from megashear.masks.kinds import EXTENTS, KINDS, kinds_of
 from megashear.shape import ModelShape
 
 UNMASKED = tuple(
@@ -121,9 +121,9 @@ def target_units(source: ModelShape, target: ModelShape) -> dict[str, int]:
     """
     _check_reachable(source, target)
     units: dict[str, int] = {}
-    for kind in KINDS.values():
+    for kind in kinds_of(source):
         wanted = kind.row_length(target, source)
-        if kind.pruned_by(source) is kind and wanted < kind.row_length(source, source):
+        if wanted < kind.row_length(source, source):
             units[kind.name] = wanted
     if not units:
         extents = ", ".join(f"{name} {getattr(source, name)}" for name in EXTENTS)

@@ -19,6 +19,10 @@ AXES: dict[str, Callable[[ModelShape], int]] = {
     **{axis: kind.axis_length for axis, kind in ON_AXIS.items()},
 }
 """Length of each named axis of a weight, in a model of a given shape."""
+SPLIT_AXES = frozenset(
+    {"vocab", *(axis for axis, kind in ON_AXIS.items() if kind.split_over_tensor)}
+)
+"""Axes that tensor ranks divide."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from megashear.masks.kinds import KINDS, LAYER
+
 Floats = npt.NDArray[np.floating]
 Pixels = npt.NDArray[np.uint8]
 
@@ -31,14 +33,6 @@ PROFILE_HEIGHT = 120
 """Height of the field where a row is drawn as bars, pixels."""
 MARGIN, TEXT = 12, 13
 """Space around a field and height of letters, pixels."""
-AXES = {
-    "hidden": "hidden dimension, most open first",
-    "head": "head",
-    "group": "key/value head",
-    "intermediate": "MLP neuron",
-    "layer": "layer",
-}
-"""What the columns of a kind's picture are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -72,44 +66,48 @@ def mask_pictures(
 ) -> dict[str, Picture]:
     """Draw a picture of every kind of mask.
 
-    ``head``, ``group`` and ``layer`` have a cell for each unit: blue if it is kept, vermilion if it
-    is pruned, the paler the less sure. ``intermediate`` has a row for each layer, whose cells are
-    neighbouring neurons: blue if all of them are kept, vermilion if none is, pale if half of them
-    are. ``hidden`` is one row of bars, sorted, as high as the gate's chance to be open.
+    Heads, key/value heads and layers have a cell for each unit: blue if it is kept, vermilion if it
+    is pruned, the paler the less sure. Of a kind with thousands of units (`Kind.crowded`) a layer's
+    cells are neighbours: blue if all of them are kept, vermilion if none is, pale if half of them
+    are; and the one row of such a kind is bars, sorted, as high as the gate's chance to be open.
 
     Args:
         gates: what is kept by kind, **whole** masks, [num_rows, num_units], 0 for what is pruned;
             units of a layer that is pruned are pruned (`models.kept.KeptUnits`).
         open_probability: chance to be kept by kind, of the same shapes.
-        rows_per_layer: rows of a layer where they are not one: of ``head`` with grouped queries
+        rows_per_layer: rows of a layer where they are not one: of heads with grouped queries
             the key/value heads G, whose cells are then set apart.
-        targets: units that shall stay in every row, for the mark in the picture of ``hidden``.
+        targets: units that shall stay in every row, for the mark among bars.
 
     Returns:
         Pictures by kind, in the order of ``gates``.
     """
     pictures = {}
-    for kind, values in gates.items():
-        is_open, chance = np.asarray(values) != 0, np.asarray(open_probability[kind])
-        assert is_open.shape == chance.shape, f"{kind}: {is_open.shape} gates, {chance.shape}"
-        title = f"{kind}: {int(is_open.sum()):,} of {is_open.size:,} kept in evaluation"
-        if kind == "hidden":
-            wanted = None if targets is None else targets.get(kind)
-            pictures[kind] = profile(is_open[0], chance[0], title=title, wanted=wanted)
+    for name, values in gates.items():
+        kind = KINDS[name]
+        is_open, chance = np.asarray(values) != 0, np.asarray(open_probability[name])
+        assert is_open.shape == chance.shape, f"{name}: {is_open.shape} gates, {chance.shape}"
+        title = f"{name}: {int(is_open.sum()):,} of {is_open.size:,} kept in evaluation"
+        if kind.crowded and not kind.per_layer:
+            wanted = None if targets is None else targets.get(name)
+            pictures[name] = profile(
+                is_open[0], chance[0], title=title, columns=kind.unit, wanted=wanted
+            )
             continue
-        each = 1 if rows_per_layer is None else rows_per_layer.get(kind, 1)
-        sides = signed_certainty(is_open, chance)
-        if kind == "intermediate":
-            sides = shares(is_open, MAX_COLUMNS) * 2 - 1
+        each = 1 if rows_per_layer is None else rows_per_layer.get(name, 1)
+        sides = shares(is_open, MAX_COLUMNS) * 2 - 1
+        if not kind.crowded:
+            sides = signed_certainty(is_open, chance)
         sides = sides.reshape(len(sides) // each, -1)  # [L, G * H/G] where rows are groups
-        pictures[kind] = grid(
+        outer = kind.within if each > 1 else None
+        pictures[name] = grid(
             sides,
             title=title,
-            columns=AXES[kind] if each == 1 else f"{AXES[kind]}, by key/value head",
-            rows="" if kind == "layer" else "layer",
+            columns=kind.unit if outer is None else f"{kind.unit}, by {KINDS[outer].unit}",
+            rows=KINDS[LAYER].unit if kind.per_layer else "",
             set_apart=is_open.shape[1] if each > 1 else 0,
             num_units=is_open.shape[1] * each,
-            ends=("all pruned", "all kept") if kind == "intermediate" else ("pruned", "kept"),
+            ends=("all pruned", "all kept") if kind.crowded else ("pruned", "kept"),
         )
     return pictures
 
@@ -204,7 +202,12 @@ def grid(
 
 
 def profile(
-    is_open: npt.NDArray[np.bool_], chance: Floats, *, title: str, wanted: int | None = None
+    is_open: npt.NDArray[np.bool_],
+    chance: Floats,
+    *,
+    title: str,
+    columns: str,
+    wanted: int | None = None,
 ) -> Picture:
     """One row of gates as bars, sorted: the height is the chance to be open, the colour the side.
 
@@ -215,6 +218,7 @@ def profile(
         is_open: whether a gate stays, [units].
         chance: its probability to be open, [units].
         title: above.
+        columns: what a gate is of, below.
         wanted: units that shall stay; a line is drawn after them.
     """
     # open gates first, so that the border between the sides is one place
@@ -248,7 +252,7 @@ def profile(
         canvas.text(min(x + 5, left + field_width - _width(label)), top - 4, label)
     middles = [column * width + width // 2 for column in range(num_columns)]
     canvas.numbers_below(left, foot, middles, num_units)
-    canvas.text(left, foot + TEXT + 12, f"{AXES['hidden']}; height: chance to be open")
+    canvas.text(left, foot + TEXT + 12, f"{columns}, most open first; height: chance to be open")
     canvas.legend(left, foot + 2 * (TEXT + 10) + 4, ("pruned", "kept"), shades=False)
     return Picture(
         pixels=canvas.pixels(),

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from megashear.files.structured import read_json_object
+from megashear.masks.kinds import kinds_of
 from megashear.quickstart.recipe import SOURCE, TARGET, VOCABULARY, Recipe
 from megashear.quickstart.text import write_domains
 from megashear.shape import ModelShape
@@ -112,7 +113,7 @@ class Quickstart:
         recipe = self.recipe
         self._title(f"shear: Hugging Face -> Megatron -> prune on {RANKS} ranks, tensor parallel")
         self._command("convert", input=self._path("source-hf"), output=self._path("source-mcore"))
-        extents = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+        extents = [kind.extent for kind in kinds_of(SOURCE)]
         self._ranks(
             "prune",
             load=self._path("source-mcore"),

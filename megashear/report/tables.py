@@ -107,7 +107,7 @@ def layer_map(masks: MaskReading, mode: Mode) -> str:
     """Return which units of which layer are kept: heads one by one, neurons in bins."""
     kept = masks.kept(mode)
     source = masks.source
-    rows = [["layer", "heads", "kept", f"neurons, {BINS} bins", "kept"]]
+    rows = [[KINDS[LAYER].unit, "heads", "kept", f"neurons, {BINS} bins", "kept"]]
     for layer in range(source.num_layers):
         if not kept.units[LAYER][0, layer]:
             rows.append([f"{layer}", "a pruned layer", "", "", ""])

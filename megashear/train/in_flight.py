@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megashear.checkpoint.cut import cut
 from megashear.checkpoint.optimizer_state import Stepped, count_steps, start_state, stepped
+from megashear.masks.kinds import KINDS, SPLIT_OVER_TENSOR
 from megashear.models import layout
 from megashear.models.llama import unwrap
 from megashear.parallel.agree import (
@@ -33,8 +34,6 @@ g squared. Adam's step, the one over the root of the other, is then the same for
 """
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-_SPLIT_OVER_TENSOR = frozenset({"vocab", "query", "key_value", "intermediate"})
-"""Axes of the table that tensor parallelism divides."""
 
 
 class Optimized(NamedTuple):
@@ -246,17 +245,14 @@ def _fill(
 
 def _shape_of_shard(shape: ModelShape, tensor_size: int) -> ModelShape:
     """Extents of what one tensor rank holds; a shard of a fused weight is the fused shards."""
-    return dataclasses.replace(
-        shape,
-        num_attention_heads=shape.num_attention_heads // tensor_size,
-        num_query_groups=shape.num_query_groups // tensor_size,
-        ffn_hidden_size=shape.ffn_hidden_size // tensor_size,
-    )
+    kinds = (KINDS[name] for name in SPLIT_OVER_TENSOR)
+    own: dict[str, Any] = {kind.extent: kind.size(shape) // tensor_size for kind in kinds}
+    return dataclasses.replace(shape, **own)
 
 
 def _split_axis(part: layout.Weight) -> int | None:
     for axis, name in enumerate(part.axes):
-        if name in _SPLIT_OVER_TENSOR:
+        if name in layout.SPLIT_AXES:
             return axis
     return None
 

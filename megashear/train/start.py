@@ -18,6 +18,7 @@ from megashear.checkpoint.saver import name_latest
 from megashear.checkpoint.store import agree_on_iteration, check_save_directory
 from megashear.config import MaskConfig, PretrainRun, PruneRun, TrainConfig, check_streams
 from megashear.masks.constraint import SparsityConstraint
+from megashear.masks.kinds import kinds_of
 from megashear.masks.mask_set import target_units, whole_parts
 from megashear.masks.target_flags import nearest_multiples
 from megashear.masks.targets import target_flag
@@ -213,14 +214,19 @@ def check_target_layout(
     if run.masks.target_tensor_model_parallel_size is not None:
         flag = "--target-tensor-model-parallel-size"
         ranks = run.masks.target_tensor_model_parallel_size
-    heads = "num_attention_heads" if source.heads_per_group == 1 else "num_query_groups"
-    for extent in (heads, "ffn_hidden_size"):
+    divided = [
+        kind.extent
+        for kind in kinds_of(source)
+        # of query heads in key/value heads these are divided
+        if kind.split_over_tensor and kind.outer(source) is None
+    ]
+    for extent in divided:
         value: int = getattr(target, extent)
         if value % ranks:
             fitting = [
                 str(n)
                 for n in range(1, ranks)
-                if all(getattr(target, other) % n == 0 for other in (heads, "ffn_hidden_size"))
+                if all(getattr(target, other) % n == 0 for other in divided)
             ]
             raise ValueError(
                 f"target {extent} {value} is not a multiple of {flag} {ranks}, so the cut model "
