@@ -19,12 +19,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megashear.config import ModelConfig
 from megashear.models.llama import build_llama, transformer_config, unwrap
-from megashear.models.masked_layers import MaskedTransformerLayer
 from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
 from tests.ranks import run_ranks
@@ -178,13 +178,13 @@ def test_full_recompute_carries_attention_mask_with_each_microbatch(
     monkeypatch: pytest.MonkeyPatch, method: str, again: int
 ) -> None:
     seen: list[int] = []
-    real = MaskedTransformerLayer.forward
+    real = TransformerLayer.forward
 
     def watched(layer: Any, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         seen.append(int(attention_mask))
-        return real(layer, *args, attention_mask=attention_mask, **kwargs)
+        return real(layer, *args, attention_mask=None, **kwargs)
 
-    monkeypatch.setattr(MaskedTransformerLayer, "forward", watched)
+    monkeypatch.setattr(TransformerLayer, "forward", watched)
 
     def body(rank: int) -> list[int]:
         recompute = {
@@ -192,7 +192,7 @@ def test_full_recompute_carries_attention_mask_with_each_microbatch(
             "recompute_method": method,
             "recompute_num_layers": 1 if method == "uniform" else again,
         }
-        model = gpt_model("masked", **recompute)
+        model = gpt_model(**recompute)
         tokens = torch.arange(8)[None]
         outputs = [model(tokens, tokens, torch.tensor([stream])) for stream in (5, 9)]
         for output in outputs:  # the first microbatch's backward, long after the second's forward

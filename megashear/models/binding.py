@@ -1,4 +1,4 @@
-"""MaskBinding: which gates go to which layer of this rank, and how their gradients become whole."""
+"""MaskBinding: which gates this rank holds, and how their gradients become whole."""
 
 from __future__ import annotations
 
@@ -8,99 +8,55 @@ import torch
 from torch import Tensor
 
 from megashear.masks.kinds import SPLIT_OVER_PIPELINE, SPLIT_OVER_TENSOR
-from megashear.masks.mask_set import MaskPart, MaskSet, by_layer
+from megashear.masks.mask_set import MaskSet
 from megashear.masks.optimizer import MaskOptimizer, clip_factor
-from megashear.models.llama import unwrap
-from megashear.models.masked_layers import MaskedTransformerLayer, StreamGates, norm_gates
-from megashear.parallel import device
+from megashear.models.folded import FoldedModel
 from megashear.parallel.agree import flat_all_reduce, gather_objects, ordered_sum
 from megashear.parallel.groups import ParallelGroups
-
-
-def own_layers(chunks: Sequence[torch.nn.Module]) -> tuple[int, ...]:
-    """Global numbers, from 0, of the layers in this rank's chunks, rising."""
-    return tuple(sorted(layer.layer_number - 1 for layer in _layers(chunks)))
+from megashear.shape import ModelShape
 
 
 class MaskBinding:
-    """Hands sampled gates to the layers and brings the gates' gradients home.
+    """Hands sampled gates to the model and brings their gradients home.
 
-    Gradient boundary: the model sees detached leaves, every microbatch adds to their gradients,
+    Gradient boundary: the model has copies of the gates, every microbatch adds to their gradients,
     and :meth:`backward` takes these, made whole inside the replica, into log_alpha once a step.
 
     Args:
-        chunks: this rank's masked model chunks, wrapped or not.
+        chunks: this rank's model chunks, wrapped or not, of the local spec.
         masks: this rank's masks, of :func:`own_parts`.
+        shape: of the whole model.
         groups: where this rank stands.
-        sequence_parallel: whether tensor ranks see their own parts of the sequence, so that their
-            gradients of replicated gates add up instead of being equal.
+        sequence_parallel: whether tensor ranks see their own parts of the sequence.
     """
 
     def __init__(
         self,
         chunks: Sequence[torch.nn.Module],
         masks: MaskSet,
+        shape: ModelShape,
         groups: ParallelGroups,
         *,
         sequence_parallel: bool,
     ) -> None:
         self.masks = masks
         self.groups = groups
-        self.sequence_parallel = sequence_parallel
-        self._chunks = [unwrap(chunk) for chunk in chunks]
+        self._model = FoldedModel(chunks, shape, groups, sequence_parallel=sequence_parallel)
+        self.select, self.release = self._model.select, self._model.release
         self._sampled: dict[int, dict[str, Tensor]] = {}
-        self._leaves: dict[int, dict[str, Tensor]] = {}
-        self._streams: dict[int, StreamGates] = {}
-        rows = own_layers(chunks)
-        for layer in _layers(chunks):
-            layer.row = rows.index(layer.layer_number - 1)
 
-    def bind(self, sampled: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Give the model the gates of the coming step.
+    def bind(
+        self, sampled: Mapping[int, Mapping[str, Tensor]], streams: Sequence[int] = ()
+    ) -> None:
+        """Give the model the gates of the coming step or evaluation.
 
         Args:
             sampled: for each noise stream that this replica's samples use, gates by kind,
                 [own rows, own units], on the host; differentiable if :meth:`backward` follows.
+            streams: of every microbatch that goes backward before the gates are released.
         """
         self._sampled = {stream: dict(gates) for stream, gates in sampled.items()}
-        self._leaves = {
-            stream: {
-                kind: device.pinned(z.detach())
-                .to(device.device(), non_blocking=True)
-                .requires_grad_(z.requires_grad)
-                for kind, z in gates.items()
-            }
-            for stream, gates in sampled.items()
-        }
-        self._streams = {
-            stream: _stream_gates(leaves, self._sampled[stream], self.masks.parts)
-            for stream, leaves in self._leaves.items()
-        }
-        for layer in _layers(self._chunks):
-            layer.streams = self._streams
-
-    def select(self, chunk: torch.nn.Module, stream: int) -> Tensor:
-        """Choose the stream of the microbatch that ``chunk`` runs next.
-
-        Returns:
-            The stream's number as the layers want it, for ``attention_mask``.
-        """
-        gates = self._streams[stream]
-        gpt = unwrap(chunk)
-        gpt.embedding_gate.hidden = gates.hidden
-        if gpt.decoder.final_layernorm is not None:
-            gpt.decoder.final_layernorm.gates = norm_gates(gates)
-        return torch.tensor([stream])
-
-    def release(self) -> None:
-        """Take all gates away: the model is its unmasked self again."""
-        self._sampled, self._leaves, self._streams = {}, {}, {}
-        for gpt in self._chunks:
-            gpt.embedding_gate.hidden = None
-            if gpt.decoder.final_layernorm is not None:
-                gpt.decoder.final_layernorm.gates = None
-        for layer in _layers(self._chunks):
-            layer.streams = None
+        self._model.bind(self._sampled, streams)
 
     def whole_gradients(self) -> dict[int, dict[str, Tensor]]:
         """The loss's gradient of each bound gate, whole inside this replica, on the host.
@@ -110,27 +66,16 @@ class MaskBinding:
         Returns:
             By stream and kind, shaped like the gates; equal on ranks that hold the same gates.
         """
-        gradients = {
-            stream: {
-                # a rank that runs no microbatch of a stream, or no use of a gate, has no gradient
-                kind: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-                for kind, leaf in leaves.items()
-            }
-            for stream, leaves in self._leaves.items()
-        }
-        replicated = [
-            (stream, kind)
-            for stream, of_kind in gradients.items()
-            for kind in of_kind
-            if kind not in SPLIT_OVER_TENSOR
-        ]
-        self._reduce(gradients, replicated, self.groups.tensor)
-        if not self.sequence_parallel:
-            # every tensor rank had the whole gradient already: the sum counts it tp times
-            for stream, kind in replicated:
-                gradients[stream][kind] /= self.groups.tensor_size
-        everywhere = [(s, kind) for s, kind in replicated if kind not in SPLIT_OVER_PIPELINE]
-        self._reduce(gradients, everywhere, self.groups.pipeline)
+        gradients = self._model.gradients()
+        held = [(stream, kind) for stream, of_kind in gradients.items() for kind in of_kind]
+        for split, group in (
+            (SPLIT_OVER_TENSOR, self.groups.tensor),
+            (SPLIT_OVER_PIPELINE, self.groups.pipeline),
+        ):
+            copied = [(stream, kind) for stream, kind in held if kind not in split]
+            sums = ordered_sum([gradients[stream][kind] for stream, kind in copied], group)
+            for (stream, kind), total in zip(copied, sums):
+                gradients[stream][kind] = total
         return {s: {k: g.cpu() for k, g in of_kind.items()} for s, of_kind in gradients.items()}
 
     def backward(self) -> None:
@@ -230,34 +175,3 @@ class MaskBinding:
             (SPLIT_OVER_TENSOR & SPLIT_OVER_PIPELINE, self.groups.model),
             (SPLIT_OVER_PIPELINE - SPLIT_OVER_TENSOR, self.groups.pipeline),
         ]
-
-    @staticmethod
-    def _reduce(
-        gradients: dict[int, dict[str, Tensor]],
-        which: Sequence[tuple[int, str]],
-        group: torch.distributed.ProcessGroup,
-    ) -> None:
-        reduced = ordered_sum([gradients[stream][kind] for stream, kind in which], group)
-        for (stream, kind), total in zip(which, reduced):
-            gradients[stream][kind] = total
-
-
-def _stream_gates(
-    leaves: Mapping[str, Tensor], sampled: Mapping[str, Tensor], parts: Mapping[str, MaskPart]
-) -> StreamGates:
-    num_open = None
-    if "hidden" in sampled:
-        num_open = int(torch.count_nonzero(sampled["hidden"]))
-        assert num_open, "every hidden gate is closed: the objective checks before it binds"
-    return StreamGates(
-        hidden=leaves["hidden"][0] if "hidden" in leaves else None,
-        num_open_hidden=num_open,
-        heads=by_layer(parts["head"], leaves["head"]) if "head" in leaves else None,
-        groups=leaves.get("group"),
-        intermediate=leaves.get("intermediate"),
-        layer=leaves["layer"][0] if "layer" in leaves else None,
-    )
-
-
-def _layers(chunks: Sequence[torch.nn.Module]) -> list[MaskedTransformerLayer]:
-    return [layer for chunk in chunks for layer in unwrap(chunk).decoder.layers]

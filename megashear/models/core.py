@@ -137,17 +137,14 @@ class RMSNorm(torch.nn.Module):
 
 
 class SwiGLU(MegatronModule):
-    """Activation of the MLP, silu(gate) * up, times the gates of its neurons where there are any.
+    """Activation of the MLP, silu(gate) * up.
 
     It takes the place that megatron-core keeps for Transformer Engine's activations.
     """
 
-    units: Tensor | None = None
-    """Gates of this rank's neurons, float32 [ffn/tp]."""
-
     def forward(self, x: Tensor) -> Tensor:
         """Gate and up side by side, [s, b, 2 * ffn/tp], to [s, b, ffn/tp]."""
-        return kernels.swiglu(x, self.units)
+        return kernels.swiglu(x)
 
 
 class RotaryTable(RotaryEmbedding):

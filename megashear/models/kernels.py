@@ -15,20 +15,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megashear.models.fusion import fused
-from megashear.parallel import device
 
 
-def swiglu(x: Tensor, units: Tensor | None = None) -> Tensor:
-    """silu(gate) * up * z.
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up.
 
     Args:
         x: gate and up side by side, [..., 2 * ffn/tp].
-        units: z, float32 [ffn/tp]; None for no gates.
 
     Returns:
         [..., ffn/tp], typed like ``x``.
     """
-    output: Tensor = _SwiGLU.apply(x, units)
+    output: Tensor = _SwiGLU.apply(x)
     return output
 
 
@@ -84,81 +82,41 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return output
 
 
-def gated_linear(
-    x: Tensor, weight: Tensor, units: Tensor | None, outputs: Tensor | None, copies: int
-) -> Tensor:
-    """((x * z) @ weight.T) * g, keeping x alone for the backward pass.
-
-    The gradient of g needs the product before it was gated, which would be kept for it. But it is
-    also what the gradient G of the weight, before it is gated, has in its rows:
-    sum_t dy_ti (u @ W.T)_ti = sum_j W_ij (dy.T @ u)_ij = sum_j W_ij G_ij; and W.grad = g_i G_ij.
-
-    Where ``weight`` has a ``main_grad``, as DDP gives it one, its gradient is added to that, as
-    megatron-core's linears do under gradient_accumulation_fusion.
-
-    Args:
-        x: [..., units * width].
-        weight: [outputs, units * width].
-        units: z, float32 [units]; None for no gates.
-        outputs: g, float32 [outputs]; None for no gates.
-        copies: factor on the gradient of ``outputs``, see MaskedRowParallelLinear.
-    """
-    output: Tensor = _GatedLinear.apply(x, weight, units, outputs, copies)
-    return output
-
-
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, units: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, units)
-        return _activate(x, units)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _activate(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        return _activation_gradients(dy, *ctx.saved_tensors)
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return _activation_gradient(dy, *ctx.saved_tensors)
 
 
 @fused
-def _activate(x: Tensor, units: Tensor | None) -> Tensor:
+def _activate(x: Tensor) -> Tensor:
     gate, up = x.float().chunk(2, dim=-1)
-    y = torch.nn.functional.silu(gate).mul_(up)
-    if units is not None:
-        y.mul_(units)
-    return y.to(x.dtype)
+    return torch.nn.functional.silu(gate).mul_(up).to(x.dtype)
 
 
 @fused
-def _activation_gradients(
-    dy: Tensor, x: Tensor, units: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Of the input and of the gates."""
+def _activation_gradient(dy: Tensor, x: Tensor) -> Tensor:
     dy = dy.float()
     gate, up = x.float().chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
-    dunits = None
     if torch.compiler.is_compiling():
         # the compiler makes one pass of this, and of writes to parts of a tensor several
         dup, dgate = dy * silu, dy * up * (sigmoid + silu * (1 - sigmoid))
-        if units is not None:
-            dunits = _sum_over_tokens(dup * up)
-            dup, dgate = dup * units, dgate * units
-        return torch.stack((dgate.to(x.dtype), dup.to(x.dtype)), dim=-2).flatten(-2), dunits
-    factors = dy, silu
-    if units is not None:
-        factors = dy * silu, units
-        dunits = _sum_over_tokens(factors[0] * up)
+        return torch.stack((dgate.to(x.dtype), dup.to(x.dtype)), dim=-2).flatten(-2)
     dx = torch.empty_like(x)
     dgate, dup = dx.chunk(2, dim=-1)
-    torch.mul(*factors, out=dup)
-    del factors
+    torch.mul(dy, silu, out=dup)
     # silu' = sigmoid + silu * (1 - sigmoid); both are overwritten, they are no longer needed
     slope = silu.addcmul_(silu, sigmoid, value=-1.0).add_(sigmoid).mul_(dy)
-    if units is not None:
-        slope.mul_(units)
     torch.mul(slope, up, out=dgate)
-    return dx, dunits
+    return dx
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -226,89 +184,6 @@ def _turn_into(turned: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, back: boo
         a.copy_((first * cos).addcmul_(second, sin, value=-1.0))
         b.copy_((second * cos).addcmul_(first, sin))
     return turned
-
-
-class _GatedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        units: Tensor | None,
-        outputs: Tensor | None,
-        copies: int,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, units, outputs)
-        ctx.copies = copies
-        y = (x if units is None else _gate_units(x, units)) @ weight.T
-        return y if outputs is None else y.mul_(outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, dy: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
-        x, weight, units, outputs = ctx.saved_tensors
-        dx = dunits = dweight = doutputs = None
-        if ctx.needs_input_grad[0] or units is not None:
-            dx = (dy if outputs is None else _gate_outputs(dy, outputs)) @ weight
-            if units is not None:
-                dx, dunits = _unit_gradients(dx, x, units)
-        if ctx.needs_input_grad[1] or outputs is not None:
-            inputs = (x if units is None else _gate_units(x, units)).flatten(0, -2)
-            tokens = dy.flatten(0, -2)
-            total = getattr(weight, "main_grad", None)
-            if outputs is not None:
-                raw = tokens.T @ inputs  # [outputs, units * width]
-                doutputs = _output_gradients(raw, weight, outputs, total).mul_(ctx.copies)
-                dweight = raw
-            elif total is None:
-                dweight = tokens.T @ inputs
-            else:
-                device.add_product(total, tokens, inputs)
-            if total is not None:
-                # DDP's hook wants a gradient to see that there is one, and adds none twice
-                weight.grad_added_to_main_grad = True
-                dweight = torch.empty_like(weight) if dweight is None else dweight
-        return dx, dweight, dunits, doutputs, None
-
-
-@fused
-def _gate_units(x: Tensor, units: Tensor) -> Tensor:
-    return _gated(x, units)
-
-
-@fused
-def _gate_outputs(y: Tensor, outputs: Tensor) -> Tensor:
-    return (y * outputs).to(y.dtype)
-
-
-@fused
-def _unit_gradients(dx: Tensor, x: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the input, from that of the gated input; and of the gates."""
-    each = (dx * x).unflatten(-1, (len(units), -1))  # [..., units, width]
-    dunits = _sum_over_tokens(each.sum(dim=-1, dtype=torch.float32))
-    return _gated(dx, units), dunits
-
-
-@fused
-def _output_gradients(raw: Tensor, weight: Tensor, outputs: Tensor, total: Tensor | None) -> Tensor:
-    """Of the output gates; that of the weight is added to ``total``, or written over ``raw``."""
-    doutputs = (weight * raw).sum(dim=1, dtype=torch.float32)
-    if total is None:
-        raw.mul_(outputs[:, None])
-    else:
-        total.addcmul_(raw, outputs[:, None])
-    return doutputs
-
-
-def _gated(x: Tensor, units: Tensor) -> Tensor:
-    return (x.unflatten(-1, (len(units), -1)) * units[:, None]).flatten(-2).to(x.dtype)
-
-
-def _sum_over_tokens(x: Tensor) -> Tensor:
-    """[..., units] to [units]."""
-    return x.flatten(0, -2).sum(dim=0)
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -17,11 +17,13 @@ from torch import Tensor
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.models.core import RotaryTable, VocabularyPadding, rotary_frequencies
 from megashear.models.cross_entropy import vocab_parallel_cross_entropy
-from megashear.models.masked_layers import EmbeddingGate
 from megashear.models.specs import Variant, block_spec
 from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
+
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+"""What has a row for every token, by its name in a GPTModel."""
 
 _STAGE_SEED = 100
 """Distance between the seeds of neighbouring stages. Source: Megatron-LM's initialisation."""
@@ -123,7 +125,7 @@ def build_llama(
         groups: where this rank stands.
         parallel: the layout.
         model: precision, recompute.
-        variant: masked while pruning, else local or transformer_engine.
+        variant: kind of layers; masks want local ones.
         init_method_std: standard deviation of fresh weights.
         seed: of fresh weights.
 
@@ -224,6 +226,29 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
     return chunk
 
 
+def own_layers(chunks: Sequence[torch.nn.Module]) -> tuple[int, ...]:
+    """Return the global numbers, from 0, of the layers in this rank's chunks, rising."""
+    layers = (layer for chunk in chunks for layer in unwrap(chunk).decoder.layers)
+    return tuple(sorted(layer.layer_number - 1 for layer in layers))  # megatron counts from 1
+
+
+def names_in_whole(gpt: GPTModel, shape: ModelShape) -> dict[str, str]:
+    """Return by the name of each parameter of a chunk its name in the weight table.
+
+    Layers have global numbers there, and the last stage's copy of a tied embedding is the
+    embedding.
+    """
+    numbers = {str(n): str(layer.layer_number - 1) for n, layer in enumerate(gpt.decoder.layers)}
+    names = {}
+    for name, _ in gpt.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = numbers[parts[2]]
+        is_copy = shape.tied_embeddings and name == OUTPUT
+        names[name] = EMBEDDING if is_copy else ".".join(parts)
+    return names
+
+
 class Llama(GPTModel):
     """GPTModel with the cross entropy of `cross_entropy`."""
 
@@ -268,10 +293,6 @@ def _build_chunk(
     gpt.num_tokens = shape.vocab_size  # gpt.vocab_size counts the padding too
     if gpt.vocab_size != gpt.num_tokens:
         _close_padding(gpt, own_vocab_size(shape, groups.tensor_size, groups.tensor_rank))
-    if variant == "masked":
-        gpt.embedding_gate = EmbeddingGate()
-        if first:
-            gpt.embedding.register_forward_hook(gpt.embedding_gate)
     gpt.to(device.device())
     return Float16Module(config, gpt) if config.bf16 else gpt
 
@@ -280,7 +301,7 @@ def _close_padding(gpt: GPTModel, num_own: int) -> None:
     """Make the padding rows of this rank zeros that no loss depends on."""
     with torch.no_grad():
         for name, weight in gpt.named_parameters():
-            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            if name in (EMBEDDING, OUTPUT):
                 weight[num_own:] = 0.0
     if gpt.post_process:
         gpt.output_layer.register_forward_hook(VocabularyPadding(num_own))

@@ -1,4 +1,4 @@
-"""ModuleSpecs of a LLaMA: masked (unfused), or plain (local or Transformer Engine)."""
+"""ModuleSpecs of a LLaMA: local layers, which masks can be folded into, or Transformer Engine's."""
 
 from __future__ import annotations
 
@@ -19,13 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megashear.models.core import CausalAttention, RMSNorm, RotaryAttention, SwiGLU
-from megashear.models.masked_layers import (
-    MaskedRMSNorm,
-    MaskedRowParallelLinear,
-    MaskedTransformerLayer,
-)
 
-Variant = Literal["masked", "local", "transformer_engine"]
+Variant = Literal["local", "transformer_engine"]
 
 # Transformer Engine fuses each norm with the linear after it and checkpoints under these names, as
 # Megatron-LM does: with them a checkpoint of one variant loads into another.
@@ -42,7 +37,7 @@ def block_spec(
 
     Args:
         config: says how many layers the chunk has.
-        variant: masked for pruning; local or transformer_engine for everything else.
+        variant: kind of layers; local ones while masks learn.
         vp_stage: number of the chunk under the interleaved schedule.
     """
     if variant == "transformer_engine":
@@ -51,42 +46,37 @@ def block_spec(
         )
 
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    masked = variant == "masked"
-    norm = MaskedRMSNorm if masked else RMSNorm
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(masked, config.qk_layernorm)]
+        layer_specs=[_layer_spec(config.qk_layernorm)]
         * get_num_layers_to_build(config, vp_stage=vp_stage),
-        layer_norm=norm,
+        layer_norm=RMSNorm,
     )
 
 
-def _layer_spec(masked: bool, qk_layernorm: bool) -> ModuleSpec:
-    norm = MaskedRMSNorm if masked else RMSNorm
-    # over head_dim, which no mask closes any part of: the plain norm, masked or not
+def _layer_spec(qk_layernorm: bool) -> ModuleSpec:
     head_norm = RMSNorm if qk_layernorm else IdentityOp
-    row_parallel = MaskedRowParallelLinear if masked else RowParallelLinear
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=CausalAttention,
-        linear_proj=row_parallel,
+        linear_proj=RowParallelLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
     # MLP itself, not a subclass: TransformerLayer passes the tensor group to that class only
     mlp = MLPSubmodules(
-        linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=row_parallel
+        linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear
     )
     return ModuleSpec(
-        module=MaskedTransformerLayer if masked else TransformerLayer,
+        module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
                 module=RotaryAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=attention,
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(module=MLP, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_CHECKPOINT_NAMES,

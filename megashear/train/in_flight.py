@@ -14,7 +14,7 @@ from megashear.checkpoint.cut import cut
 from megashear.checkpoint.optimizer_state import Stepped, count_steps, start_state, stepped
 from megashear.masks.kinds import KINDS, SPLIT_OVER_TENSOR
 from megashear.models import layout
-from megashear.models.llama import unwrap
+from megashear.models.llama import names_in_whole, unwrap
 from megashear.parallel.agree import (
     broadcast_tensor,
     flat_all_reduce,
@@ -32,8 +32,6 @@ The masked model computes with W * g, the cut one with one tensor V = W * g. By 
 dL/dW = g dL/dV, so the mean of V's gradients is W's over g, and that of their squares W's over
 g squared. Adam's step, the one over the root of the other, is then the same for V as for W.
 """
-
-_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 class Optimized(NamedTuple):
@@ -94,25 +92,12 @@ _Parameters = dict[str, _Parameter]
 def _parameters(model: Optimized) -> _Parameters:
     steps = stepped(model.optimizer)
     found: _Parameters = {}
-    for chunk in model.chunks:
-        for name, parameter in _named(unwrap(chunk)):
-            if model.shape.tied_embeddings and name == _OUTPUT:
-                name = _EMBEDDING  # the last stage's copy of the first one's matrix
+    for gpt in map(unwrap, model.chunks):
+        parameters = dict(gpt.named_parameters())
+        for own_name, name in names_in_whole(gpt, model.shape).items():
+            parameter = parameters[own_name]
             found[name] = _Parameter(parameter, steps.get(id(parameter)))
     return found
-
-
-def _named(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters by their name in a model without pipeline parallelism."""
-    numbers = {
-        str(own): layer.layer_number - 1  # megatron counts from 1
-        for own, layer in enumerate(model.decoder.layers)  # type: ignore[union-attr,arg-type]
-    }
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(numbers[parts[2]])
-        yield ".".join(parts), parameter
 
 
 def _start_state(optimizer: MegatronOptimizer, old: Optimized) -> None:

@@ -23,8 +23,9 @@ from megashear.masks.mask_set import (
     whole_parts,
 )
 from megashear.masks.optimizer import MaskOptimizer
-from megashear.models.binding import MaskBinding, own_layers
+from megashear.models.binding import MaskBinding
 from megashear.models.kept import KeptUnits
+from megashear.models.llama import own_layers
 from megashear.models.parts import own_parts
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
@@ -176,7 +177,9 @@ class StructuredPruning(LanguageModelling):
         )
         self.optimizer = MaskOptimizer(self.masks, self.constraint, betas=betas, eps=eps)
         self.sides = Sides(parts)
-        self.binding = MaskBinding(chunks, self.masks, groups, sequence_parallel=sequence_parallel)
+        self.binding = MaskBinding(
+            chunks, self.masks, source, groups, sequence_parallel=sequence_parallel
+        )
         self._penalty = torch.zeros((), dtype=torch.float64)
         self._closed: dict[str, Tensor] = {}
         self._norm, self._scale = 0.0, 1.0
@@ -194,7 +197,8 @@ class StructuredPruning(LanguageModelling):
             {
                 stream: self.masks.sample(seed=self.seed, step=step, stream=stream)
                 for stream in sorted(set(streams))
-            }
+            },
+            streams,
         )
         losses = run_schedule(
             self.chunks,

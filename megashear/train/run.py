@@ -193,7 +193,7 @@ def _pruning_trainer(
 ) -> Trainer:
     train = config.train
     chunks = build_llama(
-        start.shape, groups, config.parallel, config.model, variant="masked", seed=train.seed
+        start.shape, groups, config.parallel, config.model, variant="local", seed=train.seed
     )
     objective = StructuredPruning(
         chunks,

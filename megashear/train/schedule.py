@@ -90,7 +90,7 @@ def run_chunk(
         chunk: of this rank, its input set by the schedule.
         batch: the microbatch.
         stream: its noise stream.
-        select: given for masked chunks, and only for them.
+        select: given while masks are bound, and only then.
         with_labels: whether to compute losses on the last stage, else logits.
 
     Returns:
@@ -106,7 +106,7 @@ def run_chunk(
         positions,
         apart if select is None else select(chunk, stream),
         labels=batch.labels.to(to, non_blocking=True) if with_labels else None,
-        # masked layers take the stream for their mask, see MaskedTransformerLayer
+        # layers on folded weights take the stream for their mask, see FoldedModel
         extra_block_kwargs=None if select is None else {"context_mask": apart},
     )
     return output

@@ -13,9 +13,9 @@ from torch import Tensor
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.data.batch import MicroBatch
 from megashear.masks.mask_set import MaskSet, whole_parts
-from megashear.models.binding import MaskBinding, own_layers
+from megashear.models.binding import MaskBinding
 from megashear.models.layout import fuse, tensors
-from megashear.models.llama import build_llama
+from megashear.models.llama import build_llama, own_layers
 from megashear.models.parts import own_parts
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
@@ -86,13 +86,16 @@ def run_pass(
         if broken is not None:
             broken()
         groups = ParallelGroups.create(parallel)
-        chunks = build_llama(source, groups, parallel, model or ModelConfig(), variant="masked")
+        chunks = build_llama(source, groups, parallel, model or ModelConfig(), variant="local")
         set_weights(chunks, whole, groups.tensor_rank, groups.tensor_size)
         masks = MaskSet(own_parts(whole_parts(source, target), own_layers(chunks), groups))
-        binding = MaskBinding(chunks, masks, groups, sequence_parallel=parallel.sequence_parallel)
+        binding = MaskBinding(
+            chunks, masks, source, groups, sequence_parallel=parallel.sequence_parallel
+        )
         masks.load_state_dict(binding.slice_gates(log_alpha))
         sampled = sample(masks)
-        binding.bind(sampled)
+        is_trained = any(z.requires_grad for gates in sampled.values() for z in gates.values())
+        binding.bind(sampled, streams if is_trained else ())
         held: dict[str, Any] = {
             "tensor_rank": groups.tensor_rank,
             "parts": masks.parts,
@@ -102,7 +105,7 @@ def run_pass(
             "gate_grads": {},
             "mask_grads": {},
         }
-        if not any(z.requires_grad for gates in sampled.values() for z in gates.values()):
+        if not is_trained:
             return held
         for chunk in chunks:
             chunk.zero_grad_buffer()

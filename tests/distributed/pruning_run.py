@@ -105,7 +105,7 @@ def _rank(
 ) -> list[dict[str, Any]]:
     groups = ParallelGroups.create(parallel)
     source, target = PAIRS[pair]
-    chunks = build_llama(source, groups, parallel, model, variant="masked")
+    chunks = build_llama(source, groups, parallel, model, variant="local")
     set_weights(chunks, megatron_weights(source), groups.tensor_rank, groups.tensor_size)
     objective = StructuredPruning(
         chunks,

@@ -45,7 +45,7 @@ def prune(parallel: ParallelConfig, model: ModelConfig) -> list[float]:
 
     def body(rank: int) -> list[float]:
         groups = ParallelGroups.create(parallel)
-        chunks = build_llama(SOURCE, groups, parallel, model, variant="masked")
+        chunks = build_llama(SOURCE, groups, parallel, model, variant="local")
         set_weights(chunks, megatron_weights(SOURCE), groups.tensor_rank, groups.tensor_size)
         objective = StructuredPruning(
             chunks,

@@ -39,7 +39,7 @@ def test_every_replica_refuses_a_closed_stream() -> None:
 
     def body(rank: int) -> str:
         groups = ParallelGroups.create(layout())
-        chunks = build_llama(SOURCE, groups, layout(), ModelConfig(), variant="masked")
+        chunks = build_llama(SOURCE, groups, layout(), ModelConfig(), variant="local")
         objective = StructuredPruning(
             chunks,
             groups,

@@ -154,7 +154,7 @@ def prune_half_way(
 ) -> dict[str, Any]:
     """Save a run on this rank's part, and give the logits of its exact evaluation mode."""
     groups = ParallelGroups.create(parallel)
-    chunks = build_llama(source, groups, parallel, ModelConfig(), variant="masked")
+    chunks = build_llama(source, groups, parallel, ModelConfig(), variant="local")
     whole = by_megatron_name(reference_llama.random_weights(source), source)
     set_weights(chunks, whole, groups.tensor_rank, groups.tensor_size)
     objective = StructuredPruning(

@@ -11,8 +11,8 @@ import torch
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.masks import mask_set
 from megashear.masks.gates import uniform_noise
-from megashear.models import binding, masked_layers
-from megashear.models.masked_layers import MaskedRMSNorm
+from megashear.models import binding, fold, folded
+from megashear.models.core import RMSNorm
 from megashear.train.objectives import StructuredPruning
 from tests.distributed.pruning_run import Snapshot, run
 from tests.tiny import layout, relative_error
@@ -109,14 +109,23 @@ def test_free_running_layouts_stay_together(
             assert torch.equal(here.expected_open[kind] > 0, there.expected_open[kind] > 0), kind
 
 
-def test_layout_parity_notices_a_missing_division(monkeypatch: pytest.MonkeyPatch) -> None:
-    # replicated gates counted once per tensor rank
+def test_layout_parity_notices_norms_counted_by_every_tensor_rank() -> None:
     def broken(objective: StructuredPruning) -> None:
-        objective.binding.sequence_parallel = True
+        for weight in objective.binding._model._weights:
+            weight._counts = True
 
     found = worst(layout(tp=2), broken=broken)
-    assert found["leaf hidden"] > 0.5
+    assert found["leaf hidden"] > 0.1
     assert found["leaf intermediate"] < REDUCTION_ORDER
+
+
+def test_layout_parity_notices_a_missing_sum_over_tensor_ranks() -> None:
+    def broken(objective: StructuredPruning) -> None:
+        # the hidden mask treated as if each tensor rank had its own
+        binding.SPLIT_OVER_TENSOR = frozenset({"hidden", *binding.SPLIT_OVER_TENSOR})
+
+    with pytest.raises(AssertionError, match="copies of hidden gradients differ"):
+        worst(layout(tp=2), broken=broken)
 
 
 def test_layout_parity_notices_a_missing_sum_over_stages() -> None:
@@ -145,48 +154,85 @@ def test_layout_parity_notices_noise_of_the_ranks_own_rows() -> None:
 def test_layout_parity_notices_another_ranks_groups() -> None:
     def broken(objective: StructuredPruning) -> None:
         # query heads of a layer laid out as [H/G, groups/tp]
-        def transposed(heads: Any, groups: Any) -> torch.Tensor:
-            return (heads * groups[:, None]).T.flatten()
+        def transposed(gates: Any, num_layers: int, heads_per_group: int) -> torch.Tensor:
+            heads = gates["head"].view(*gates["group"].shape, -1) * gates["group"][..., None]
+            return heads.transpose(1, 2).flatten(1)
 
-        masked_layers.head_gates = transposed
+        fold.head_values = transposed
 
     assert worst(layout(tp=2), broken=broken)["leaf head"] > 0.1
 
 
-def test_layout_parity_notices_streams_mixed_up_by_recompute() -> None:
+def test_streams_mixed_up_by_recompute_are_refused() -> None:
     def broken(objective: StructuredPruning) -> None:
         # gates looked up when a layer runs again, instead of carried with its arguments
-        select = objective.binding.select
-        current = {}
-
-        def remember(chunk: Any, stream: int) -> torch.Tensor:
-            current["stream"] = stream
-            return select(chunk, stream)
+        model = objective.binding._model
+        bind = model.bind
 
         class Current(dict):
             def __getitem__(self, stream: int) -> Any:
-                return super().__getitem__(current["stream"])
+                return super().__getitem__(next(iter(model._next.values())))
 
-        bind = objective.binding.bind
+        def bind_current(*args: Any) -> None:
+            bind(*args)
+            model._streams = Current(model._streams)
 
-        def bind_current(sampled: Any) -> None:
-            bind(sampled)
-            for layer in binding._layers(objective.chunks):
-                layer.streams = Current(layer.streams)
+        model.bind = bind_current  # type: ignore[method-assign]
 
-        objective.binding.select = remember  # type: ignore[method-assign]
-        objective.binding.bind = bind_current  # type: ignore[method-assign]
+    with pytest.raises(Exception, match="went backward out of turn"):
+        worst(layout(pp=2), model=RECOMPUTE, broken=broken)
 
-    assert worst(layout(pp=2), model=RECOMPUTE, broken=broken)["leaf intermediate"] > 0.01
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
+def test_layout_parity_notices_a_fold_left_out_of_an_axis(axis: int) -> None:
+    def broken(objective: StructuredPruning) -> None:
+        def fold_less(weight: torch.Tensor, factors: Any, **more: Any) -> torch.Tensor:
+            factors = [None if n == axis else each for n, each in enumerate(factors)]
+            return fold.fold(weight, factors if weight.dim() == 2 else [None], **more)
+
+        folded.fold = fold_less
+
+    assert worst(layout(tp=2), broken=broken)["loss"] > 1e-3
+
+
+def test_layout_parity_notices_gradients_unfolded_after_the_reduction() -> None:
+    def broken(objective: StructuredPruning) -> None:
+        late: list[Any] = []
+        gradients = objective.binding._model.gradients
+
+        def unfold_all() -> Any:
+            for arguments in late:
+                fold.unfold(*arguments)
+            late.clear()
+            return gradients()
+
+        folded.unfold = lambda *arguments: late.append(arguments)
+        objective.binding._model.gradients = unfold_all  # type: ignore[method-assign]
+
+    # each replica has a stream of its own
+    found = worst(layout(), data_size=2, broken=broken)
+    assert max(error for name, error in found.items() if "linear_fc2" in name) > 0.1
+
+
+def test_layout_parity_notices_weights_folded_before_the_last_update() -> None:
+    def broken(objective: StructuredPruning) -> None:
+        first: dict[int, torch.Tensor] = {}
+
+        def fold_old(weight: torch.Tensor, factors: Any, **more: Any) -> torch.Tensor:
+            old = first.setdefault(weight.data_ptr(), weight.clone())
+            return fold.fold(old, factors, **more)
+
+        folded.fold = fold_old
+
+    assert max(worst(layout(tp=2), broken=broken).values()) > 1e-3
 
 
 def test_layout_parity_notices_a_norm_over_closed_dimensions() -> None:
     def broken(objective: StructuredPruning) -> None:
-        def forward(norm: MaskedRMSNorm, x: torch.Tensor) -> torch.Tensor:
-            weight = norm.weight if norm.gates is None else norm.weight * norm.gates.hidden
-            return torch.nn.functional.rms_norm(x, (x.size(-1),), weight, norm.eps)
+        def forward(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.rms_norm(x, (x.size(-1),), norm.weight, norm.eps)
 
-        MaskedRMSNorm.forward = forward  # type: ignore[method-assign]
+        RMSNorm.forward = forward  # type: ignore[method-assign]
 
     assert worst(layout(tp=2), broken=broken)["loss"] > 1e-3
 

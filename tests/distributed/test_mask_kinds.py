@@ -202,7 +202,7 @@ def own_figures(parallel: ParallelConfig) -> dict[tuple[str, tuple[str, ...]], d
     groups = ParallelGroups.create(parallel)
     found = {}
     for family, source in SOURCES.items():
-        chunks = build_llama(source, groups, parallel, ModelConfig(), variant="masked")
+        chunks = build_llama(source, groups, parallel, ModelConfig(), variant="local")
         set_weights(chunks, megatron_weights(source), groups.tensor_rank, groups.tensor_size)
         for which, (_, target) in SUBSETS.items():
             if which[0] != family:

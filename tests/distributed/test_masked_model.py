@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,8 +14,8 @@ from megashear.config import ParallelConfig
 from megashear.data.batch import MicroBatch
 from megashear.masks.gates import sample_gates
 from megashear.masks.mask_set import MaskSet, exact_gates, target_units, whole_parts
-from megashear.models import masked_layers
-from megashear.models.masked_layers import EmbeddingGate, MaskedRMSNorm
+from megashear.models import fold, folded
+from megashear.models.core import RMSNorm
 from megashear.shape import ModelShape
 from tests import reference_llama
 from tests.distributed.masked_model import Pass, Sampler, by_megatron_name, run_pass
@@ -49,10 +50,11 @@ def test_masked_model_equals_the_plain_formula(pair: str, parallel: ParallelConf
 
 def test_gates_transposed_in_their_groups_are_noticed() -> None:
     def broken() -> None:
-        def transposed(heads: Tensor, groups: Tensor) -> Tensor:
-            return (heads * groups[:, None]).T.flatten()
+        def transposed(gates: dict[str, Tensor], num_layers: int, heads_per_group: int) -> Tensor:
+            heads = gates["head"].view(*gates["group"].shape, -1) * gates["group"][..., None]
+            return heads.transpose(1, 2).flatten(1)
 
-        masked_layers.head_gates = transposed  # type: ignore[assignment]
+        fold.head_values = transposed  # type: ignore[assignment]
 
     masks = middle_of_pruning(SOURCE, TARGET)
     found = sampled_pass(layout(), SOURCE, TARGET, masks, broken=broken)
@@ -69,11 +71,10 @@ def test_a_kind_of_gate_left_out_is_noticed(kind: str) -> None:
 
 def test_a_norm_over_closed_dimensions_is_noticed() -> None:
     def broken() -> None:
-        def forward(norm: MaskedRMSNorm, x: Tensor) -> Tensor:
-            weight = norm.weight if norm.gates is None else norm.weight * norm.gates.hidden
-            return F.rms_norm(x, (x.size(-1),), weight, norm.eps)
+        def forward(norm: RMSNorm, x: Tensor) -> Tensor:
+            return F.rms_norm(x, (x.size(-1),), norm.weight, norm.eps)
 
-        MaskedRMSNorm.forward = forward  # type: ignore[method-assign, assignment]
+        RMSNorm.forward = forward  # type: ignore[method-assign]
 
     masks = middle_of_pruning(SOURCE, TARGET)
     found = sampled_pass(layout(), SOURCE, TARGET, masks, broken=broken)
@@ -105,9 +106,16 @@ def test_golden_training_pass(parallel: ParallelConfig) -> None:
         assert relative_error(found.mask_grads[kind], grad) < OTHER_KERNELS, kind
 
 
-def test_an_ungated_embedding_is_noticed() -> None:
+def test_an_embedding_left_unfolded_is_noticed() -> None:
     def broken() -> None:
-        EmbeddingGate.__call__ = lambda gate, module, inputs, output: output  # type: ignore[method-assign, assignment]
+        enter = folded._FoldedWeight.enter
+
+        def enter_others(weight: folded._FoldedWeight, stream: folded._Stream) -> None:
+            if not isinstance(weight._module, VocabParallelEmbedding):
+                enter(weight, stream)
+            weight.check_done = lambda: None  # type: ignore[method-assign]
+
+        folded._FoldedWeight.enter = enter_others  # type: ignore[method-assign]
 
     found = golden_pass(layout(), golden_gates, broken=broken)
     assert relative_error(found.logits, golden.tensors()["train.logits"]) > BROKEN

@@ -158,8 +158,7 @@ def measured_here(case: Case, *, counts_sent: bool) -> dict[str, Any]:
     # in proportion: at these sizes what goes through float32 at once would be all logits
     cross_entropy._AT_ONCE = {"cpu": 2**12}
     groups = ParallelGroups.create(case.parallel)
-    variant = "masked" if case.masked else "local"
-    chunks = build_llama(case.shape, groups, case.parallel, case.work().model, variant=variant)
+    chunks = build_llama(case.shape, groups, case.parallel, case.work().model, variant="local")
     sharded = case.parallel.use_distributed_optimizer
     optimizer = build_optimizer(chunks, OptimizerConfig(), bf16=case.bf16, sharded=sharded)
     objective, gates = LanguageModelling(chunks), []

@@ -39,7 +39,7 @@ def later_masks() -> dict[str, torch.Tensor]:
 
 
 def objective_of(parallel: ParallelConfig, groups: ParallelGroups) -> StructuredPruning:
-    chunks = build_llama(SOURCE, groups, parallel, ModelConfig(), variant="masked")
+    chunks = build_llama(SOURCE, groups, parallel, ModelConfig(), variant="local")
     set_weights(chunks, megatron_weights(SOURCE), groups.tensor_rank, groups.tensor_size)
     return StructuredPruning(
         chunks,

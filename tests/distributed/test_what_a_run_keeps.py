@@ -106,7 +106,7 @@ def test_a_run_carries_the_models_own_tokenizer_and_token_ids(
 def test_only_training_keeps_activations(forward_only: bool) -> None:
     def body(rank: int) -> set[bool]:
         groups = ParallelGroups.create(layout())
-        chunks = build_llama(SOURCE, groups, layout(), ModelConfig(), variant="masked")
+        chunks = build_llama(SOURCE, groups, layout(), ModelConfig(), variant="local")
         recorded: set[bool] = set()
 
         def watch(chunk: torch.nn.Module, stream: int) -> torch.Tensor:

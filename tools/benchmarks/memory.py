@@ -106,7 +106,7 @@ def allocated(
         groups,
         work.parallel,
         work.model,
-        variant="local" if target is None else "masked",
+        variant="local",
     )
     optimizer = build_optimizer(
         chunks,

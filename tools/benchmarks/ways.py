@@ -141,7 +141,7 @@ class OurStep:
         parallel: the layout.
         model: precision, recompute.
         target: shape to prune to; None trains without masks.
-        variant: of the layers; masked unless there is no target.
+        variant: of the layers; local ones where there is a target.
     """
 
     def __init__(
@@ -154,10 +154,7 @@ class OurStep:
         target: ModelShape | None = None,
         variant: Variant = "local",
     ) -> None:
-        masked = target is not None
-        self.chunks = build_llama(
-            work.shape, groups, parallel, model, variant="masked" if masked else variant, seed=SEED
-        )
+        self.chunks = build_llama(work.shape, groups, parallel, model, variant=variant, seed=SEED)
         self.objective = LanguageModelling(self.chunks)
         if target is not None:
             batch = work.micro_batch_size * work.num_microbatches * groups.data_size

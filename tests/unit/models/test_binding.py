@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.masks.mask_set import MaskPart, MaskSet, whole_parts
-from megashear.models.binding import MaskBinding, own_layers
-from megashear.models.llama import build_llama, check_layout, unwrap
+from megashear.models.binding import MaskBinding
+from megashear.models.llama import build_llama, check_layout, own_layers, unwrap
 from megashear.models.parts import own_parts
 from megashear.parallel.groups import ParallelGroups
 from tests.ranks import run_ranks
@@ -22,18 +22,11 @@ from tests.tiny import PAIRS, SOURCE, layout
 GROUPED, TARGET = PAIRS["8-groups-of-4"]
 
 
-def parts_of_rank(parallel: ParallelConfig) -> tuple[tuple[int, ...], dict[int, int], Any]:
+def parts_of_rank(parallel: ParallelConfig) -> tuple[tuple[int, ...], Any]:
     groups = ParallelGroups.create(parallel)
-    chunks = build_llama(GROUPED, groups, parallel, ModelConfig(), variant="masked")
+    chunks = build_llama(GROUPED, groups, parallel, ModelConfig(), variant="local")
     layers = own_layers(chunks)
-    parts = own_parts(whole_parts(GROUPED, TARGET), layers, groups)
-    MaskBinding(chunks, MaskSet(parts), groups, sequence_parallel=False)
-    rows = {
-        layer.layer_number - 1: layer.row
-        for chunk in chunks
-        for layer in unwrap(chunk).decoder.layers
-    }
-    return layers, rows, parts
+    return layers, own_parts(whole_parts(GROUPED, TARGET), layers, groups)
 
 
 @pytest.mark.parametrize(
@@ -52,10 +45,8 @@ def test_every_gate_is_held_by_the_ranks_that_hold_its_weights(
     tp = parallel.tensor_model_parallel_size
     found = run_ranks(len(layers), lambda rank: parts_of_rank(parallel))
     whole = whole_parts(GROUPED, TARGET)
-    assert [own for own, _, _ in found] == layers
-    for rank, (own, rows, parts) in enumerate(found):
-        # rows of log_alpha in the order of layers, wherever a layer's chunk comes
-        assert rows == {layer: row for row, layer in enumerate(own)}
+    assert [own for own, _ in found] == layers
+    for rank, (own, parts) in enumerate(found):
         assert parts["hidden"] == whole["hidden"]
         assert list(parts["layer"].units) == list(own)
         # whole rows, of the key/value heads that this rank holds
@@ -73,7 +64,7 @@ def test_every_gate_is_held_by_the_ranks_that_hold_its_weights(
     assert whole.keys() == {"hidden", "head", "group", "intermediate", "layer"}
     for kind, times in {"intermediate": 1, "head": 1, "group": 1, "layer": tp}.items():
         held = torch.zeros(whole[kind].num_rows, whole[kind].num_units)
-        for _, _, parts in found:
+        for _, parts in found:
             held[list(parts[kind].rows)] += count(parts[kind])
         assert bool((held == times).all()), kind
 
@@ -86,9 +77,9 @@ def count(part: MaskPart) -> Tensor:
 
 def masked_model() -> tuple[Any, MaskBinding]:
     groups = ParallelGroups.create(layout())
-    chunks = build_llama(GROUPED, groups, layout(), ModelConfig(), variant="masked")
+    chunks = build_llama(GROUPED, groups, layout(), ModelConfig(), variant="local")
     parts = own_parts(whole_parts(GROUPED, TARGET), own_layers(chunks), groups)
-    binding = MaskBinding(chunks, MaskSet(parts), groups, sequence_parallel=False)
+    binding = MaskBinding(chunks, MaskSet(parts), GROUPED, groups, sequence_parallel=False)
     return unwrap(chunks[0]), binding
 
 

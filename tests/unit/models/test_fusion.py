@@ -17,7 +17,6 @@ from megashear.models.fusion import fused
 from megashear.parallel import device
 from tests.ranks import run_ranks
 from tests.tiny import relative_error
-from tests.unit.models import test_kernels
 from tests.unit.models.test_cross_entropy import BFLOAT16, labels, weights, whole_logits
 from tests.unit.models.test_cross_entropy import wanted as whole_vocabulary
 from tests.unit.models.test_kernels import CASES, FLOAT32, with_gradients, worst
@@ -55,9 +54,8 @@ def in_one_graph(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 
 
 def test_every_fused_function_is_found() -> None:
-    assert {"_activate", "_activation_gradients", "_turn_into", "_gate_units"} < FUSED.keys()
+    assert {"_activate", "_activation_gradient", "_turn_into"} < FUSED.keys()
     assert {
-        "_output_gradients",
         "_exponentials",
         "_exponentials_over",
         "_gradient_over",
@@ -69,15 +67,10 @@ def test_kernels_are_traced_whole_and_compute_the_same(
     in_one_graph: set[str], precision: torch.dtype
 ) -> None:
     for ours, formula, inputs in CASES.values():
-        rounded = {
-            name: value if name in ("units", "outputs") else value.to(precision)
-            for name, value in inputs.items()
-        }
+        rounded = {name: value.to(precision) for name, value in inputs.items()}
         found = with_gradients(ours, rounded)
         wanted = with_gradients(formula, rounded, torch.float64)
         assert worst(found, wanted) < (FLOAT32 if precision == torch.float32 else 0.01)
-    # what a run does: a gradient goes into the buffer, whose view the function writes to
-    test_kernels.test_a_weights_gradient_is_added_to_its_buffer("gated linear", precision)
     assert in_one_graph == {name for name, (module, _) in FUSED.items() if module is kernels}
 
 

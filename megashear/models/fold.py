@@ -1,0 +1,213 @@
+"""Masks as factors on the rows and columns of weights: W' = r * W * c, and its gradients.
+
+Every gate of a mask multiplies a row or a column of a weight; which kinds multiply which axis is in
+the weight table (`layout.Weight.folds`). Training, evaluation under masks and both cuts fold by the
+functions of this module, whole weights or a rank's shards of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megashear.masks.kinds import GROUP, HEAD, HIDDEN, INTERMEDIATE, LAYER
+from megashear.models.fusion import fused
+from megashear.parallel import device
+
+
+class Factors:
+    """What gates multiply into the axes of weights.
+
+    Args:
+        gates: by kind, of whole masks or of one rank's part of them: hidden [1, h], layer [1, L],
+            head [L, H], group [L, G], intermediate [L, I]. With grouped queries head may come as
+            [L * G, H/G], a row for each key/value head. An absent kind is fully open.
+        num_layers: L.
+        heads_per_group: H/G, query heads of one key/value head.
+        head_dim: width of a head.
+    """
+
+    def __init__(
+        self, gates: Mapping[str, Tensor], *, num_layers: int, heads_per_group: int, head_dim: int
+    ) -> None:
+        self._of = {kind: gates[kind] for kind in (HIDDEN, INTERMEDIATE) if kind in gates}
+        if LAYER in gates:
+            self._of[LAYER] = gates[LAYER].reshape(num_layers, 1)
+        heads = head_values(gates, num_layers, heads_per_group)
+        if heads is not None:
+            self._of[HEAD] = heads.repeat_interleave(head_dim, dim=1)  # [L, H * d]
+        self._stacked: dict[tuple[str, ...], Tensor | None] = {}
+
+    def stacked(self, kinds: tuple[str, ...]) -> Tensor | None:
+        """Return the factors of an axis for all layers.
+
+        Args:
+            kinds: what the weight table folds into the axis.
+
+        Returns:
+            [L, n], or [1, n] where they are the same in every layer; n is the axis' length, or 1
+            where they are the same along it. None where no gate of ``kinds`` is there.
+        """
+        if kinds not in self._stacked:
+            values = [self._of[kind] for kind in kinds if kind in self._of]
+            self._stacked[kinds] = functools.reduce(torch.mul, values) if values else None
+        return self._stacked[kinds]
+
+    def of(self, folds: Sequence[tuple[str, ...]], layer: int | None) -> list[Tensor | None]:
+        """Return the factor of each axis of one weight, [n] or [1].
+
+        Args:
+            folds: of the weight's row of the table.
+            layer: the weight's, counted among the gates' layers; None outside the layers.
+        """
+        return [None if each is None else pick(each, layer) for each in map(self.stacked, folds)]
+
+
+def head_values(
+    gates: Mapping[str, Tensor], num_layers: int, heads_per_group: int
+) -> Tensor | None:
+    """Return what gates make of every query head, [L, H]: its own gate times its group's.
+
+    Arguments as `Factors` takes them. None where neither kind is there.
+    """
+    heads, groups = gates.get(HEAD), gates.get(GROUP)
+    if groups is not None:
+        groups = groups.repeat_interleave(heads_per_group, dim=1)
+    if heads is None:
+        return groups
+    heads = heads.reshape(num_layers, -1)
+    return heads if groups is None else heads * groups
+
+
+def pick(stacked: Tensor, layer: int | None) -> Tensor:
+    """Return one layer's row of what `Factors.stacked` gives: a view."""
+    return stacked[0 if layer is None or len(stacked) == 1 else layer]
+
+
+@torch.no_grad()
+def fold(
+    weight: Tensor, factors: Sequence[Tensor | None], *, power: int = 1, out: Tensor | None = None
+) -> Tensor:
+    """Multiply factors into the axes of a weight, in float32, and round once.
+
+    Args:
+        weight: a matrix or a vector, of any precision.
+        factors: of each axis, float32 [n] or [1]; None leaves an axis as it is.
+        power: of the factors.
+        out: what to write to, shaped like ``weight``; a new tensor typed like it unless given.
+
+    Returns:
+        ``out``.
+    """
+    out = torch.empty_like(weight) if out is None else out
+    given = [each if each is None or power == 1 else each**power for each in factors]
+    if weight.dim() == 2 and device.compiles_kernels():
+        rows, columns = _for_all(weight, given)
+        _fold_matrix(weight, rows, columns, out)
+        return out
+    # as the weight broadcasts: [m, 1] for rows, [n] for columns
+    shaped = [
+        each if axis == weight.dim() - 1 else each[:, None]
+        for axis, each in enumerate(given)
+        if each is not None
+    ]
+    wide = weight
+    for each in shaped[:-1]:
+        wide = torch.mul(wide, each, out=out) if out.dtype == torch.float32 else wide * each
+    if shaped:
+        torch.mul(wide, shaped[-1], out=out)
+    else:
+        out.copy_(weight)
+    return out
+
+
+@torch.no_grad()
+def unfold(
+    raw: Tensor,
+    weight: Tensor,
+    factors: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+) -> None:
+    """Turn the gradient of a folded weight into that of the weight, and add that of its factors.
+
+    With W'_ij = r_i W_ij c_j and G its gradient, W's is r_i c_j G_ij, that of r_i is
+    sum_j W_ij c_j G_ij and that of c_j is sum_i W_ij r_i G_ij: by the chain rule.
+
+    Args:
+        raw: G, float32; overwritten with the gradient of the weight.
+        weight: W, of any precision.
+        factors: as `fold` took them.
+        gradients: for each axis what to add the factor's gradient to, shaped like the factor; None
+            leaves it out.
+    """
+    if weight.dim() == 1:
+        (factor,), (total,) = factors, gradients
+        if factor is not None:
+            if total is not None:
+                total.addcmul_(raw, weight.float())
+            raw.mul_(factor)
+        return
+    sums: tuple[Tensor | None, Tensor | None]
+    if device.compiles_kernels():
+        rows, columns = _for_all(weight, factors)
+        sums = _unfold_matrix(raw, weight, rows, columns)
+    else:
+        sums = _unfold_blocks(raw, weight, *factors)
+    for total, found in zip(gradients, sums):
+        if total is not None and found is not None:
+            total.add_(found.sum_to_size(total.shape))
+
+
+def _for_all(weight: Tensor, factors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Return a factor for every index of each axis, so that the compiler sees one case alone."""
+    rows, columns = (
+        torch.ones(n, device=weight.device) if each is None else each.expand(n).contiguous()
+        for n, each in zip(weight.shape, factors)
+    )
+    return rows, columns
+
+
+@fused
+def _fold_matrix(weight: Tensor, rows: Tensor, columns: Tensor, out: Tensor) -> None:
+    out.copy_(weight.float() * rows[:, None] * columns)
+
+
+@fused
+def _unfold_matrix(
+    raw: Tensor, weight: Tensor, rows: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor]:
+    product = raw * weight.float()
+    sums = (product * columns).sum(dim=1), (product * rows[:, None]).sum(dim=0)
+    raw.mul_(rows[:, None]).mul_(columns)
+    return sums
+
+
+_BLOCK = 1 << 17
+"""Elements of a block of rows: with its product and its weight it stays in a core's cache."""
+
+
+def _unfold_blocks(
+    raw: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `_unfold_matrix`, by torch's own operators, each of which goes through its tensors."""
+    height = max(1, _BLOCK // weight.size(1))
+    of_rows: list[Tensor] = []
+    of_columns = None if columns is None else torch.zeros_like(raw[0])
+    row_blocks = itertools.repeat(None) if rows is None else rows.expand(len(raw)).split(height)
+    for gradient, values, factor in zip(raw.split(height), weight.split(height), row_blocks):
+        product = gradient * values
+        if of_columns is not None:
+            if factor is None:
+                of_columns.add_(product.sum(dim=0))
+            else:
+                of_columns.addmv_(product.T, factor)
+        if factor is not None:
+            of_rows.append(product.sum(dim=1) if columns is None else product @ columns)
+            gradient.mul_(factor[:, None])
+        if columns is not None:
+            gradient.mul_(columns)
+    return torch.cat(of_rows) if of_rows else None, of_columns
