@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megashear.masks.kinds import HIDDEN
+from megashear.masks.kinds import HIDDEN, KINDS
 from megashear.models import layout
 from megashear.models.core import RMSNorm
 from megashear.models.fold import Factors, fold, pick, unfold
@@ -108,7 +108,7 @@ class FoldedModel:
         for own_name, name in names_in_whole(gpt, self._shape).items():
             row, layer = rows[name]
             part = row.parts[0]
-            is_norm = part.axes == ("hidden",)
+            is_norm = part.axes == (KINDS[HIDDEN].axis,)
             if not (is_norm or any(part.folds)):
                 continue
             assert len(row.parts) == 1, f"{name} is fused of several weights"

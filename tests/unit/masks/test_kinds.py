@@ -21,8 +21,6 @@ MAY_SAY_KINDS = {
     "masks/kinds.py",  # the table
     "models/layout.py",  # the weights' table: their axes, and the kinds that fold into each
 }
-UNTIL_FOLDED = {"models/binding.py", "models/fold.py", "checkpoint/cut.py"}
-"""Go with masks that are folded weights."""
 GROUPED = PAIRS["8-groups-of-4"][0]
 PLAIN = replace(GROUPED, num_query_groups=GROUPED.num_attention_heads)
 NOT_PRUNED = {"vocab", "head_dim"}
@@ -43,7 +41,7 @@ def test_names_of_kinds_stand_in_the_table_alone() -> None:
     }
     saying = {file: lines for file, lines in found.items() if lines}
     assert saying.keys() >= MAY_SAY_KINDS, "a file that needs no leave"
-    elsewhere = {file: saying[file] for file in saying.keys() - MAY_SAY_KINDS - UNTIL_FOLDED}
+    elsewhere = {file: saying[file] for file in saying.keys() - MAY_SAY_KINDS}
     assert not elsewhere, "import the names from megashear.masks.kinds"
 
 
