@@ -309,7 +309,9 @@ class _FoldedWeight:
             gradient: what autograd found; a placeholder where the weight is a linear's alone.
         """
         raw, number = self._raw(), self._num_done
-        assert self._order[number] is stream, f"microbatch {number} went backward out of turn"
+        assert stream in self._order[number : number + 1], (
+            f"microbatch {number} went backward out of turn"
+        )
         if self._returns:
             raw.add_(gradient)
         self._num_done += 1
@@ -324,6 +326,9 @@ class _FoldedWeight:
             if raw is self._apart:
                 self._parameter.main_grad.add_(raw)
                 raw.zero_()
+        if self._num_done == len(self._order):
+            # megatron-core next looks for the gradient of a tied weight by way of its module
+            self._module.__dict__.pop("weight", None)
         # DDP's hook comes next: it must add nothing, and may reduce
         self._parameter.grad_added_to_main_grad = True
         self._parameter.zero_out_wgrad = False
