@@ -56,6 +56,7 @@ class FoldedModel:
         # Without sequence parallelism every tensor rank has the whole gradient of a norm, and one
         # of them counts; of other weights each has the part that its own shard adds.
         norms_count = sequence_parallel or groups.tensor_rank == 0
+        self._is_alone = groups.data_size == 1
         for chunk in chunks:
             self._attach(chunk, norms_count=norms_count)
 
@@ -124,6 +125,7 @@ class FoldedModel:
                 part.folds,
                 layer=None if layer is None else self._layers.index(layer),
                 counts=norms_count or not is_norm,
+                is_alone=self._is_alone,
             )
             self._weights.append(weight)
             users.setdefault(user, []).append(weight)
@@ -250,6 +252,7 @@ class _FoldedWeight:
         folds: of its row of the table.
         layer: its layer among this rank's; None outside the layers.
         counts: whether this rank's gradient of it is part of the gates' gradients.
+        is_alone: whether there is one replica, which then has all of the optimizer's state.
     """
 
     def __init__(
@@ -260,8 +263,9 @@ class _FoldedWeight:
         *,
         layer: int | None,
         counts: bool,
+        is_alone: bool,
     ) -> None:
-        self._chunk, self._module = chunk, module
+        self._chunk, self._module, self._is_alone = chunk, module, is_alone
         self._folds, self._layer, self._counts = folds, layer, counts
         self._parameter: Any = module.weight
         # A linear adds its gradient to main_grad itself and returns a placeholder; an embedding
@@ -359,9 +363,15 @@ class _FoldedWeight:
         return fold(self._whole(), factors, out=out)
 
     def _whole(self) -> Tensor:
-        """Return the float32 master where this rank holds it whole, else the weight that it has."""
+        """Return the float32 master where every replica has it, else the weight.
+
+        Of a shared state a replica may have a master whole and the next nothing of it: from what
+        each has, they would fold two models.
+        """
         main = getattr(self._parameter, "main_param", None)
-        if main is None or main.numel() != self._parameter.numel():
+        if main is None or (
+            getattr(self._parameter, "main_param_sharded", False) and not self._is_alone
+        ):
             return self._parameter.detach()
         return main.detach().view_as(self._parameter)
 
