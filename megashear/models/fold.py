@@ -148,7 +148,7 @@ def unfold(
         (factor,), (total,) = factors, gradients
         if factor is not None:
             if total is not None:
-                total.addcmul_(raw, weight.float())
+                total.add_((raw * weight).sum_to_size(total.shape))
             raw.mul_(factor)
         return
     sums: tuple[Tensor | None, Tensor | None]
@@ -196,6 +196,7 @@ def _unfold_blocks(
     """As `_unfold_matrix`, by torch's own operators, each of which goes through its tensors."""
     height = max(1, _BLOCK // weight.size(1))
     of_rows: list[Tensor] = []
+    columns = None if columns is None else columns.expand_as(raw[0])
     of_columns = None if columns is None else torch.zeros_like(raw[0])
     row_blocks = itertools.repeat(None) if rows is None else rows.expand(len(raw)).split(height)
     for gradient, values, factor in zip(raw.split(height), weight.split(height), row_blocks):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megashear.models import cross_entropy, kernels
+from megashear.models import cross_entropy, fold, kernels
 from megashear.models.cross_entropy import vocab_parallel_cross_entropy
 from megashear.models.fusion import fused
 from megashear.parallel import device
@@ -21,7 +21,7 @@ from tests.unit.models.test_cross_entropy import BFLOAT16, labels, weights, whol
 from tests.unit.models.test_cross_entropy import wanted as whole_vocabulary
 from tests.unit.models.test_kernels import CASES, FLOAT32, with_gradients, worst
 
-MODULES = (kernels, cross_entropy)
+MODULES = (kernels, cross_entropy, fold)
 FUSED = {
     name: (module, value)
     for module in MODULES
