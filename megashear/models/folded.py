@@ -130,11 +130,10 @@ class FoldedModel:
             self._weights.append(weight)
             users.setdefault(user, []).append(weight)
         for user, weights in users.items():
-            enter = self._enter_layer if isinstance(user, TransformerLayer) else self._enter_once
-            hook = functools.partial(enter, gpt, weights)
+            hook = functools.partial(self._enter, gpt, weights)
             user.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def _enter_layer(
+    def _enter(
         self,
         gpt: GPTModel,
         weights: Sequence[_FoldedWeight],
@@ -142,7 +141,7 @@ class FoldedModel:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Show a layer the weights of the stream that came with its arguments.
+        """Show a module the weights of its microbatch's stream before it runs.
 
         Full recompute runs a layer again long after other microbatches have passed, so the stream
         must travel with the layer's arguments. Causal attention needs no mask tensor: the argument
@@ -152,23 +151,13 @@ class FoldedModel:
         """
         if not self._streams:
             return None
-        stream = self._streams[int(kwargs["attention_mask"])]
+        stream = self._next[gpt]
+        if isinstance(user, TransformerLayer):
+            stream, apart = int(kwargs["attention_mask"]), kwargs.get("context_mask")
+            kwargs = kwargs | {"attention_mask": apart, "context_mask": None}
         for weight in weights:
-            weight.enter(stream)
-        return args, kwargs | {"attention_mask": kwargs.get("context_mask"), "context_mask": None}
-
-    def _enter_once(
-        self,
-        gpt: GPTModel,
-        weights: Sequence[_FoldedWeight],
-        user: torch.nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        """Show what no recompute runs again the weights of the stream that was selected."""
-        if self._streams:
-            for weight in weights:
-                weight.enter(self._streams[self._next[gpt]])
+            weight.enter(self._streams[stream])
+        return args, kwargs
 
 
 class _Stream:
@@ -190,17 +179,17 @@ class _Stream:
         is_trained: bool,
     ) -> None:
         self.is_trained = is_trained
-        self._shapes = {kind: z.shape for kind, z in gates.items()}
-        # one copy to the device, and one leaf that the gradients of all gates come to
-        flat = torch.cat([z.detach().reshape(-1) for z in gates.values()])
-        self._leaf = device.pinned(flat).to(device.device(), non_blocking=True)
-        self._leaf.requires_grad_(is_trained)
-        leaves = self._by_kind(self._leaf)
+        self._leaves = {
+            kind: device.pinned(z.detach()).to(device.device(), non_blocking=True)
+            for kind, z in gates.items()
+        }
+        for leaf in self._leaves.values():
+            leaf.requires_grad_(is_trained)
         self.num_open = None
-        if HIDDEN in leaves:
-            self.num_open = torch.count_nonzero(leaves[HIDDEN]).float()
+        if HIDDEN in gates:
+            self.num_open = torch.count_nonzero(self._leaves[HIDDEN]).float()
         self._factors = Factors(
-            leaves,
+            self._leaves,
             num_layers=num_layers,
             heads_per_group=shape.heads_per_group,
             head_dim=shape.head_dim,
@@ -225,22 +214,18 @@ class _Stream:
 
     def gate_gradients(self) -> dict[str, Tensor]:
         """Return the gradients of the gates by kind, shaped like them."""
-        if not self._gradients:
-            return self._by_kind(torch.zeros_like(self._leaf))
-        outputs = {kinds: self._factors.stacked(kinds) for kinds in self._gradients}
-        (found,) = torch.autograd.grad(
-            [each for each in outputs.values() if each is not None],
-            self._leaf,
+        if not self._gradients:  # no microbatch here was of this stream
+            return {kind: torch.zeros_like(leaf) for kind, leaf in self._leaves.items()}
+        factors = [self._factors.stacked(kinds) for kinds in self._gradients]
+        found = torch.autograd.grad(
+            [each for each in factors if each is not None],
+            list(self._leaves.values()),
             list(self._gradients.values()),
+            allow_unused=True,
+            materialize_grads=True,
             retain_graph=True,
         )
-        return self._by_kind(found)
-
-    def _by_kind(self, flat: Tensor) -> dict[str, Tensor]:
-        pieces = flat.split([shape.numel() for shape in self._shapes.values()])
-        return {
-            kind: piece.view(shape) for (kind, shape), piece in zip(self._shapes.items(), pieces)
-        }
+        return dict(zip(self._leaves, found))
 
 
 class _FoldedWeight:
