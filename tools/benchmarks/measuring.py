@@ -107,7 +107,9 @@ def ratio(measured: Sequence[Measured], way: str, base: str, *, clock: str = "wa
         getattr(a, clock) / getattr(b, clock)
         for a, b in zip(_rounds(measured, way), _rounds(measured, base))
     ]
-    low, _, high = statistics.quantiles(over, n=4) if len(over) > 1 else over * 3
+    # inclusive: quartiles of two rounds lie between them, and not below 0
+    quartiles = statistics.quantiles(over, n=4, method="inclusive") if len(over) > 1 else over * 3
+    low, _, high = quartiles
     return Ratio(median=statistics.median(over), low=low, high=high)
 
 

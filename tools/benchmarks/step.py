@@ -33,9 +33,11 @@ from measuring import (
     report,
     table,
 )
-from ways import WHOLE, OurStep, Parts, TransformersStep, Work, saved_bytes, target_of
+from ways import WHOLE, OurStep, Parts, TransformersStep, Work, kept_bytes, target_of
 
 from megashear.config import ModelConfig, ParallelConfig
+from megashear.models import layout
+from megashear.models.llama import names_in_whole, unwrap
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.shape import PRESETS, ModelShape
@@ -58,6 +60,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         ("seq-length", 512),
         ("micro-batch-size", 2),
         ("num-microbatches", 1),
+        ("mask-noise-streams", 1),
         ("tensor-model-parallel-size", 1),
         ("pipeline-model-parallel-size", 1),
     ):
@@ -97,6 +100,7 @@ def work_of(args: argparse.Namespace) -> Work:
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
         num_microbatches=args.num_microbatches,
+        num_streams=args.mask_noise_streams,
     )
 
 
@@ -194,9 +198,30 @@ def floors(
     optimizer = each * sum(p.numel() for p in parameters) / bandwidth
     found = {"forward": products / 3, "backward": products * 2 / 3, "optimizer": optimizer}
     if isinstance(step.objective, StructuredPruning):
+        size = parameters[0].element_size()
+        streams = min(work.num_streams, work.num_microbatches)
+        elements = streams * folded_elements(work.shape, step.chunks) / bandwidth
+        # weight in, folded weight out; gradient and weight in, gradient out
+        found |= {
+            "masks: folding": 2 * size * elements,
+            "masks: unfolding": (4 + size + 4) * elements,
+        }
         gates = sum(each.numel() for each in step.objective.masks.log_alpha.values())
         found |= {part: size * gates / bandwidth for part, size in BYTES_OF_GATES.items()}
     return found | {"whole": sum(found.values())}
+
+
+def folded_elements(shape: ModelShape, chunks: Sequence[torch.nn.Module]) -> int:
+    """Numbers in this rank's weights that masks of every kind fold into."""
+    rows = {row.name.format(layer=layer): row for row, layer in layout.tensors(shape)}
+    found = 0
+    for chunk in chunks:
+        gpt = unwrap(chunk)
+        names = names_in_whole(gpt, shape)
+        for name, parameter in gpt.named_parameters():
+            if any(kinds for part in rows[names[name]].parts for kinds in part.folds):
+                found += parameter.numel()
+    return found
 
 
 def breakdown(
@@ -222,18 +247,8 @@ def breakdown(
 
 
 def memory(step: OurStep) -> dict[str, int]:
-    """Bytes that a step keeps for its backward passes on this rank, those of its weights, and the
-    most that its tensors take at once beside model and optimizer."""
-    weights = {
-        parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes()
-        for chunk in step.chunks
-        for parameter in chunk.parameters()
-    }
-    return {
-        "saved": saved_bytes(step, set(weights)),
-        "weights": sum(weights.values()),
-        "peak": peak_bytes(step),
-    }
+    """`kept_bytes`, and "peak": the most that a step's tensors take at once beside what stays."""
+    return kept_bytes(step) | {"peak": peak_bytes(step)}
 
 
 def sent(step: OurStep) -> dict[str, int]:
@@ -285,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         counted = table(
             [
                 *("way", "kept for backward passes, bytes", "over unmasked"),
+                *("folded weights, bytes", "gradients apart, bytes"),
                 *("most at once, bytes", "over unmasked", "sends, calls", "bytes"),
             ],
             [
@@ -292,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     way,
                     f"{each['saved']:,}",
                     f"{each['saved'] / kept[UNMASKED]['saved']:.3f}",
+                    f"{each['folded']:,}",
+                    f"{each['apart']:,}",
                     f"{each['peak']:,}",
                     f"{each['peak'] / kept[UNMASKED]['peak']:.3f}",
                     sends[way]["calls"],

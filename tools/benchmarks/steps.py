@@ -37,6 +37,13 @@ VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
         1,
         (*SMALL_VOCABULARY, "--micro-batch-size", "1", "--num-microbatches", "4"),
     ),
+    "four streams": (
+        1,
+        (
+            *SMALL_VOCABULARY,
+            *("--micro-batch-size", "1", "--num-microbatches", "4", "--mask-noise-streams", "4"),
+        ),
+    ),
     "wide and shallow": (
         1,
         (
@@ -99,11 +106,15 @@ def row(name: str, found: dict[str, Any]) -> list[object]:
     more = {key: sends[MASKED][key] - sends[UNMASKED][key] for key in ("calls", "bytes")}
     return [
         name,
+        ratio(measured, MASKED, UNMASKED, clock="cpu_s"),
+        ratio(measured, AGAIN, UNMASKED, clock="cpu_s"),
         ratio(measured, MASKED, UNMASKED),
         ratio(measured, AGAIN, UNMASKED),
-        ratio(measured, PLAIN, UNMASKED) if PLAIN in ways else "",
+        ratio(measured, PLAIN, UNMASKED, clock="cpu_s") if PLAIN in ways else "",
         f"{found['floors_s'][UNMASKED]['whole'] / seconds:.2f}",
         f"{kept[MASKED]['saved'] / kept[UNMASKED]['saved']:.3f}",
+        f"{kept[MASKED]['folded']:,}",
+        f"{kept[MASKED]['apart']:,}",
         f"{kept[MASKED]['peak'] / kept[UNMASKED]['peak']:.3f}",
         f"{sends[UNMASKED]['calls']}, {sends[UNMASKED]['bytes']:,}",
         f"{more['calls']}, {more['bytes']:,}",
@@ -111,8 +122,10 @@ def row(name: str, found: dict[str, Any]) -> list[object]:
 
 
 HEAD = [
-    *("variant", "masked over unmasked", "unmasked again", "transformers over unmasked"),
-    *("floor over unmasked", "kept, masked over unmasked", "peak, masked over unmasked"),
+    *("variant", "masked over unmasked, CPU", "unmasked again, CPU"),
+    *("masked over unmasked, clock", "unmasked again, clock", "transformers over unmasked, CPU"),
+    *("floor over unmasked", "kept, masked over unmasked", "folded weights, bytes"),
+    *("gradients apart, bytes", "peak, masked over unmasked"),
     *("rank 0 sends, calls and bytes", "masks add"),
 ]
 

@@ -4,7 +4,7 @@ command."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megashear.data.batch import DocumentBorders, MicroBatch, micro_batch
+from megashear.models import folded
 from megashear.models.llama import build_llama
 from megashear.models.specs import Variant
 from megashear.parallel import device
@@ -38,6 +39,8 @@ class Work:
     micro_batch_size: int
     num_microbatches: int = 1
     """Of each replica."""
+    num_streams: int = 1
+    """Noise streams of a masked step, over all replicas."""
 
     @property
     def tokens(self) -> int:
@@ -84,11 +87,14 @@ class Work:
 
 
 class Parts:
-    """Seconds that parts of a step take, by name, of one step after the other."""
+    """Seconds that parts of a step take, by name, of one step after the other.
+
+    A part within another is counted to itself alone, so that parts add up to `WHOLE` at most.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._running: list[str] = []
+        self._within: list[float] = []  # seconds of parts inside each part that runs
         self._patched: list[tuple[Any, str, Any]] = []
 
     def clear(self) -> None:
@@ -97,22 +103,19 @@ class Parts:
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
-        """Count the block to ``part``.
-
-        Raises:
-            RuntimeError: it lies within another part than `WHOLE` and would be counted twice.
-        """
-        if self._running not in ([], [WHOLE]):
-            raise RuntimeError(f"{part} lies within {self._running[-1]}: it would be counted twice")
+        """Count the block to ``part``."""
         device.synchronize()
         begin = time.perf_counter()
-        self._running.append(part)
+        self._within.append(0.0)
         try:
             yield
         finally:
-            self._running.pop()
-        device.synchronize()
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
+            device.synchronize()
+            took, within = time.perf_counter() - begin, self._within.pop()
+            own = took if part == WHOLE else took - within
+            self.seconds[part] = self.seconds.get(part, 0.0) + own
+            if self._within:
+                self._within[-1] += took
 
     def watch(self, owner: Any, name: str, part: str) -> None:
         """Count every call of an attribute of ``owner``, until :meth:`restore`."""
@@ -163,7 +166,7 @@ class OurStep:
                 groups,
                 source=work.shape,
                 target=target,
-                config=MASKS,
+                config=replace(MASKS, mask_noise_streams=work.num_streams),
                 seed=SEED,
                 global_batch_size=batch,
                 sequence_parallel=parallel.sequence_parallel,
@@ -206,6 +209,9 @@ class OurStep:
         if isinstance(objective, StructuredPruning):
             parts.watch(objective.masks, "sample", "masks: sampling")
             parts.watch(objective.binding, "bind", "masks: binding")
+            # within forward and backward, and taken off them
+            parts.watch(folded, "fold", "masks: folding")
+            parts.watch(folded, "unfold", "masks: unfolding")
             parts.watch(objective.binding, "backward", "masks: gradients")
             parts.watch(objective.masks, "closed_sums", "masks: penalty")
             parts.watch(objective.binding, "whole_closed_sums", "masks: penalty")
@@ -289,22 +295,60 @@ def target_of(shape: ModelShape) -> ModelShape:
     )
 
 
-def saved_bytes(step: Callable[[], object], weights: set[int]) -> int:
-    """Bytes that autograd keeps from a step's forward passes for its backward ones, each storage
-    counted once and weights not at all.
+class Storages:
+    """Memory that tensors lie in, each counted once.
 
     Args:
-        step: makes the step.
-        weights: addresses of storages that are there anyway.
+        known: tensors whose memory is not counted.
     """
-    kept: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self._bytes: dict[int, int] = {}
+
+    def note(self, tensor: Tensor) -> Tensor:
+        """Count a tensor's memory; give the tensor back."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = max(kept.get(storage.data_ptr(), 0), storage.nbytes())
+        if storage.data_ptr() not in self._known:
+            self._bytes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        step()
-    return sum(kept.values())
+    def total(self, *, without: Storages | None = None) -> int:
+        """Return the bytes counted, but for those that ``without`` counted too."""
+        other = {} if without is None else without._bytes
+        return sum(size for at, size in self._bytes.items() if at not in other)
+
+
+def kept_bytes(step: OurStep) -> dict[str, int]:
+    """Bytes that a step keeps on this rank, each storage counted once.
+
+    Returns:
+        "saved": what autograd keeps from forward passes for backward ones, without weights, folded
+        or not. "folded": folded weights, one set for each noise stream, which stay from step to
+        step. "apart": gradients that are collected apart for streams. "weights": of the model.
+    """
+    weights = [parameter for chunk in step.chunks for parameter in chunk.parameters()]
+    saved, own = Storages(weights), Storages()
+    made, apart = Storages(), Storages(weight.main_grad for weight in weights)
+    fold, unfold = folded.fold, folded.unfold
+
+    def noted_fold(weight: Tensor, *rest: Any, **named: Any) -> Tensor:
+        return made.note(fold(weight, *rest, **named))
+
+    def noted_unfold(raw: Tensor, *rest: Any, **named: Any) -> None:
+        unfold(apart.note(raw), *rest, **named)
+
+    folded.fold, folded.unfold = noted_fold, noted_unfold
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor):
+            step()
+    finally:
+        folded.fold, folded.unfold = fold, unfold
+    for weight in weights:
+        own.note(weight)
+    return {
+        "saved": saved.total(without=made),
+        "folded": made.total(),
+        "apart": apart.total(),
+        "weights": own.total(),
+    }
