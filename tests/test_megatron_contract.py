@@ -5,6 +5,7 @@ Pipelines and optimizers have their own files: tests/distributed/test_megatron_*
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import inspect
@@ -23,10 +24,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megashear.config import ModelConfig
+from megashear.config import ModelConfig, OptimizerConfig
 from megashear.models.llama import build_llama, transformer_config, unwrap
 from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
+from megashear.train.optim import build_optimizer
 from tests.ranks import run_ranks
 from tests.tiny import SOURCE, layout, megatron_weights, relative_error, set_weights
 
@@ -177,31 +179,47 @@ def test_the_tensor_group_is_passed_to_mlp_only_not_to_its_subclasses() -> None:
 def test_full_recompute_carries_attention_mask_with_each_microbatch(
     monkeypatch: pytest.MonkeyPatch, method: str, again: int
 ) -> None:
-    seen: list[int] = []
+    seen: list[tuple[int, int]] = []
+    given: list[tuple[Any, Any]] = []
     real = TransformerLayer.forward
 
-    def watched(layer: Any, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        seen.append(int(attention_mask))
-        return real(layer, *args, attention_mask=None, **kwargs)
+    def watched(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        given.append((kwargs["attention_mask"], kwargs["context_mask"]))
+        return real(layer, *args, **kwargs)
+
+    def before(layer: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        seen.append((int(kwargs["attention_mask"]), int(kwargs["context_mask"])))
+        return args, kwargs | {"attention_mask": None, "context_mask": None}
 
     monkeypatch.setattr(TransformerLayer, "forward", watched)
 
-    def body(rank: int) -> list[int]:
+    def body(rank: int) -> list[tuple[int, int]]:
         recompute = {
             "recompute_granularity": "full",
             "recompute_method": method,
             "recompute_num_layers": 1 if method == "uniform" else again,
         }
         model = gpt_model(**recompute)
+        for layer in model.decoder.layers:  # it takes both by name, and what it returns counts
+            layer.register_forward_pre_hook(before, with_kwargs=True)
         tokens = torch.arange(8)[None]
-        outputs = [model(tokens, tokens, torch.tensor([stream])) for stream in (5, 9)]
+        outputs = [
+            model(
+                tokens,
+                tokens,
+                torch.tensor([stream]),
+                extra_block_kwargs={"context_mask": torch.tensor([stream + 1])},
+            )
+            for stream in (5, 9)
+        ]
         for output in outputs:  # the first microbatch's backward, long after the second's forward
             output.sum().backward()
+        assert set(given) == {(None, None)}
         return seen
 
     once = SOURCE.num_layers
     wanted = [5] * once + [9] * once + [5] * again + [9] * again
-    assert run_ranks(1, body) == [wanted]
+    assert run_ranks(1, body) == [[(stream, stream + 1) for stream in wanted]]
 
 
 def test_layers_are_numbered_from_1_over_all_stages() -> None:
@@ -362,6 +380,133 @@ def test_linears_add_gradients_of_weights_to_their_buffer(tp: int) -> None:
     for found, wanted, added in run_ranks(tp, body):
         assert relative_error(found, wanted) < FLOAT32
         assert added  # which DDP's hook looks at, or it would add what came back too
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_modules_read_what_hides_their_weight_and_what_it_says_of_its_gradient(tied: bool) -> None:
+    def body(rank: int) -> None:
+        groups = ParallelGroups.create(layout())
+        shape = dataclasses.replace(SOURCE, tied_embeddings=tied)
+        chunks = build_llama(shape, groups, layout(), ModelConfig(), variant="local")
+        gpt = unwrap(chunks[0])
+        linear = gpt.decoder.layers[0].mlp.linear_fc2
+        embedding, head = gpt.embedding.word_embeddings, gpt.output_layer
+        shown = {}
+        for name, module in (("linear", linear), ("embedding", embedding)):
+            parameter = module.weight
+            shown[name] = (2.0 * parameter.detach()).requires_grad_()
+            shown[name].main_grad = torch.zeros_like(parameter)
+            shown[name].grad_added_to_main_grad = False
+            shown[name].zero_out_wgrad = True
+            module.__dict__["weight"] = shown[name]
+        tokens = torch.arange(6)[None]
+        gpt(tokens, tokens, None, labels=tokens).sum().backward()
+        # of a linear: added where the tensor says, and zeros come back where it says so
+        assert shown["linear"].main_grad.any()
+        assert shown["linear"].grad_added_to_main_grad
+        assert not shown["linear"].grad.any()
+        assert not linear._parameters["weight"].main_grad.any()
+        # of an embedding: it comes back, and the tied output layer reads what hides it
+        assert shown["embedding"].grad.any()
+        assert shown["embedding"].main_grad.any() == tied
+        assert not embedding._parameters["weight"].main_grad.any()
+        del linear.__dict__["weight"], embedding.__dict__["weight"]
+        assert linear.weight is linear._parameters["weight"]
+        if not tied:
+            assert head.weight.main_grad.any()
+
+    run_ranks(1, body)
+
+
+@pytest.mark.parametrize(
+    ("added", "zero_out", "wanted"), [(True, False, 0.0), (False, False, 3.0), (True, True, 3.0)]
+)
+def test_the_hook_of_ddp_comes_after_a_parameter_s_gradient_and_adds_it_unless_told(
+    added: bool, zero_out: bool, wanted: float
+) -> None:
+    def body(rank: int) -> tuple[list[str], float]:
+        groups = ParallelGroups.create(layout(overlap_grad_reduce=True))
+        chunks = build_llama(
+            SOURCE, groups, layout(overlap_grad_reduce=True), ModelConfig(), variant="local"
+        )
+        weight: Any = unwrap(chunks[0]).decoder.layers[0].mlp.linear_fc2.weight
+        order = []
+
+        class Shown(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, parameter: Tensor) -> Tensor:
+                return parameter.detach()
+
+            @staticmethod
+            def backward(ctx: Any, gradient: Tensor) -> Tensor:
+                order.append("function")
+                weight.grad_added_to_main_grad, weight.zero_out_wgrad = added, zero_out
+                return gradient
+
+        group = chunks[0].param_to_bucket_group[weight]
+        group.register_grad_ready = lambda *given: order.append("reduction")
+        (3.0 * Shown.apply(weight)).sum().backward()
+        return order, float(weight.main_grad.unique())
+
+    assert run_ranks(1, body) == [(["function", "reduction"], wanted)]
+
+
+def test_masters_hang_on_their_weights_whole_or_a_rank_s_stretch_of_them() -> None:
+    def body(rank: int) -> tuple[bool, int, int]:
+        found = []
+        for sharded in (False, True):
+            parallel_state.destroy_model_parallel()
+            parallel = layout(use_distributed_optimizer=sharded)
+            chunks = build_llama(
+                SOURCE, ParallelGroups.create(parallel), parallel, ModelConfig(bf16=True),
+                variant="local",
+            )  # fmt: skip
+            weights: list[Any] = list(unwrap(chunks[0]).parameters())
+            assert not any(hasattr(weight, "main_param") for weight in weights)
+            build_optimizer(chunks, OptimizerConfig(), bf16=True, sharded=sharded)
+            found.append(weights)
+        plain, shared = found
+        whole = all(
+            weight.main_param.dtype == torch.float32
+            and torch.equal(weight.main_param.bfloat16(), weight)
+            for weight in plain
+        )
+        held = sum(w.main_param.numel() for w in shared if w.main_param is not None)
+        return whole, held, sum(weight.numel() for weight in shared)
+
+    found = run_ranks(2, body)
+    assert all(whole for whole, _, _ in found)
+    assert all(0 < held < size for _, held, size in found)
+    assert sum(held for _, held, _ in found) == found[0][2]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_weights_are_gathered_by_a_hook_of_their_own_module_or_when_asked_for(asked: bool) -> None:
+    def body(rank: int) -> list[set[float]]:
+        parallel = layout(
+            use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+        )
+        groups = ParallelGroups.create(parallel)
+        chunks = build_llama(SOURCE, groups, parallel, ModelConfig(), variant="local")
+        layer = unwrap(chunks[0]).decoder.layers[0]
+        weight: Any = layer.mlp.linear_fc2.weight
+        with torch.no_grad():
+            weight.fill_(float(rank))  # another on each rank, until it is gathered
+        found = []
+
+        def before(*given: Any) -> None:
+            group = chunks[0].param_to_bucket_group[weight]
+            for _ in range(2 * asked):  # the second time there is nothing to do
+                group.finish_param_sync()
+            found.append(set(weight.unique().tolist()))
+
+        layer.register_forward_pre_hook(before)
+        layer(torch.zeros(6, 1, SOURCE.hidden_size), attention_mask=None)
+        return [*found, set(weight.unique().tolist())]
+
+    (first, gathered), other = run_ranks(2, body)
+    assert [first, gathered] == ([gathered] * 2 if asked else [{0.0}, gathered])
+    assert other == ([gathered] * 2 if asked else [{1.0}, gathered])
 
 
 def test_the_fused_cross_entropy_rounds_its_gradient_to_bfloat16() -> None:
