@@ -469,8 +469,10 @@ def test_masters_hang_on_their_weights_whole_or_a_rank_s_stretch_of_them() -> No
         whole = all(
             weight.main_param.dtype == torch.float32
             and torch.equal(weight.main_param.bfloat16(), weight)
+            and not hasattr(weight, "main_param_sharded")
             for weight in plain
         )
+        assert all(weight.main_param_sharded for weight in shared)
         held = sum(w.main_param.numel() for w in shared if w.main_param is not None)
         return whole, held, sum(weight.numel() for weight in shared)
 
