@@ -35,7 +35,7 @@ def sample_gates(log_alpha: Tensor, noise: Tensor) -> Tensor:
 
     Args:
         log_alpha: location of every gate, float32, any shape.
-        noise: independent draws from Uniform(0, 1), shaped like ``log_alpha``.
+        noise: independent draws of :func:`logistic_noise`, shaped like ``log_alpha``.
 
     Returns:
         z in [0, 1], shaped like ``log_alpha``; exactly 0 or 1 with positive probability,
@@ -54,8 +54,8 @@ def sample_gates(log_alpha: Tensor, noise: Tensor) -> Tensor:
 class _SampledGates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_alpha: Tensor, noise: Tensor) -> Tensor:
-        s = torch.logit(noise, eps=EPS).to(log_alpha.dtype)
-        s.add_(log_alpha).div_(TEMPERATURE).sigmoid_()
+        # a new tensor: noise that was drawn ahead may be asked for again
+        s = torch.add(noise.to(log_alpha.dtype), log_alpha).div_(TEMPERATURE).sigmoid_()
         ctx.save_for_backward(s)
         return s.mul(HIGH - LOW).add_(LOW).clamp_(0.0, 1.0)
 
@@ -103,17 +103,18 @@ class _ClosedSums(torch.autograd.Function):
         shift = TEMPERATURE * math.log(-LOW / HIGH)
         closed = log_alpha.to(torch.float64, copy=True).neg_().add_(shift).sigmoid_()
         closed.clamp_(EPS, 1.0 - EPS)
-        ctx.save_for_backward(closed)
+        # The slope is made here and not in the backward pass, which must wait for the model's.
+        slope = torch.addcmul(closed, closed, closed, value=-1.0)  # p (1 - p)
+        slope.mul_((closed > EPS) & (closed < 1.0 - EPS))
+        ctx.save_for_backward(slope)
         ctx.dtype = log_alpha.dtype
         return closed.sum(dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (closed,) = ctx.saved_tensors
-        slope = torch.addcmul(closed, closed, closed, value=-1.0)  # p (1 - p)
-        slope.mul_((closed > EPS) & (closed < 1.0 - EPS)).mul_(-grad[:, None])
-        return slope.to(ctx.dtype)
+        (slope,) = ctx.saved_tensors
+        return torch.mul(slope, -grad[:, None]).to(ctx.dtype)
 
 
 def scores(log_alpha: Tensor) -> Tensor:
@@ -163,6 +164,11 @@ def deterministic_gates(log_alpha: Tensor, num_closed: Sequence[int]) -> Tensor:
         order = torch.argsort(log_alpha[row], stable=True)
         gates[row, order[:count]] = 0.0
     return gates
+
+
+def logistic_noise(uniform: Tensor) -> Tensor:
+    """Return ln u - ln(1 - u) of uniform noise u, held within [EPS, 1 - EPS]; shaped like it."""
+    return torch.logit(uniform, eps=EPS)
 
 
 def uniform_noise(

@@ -11,6 +11,7 @@ from megashear.masks.gates import (
     LOG_ALPHA_MAX,
     closed_sums,
     deterministic_gates,
+    logistic_noise,
     num_closed_expected,
     sample_gates,
     uniform_noise,
@@ -53,9 +54,28 @@ class MaskSet:
             )  # [own rows, own units]
             for kind, part in self.parts.items()
         }
+        self._ahead: dict[tuple[int, int, int, str], Tensor] = {}
+
+    def draw_ahead(self, *, seed: int, step: int, kinds: Mapping[int, Collection[str]]) -> None:
+        """Draw noise that :meth:`sample` will be asked for, while the device works.
+
+        Most of a sample's cost is its noise, which no learning changes. What was drawn by an
+        earlier call is dropped; noise that was not drawn ahead is drawn by :meth:`sample`.
+
+        Args:
+            seed: the run's seed.
+            step: training step, from 0.
+            kinds: kinds of mask that will be sampled, by noise stream.
+        """
+        self._ahead = {
+            (seed, step, stream, kind): self._noise(kind, seed=seed, step=step, stream=stream)
+            for stream, wanted in kinds.items()
+            for kind in self.parts
+            if kind in wanted
+        }
 
     def sample(
-        self, *, seed: int, step: int, stream: int, kinds: Collection[str] | None = None
+        self, *, seed: int, step: int, stream: int, kinds: Collection[str] = KINDS
     ) -> dict[str, Tensor]:
         """Gates of one noise stream at one step, differentiable.
 
@@ -63,26 +83,27 @@ class MaskSet:
             seed: the run's seed.
             step: training step, from 0.
             stream: noise stream, from 0.
-            kinds: which kinds of mask; all unless given.
+            kinds: which kinds of mask.
 
         Returns:
             z by kind, [own rows, own units]: the same gates that any other layout samples.
         """
         gates = {}
-        for kind, part in self.parts.items():
-            if kinds is not None and kind not in kinds:
+        for kind, log_alpha in self.log_alpha.items():
+            if kind not in kinds:
                 continue
-            own = _index(part.units)
-            noise = [
-                uniform_noise(
-                    part.num_units, seed=seed, step=step, stream=stream, kind=kind, row=row
-                )[own]
-                for row in part.rows
-            ]
-            log_alpha = self.log_alpha[kind]
-            whole = torch.stack(noise) if noise else torch.empty(log_alpha.shape)
-            gates[kind] = sample_gates(log_alpha, whole)
+            noise = self._ahead.get((seed, step, stream, kind))
+            if noise is None:
+                noise = self._noise(kind, seed=seed, step=step, stream=stream)
+            gates[kind] = sample_gates(log_alpha, noise)
         return gates
+
+    def _noise(self, kind: str, *, seed: int, step: int, stream: int) -> Tensor:
+        """Draw the logistic noise of a kind, float32 [own rows, own units]."""
+        part, key = self.parts[kind], {"seed": seed, "step": step, "stream": stream}
+        own = _index(part.units)
+        rows = [uniform_noise(part.num_units, kind=kind, row=row, **key)[own] for row in part.rows]
+        return logistic_noise(torch.stack(rows) if rows else torch.empty(0, len(part.units)))
 
     def closed_sums(self) -> dict[str, Tensor]:
         """Expected number of closed units among those held here, differentiable.

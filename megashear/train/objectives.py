@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -191,15 +191,10 @@ class StructuredPruning(LanguageModelling):
             ValueError: on every rank, if the masks leave no hidden dimension open.
         """
         streams = [self.stream_of(batch) for batch in batches]
-        self._check_streams(step)
+        kinds = self._kinds(streams)
+        gates = self._sample(step, kinds)
         self.optimizer.zero_grad()
-        self.binding.bind(
-            {
-                stream: self.masks.sample(seed=self.seed, step=step, stream=stream)
-                for stream in sorted(set(streams))
-            },
-            streams,
-        )
+        self.binding.bind({stream: gates[stream] for stream in sorted(set(streams))}, streams)
         losses = run_schedule(
             self.chunks,
             batches,
@@ -207,20 +202,37 @@ class StructuredPruning(LanguageModelling):
             streams=streams,
             select=self.binding.select,
         )
+        # A GPU still works off what the schedule launched, and the gates' gradients make the host
+        # wait for it: the host does before them what does not need them.
+        self.masks.draw_ahead(seed=self.seed, step=step + 1, kinds=kinds)
+        own = self.masks.closed_sums()
         self.binding.backward()
         self.binding.release()
         # after the mean over replicas, who all add the same penalty
-        own = self.masks.closed_sums()
         self._closed = self.binding.whole_closed_sums(own)
         self._penalty = self.constraint.penalty(own, self._closed, step)
         self._penalty.backward()
         return losses
 
-    def _check_streams(self, step: int) -> None:
-        # Of every stream, other replicas' too: a rank that raised for its own would be alone.
-        for stream in range(self.config.mask_noise_streams):
-            gates = self.masks.sample(seed=self.seed, step=step, stream=stream, kinds=(HIDDEN,))
-            _check_hidden(gates, f"step {step + 1}: every hidden gate of noise stream {stream}")
+    def _kinds(self, own: Collection[int]) -> dict[int, Collection[str]]:
+        """Return the kinds of mask that a step samples, by noise stream of the global batch."""
+        # hidden of other replicas' streams too: a rank that raised for its own would be alone
+        return {
+            stream: KINDS if stream in own else (HIDDEN,)
+            for stream in range(self.config.mask_noise_streams)
+        }
+
+    def _sample(
+        self, step: int, kinds: Mapping[int, Collection[str]]
+    ) -> dict[int, dict[str, Tensor]]:
+        gates = {}
+        for stream, wanted in kinds.items():
+            gates[stream] = self.masks.sample(
+                seed=self.seed, step=step, stream=stream, kinds=wanted
+            )
+            whose = f"step {step + 1}: every hidden gate of noise stream {stream}"
+            _check_hidden(gates[stream], whose)
+        return gates
 
     def stream_of(self, batch: MicroBatch) -> int:
         """Noise stream of a microbatch: sample i of B belongs to stream i K // B."""

@@ -237,7 +237,7 @@ def own_rows(whole: dict[str, Tensor], masks: MaskSet) -> dict[str, Tensor]:
 
 def golden_gates(masks: MaskSet) -> dict[int, dict[str, Tensor]]:
     """Gates from the golden file's noise, differentiable."""
-    whole = {kind: golden.rows(golden.tensors()[f"noise.{kind}"]) for kind in golden.GOLDEN_KINDS}
+    whole = {kind: golden.noise(kind) for kind in golden.GOLDEN_KINDS}
     noise = own_rows(whole, masks)
     return {0: {kind: sample_gates(mask, noise[kind]) for kind, mask in masks.log_alpha.items()}}
 

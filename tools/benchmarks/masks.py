@@ -21,12 +21,16 @@ from measuring import environment, report, table
 from ways import SEED, Work
 
 from megashear.masks.constraint import SparsityConstraint
+from megashear.masks.kinds import HIDDEN, KINDS
 from megashear.masks.mask_set import MaskSet, target_units, whole_parts
 from megashear.masks.optimizer import MaskOptimizer, clip_factor
 from megashear.shape import PRESETS
 
-_CHECKED = ("hidden",)
+_CHECKED = (HIDDEN,)
 """Kind that every rank samples for every stream of the step, see `StructuredPruning`."""
+AHEAD = "before gradients come"
+"""Part that a GPU does not wait for, since it still runs the model's backward pass: the next step's
+noise, and the sums of the penalty."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,13 +56,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     constraint = SparsityConstraint(parts, targets, warmup_steps=640)
     optimizer = MaskOptimizer(masks, constraint)
     gates: list[dict[str, torch.Tensor]] = []
+    sums: dict[str, torch.Tensor] = {}
     gradient: list[dict[str, torch.Tensor]] = []
+
+    kinds = {n: KINDS if n < args.own_streams else _CHECKED for n in range(args.all_streams)}
+
+    def ahead() -> None:
+        masks.draw_ahead(seed=SEED, step=1, kinds=kinds)
+        sums.update(masks.closed_sums())
 
     def sample() -> None:
         optimizer.zero_grad()
-        for stream in range(args.all_streams):
-            masks.sample(seed=SEED, step=1, stream=stream, kinds=_CHECKED)
-        gates[:] = [masks.sample(seed=SEED, step=1, stream=n) for n in range(args.own_streams)]
+        sampled = [
+            masks.sample(seed=SEED, step=1, stream=stream, kinds=wanted)
+            for stream, wanted in kinds.items()
+        ]
+        gates[:] = sampled[: args.own_streams]
         gradient[:] = [{kind: torch.ones_like(z) for kind, z in of.items()} for of in gates]
 
     def backward() -> None:
@@ -66,7 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.autograd.backward(list(of.values()), [grads[kind] for kind in of])
 
     def penalty() -> None:
-        sums = masks.closed_sums()
         constraint.penalty(sums, sums, 1).backward()
 
     def update() -> None:
@@ -76,11 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     steps: dict[str, Callable[[], None]] = {
         "sampling": sample,
+        AHEAD: ahead,
         "gradients": backward,
         "penalty": penalty,
         "update": update,
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    ahead()
     for _ in range(args.rounds):
         for name, part in steps.items():
             begin = time.process_time()
@@ -90,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     step_s = work.flops() / work.tokens * args.tokens / (args.gpus * args.tflops * 1e12)
     middle = {name: statistics.median(each) for name, each in seconds.items()}
     middle["together"] = sum(middle.values())
+    middle["a GPU may wait for"] = middle["together"] - middle[AHEAD]
     rows = [(name, f"{1e3 * s:.2f}", f"{100 * s / step_s:.2f}%") for name, s in middle.items()]
     report(
         "masks.py",

@@ -207,6 +207,7 @@ class OurStep:
         parts.watch(self.optimizer, "get_grad_norm", "optimizer")
         parts.watch(self.optimizer, "step_with_ready_grads", "optimizer")
         if isinstance(objective, StructuredPruning):
+            parts.watch(objective.masks, "draw_ahead", "masks: noise of the next step")
             parts.watch(objective.masks, "sample", "masks: sampling")
             parts.watch(objective.binding, "bind", "masks: binding")
             # within forward and backward, and taken off them

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megashear.masks.gates import logistic_noise
 from megashear.shape import ModelShape
 
 DATA = Path(__file__).parents[2] / "data"
@@ -53,6 +54,11 @@ def gates(prefix: str) -> dict[str, Tensor]:
         kind: tensors()[f"{prefix}.{name}"].reshape(masks[kind].shape)
         for kind, name in names.items()
     }
+
+
+def noise(kind: str) -> Tensor:
+    """The logistic noise of the file's uniform draws of a kind, [num_rows, num_units]."""
+    return logistic_noise(rows(tensors()[f"noise.{kind}"]))
 
 
 def rows(tensor: Tensor) -> Tensor:

@@ -25,10 +25,7 @@ def scores_error() -> float:
 def samples_error() -> float:
     wanted = golden.gates("train.z")
     return max(
-        golden.relative_error(
-            gates.sample_gates(log_alpha, golden.rows(golden.tensors()[f"noise.{kind}"])),
-            wanted[kind],
-        )
+        golden.relative_error(gates.sample_gates(log_alpha, golden.noise(kind)), wanted[kind])
         for kind, log_alpha in golden.log_alpha().items()
     )
 
@@ -79,7 +76,7 @@ def test_probability_closed_is_the_share_of_closed_samples() -> None:
     draws = 200_000
     generator = torch.Generator().manual_seed(0)
     for value in (-3.0, 0.0, 2.0):
-        noise = torch.rand(draws, generator=generator)
+        noise = gates.logistic_noise(torch.rand(draws, generator=generator))
         share = float((gates.sample_gates(torch.tensor(value), noise) == 0).double().mean())
         probability = float(gates.probability_closed(torch.tensor(value)))
         deviation = math.sqrt(probability * (1 - probability) / draws)
@@ -97,7 +94,8 @@ def test_probability_closed_at_the_clamps_is_what_the_docs_say() -> None:
 
 def test_sampled_gates_have_the_slope_of_finite_differences() -> None:
     log_alpha = torch.tensor([-4.0, -1.0, 0.3, 1.5, 4.0], dtype=torch.float64, requires_grad=True)
-    noise = torch.tensor([0.5, 0.7, 0.4, 0.2, 0.9], dtype=torch.float64)
+    uniform = torch.tensor([0.5, 0.7, 0.4, 0.2, 0.9], dtype=torch.float64)
+    noise = gates.logistic_noise(uniform)
     assert torch.autograd.gradcheck(lambda a: gates.sample_gates(a, noise), log_alpha)
     assert torch.autograd.gradcheck(gates.probability_closed, log_alpha)
     z = gates.sample_gates(log_alpha, noise)
@@ -110,7 +108,7 @@ def test_sampled_gates_have_the_slope_of_finite_differences() -> None:
 
 def test_extreme_noise_and_log_alpha_stay_finite() -> None:
     log_alpha = torch.tensor([-50.0, 50.0], requires_grad=True)
-    z = gates.sample_gates(log_alpha, torch.tensor([0.0, 1.0]))
+    z = gates.sample_gates(log_alpha, gates.logistic_noise(torch.tensor([0.0, 1.0])))
     assert z.tolist() == [0.0, 1.0]
     assert gates.probability_closed(log_alpha).tolist() == [1.0 - gates.EPS, gates.EPS]
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.masks.gates import uniform_noise
+from megashear.masks import mask_set
+from megashear.masks.gates import logistic_noise, sample_gates, uniform_noise
+from megashear.masks.kinds import KINDS
 from megashear.masks.mask_set import MaskPart, MaskSet
 
 KEY = {"seed": 7, "step": 3, "stream": 1, "kind": "head", "row": 2}
@@ -102,3 +104,54 @@ def test_every_shard_samples_its_slice_of_the_whole(
         with torch.no_grad():
             other.log_alpha["head"].zero_()
         assert not torch.equal(other.sample(**key)["head"], wanted[:, :1])  # a shifted slice
+
+
+AHEAD = {"seed": 5, "step": 9}
+PARTS = {
+    "hidden": MaskPart(kind="hidden", num_rows=1, num_units=40, rows=(0,), units=range(40)),
+    # the second of two tensor ranks; layers 1 and 3 of four
+    "head": MaskPart(
+        kind="head", num_rows=8, num_units=3, rows=(3, 7), units=range(3), rows_per_layer=2
+    ),
+    "group": MaskPart(kind="group", num_rows=4, num_units=2, rows=(1, 3), units=range(1, 2)),
+    "intermediate": MaskPart(
+        kind="intermediate", num_rows=4, num_units=96, rows=(1, 3), units=range(48, 96)
+    ),
+    "layer": MaskPart(kind="layer", num_rows=1, num_units=4, rows=(0,), units=(1, 3)),
+}
+"""What a rank holds at two tensor ranks and two stages of two virtual ones."""
+
+
+def drawn_ahead() -> MaskSet:
+    masks = MaskSet(PARTS)
+    for log_alpha in masks.parameters():
+        log_alpha.data.fill_(0.3)  # where gates follow the noise
+    masks.draw_ahead(**AHEAD, kinds={0: KINDS, 2: ("hidden",)})
+    return masks
+
+
+def row_by_row(masks: MaskSet, kind: str, **key: int) -> Tensor:
+    part = masks.parts[kind]
+    rows = [uniform_noise(part.num_units, kind=kind, row=row, **key) for row in part.rows]
+    uniform = torch.stack(rows)[:, list(part.units)]
+    return sample_gates(masks.log_alpha[kind], logistic_noise(uniform))
+
+
+def test_noise_drawn_ahead_is_the_noise_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = drawn_ahead()
+    monkeypatch.setattr(mask_set, "uniform_noise", None)  # nothing is left to draw
+    for _ in range(2):  # and what was drawn is not used up
+        found = masks.sample(**AHEAD, stream=0)
+        assert list(found) == list(KINDS)
+        for kind, z in found.items():
+            assert torch.equal(z, row_by_row(masks, kind, **AHEAD, stream=0)), kind
+        (hidden,) = masks.sample(**AHEAD, stream=2, kinds=("hidden",)).values()
+        assert torch.equal(hidden, row_by_row(masks, "hidden", **AHEAD, stream=2))
+
+
+@pytest.mark.parametrize("changed", [{"seed": 6}, {"step": 10}, {"step": -1}, {"stream": 1}])
+def test_other_noise_than_was_drawn_ahead_is_drawn_when_asked_for(changed: dict[str, int]) -> None:
+    masks, key = drawn_ahead(), AHEAD | {"stream": 0} | changed
+    for kind, z in masks.sample(**key).items():
+        assert torch.equal(z, row_by_row(masks, kind, **key)), kind
+        assert not torch.equal(z, row_by_row(masks, kind, **AHEAD, stream=0)), kind
