@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -132,8 +134,8 @@ def middle_of_pruning(source: ModelShape, target: ModelShape) -> MaskSet:
     return masks
 
 
-def sampled(masks: MaskSet) -> dict[int, dict[str, Tensor]]:
-    return {stream: masks.sample(seed=7, step=5, stream=stream) for stream in sorted({*STREAMS})}
+def sampled(masks: MaskSet, streams: Sequence[int] = STREAMS) -> dict[int, dict[str, Tensor]]:
+    return {stream: masks.sample(seed=7, step=5, stream=stream) for stream in sorted({*streams})}
 
 
 def sampled_pass(
@@ -142,36 +144,44 @@ def sampled_pass(
     target: ModelShape,
     masks: MaskSet,
     *,
-    broken: Callable[[], None] | None = None,
+    streams: Sequence[int] = STREAMS,
+    **more: Any,
 ) -> Pass:
+    """One pass under sampled gates; ``more`` as `run_pass` takes it."""
     return run_pass(
         parallel,
         source=source,
         target=target,
         weights=reference_llama.random_weights(source),
         log_alpha=masks.state_dict(),
-        sample=sampled,
-        batches=microbatches(0),
-        streams=STREAMS,
-        broken=broken,
+        sample=functools.partial(sampled, streams=streams),
+        batches=microbatches(0, vocab=source.vocab_size),
+        streams=streams,
+        **more,
     )
 
 
-def plain_pass(source: ModelShape, masks: MaskSet, *, without: str | None = None) -> Pass:
+def plain_pass(
+    source: ModelShape,
+    masks: MaskSet,
+    *,
+    without: str | None = None,
+    streams: Sequence[int] = STREAMS,
+) -> Pass:
     """The same pass by autograd through the plain formula."""
     weights = reference_llama.random_weights(source)
     for weight in weights.values():
         weight.requires_grad_()
-    of_stream = sampled(masks)
+    of_stream = sampled(masks, streams)
     for gates in of_stream.values():
         gates.pop(without or "", None)
         for gate in gates.values():
             gate.retain_grad()
-    batches = microbatches(0)
+    batches = microbatches(0, vocab=source.vocab_size)
     logits = torch.cat(
         [
             reference_llama.forward(weights, source, batch.tokens, of_stream[stream])
-            for batch, stream in zip(batches, STREAMS)
+            for batch, stream in zip(batches, streams)
         ]
     )
     labels = torch.cat([batch.labels for batch in batches])

@@ -31,8 +31,8 @@ ROWS, COLUMNS = 13, 40
 Axis = str | None
 """What an axis is multiplied by: a factor of each "index", "one" for all, or nothing."""
 AXES: tuple[Axis, ...] = (None, "one", "index")
-MATRICES = list(itertools.product(AXES, AXES))
-VECTORS: list[tuple[Axis, ...]] = [(each,) for each in AXES]
+MATRICES: list[tuple[Axis, ...]] = list(itertools.product(AXES, AXES))
+VECTORS: list[tuple[Axis, ...]] = list(itertools.product(AXES))
 
 
 def factor(kind: Axis, size: int, seed: int) -> Tensor | None:
