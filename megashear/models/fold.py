@@ -105,7 +105,7 @@ def fold(
     """
     out = torch.empty_like(weight) if out is None else out
     given = [each if each is None or power == 1 else each**power for each in factors]
-    if weight.dim() == 2 and device.compiles_kernels():
+    if weight.dim() == 2 and _is_compiled(weight):
         rows, columns = _for_all(weight, given)
         _fold_matrix(weight, rows, columns, out)
         return out
@@ -152,7 +152,7 @@ def unfold(
             raw.mul_(factor)
         return
     sums: tuple[Tensor | None, Tensor | None]
-    if device.compiles_kernels():
+    if _is_compiled(weight):
         rows, columns = _for_all(weight, factors)
         sums = _unfold_matrix(raw, weight, rows, columns)
     else:
@@ -160,6 +160,11 @@ def unfold(
     for total, found in zip(gradients, sums):
         if total is not None and found is not None:
             total.add_(found.sum_to_size(total.shape))
+
+
+def _is_compiled(weight: Tensor) -> bool:
+    """Whether kernels are compiled for where a weight lies: beside a GPU, cuts fold on the host."""
+    return device.compiles_kernels() and weight.device == device.device()
 
 
 def _for_all(weight: Tensor, factors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:

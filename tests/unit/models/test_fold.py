@@ -216,6 +216,16 @@ def test_the_compiled_form_is_the_same(
         in_one_graph.clear()
 
 
+def test_nothing_is_compiled_for_another_device(
+    in_one_graph: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_compiles", True)
+    weight, factors, _ = case(("index", "index"))
+    monkeypatch.setattr(device, "device", lambda: torch.device("cuda", 0))
+    assert relative_error(fold(weight, factors), product(weight, factors)) < FLOAT32
+    assert in_one_graph == set()
+
+
 LAYERS, HEADS, GROUPS, HEAD_DIM, HIDDEN, NEURONS = 3, 8, 4, 2, 10, 6
 """Of one rank; heads per group is 2."""
 WHOLE = {
