@@ -7,6 +7,7 @@ over them.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class _CrossEntropy(torch.autograd.Function):
         # bfloat16 would round exponentials: they are taken again in the backward pass
         kept = rows.dtype == torch.float32
         exponentials = _exponentials_over if kept else _exponentials
-        found = [exponentials(part) for part in rows.split(_rows_at_once(rows))]
+        found = [exponentials(part) for part in rows.tensor_split(_num_parts(rows))]
         most, total = (torch.cat(parts) for parts in zip(*found))
         (largest,) = flat_all_reduce([most], group, dist.ReduceOp.MAX)
         share = (most - largest).exp()
@@ -75,9 +76,9 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.kept:
             rows.mul_(factor[:, None])
         else:
-            size = _rows_at_once(rows)
-            for part, *each in zip(rows.split(size), largest.split(size), factor.split(size)):
-                _gradient_over(part, *each)
+            number = _num_parts(rows)
+            for parts in zip(*(each.tensor_split(number) for each in (rows, largest, factor))):
+                _gradient_over(*parts)
         # p - 1 at the label, of which p was rounded
         at_label = (torch.expm1(-loss) * dloss).to(rows.dtype)[:, None]
         rows.scatter_(1, place, torch.where(is_own[:, None], at_label, rows.gather(1, place)))
@@ -110,5 +111,7 @@ def _largest(rows: Tensor) -> Tensor:
     return rows.amax(dim=1).clamp(min=torch.finfo(torch.float32).min)
 
 
-def _rows_at_once(rows: Tensor) -> int:
-    return max(1, _AT_ONCE[rows.device.type] // rows.size(1))
+def _num_parts(rows: Tensor) -> int:
+    """Return in how many parts, one as large as the other, rows go through float32."""
+    at_once = max(1, _AT_ONCE[rows.device.type] // rows.size(1))
+    return max(1, math.ceil(rows.size(0) / at_once))

@@ -1,13 +1,13 @@
 """Elementwise parts of a layer as single nodes of autograd: each keeps its input alone for its
 backward pass, which torch's own operators, one node each, would keep several times over.
 
-Gates come in here where the activation that they gate is in hand anyway. Arithmetic is float32
-whatever the activation's precision, and the result is rounded once; a norm over all dimensions on
-CUDA rounds its weight too, see `fused_rms_norm`.
+Arithmetic is float32 whatever the activation's precision, and the result is rounded once; a norm
+over all dimensions on CUDA rounds its weight too, see `fused_rms_norm`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megashear.models.fusion import fused
+from megashear.parallel import device
+
+Halves = tuple[Tensor, ...]
+"""Of every head: what is turned together."""
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -86,32 +90,38 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _activate(x)
+        return _activate(_gate_and_up(x)).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return _activation_gradient(dy, *ctx.saved_tensors)
+        (x,) = ctx.saved_tensors
+        return _activation_gradient(_tokens(dy), _gate_and_up(x)).view(x.shape)
+
+
+def _gate_and_up(x: Tensor) -> Tensor:
+    """[..., 2 * ffn/tp] to [tokens, 2, ffn/tp]."""
+    return _tokens(x).unflatten(-1, (2, -1))
 
 
 @fused
 def _activate(x: Tensor) -> Tensor:
-    gate, up = x.float().chunk(2, dim=-1)
+    gate, up = x.float().unbind(1)
     return torch.nn.functional.silu(gate).mul_(up).to(x.dtype)
 
 
 @fused
 def _activation_gradient(dy: Tensor, x: Tensor) -> Tensor:
     dy = dy.float()
-    gate, up = x.float().chunk(2, dim=-1)
+    gate, up = x.float().unbind(1)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     if torch.compiler.is_compiling():
         # the compiler makes one pass of this, and of writes to parts of a tensor several
         dup, dgate = dy * silu, dy * up * (sigmoid + silu * (1 - sigmoid))
-        return torch.stack((dgate.to(x.dtype), dup.to(x.dtype)), dim=-2).flatten(-2)
+        return torch.stack((dgate.to(x.dtype), dup.to(x.dtype)), dim=1)
     dx = torch.empty_like(x)
-    dgate, dup = dx.chunk(2, dim=-1)
+    dgate, dup = dx.unbind(1)
     torch.mul(dy, silu, out=dup)
     # silu' = sigmoid + silu * (1 - sigmoid); both are overwritten, they are no longer needed
     slope = silu.addcmul_(silu, sigmoid, value=-1.0).add_(sigmoid).mul_(dy)
@@ -122,19 +132,21 @@ def _activation_gradient(dy: Tensor, x: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, count: Tensor) -> Tensor:
-        y, scale = _norm(x, weight, eps, count)
+        y, scale = _norm(_tokens(x), weight, eps, count)
         ctx.save_for_backward(x, weight, scale, count)
-        return y
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *_norm_gradients(dy, *ctx.saved_tensors), None, None
+        x, weight, scale, count = ctx.saved_tensors
+        dx, dweight = _norm_gradients(_tokens(dy), _tokens(x), weight, scale, count)
+        return dx.view(x.shape), dweight, None, None
 
 
 @fused
 def _norm(x: Tensor, weight: Tensor, eps: float, count: Tensor) -> tuple[Tensor, Tensor]:
-    """And what each token was scaled by, float32 [..., 1]."""
+    """And what each token was scaled by, float32 [tokens, 1]."""
     wide = x.float()
     # in the order of torch's own norm, for the same bits
     scale = wide.pow(2).sum(dim=-1, keepdim=True).div_(count).add_(eps).rsqrt_()
@@ -147,10 +159,10 @@ def _norm_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Of the input and of the weight."""
     dy, wide, w = dy.float(), x.float(), weight.float()
-    product = (dy * wide).flatten(0, -2)  # [tokens, h]
-    dweight = product.T @ scale.flatten()
+    product = dy * wide
+    dweight = product.T @ scale.squeeze(1)
     # d scale / d x = -scale^3 x / count
-    along = (product @ w).view_as(scale) * scale.pow(3).div_(count).neg_()
+    along = (product @ w)[:, None] * scale.pow(3).div_(count).neg_()
     dx = (dy * w).mul_(scale).addcmul_(wide, along)
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
@@ -159,34 +171,104 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
+        if device.compiles_kernels():
+            return _turned_by(_turn_rows, x, cos, sin)
         b_s = torch.empty((x.size(1), x.size(0), *x.shape[2:]), dtype=x.dtype, device=x.device)
-        return _turn_into(b_s.transpose(0, 1), x, cos, sin, back=False)
+        turned = b_s.transpose(0, 1)
+        _turn_into(turned.chunk(2, dim=-1), x.chunk(2, dim=-1), cos, sin)
+        return turned
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
+        if device.compiles_kernels():
+            return _turned_by(_turn_rows_back, dy, cos, sin), None, None
         turned = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
-        return _turn_into(turned, dy, cos, sin, back=True), None, None
+        _turn_into(turned.chunk(2, dim=-1)[::-1], dy.chunk(2, dim=-1)[::-1], cos, sin)
+        return turned, None, None
 
 
-@fused
-def _turn_into(turned: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
-    """Turn by the angles, or back; each half's place tells the direction."""
-    first, second = x.float().chunk(2, dim=-1)
-    a, b = turned.chunk(2, dim=-1)
-    if back:
-        first, second, a, b = second, first, b, a
-    if turned.dtype == torch.float32:
-        _product_into(a, first, cos).addcmul_(second, sin, value=-1.0)
-        _product_into(b, second, cos).addcmul_(first, sin)
+def _turn_into(turned: Halves, x: Halves, cos: Tensor, sin: Tensor) -> None:
+    """Turn by the angles; back, where the halves have changed places."""
+    first, second = (half.float() for half in x)
+    a, b = turned
+    if a.dtype == torch.float32:
+        torch.mul(first, cos, out=a).addcmul_(second, sin, value=-1.0)
+        torch.mul(second, cos, out=b).addcmul_(first, sin)
     else:
         a.copy_((first * cos).addcmul_(second, sin, value=-1.0))
         b.copy_((second * cos).addcmul_(first, sin))
-    return turned
 
 
-def _product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a * b, written to ``out`` at once; torch.compile, which makes one pass of both, traces no
-    ``out=`` that is a part of another tensor."""
-    return out.copy_(a * b) if torch.compiler.is_compiling() else torch.mul(a, b, out=out)
+def _turned_by(
+    turn: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], Tensor],
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """Turn [s, b, heads/tp, d], each row where it lies, which is seldom behind the one before it:
+    queries, keys and values of a token are one product."""
+    heads, half = x.size(1) * x.size(2), x.size(3) // 2
+    if heads == 1:  # twice, for a size of 1 would be another graph; of one head it is a small copy
+        x = x.expand(-1, -1, 2, -1)
+    rows = x.flatten(0, 2)  # [s * b * heads/tp, d], a view where rows are equally far apart
+    if rows.stride(1) != 1 or rows.stride(0) % half:
+        rows = rows.contiguous()
+    distance = rows.stride(0)
+    extent = (len(rows) - 1) * distance + half
+    first, second = (
+        rows.as_strided((extent,), (1,), rows.storage_offset() + place) for place in (0, half)
+    )
+    cos, sin = (table.flatten(0, 2) for table in (cos, sin))
+    turned = turn(first, second, cos, sin, len(rows) // len(cos), distance // half)
+    return turned[:, :heads].view(len(cos), x.size(1), -1, 2 * half)
+
+
+@fused
+def _turn_rows(
+    first: Tensor, second: Tensor, cos: Tensor, sin: Tensor, rows: int, distance: int
+) -> Tensor:
+    """Turn by the angles.
+
+    Args:
+        first: memory from the first half of the first row on.
+        second: from its second half on.
+        cos: [s, d/2].
+        sin: as ``cos``.
+        rows: b * heads/tp, of each place of the sequence.
+        distance: of a row from the next, in halves.
+
+    Returns:
+        [s, b * heads/tp, 2, d/2].
+    """
+    a, b = (_apart(half, cos, rows, distance) for half in (first, second))
+    cos, sin = cos[:, None], sin[:, None]
+    turned = a * cos - b * sin, b * cos + a * sin
+    # rounded before it is stacked, which is another pass otherwise
+    return torch.stack([half.to(first.dtype) for half in turned], dim=2)
+
+
+@fused
+def _turn_rows_back(
+    first: Tensor, second: Tensor, cos: Tensor, sin: Tensor, rows: int, distance: int
+) -> Tensor:
+    """As `_turn_rows`, back."""
+    a, b = (_apart(half, cos, rows, distance) for half in (first, second))
+    cos, sin = cos[:, None], sin[:, None]
+    turned = a * cos + b * sin, b * cos - a * sin
+    return torch.stack([half.to(first.dtype) for half in turned], dim=2)
+
+
+def _apart(half: Tensor, cos: Tensor, rows: int, distance: int) -> Tensor:
+    """Float32 [s, rows, d/2] of what lies ``distance`` halves apart."""
+    tokens, width = cos.shape
+    distance = distance * width
+    apart = half.as_strided((tokens, rows, width), (rows * distance, distance, 1))
+    # before anything else: all others ask whether it is contiguous, and make two graphs of that
+    return apart.clone(memory_format=torch.contiguous_format).float()
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[..., width] to [tokens, width]."""
+    return x.contiguous().flatten(0, -2)

@@ -352,8 +352,8 @@ def timed(case: Case, groups: ParallelGroups, rounds: int) -> dict[str, Any]:
     ways: dict[str, Callable[[], None]] = {case.name: step}
     watched = {case.name: step}
     if case.target is not None:
-        # without gates a masked model is its plain self, with folded weights left in memory; two such
-        # models do not fit on one GPU
+        # without gates a masked model is its plain self, with folded weights left in memory; two
+        # such models do not fit on one GPU
         plain = copy.copy(step)
         plain.objective = LanguageModelling(step.chunks)
         ways[f"{case.name}, unmasked"] = watched[f"{case.name}, unmasked"] = plain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,11 +14,9 @@ from torch import Tensor
 from megashear.models import fold as module
 from megashear.models.fold import Factors, fold, head_values, pick, unfold
 from megashear.parallel import device
+from tests.compiled import graphs_counted
 from tests.tiny import relative_error
-from tests.unit.models.test_fusion import in_one_graph
 from tests.unit.models.test_kernels import gates, random
-
-__all__ = ["in_one_graph"]
 
 FLOAT32 = 5e-6
 """Relative, against float64: a few roundings at 6e-8 each, and sums of at most 520 terms; measured
@@ -200,20 +199,16 @@ def test_a_last_block_left_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_the_compiled_form_is_the_same(
-    in_one_graph: set[str], monkeypatch: pytest.MonkeyPatch, precision: torch.dtype
-) -> None:
-    for axes in MATRICES:
-        weight, factors, raw = case(axes)
-        weight = weight.to(precision)
-        monkeypatch.setattr(device, "_compiles", False)
-        eager, gradients = fold(weight, factors), unfolded(weight, factors, raw)
-        assert in_one_graph == set()
-        monkeypatch.setattr(device, "_compiles", True)
-        assert torch.equal(fold(weight, factors), eager)
-        assert worst(unfolded(weight, factors, raw), gradients) < FLOAT32
-        assert in_one_graph == {"_fold_matrix", "_unfold_matrix"}
-        in_one_graph.clear()
+def test_the_compiled_form_is_the_same(precision: torch.dtype) -> None:
+    with graphs_counted() as graphs:
+        for axes in MATRICES:
+            weight, factors, raw = case(axes)
+            weight = weight.to(precision)
+            with mock.patch.object(device, "_compiles", False):
+                eager, gradients = fold(weight, factors), unfolded(weight, factors, raw)
+            assert torch.equal(fold(weight, factors), eager)
+            assert worst(unfolded(weight, factors, raw), gradients) < FLOAT32
+    assert graphs == {"_fold_matrix": 1, "_unfold_matrix": 1}
 
 
 def test_nothing_is_compiled_for_another_device(
