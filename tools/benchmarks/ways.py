@@ -4,7 +4,7 @@ command."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,11 +125,15 @@ class Parts:
             with self.time(part):
                 return real(*args, **kwargs)
 
-        self._patched.append((owner, name, real))
-        setattr(owner, name, timed)
+        self.replace(owner, name, timed)
+
+    def replace(self, owner: Any, name: str, other: Any) -> None:
+        """Put ``other`` in the place of an attribute of ``owner``, until :meth:`restore`."""
+        self._patched.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, other)
 
     def restore(self) -> None:
-        """Undo all of :meth:`watch`."""
+        """Undo all of :meth:`watch` and :meth:`replace`."""
         for owner, name, real in reversed(self._patched):
             setattr(owner, name, real)
         self._patched = []
@@ -297,7 +301,7 @@ def target_of(shape: ModelShape) -> ModelShape:
 
 
 class Storages:
-    """Memory that tensors lie in, each counted once.
+    """Memory that tensors lie in, each counted once, and the most that was held at once.
 
     Args:
         known: tensors whose memory is not counted.
@@ -305,51 +309,79 @@ class Storages:
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self._bytes: dict[int, int] = {}
+        self._held: dict[int, int] = {}  # times, by address
+        self._bytes = 0
+        self.most = 0
 
-    def note(self, tensor: Tensor) -> Tensor:
-        """Count a tensor's memory; give the tensor back."""
+    def leave_out(self, tensor: Tensor) -> None:
+        """Count a tensor's memory no more."""
+        self._known.add(tensor.untyped_storage().data_ptr())
+
+    def hold(self, tensor: Tensor) -> _Held:
+        """Count a tensor's memory until what is returned is gone."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self._bytes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        at, size = storage.data_ptr(), storage.nbytes()
+        if at in self._known:
+            return _Held(tensor, lambda: None)
+        times = self._held[at] = self._held.get(at, 0) + 1
+        if times == 1:
+            self._bytes += size
+            self.most = max(self.most, self._bytes)
 
-    def total(self, *, without: Storages | None = None) -> int:
-        """Return the bytes counted, but for those that ``without`` counted too."""
-        other = {} if without is None else without._bytes
-        return sum(size for at, size in self._bytes.items() if at not in other)
+        def let_go() -> None:
+            self._held[at] -= 1
+            if not self._held[at]:
+                self._bytes -= size
+
+        return _Held(tensor, let_go)
+
+
+class _Held:
+    """A tensor, and what to do when nobody wants it any more."""
+
+    def __init__(self, tensor: Tensor, let_go: Callable[[], None]) -> None:
+        self.tensor, self._let_go = tensor, let_go
+
+    def __del__(self) -> None:
+        self._let_go()
 
 
 def kept_bytes(step: OurStep) -> dict[str, int]:
     """Bytes that a step keeps on this rank, each storage counted once.
 
     Returns:
-        "saved": what autograd keeps from forward passes for backward ones, without weights, folded
-        or not. "folded": folded weights, one set for each noise stream, which stay from step to
-        step. "apart": gradients that are collected apart for streams. "weights": of the model.
+        "saved": the most that autograd keeps at once from forward passes for backward ones, without
+        weights, folded or not. "folded": folded weights, one set for each noise stream, which stay
+        from step to step. "apart": gradients that are collected apart for streams. "weights": of
+        the model.
     """
     weights = [parameter for chunk in step.chunks for parameter in chunk.parameters()]
-    saved, own = Storages(weights), Storages()
-    made, apart = Storages(), Storages(weight.main_grad for weight in weights)
+    saved, own, made = Storages(weights), Storages(), Storages()
+    apart = Storages(weight.main_grad for weight in weights)
+    held = [own.hold(weight) for weight in weights]
     fold, unfold = folded.fold, folded.unfold
 
-    def noted_fold(weight: Tensor, *rest: Any, **named: Any) -> Tensor:
-        return made.note(fold(weight, *rest, **named))
+    def noted_fold(*given: Any, **named: Any) -> Tensor:
+        result = fold(*given, **named)
+        saved.leave_out(result)
+        held.append(made.hold(result))
+        return result
 
-    def noted_unfold(raw: Tensor, *rest: Any, **named: Any) -> None:
-        unfold(apart.note(raw), *rest, **named)
+    def noted_unfold(raw: Tensor, *given: Any) -> None:
+        held.append(apart.hold(raw))
+        unfold(raw, *given)
 
-    folded.fold, folded.unfold = noted_fold, noted_unfold
+    parts = Parts()
+    parts.replace(folded, "fold", noted_fold)
+    parts.replace(folded, "unfold", noted_unfold)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(saved.hold, lambda kept: kept.tensor):
             step()
     finally:
-        folded.fold, folded.unfold = fold, unfold
-    for weight in weights:
-        own.note(weight)
+        parts.restore()
     return {
-        "saved": saved.total(without=made),
-        "folded": made.total(),
-        "apart": apart.total(),
-        "weights": own.total(),
+        "saved": saved.most,
+        "folded": made.most,
+        "apart": apart.most,
+        "weights": own.most,
     }
