@@ -77,8 +77,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         sin: as ``cos``.
 
     Returns:
-        [s, b, heads/tp, d], of sequences that lie in memory one behind the other: attention on a
-        CPU reads them a fifth faster so than one token of each in turn.
+        [s, b, heads/tp, d]. On a CPU sequences lie in memory one behind the other: attention reads
+        them a fifth faster so than one token of each in turn, as they lie where this is compiled.
 
     Source: Su et al. 2021 (arXiv:2104.09864), halves instead of neighbours as LLaMA has them.
     """
