@@ -19,18 +19,18 @@ class Kind:
     """What people call one of its units; several have an s."""
     extent: str
     """The extent of :class:`ModelShape` that it lowers: how many units a model, or a layer, has."""
-    per_layer: bool
+    per_layer: bool = False
     """Whether every layer has units, and rows, of its own; else one row has the whole model's."""
     within: str | None = None
     """Kind of which each unit may hold several of this one's. Where it does, rows are counted by
     these units, layer by layer; where it holds one, the two are one unit, whose gate is of this
     kind, and the other kind has no mask."""
-    split_over_tensor: bool
+    split_over_tensor: bool = False
     """Whether tensor ranks divide it, with its weights: the units of a row, or whole rows where a
     layer has several."""
-    split_over_pipeline: bool
+    split_over_pipeline: bool = False
     """Whether pipeline stages divide it, with their layers: rows, or units that are layers."""
-    axis: str | None
+    axis: str | None = None
     """Axis of weights that its units lie along, which the cut shortens (`models.layout.AXES`); None
     for whole weights. Where its gates are multiplied in is what weights say (`Weight.folds`)."""
     width: str | None = None
@@ -93,14 +93,7 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind(
-            name=HIDDEN,
-            unit="hidden dimension",
-            extent="hidden_size",
-            per_layer=False,
-            split_over_tensor=False,
-            split_over_pipeline=False,
-            axis="hidden",
-            crowded=True,
+            name=HIDDEN, unit="hidden dimension", extent="hidden_size", axis="hidden", crowded=True
         ),
         Kind(
             name=HEAD,
@@ -133,15 +126,7 @@ KINDS = {
             axis="intermediate",
             crowded=True,
         ),
-        Kind(
-            name=LAYER,
-            unit="layer",
-            extent="num_layers",
-            per_layer=False,
-            split_over_tensor=False,
-            split_over_pipeline=True,
-            axis=None,
-        ),
+        Kind(name=LAYER, unit="layer", extent="num_layers", split_over_pipeline=True),
     )
 }
 """Kinds of mask by name, in the order in which every process goes through them."""

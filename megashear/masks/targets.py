@@ -69,11 +69,6 @@ class MaskPart:
         """Layers of the whole mask, of a kind that stages divide."""
         return self.extents[0] if KINDS[self.kind].per_layer else self.num_units
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether this process holds every row and every unit."""
-        return len(self.rows) == self.num_rows and len(self.units) == self.num_units
-
 
 def whole_parts(source: ModelShape, target: ModelShape) -> dict[str, MaskPart]:
     """The masks to learn on the way from ``source`` to ``target``, held by one process.

@@ -46,7 +46,6 @@ def test_whole_parts_have_the_shapes_of_the_source() -> None:
     found = {kind: (part.num_rows, part.num_units) for kind, part in parts.items()}
     assert found == {"hidden": (1, 40), "head": (4, 8), "intermediate": (4, 96), "layer": (1, 4)}
     for part in parts.values():
-        assert part.is_whole
         assert part.rows == tuple(range(part.num_rows))
         assert part.units == range(part.num_units)
 
@@ -74,7 +73,8 @@ def test_grouped_queries_have_masks_of_groups_and_of_heads_in_them(
     parts = whole_parts(source, target)
     assert {kind: (part.num_rows, part.num_units) for kind, part in parts.items()} == rows
     assert target_units(source, target) == units
-    assert all(part.is_whole for part in parts.values())
+    assert all(part.rows == tuple(range(part.num_rows)) for part in parts.values())
+    assert all(part.units == range(part.num_units) for part in parts.values())
     # whatever is reached is a shape of its own: every key/value head serves as many query heads
     assert units.get("group", source.num_query_groups) * units.get(
         "head", source.heads_per_group
