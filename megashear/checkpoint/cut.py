@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from megashear.masks.kinds import GROUP, HEAD, HIDDEN, INTERMEDIATE, KINDS, LAYER, ON_AXIS
+from megashear.masks.kinds import KINDS, LAYER, ON_AXIS, kinds_of
 from megashear.masks.targets import UNMASKED
 from megashear.models import layout
 from megashear.models.fold import Factors, fold
@@ -54,12 +54,7 @@ def cut(
     gates = {kind: gate.detach().float().cpu() for kind, gate in gates.items()}
     kept = KeptUnits.of(gates, source)
     _check_counts(kept, target)
-    factors = Factors(
-        gates,
-        num_layers=source.num_layers,
-        heads_per_group=source.heads_per_group,
-        head_dim=source.head_dim,
-    )
+    factors = Factors(gates, source, num_layers=source.num_layers)
     return _cut(weights, kept, factors, target, power)
 
 
@@ -97,21 +92,20 @@ def _kept_indices(kept: KeptUnits, axis: str, layer: int | None) -> Tensor | Non
 
 def _check_counts(kept: KeptUnits, target: ModelShape) -> None:
     """Hold every row that stays to the target's count, so that the cut cannot fail midway."""
-    _check_count("", "the hidden mask", kept.units[HIDDEN][0], target.hidden_size)
-    _check_count("", "the layer mask", kept.units[LAYER][0], target.num_layers)
-    for layer in kept.kept_layers:
-        at = f" layer {layer}"
-        neurons = kept.units[INTERMEDIATE][layer]
-        _check_count(at, "its intermediate mask", neurons, target.ffn_hidden_size)
-        heads, groups = kept.units[HEAD][layer], kept.units[GROUP][layer]
-        if kept.source.heads_per_group == 1:
-            _check_count(at, "its head mask", heads, target.num_attention_heads)
-        else:
-            _check_count(at, "its group mask", groups, target.num_query_groups)
-        by_group = heads.unflatten(0, (kept.source.num_query_groups, -1))
-        for group in _open(groups).tolist():
-            inside = f"{at} group {group}"
-            _check_count(inside, "its head mask", by_group[group], target.heads_per_group)
+    source = kept.source
+    for kind in kinds_of(source):
+        outer, wanted = kind.outer(source), kind.row_length(target, source)
+        for number, row in enumerate(kept.of_kind(kind.name)):
+            if not kind.per_layer:
+                _check_count("", f"the {kind.name} mask", row, wanted)
+                continue
+            layer, group = divmod(number, kind.rows_per_layer(source))
+            where, around = f" layer {layer}", kept.units[LAYER][0, layer]
+            if outer is not None:
+                where += f" {outer.name} {group}"
+                around = kept.units[outer.name][layer, group]
+            if around:  # what goes with a layer or a group need keep nothing
+                _check_count(where, f"its {kind.name} mask", row, wanted)
 
 
 def _check_unmasked(source: ModelShape, target: ModelShape) -> None:

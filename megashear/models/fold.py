@@ -14,32 +14,24 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megashear.masks.kinds import GROUP, HEAD, HIDDEN, INTERMEDIATE, LAYER
+from megashear.masks.kinds import KINDS
 from megashear.models.fusion import fused
 from megashear.parallel import device
+from megashear.shape import ModelShape
 
 
 class Factors:
     """What gates multiply into the axes of weights.
 
     Args:
-        gates: by kind, of whole masks or of one rank's part of them: hidden [1, h], layer [1, L],
-            head [L, H], group [L, G], intermediate [L, I]. With grouped queries head may come as
-            [L * G, H/G], a row for each key/value head. An absent kind is fully open.
-        num_layers: L.
-        heads_per_group: H/G, query heads of one key/value head.
-        head_dim: width of a head.
+        gates: by kind, of whole masks or of one rank's part of them, as `unit_values` takes them.
+        shape: of the whole model.
+        num_layers: layers of the gates.
     """
 
-    def __init__(
-        self, gates: Mapping[str, Tensor], *, num_layers: int, heads_per_group: int, head_dim: int
-    ) -> None:
-        self._of = {kind: gates[kind] for kind in (HIDDEN, INTERMEDIATE) if kind in gates}
-        if LAYER in gates:
-            self._of[LAYER] = gates[LAYER].reshape(num_layers, 1)
-        heads = head_values(gates, num_layers, heads_per_group)
-        if heads is not None:
-            self._of[HEAD] = heads.repeat_interleave(head_dim, dim=1)  # [L, H * d]
+    def __init__(self, gates: Mapping[str, Tensor], shape: ModelShape, *, num_layers: int) -> None:
+        self._shape = shape
+        self._of = unit_values(gates, shape, num_layers)
         self._stacked: dict[tuple[str, ...], Tensor | None] = {}
 
     def stacked(self, kinds: tuple[str, ...]) -> Tensor | None:
@@ -53,7 +45,7 @@ class Factors:
             where they are the same along it. None where no gate of ``kinds`` is there.
         """
         if kinds not in self._stacked:
-            values = [self._of[kind] for kind in kinds if kind in self._of]
+            values = [self._along_axis(kind) for kind in kinds if kind in self._of]
             self._stacked[kinds] = functools.reduce(torch.mul, values) if values else None
         return self._stacked[kinds]
 
@@ -66,21 +58,41 @@ class Factors:
         """
         return [None if each is None else pick(each, layer) for each in map(self.stacked, folds)]
 
+    def _along_axis(self, name: str) -> Tensor:
+        """Return the values of a kind's units, each as often as it has places on its axis."""
+        kind, values = KINDS[name], self._of[name]
+        if kind.axis is None:  # of layers, one for a whole axis: [L, 1]
+            return values.T
+        width = kind.unit_width(self._shape)
+        return values if width == 1 else values.repeat_interleave(width, dim=1)
 
-def head_values(
-    gates: Mapping[str, Tensor], num_layers: int, heads_per_group: int
-) -> Tensor | None:
-    """Return what gates make of every query head, [L, H]: its own gate times its group's.
 
-    Arguments as `Factors` takes them. None where neither kind is there.
+def unit_values(
+    gates: Mapping[str, Tensor], shape: ModelShape, num_layers: int
+) -> dict[str, Tensor]:
+    """Return what gates make of every unit: its own gate, times that of the unit it is part of.
+
+    Args:
+        gates: by kind, of whole masks or of one rank's part of them: hidden [1, h], layer [1, L],
+            head [L, H], group [L, G], intermediate [L, I]. With grouped queries head may come as
+            [L * G, H/G], a row for each key/value head. An absent kind is fully open.
+        shape: of the whole model.
+        num_layers: L.
+
+    Returns:
+        By kind, shaped as the gates, head [L, H] always; only kinds that some gate acts on.
     """
-    heads, groups = gates.get(HEAD), gates.get(GROUP)
-    if groups is not None:
-        groups = groups.repeat_interleave(heads_per_group, dim=1)
-    if heads is None:
-        return groups
-    heads = heads.reshape(num_layers, -1)
-    return heads if groups is None else heads * groups
+    values = {}
+    for name, kind in KINDS.items():
+        found = []
+        if name in gates:
+            found.append(gates[name].reshape(num_layers if kind.per_layer else 1, -1))
+        if kind.within is not None and kind.within in gates:
+            each = kind.size(shape) // KINDS[kind.within].size(shape)
+            found.append(gates[kind.within].repeat_interleave(each, dim=1))
+        if found:
+            values[name] = functools.reduce(torch.mul, found)
+    return values
 
 
 def pick(stacked: Tensor, layer: int | None) -> Tensor:

@@ -188,12 +188,7 @@ class _Stream:
         self.num_open = None
         if HIDDEN in gates:
             self.num_open = torch.count_nonzero(self._leaves[HIDDEN]).float()
-        self._factors = Factors(
-            self._leaves,
-            num_layers=num_layers,
-            heads_per_group=shape.heads_per_group,
-            head_dim=shape.head_dim,
-        )
+        self._factors = Factors(self._leaves, shape, num_layers=num_layers)
         self._gradients: dict[tuple[str, ...], Tensor] = {}
 
     def factors(self, folds: Sequence[tuple[str, ...]], layer: int | None) -> list[Tensor | None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megashear.masks.kinds import HIDDEN, KINDS, LAYER, ON_AXIS
 from megashear.models import layout
+from megashear.models.fold import unit_values
 from megashear.shape import ModelShape
 
 
@@ -49,20 +50,15 @@ class KeptUnits:
             chances: of each gate to be open, shaped like the gates of `of`.
             source: the model they are of.
         """
-        own, units = {}, {}
+        given = {kind: chance.double() for kind, chance in chances.items()}
+        values = unit_values(given, source, source.num_layers)
+        units = {}
         for name, kind in KINDS.items():
-            extents = kind.extents(source)
-            given = chances.get(name, torch.ones(extents))
-            own[name] = given.double().reshape(extents)
-        for name, kind in KINDS.items():
-            units[name] = own[name] * own[LAYER].T if kind.per_layer else own[name]
-            if kind.within is not None:
-                each = kind.size(source) // KINDS[kind.within].size(source)
-                units[name] = units[name] * own[kind.within].repeat_interleave(each, dim=1)
-        return cls(
-            source=source,
-            units={name: units[kind.pruned_by(source).name] for name, kind in KINDS.items()},
-        )
+            everything = torch.ones(kind.extents(source), dtype=torch.float64)
+            units[name] = values.get(kind.pruned_by(source).name, everything)
+            if kind.per_layer and LAYER in values:
+                units[name] = units[name] * values[LAYER].T
+        return cls(source=source, units=units)
 
     @property
     def kept_layers(self) -> list[int]:

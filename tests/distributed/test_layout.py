@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.masks import mask_set
 from megashear.masks.gates import uniform_noise
 from megashear.models import binding, fold, folded
 from megashear.models.core import RMSNorm
+from megashear.models.fold import unit_values
+from megashear.shape import ModelShape
 from megashear.train.objectives import StructuredPruning
 from tests.distributed.pruning_run import Snapshot, run
 from tests.tiny import layout, relative_error
@@ -154,11 +157,14 @@ def test_layout_parity_notices_noise_of_the_ranks_own_rows() -> None:
 def test_layout_parity_notices_another_ranks_groups() -> None:
     def broken(objective: StructuredPruning) -> None:
         # query heads of a layer laid out as [H/G, groups/tp]
-        def transposed(gates: Any, num_layers: int, heads_per_group: int) -> torch.Tensor:
+        def transposed(
+            gates: dict[str, Tensor], shape: ModelShape, num_layers: int
+        ) -> dict[str, Tensor]:
+            values = unit_values(gates, shape, num_layers)
             heads = gates["head"].view(*gates["group"].shape, -1) * gates["group"][..., None]
-            return heads.transpose(1, 2).flatten(1)
+            return values | {"head": heads.transpose(1, 2).flatten(1)}
 
-        fold.head_values = transposed
+        fold.unit_values = transposed
 
     assert worst(layout(tp=2), broken=broken)["leaf head"] > 0.1
 

@@ -18,6 +18,7 @@ from megashear.masks.gates import sample_gates
 from megashear.masks.mask_set import MaskSet, exact_gates, target_units, whole_parts
 from megashear.models import fold, folded
 from megashear.models.core import RMSNorm
+from megashear.models.fold import unit_values
 from megashear.shape import ModelShape
 from tests import reference_llama
 from tests.distributed.masked_model import Pass, Sampler, by_megatron_name, run_pass
@@ -52,11 +53,14 @@ def test_masked_model_equals_the_plain_formula(pair: str, parallel: ParallelConf
 
 def test_gates_transposed_in_their_groups_are_noticed() -> None:
     def broken() -> None:
-        def transposed(gates: dict[str, Tensor], num_layers: int, heads_per_group: int) -> Tensor:
+        def transposed(
+            gates: dict[str, Tensor], shape: ModelShape, num_layers: int
+        ) -> dict[str, Tensor]:
+            values = unit_values(gates, shape, num_layers)
             heads = gates["head"].view(*gates["group"].shape, -1) * gates["group"][..., None]
-            return heads.transpose(1, 2).flatten(1)
+            return values | {"head": heads.transpose(1, 2).flatten(1)}
 
-        fold.head_values = transposed  # type: ignore[assignment]
+        fold.unit_values = transposed  # type: ignore[assignment]
 
     masks = middle_of_pruning(SOURCE, TARGET)
     found = sampled_pass(layout(), SOURCE, TARGET, masks, broken=broken)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megashear.models import fold as module
-from megashear.models.fold import Factors, fold, head_values, pick, unfold
+from megashear.models.fold import Factors, fold, pick, unfold, unit_values
 from megashear.parallel import device
+from megashear.shape import ModelShape
 from tests.compiled import graphs_counted
 from tests.tiny import relative_error
 from tests.unit.models.test_kernels import gates, random
@@ -223,6 +224,16 @@ def test_nothing_is_compiled_for_another_device(
 
 LAYERS, HEADS, GROUPS, HEAD_DIM, HIDDEN, NEURONS = 3, 8, 4, 2, 10, 6
 """Of one rank; heads per group is 2."""
+SHAPE = ModelShape(
+    num_layers=2 * LAYERS,
+    hidden_size=HIDDEN,
+    num_attention_heads=2 * HEADS,
+    num_query_groups=2 * GROUPS,
+    head_dim=HEAD_DIM,
+    ffn_hidden_size=2 * NEURONS,
+    vocab_size=11,
+)
+"""Of the whole model, of which two stages and two tensor ranks have parts."""
 WHOLE = {
     "hidden": gates(HIDDEN, 1).view(1, -1),
     "layer": torch.tensor([[0.5, 0.0, 0.9]]),
@@ -240,8 +251,8 @@ SETS = [
 """Every set of kinds, heads by layer and by group."""
 
 
-def factors_of(found: dict[str, Tensor], per_group: int = HEADS // GROUPS) -> Factors:
-    return Factors(found, num_layers=LAYERS, heads_per_group=per_group, head_dim=HEAD_DIM)
+def factors_of(found: dict[str, Tensor]) -> Factors:
+    return Factors(found, SHAPE, num_layers=LAYERS)
 
 
 def written_out(found: dict[str, Tensor], kind: str, layer: int, index: int) -> float:
@@ -332,13 +343,12 @@ def given(grad: Tensor | None) -> Tensor:
     ids=["transposed", "tiled", "without-groups", "without-heads"],
 )
 def test_heads_laid_out_otherwise_are_noticed(broken: Callable[[Tensor, Tensor], Tensor]) -> None:
-    found = head_values(GROUPED, LAYERS, HEADS // GROUPS)
-    assert found is not None
+    found = unit_values(GROUPED, SHAPE, LAYERS)["head"]
     for layer, head in itertools.product(range(LAYERS), range(HEADS)):
         wanted = written_out(GROUPED, "head", layer, head * HEAD_DIM)
         assert float(found[layer, head]) == pytest.approx(wanted, rel=FLOAT32)
     assert relative_error(broken(WHOLE["head"].roll(1, 1), WHOLE["group"]), found) > BROKEN
-    assert head_values({}, LAYERS, HEADS // GROUPS) is None
+    assert unit_values({}, SHAPE, LAYERS) == {}
 
 
 def test_a_row_is_a_view_of_its_layer() -> None:
