@@ -200,7 +200,7 @@ class ModelConfig:
     fp16: bool = False
     """Refused: loss scaling would scale the gates' gradients too. Use --bf16."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
-    """Layers for continued pretraining; transformer_engine needs CUDA. Pruning is always local."""
+    """Layers for continued pretraining; transformer_engine needs CUDA, and pruning refuses it."""
     recompute_granularity: Annotated[Literal["full"] | None, COMMON] = None
     """Recompute whole layers in the backward pass to save activation memory."""
     recompute_method: Literal["uniform", "block"] = "uniform"

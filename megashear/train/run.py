@@ -52,6 +52,7 @@ from megashear.train.seam import (
 )
 from megashear.train.start import (
     Start,
+    check_layers,
     check_masks,
     check_target_layout,
     find_start,
@@ -167,6 +168,7 @@ class _ReadyToPrune:
         Raises:
             ValueError: as `prune`.
         """
+        check_layers(config.model)
         start = find_start(
             config.train,
             stage=StructuredPruning.stage,

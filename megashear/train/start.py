@@ -16,7 +16,14 @@ from megashear.checkpoint.description import (
 )
 from megashear.checkpoint.saver import name_latest
 from megashear.checkpoint.store import agree_on_iteration, check_save_directory
-from megashear.config import MaskConfig, PretrainRun, PruneRun, TrainConfig, check_streams
+from megashear.config import (
+    MaskConfig,
+    ModelConfig,
+    PretrainRun,
+    PruneRun,
+    TrainConfig,
+    check_streams,
+)
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.kinds import kinds_of
 from megashear.masks.mask_set import target_units, whole_parts
@@ -235,6 +242,22 @@ def check_target_layout(
                 f"name the ranks it is for with --target-tensor-model-parallel-size: it divides "
                 f"by {', '.join(fitting)}"
             )
+
+
+def check_layers(model: ModelConfig) -> None:
+    """Refuse layers of which the masked model would not be the one that is cut.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if model.transformer_impl != "local":
+        raise ValueError(
+            f"--transformer-impl {model.transformer_impl} is for continued pretraining: while "
+            f"masks learn a norm divides by the number of open hidden dimensions, and "
+            f"Transformer Engine's fused norms divide by all of them, so that the model which "
+            f"is trained would not be the one that is cut; prune with --transformer-impl local, "
+            f"`megashear cut`, and give the flag to `megashear pretrain`"
+        )
 
 
 def check_masks(masks: MaskConfig, train: TrainConfig, start: Start, target: ModelShape) -> None:

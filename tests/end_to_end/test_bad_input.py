@@ -351,7 +351,20 @@ def test_a_cuda_only_option_on_the_cpu(refusal: Refusal) -> None:
         "--transformer-impl transformer_engine needs a CUDA device and none is found; use "
         "--transformer-impl local"
     )
-    assert wanted in refusal.prune(transformer_impl="transformer_engine", starts=True)
+    words = ["--load", refusal.text.checkpoint, "--data-path", refusal.text.data]
+    words += ["--save", refusal.folder / "saved", "--seq-length", text_run.SEQUENCE]
+    words += ["--reweight", "constant", "--transformer-impl", "transformer_engine"]
+    assert wanted in refusal("pretrain", *words, starts=True)
+
+
+def test_layers_whose_norms_know_no_masks(refusal: Refusal) -> None:
+    error = refusal.prune(transformer_impl="transformer_engine")
+    assert re.search(
+        r"--transformer-impl transformer_engine is for continued pretraining: .*"
+        r"fused norms divide by all of them.* prune with --transformer-impl local, "
+        r"`megashear cut`, and give the flag to `megashear pretrain`$",
+        error,
+    )
 
 
 def edit_config(folder: Path, **fields: object) -> None:
