@@ -256,12 +256,14 @@ class _FoldedWeight:
         self._folded: dict[_Stream, Tensor | None] = {}
         self._spare: list[Tensor] = []
         self._order: Sequence[_Stream] = ()
+        self._is_mixed = False
         self._num_done = 0
         self._apart: Tensor | None = None
 
     def bind(self, order: Sequence[_Stream]) -> None:
         """Take the streams of the microbatches that will go backward, in their order."""
         self._order, self._num_done = order, 0
+        self._is_mixed = any(stream is not order[0] for stream in order)
 
     def enter(self, stream: _Stream) -> None:
         """Put the stream's weight in the parameter's place, for the forward pass that follows."""
@@ -358,7 +360,7 @@ class _FoldedWeight:
     def _raw(self) -> Tensor:
         """Return what gradients of the folded weight are added to, until they are unfolded."""
         total: Tensor = self._parameter.main_grad
-        if all(stream is self._order[0] for stream in self._order):
+        if not self._is_mixed:
             return total
         if self._apart is None:
             self._apart = torch.zeros_like(total)
