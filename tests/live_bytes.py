@@ -84,8 +84,13 @@ class SavedBytes:
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         self.live = self.peak = 0
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self._known: set[int] = set()
+        self.know(known)
         self._uses: Counter[int] = Counter()
+
+    def know(self, tensors: Iterable[Tensor]) -> None:
+        """Count the storages of ``tensors`` no longer."""
+        self._known |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
         """What to run the passes under."""

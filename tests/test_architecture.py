@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "parallel": {"config", "files"},
     "masks": {"shape", "config"},
     "models": {"masks", "parallel", "shape", "config"},
-    "planning": {"masks", "shape", "config"},
+    "planning": {"models", "masks", "shape", "config"},
     "checkpoint": {"models", "masks", "parallel", "shape", "tokenizer", "config", "files"},
     "data": {"parallel", "tokenizer", "config", "files"},
     "monitor": {"masks", "parallel", "config", "files"},

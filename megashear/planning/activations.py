@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from megashear.masks.kinds import HIDDEN, INTERMEDIATE
 from megashear.planning.work import FLOAT32, Work
 
 Direction = Literal["forward", "backward"]
 
 # What a forward pass keeps. Tokens t of a microbatch, t' of them on this rank outside attention
 # and MLP; e bytes an element; widths q, k, i of this rank's queries, keys and neurons; h hidden.
-# Masks add nothing but the embedding's output before its gate: see models/kernels.py.
+# Masks add nothing: they are multiplied into weights.
 
 
 def _stream(work: Work) -> int:
@@ -47,11 +46,6 @@ def mlp_kept(work: Work) -> int:
     return _norm(work) + _stream(work) + gate_up_and_product
 
 
-def embedding_kept(work: Work) -> int:
-    """Bytes that the embedding keeps: token ids, and its output where a gate multiplies it."""
-    return 8 * work.tokens + (HIDDEN in work.masks) * _stream(work)
-
-
 def loss_kept(work: Work) -> int:
     """Bytes that final norm, output layer and cross entropy keep: logits, and a few numbers a token
     (largest logit, factor, loss, whether it counts; the label, and whether it is this rank's)."""
@@ -73,7 +67,8 @@ def _layers_kept(work: Work) -> int:
 
 def _chunk_kept(work: Work, *, first: bool, last: bool) -> int:
     kept = _layers_kept(work)
-    return kept + (embedding_kept(work) if first else 0) + (loss_kept(work) if last else 0)
+    token_ids = 8 * work.tokens
+    return kept + (token_ids if first else 0) + (loss_kept(work) if last else 0)
 
 
 def _run_again(work: Work, *, last: bool) -> int:
@@ -97,9 +92,9 @@ def _layer_backward(work: Work) -> int:
     """Most that the backward pass of the layer at the end of a chunk needs at once."""
     e, t, i, hidden = work.element, work.tokens, work.own_ffn, work.shape.hidden_size
     # The activation, as torch's single operators have it: its input's gradient, sigmoid and silu of
-    # the gate, the gradient of the product before its gates; under bfloat16 float32 copies of its
-    # input and of its output's gradient. The projection behind it is through.
-    each = 2 * e + 8 + (4 if INTERMEDIATE in work.masks else 0) + (12 if work.model.bf16 else 0)
+    # the gate; under bfloat16 float32 copies of its input and of its output's gradient. The
+    # projection behind it is through.
+    each = 2 * e + 8 + (12 if work.model.bf16 else 0)
     activation = t * i * each + _stream(work)
     gathered = e * t * hidden if work.parallel.sequence_parallel else 0
     # the projection: gradients of its input and, twice, of its weight

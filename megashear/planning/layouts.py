@@ -252,7 +252,7 @@ def division(
         num_microbatches=microbatches,
         data_size=replicas,
         masks=job.masks,
-        noise_streams=-(-job.noise_streams // replicas),
+        noise_streams=job.noise_streams,
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
-from megashear.masks.kinds import KINDS
+from megashear.masks.kinds import GROUP, HEAD, KINDS
+from megashear.models import layout
 from megashear.planning.activations import forward_only, in_flight
 from megashear.planning.work import BFLOAT16, FLOAT32, Work
 from megashear.shape import ModelShape
@@ -29,6 +31,9 @@ class Memory:
     masters: int
     """Float32 copies of bfloat16 weights."""
     moments: int
+    folded: int
+    """Copies of weights that masks are multiplied into, one for each noise stream of a replica;
+    where it has several, float32 sums of one stream's gradient as well."""
     masks: int
     """Gates on the device and their gradients; log_alpha and its optimizer lie on the host."""
     activations: int
@@ -39,7 +44,7 @@ class Memory:
     @property
     def lasting(self) -> int:
         """What is there between steps."""
-        return self.weights + self.gradients + self.masters + self.moments
+        return self.weights + self.gradients + self.masters + self.moments + self.folded
 
     @property
     def total(self) -> int:
@@ -69,7 +74,8 @@ def rank_memory(work: Work, stage: int) -> Memory:
         gradients=FLOAT32 * held,
         masters=FLOAT32 * stepped if work.model.bf16 else 0,
         moments=MOMENTS * FLOAT32 * stepped,
-        masks=2 * FLOAT32 * _gates(work) * work.noise_streams,
+        folded=_folded(work, stage),
+        masks=2 * FLOAT32 * _gates(work) * work.own_streams,
         activations=activations,
         buffers=peak - activations,
     )
@@ -102,27 +108,45 @@ def checkpoint_bytes(shape: ModelShape, masks: frozenset[str]) -> int:
 
 def stage_parameters(work: Work, stage: int) -> Iterator[int]:
     """Elements of every parameter of a rank of ``stage``, in no order."""
-    shape, hidden = work.shape, work.shape.hidden_size
-    first, last = stage == 0, stage == work.pipeline - 1
-    if first:
-        yield work.own_vocab * hidden
-    for _ in range(work.chunk_layers * work.virtual):
-        yield hidden
-        yield (work.own_query + 2 * work.own_key) * hidden
-        if shape.qkv_bias:
-            yield work.own_query + 2 * work.own_key
-        if shape.qk_norm:
-            yield shape.head_dim
-            yield shape.head_dim
-        yield work.own_query * hidden
-        yield hidden
-        yield 2 * work.own_ffn * hidden
-        yield work.own_ffn * hidden
-    if last:
-        yield hidden
-        # tied: the last stage has a copy, unless the embedding is its own
-        if not (shape.tied_embeddings and first):
-            yield work.own_vocab * hidden
+    for _, size in _parameters(work, stage):
+        yield size
+
+
+def _folded(work: Work, stage: int) -> int:
+    """Bytes of what `models.folded` keeps for the weights that masks act on."""
+    # a factor of heads is made of their own gates and of their groups'
+    acting = work.masks | ({HEAD} if GROUP in work.masks else set())
+    size = sum(
+        size
+        for row, size in _parameters(work, stage)
+        if any(acting.intersection(kinds) for part in row.parts for kinds in part.folds)
+    )
+    streams = work.own_streams
+    return size * (streams * work.element + (FLOAT32 if streams > 1 else 0))
+
+
+def _parameters(work: Work, stage: int) -> Iterator[tuple[layout.MegatronTensor, int]]:
+    """Yield each parameter of a rank of ``stage``: its row of the weight table, its elements."""
+    rows = layout.table(work.shape)
+    of_layer = [row for row in rows if row.per_layer]
+    before = [*rows[: rows.index(of_layer[0])]]
+    after = [*rows[len(before) + len(of_layer) :]]
+    if work.shape.tied_embeddings and work.pipeline > 1:
+        after += before  # the last stage has a copy of the embedding
+    own = {
+        "vocab": work.own_vocab,
+        "hidden": work.shape.hidden_size,
+        "query": work.own_query,
+        "key_value": work.own_key,
+        "head_dim": work.shape.head_dim,
+        "intermediate": work.own_ffn,
+    }
+    for row in (
+        *(before if stage == 0 else ()),
+        *(of_layer * (work.chunk_layers * work.virtual)),
+        *(after if stage == work.pipeline - 1 else ()),
+    ):
+        yield row, sum(math.prod(own[axis] for axis in part.axes) for part in row.parts)
 
 
 def _in_buffer(sizes: list[int], replicas: int) -> int:

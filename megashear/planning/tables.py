@@ -10,7 +10,7 @@ from megashear.planning.hardware import GB
 from megashear.planning.layouts import Candidate, Job
 from megashear.planning.memory import checkpoint_bytes
 from megashear.planning.time import Cluster, forward_seconds
-from megashear.planning.work import GIB
+from megashear.planning.work import GIB, Work
 
 HOUR = 3600.0
 """Seconds."""
@@ -205,6 +205,7 @@ def _memory(found: Candidate, cluster: Cluster) -> Iterator[str]:
         ("gradients", memory.gradients, "float32"),
         ("masters", memory.masters, f"float32, over {work.data_size} replicas"),
         ("moments", memory.moments, f"two of float32, over {work.data_size} replicas"),
+        ("folded", memory.folded, _folded(found.work)),
         ("masks", memory.masks, "gates and their gradients"),
         ("activations", memory.activations, "kept for backward passes"),
         ("buffers", memory.buffers, "what one pass needs for a moment"),
@@ -215,6 +216,13 @@ def _memory(found: Candidate, cluster: Cluster) -> Iterator[str]:
         f"  {'at most':12} {memory.total / GIB:8.3f}  of {cluster.gpu.memory_gib:.1f} on "
         f"{cluster.gpu.name}"
     )
+
+
+def _folded(work: Work) -> str:
+    copies, streams = "weights with masks multiplied in", work.own_streams
+    if streams == 1:
+        return copies
+    return f"{copies}, for {streams} noise streams, and a stream's gradient, float32"
 
 
 def _time(planned: Planned, found: Candidate) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megashear.config import ModelConfig, ParallelConfig
@@ -33,7 +34,7 @@ class Work:
     masks: frozenset[str] = frozenset()
     """Kinds of mask, of `masks.kinds.KINDS`; none in continued pretraining."""
     noise_streams: int = 1
-    """Mask draws that a replica holds in one step."""
+    """Mask draws of one step, over all replicas."""
 
     @property
     def tensor(self) -> int:
@@ -64,6 +65,16 @@ class Work:
     def own_tokens(self) -> int:
         """Tokens of a microbatch that this rank holds outside attention and MLP."""
         return self.tokens // (self.tensor if self.parallel.sequence_parallel else 1)
+
+    @property
+    def own_streams(self) -> int:
+        """Mask draws that a replica holds in one step, at most.
+
+        Replicas and streams each divide the batch into equal runs of neighbouring sequences; a
+        replica meets one stream more than it holds whole where its first begins before it.
+        """
+        streams, replicas = self.noise_streams, self.data_size
+        return 1 + -(-(streams - math.gcd(streams, replicas)) // replicas)
 
     @property
     def chunk_layers(self) -> int:

@@ -34,7 +34,7 @@ def tell_memory(
         num_microbatches=config.train.num_microbatches(groups.data_size),
         data_size=groups.data_size,
         masks=masks,
-        noise_streams=-(-streams // groups.data_size),
+        noise_streams=streams,
     )
     stage, memory = fullest(work)
     when = ""

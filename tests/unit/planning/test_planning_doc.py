@@ -73,7 +73,8 @@ def table_row(text: str, line: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "part", ["weights", "gradients", "masters", "moments", "masks", "activations", "buffers"]
+    "part",
+    ["weights", "gradients", "masters", "moments", "folded", "masks", "activations", "buffers"],
 )
 def test_the_bytes_explained_are_those_planned(part: str) -> None:
     text = DOC.read_text()

@@ -50,7 +50,7 @@ def told(
         num_microbatches=16,
         data_size=2,
         masks=frozenset({"hidden"} if pruning else ()),
-        noise_streams=4 if pruning else 1,
+        noise_streams=8 if pruning else 1,
     )
     (message,) = caplog.messages
     return message, work
