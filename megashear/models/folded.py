@@ -27,11 +27,11 @@ from megashear.shape import ModelShape
 class FoldedModel:
     """Shows this rank's modules W' = r * W * c in the place of every weight that masks act on.
 
-    W' is made when a microbatch of its noise stream first asks for it, and the model runs as if
-    there were no masks. After the last microbatch the gradient of W' is unfolded where it lies,
-    before replicas add it up, into those of the weight and of the gates. Where a replica's
-    microbatches belong to several streams, a stream's gradient is collected apart, unfolded after
-    its last microbatch and added.
+    The model runs as if there were no masks. W' is made when a microbatch of its noise stream first
+    asks for it, and kept until the stream's last one went backward. Then the gradient of W' is
+    unfolded where it lies, before replicas add it up, into those of the weight and of the gates.
+    Where a replica's microbatches belong to several streams, a stream's gradient is collected
+    apart, and added when it is unfolded.
 
     Args:
         chunks: this rank's model chunks, wrapped or not, of the local spec.
@@ -258,6 +258,7 @@ class _FoldedWeight:
         self._order: Sequence[_Stream] = ()
         self._is_mixed = False
         self._num_done = 0
+        self._is_shown = False
         self._apart: Tensor | None = None
 
     def bind(self, order: Sequence[_Stream]) -> None:
@@ -273,6 +274,7 @@ class _FoldedWeight:
             self._folded[stream] = self._fold(stream)
         if self._folded[stream] is None:
             return
+        self._is_shown = True
         weight: Any = _Folded.apply(self._parameter, self, stream)
         if self._adds and stream.is_trained:
             weight.main_grad = self._raw()
@@ -312,6 +314,7 @@ class _FoldedWeight:
             if raw is self._apart:
                 self._parameter.main_grad.add_(raw)
                 raw.zero_()
+            self._give_back(stream)
         if self._num_done == len(self._order):
             # megatron-core next looks for the gradient of a tied weight by way of its module
             self._module.__dict__.pop("weight", None)
@@ -321,9 +324,8 @@ class _FoldedWeight:
 
     def check_done(self) -> None:
         """Make sure that no gradient was left folded."""
-        is_folded = any(each is not None for each in self._folded.values())
         found, wanted = self._num_done, len(self._order)
-        assert found == wanted or not is_folded, f"{found} of {wanted} gradients came"
+        assert found == wanted or not self._is_shown, f"{found} of {wanted} gradients came"
 
     def release(self) -> None:
         """Show the parameter again."""
@@ -332,8 +334,15 @@ class _FoldedWeight:
             self._module.num_open = None
         if self._is_tied:
             self._parameter.zero_out_wgrad = True
-        self._spare += [each for each in self._folded.values() if each is not None]
-        self._folded.clear()
+        for stream in [*self._folded]:
+            self._give_back(stream)
+        self._is_shown = False
+
+    def _give_back(self, stream: _Stream) -> None:
+        """Let other streams have the memory of this one's weight."""
+        folded = self._folded.pop(stream)
+        if folded is not None:
+            self._spare.append(folded)
 
     def _fold(self, stream: _Stream) -> Tensor | None:
         """Return the weight under the stream's gates; None where none of them acts on it."""
