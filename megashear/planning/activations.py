@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 from megashear.planning.work import FLOAT32, Work
@@ -131,7 +132,9 @@ def in_flight(work: Work, stage: int) -> tuple[int, int]:
         again.append(max(0, _run_again(work, last=place["last"])))
         moment.append(_chunk_moment(work, **place))
     live = most = peak = 0
-    for direction, chunk in schedule(work, stage):
+    # more microbatches than these add no more in flight
+    enough = replace(work, num_microbatches=min(work.num_microbatches, 4 * work.pipeline))
+    for direction, chunk in schedule(enough, stage):
         if direction == "forward":
             live += kept[chunk]
         most = max(most, live + (again[chunk] if direction == "backward" else 0))
@@ -140,6 +143,21 @@ def in_flight(work: Work, stage: int) -> tuple[int, int]:
             live -= kept[chunk]
     assert live == 0
     return most + _rotary_table(work), peak + _throughout(work)
+
+
+def streams_under_way(work: Work, stage: int) -> list[int]:
+    """Return for each chunk the noise streams that are between their first pass and their last."""
+    most = [1] * work.virtual
+    if work.own_streams == 1:
+        return most
+    each = work.num_microbatches * work.data_size // work.noise_streams  # microbatches of a stream
+    # what the first microbatches of replicas have in front of them of their own stream
+    for begin in {replica * work.num_microbatches % each for replica in range(work.data_size)}:
+        newest, oldest = [begin - 1] * work.virtual, [begin] * work.virtual
+        for direction, chunk in schedule(work, stage):
+            (newest if direction == "forward" else oldest)[chunk] += 1
+            most[chunk] = max(most[chunk], newest[chunk] // each - oldest[chunk] // each + 1)
+    return most
 
 
 def _rotary_table(work: Work) -> int:

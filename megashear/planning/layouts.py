@@ -270,9 +270,7 @@ def candidate(work: Work, job: Job, cluster: Cluster) -> Candidate:
     """A division with its memory and time."""
     # between the second stage and the last each has fewer microbatches in flight and nothing more
     stages = sorted({0, min(1, work.pipeline - 1), work.pipeline - 1})
-    # more microbatches than these add no more in flight
-    enough = replace(work, num_microbatches=min(work.num_microbatches, 4 * work.pipeline))
-    held = {stage: rank_memory(enough, stage) for stage in stages}
+    held = {stage: rank_memory(work, stage) for stage in stages}
     stage = max(held, key=lambda stage: held[stage].total)
     time = step_time(work, cluster, mfu=job.mfu)
     return Candidate(work=work, stage=stage, memory=held[stage], time=time)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from megashear.masks.kinds import GROUP, HEAD, KINDS
 from megashear.models import layout
-from megashear.planning.activations import forward_only, in_flight
+from megashear.planning.activations import forward_only, in_flight, streams_under_way
 from megashear.planning.work import BFLOAT16, FLOAT32, Work
 from megashear.shape import ModelShape
 
@@ -32,8 +32,8 @@ class Memory:
     """Float32 copies of bfloat16 weights."""
     moments: int
     folded: int
-    """Copies of weights that masks are multiplied into, one for each noise stream of a replica;
-    where it has several, float32 sums of one stream's gradient as well."""
+    """Copies of weights that masks are multiplied into, one for each noise stream under way at
+    once; where a replica has several streams, float32 sums of one's gradient as well."""
     masks: int
     """Gates on the device and their gradients; log_alpha and its optimizer lie on the host."""
     activations: int
@@ -74,7 +74,7 @@ def rank_memory(work: Work, stage: int) -> Memory:
         gradients=FLOAT32 * held,
         masters=FLOAT32 * stepped if work.model.bf16 else 0,
         moments=MOMENTS * FLOAT32 * stepped,
-        folded=_folded(work, stage),
+        folded=folded(work, stage),
         masks=2 * FLOAT32 * _gates(work) * work.own_streams,
         activations=activations,
         buffers=peak - activations,
@@ -108,25 +108,25 @@ def checkpoint_bytes(shape: ModelShape, masks: frozenset[str]) -> int:
 
 def stage_parameters(work: Work, stage: int) -> Iterator[int]:
     """Elements of every parameter of a rank of ``stage``, in no order."""
-    for _, size in _parameters(work, stage):
+    for _, _, size in _parameters(work, stage):
         yield size
 
 
-def _folded(work: Work, stage: int) -> int:
+def folded(work: Work, stage: int) -> int:
     """Bytes of what `models.folded` keeps for the weights that masks act on."""
     # a factor of heads is made of their own gates and of their groups'
     acting = work.masks | ({HEAD} if GROUP in work.masks else set())
-    size = sum(
-        size
-        for row, size in _parameters(work, stage)
+    copies = streams_under_way(work, stage)
+    apart = FLOAT32 if work.own_streams > 1 else 0
+    return sum(
+        size * (copies[chunk] * work.element + apart)
+        for chunk, row, size in _parameters(work, stage)
         if any(acting.intersection(kinds) for part in row.parts for kinds in part.folds)
     )
-    streams = work.own_streams
-    return size * (streams * work.element + (FLOAT32 if streams > 1 else 0))
 
 
-def _parameters(work: Work, stage: int) -> Iterator[tuple[layout.MegatronTensor, int]]:
-    """Yield each parameter of a rank of ``stage``: its row of the weight table, its elements."""
+def _parameters(work: Work, stage: int) -> Iterator[tuple[int, layout.MegatronTensor, int]]:
+    """Yield each parameter of a rank of ``stage``: chunk, row of the weight table, elements."""
     rows = layout.table(work.shape)
     of_layer = [row for row in rows if row.per_layer]
     before = [*rows[: rows.index(of_layer[0])]]
@@ -141,12 +141,11 @@ def _parameters(work: Work, stage: int) -> Iterator[tuple[layout.MegatronTensor,
         "head_dim": work.shape.head_dim,
         "intermediate": work.own_ffn,
     }
-    for row in (
-        *(before if stage == 0 else ()),
-        *(of_layer * (work.chunk_layers * work.virtual)),
-        *(after if stage == work.pipeline - 1 else ()),
-    ):
-        yield row, sum(math.prod(own[axis] for axis in part.axes) for part in row.parts)
+    for chunk in range(work.virtual):
+        first = stage == 0 and chunk == 0
+        last = stage == work.pipeline - 1 and chunk == work.virtual - 1
+        for row in (*before * first, *of_layer * work.chunk_layers, *after * last):
+            yield chunk, row, sum(math.prod(own[axis] for axis in part.axes) for part in row.parts)
 
 
 def _in_buffer(sizes: list[int], replicas: int) -> int:

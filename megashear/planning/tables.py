@@ -222,7 +222,7 @@ def _folded(work: Work) -> str:
     copies, streams = "weights with masks multiplied in", work.own_streams
     if streams == 1:
         return copies
-    return f"{copies}, for {streams} noise streams, and a stream's gradient, float32"
+    return f"{copies}, and the gradient of one of {streams} noise streams, float32"
 
 
 def _time(planned: Planned, found: Candidate) -> Iterator[str]:
