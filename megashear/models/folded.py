@@ -314,6 +314,7 @@ class _FoldedWeight:
             if raw is self._apart:
                 self._parameter.main_grad.add_(raw)
                 raw.zero_()
+        if stream not in self._order[self._num_done :]:
             self._give_back(stream)
         if self._num_done == len(self._order):
             # megatron-core next looks for the gradient of a tied weight by way of its module
