@@ -276,6 +276,9 @@ class _FoldedWeight:
             return
         self._is_shown = True
         weight: Any = _Folded.apply(self._parameter, self, stream)
+        # Without autograd (evaluations, the pass that recompute runs again) linears would take it
+        # for frozen, and multiply in another way.
+        weight.requires_grad_()
         if self._adds and stream.is_trained:
             weight.main_grad = self._raw()
             weight.grad_added_to_main_grad = False  # a placeholder is returned where it is there

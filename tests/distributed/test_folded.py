@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig
@@ -82,14 +83,19 @@ class Pruning:
     """The objective of one replica on this rank, in the middle of pruning."""
 
     def __init__(
-        self, parallel: ParallelConfig | None = None, *, streams: int = 2, tied: bool = False
+        self,
+        parallel: ParallelConfig | None = None,
+        *,
+        streams: int = 2,
+        tied: bool = False,
+        model: ModelConfig | None = None,
     ) -> None:
         self.parallel = parallel or layout()
         shapes = (replace(shape, tied_embeddings=tied) for shape in (SOURCE, TARGET))
         self.source, target = shapes
         self.groups = ParallelGroups.create(self.parallel)
         self.chunks = build_llama(
-            self.source, self.groups, self.parallel, ModelConfig(), variant="local"
+            self.source, self.groups, self.parallel, model or ModelConfig(), variant="local"
         )
         set_weights(
             self.chunks,
@@ -197,6 +203,34 @@ def trained_around_an_evaluation(broken: Callable[[], None] | None = None) -> bo
         return same and pruning.evaluate() == losses
 
     return run_ranks(1, body)[0]
+
+
+@pytest.mark.parametrize("model", [ModelConfig(), RECOMPUTE], ids=["plain", "recompute"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_linear_takes_a_folded_weight_for_a_frozen_one(model: ModelConfig, frozen: bool) -> None:
+    def body(rank: int) -> int:
+        taken = []
+        real = layers.linear_with_frozen_weight
+
+        def watched(*args: Any, **kwargs: Any) -> Tensor:
+            taken.append(1)
+            return real(*args, **kwargs)  # type: ignore[no-any-return]
+
+        layers.linear_with_frozen_weight = watched
+        if frozen:
+            asked = Tensor.requires_grad_
+
+            def only_where_told(self: Tensor, *on: bool) -> Tensor:
+                return asked(self, *on) if on else self
+
+            Tensor.requires_grad_ = only_where_told  # type: ignore[method-assign, assignment]
+        run = Pruning(model=model)
+        run.train(0)
+        run.evaluate()
+        return len(taken)
+
+    [taken] = run_ranks(1, body)
+    assert bool(taken) == frozen
 
 
 def test_a_step_repeats_bit_by_bit_after_an_evaluation() -> None:
