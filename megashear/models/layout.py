@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megashear.masks.kinds import ON_AXIS
+from megashear.masks.kinds import KINDS, ON_AXIS, SPLIT_OVER_TENSOR
 from megashear.shape import ModelShape
 
 AXES: dict[str, Callable[[ModelShape], int]] = {
@@ -230,6 +232,13 @@ def owners(shape: ModelShape) -> dict[str, tuple[MegatronTensor, int | None]]:
         for row, layer in tensors(shape)
         for part in row.parts
     }
+
+
+def shape_of_shard(shape: ModelShape, tensor_size: int) -> ModelShape:
+    """Extents of what one tensor rank holds; a shard of a fused weight is the fused shards."""
+    kinds = (KINDS[name] for name in SPLIT_OVER_TENSOR)
+    own: dict[str, Any] = {kind.extent: kind.size(shape) // tensor_size for kind in kinds}
+    return dataclasses.replace(shape, **own)
 
 
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

@@ -133,19 +133,12 @@ def _parameters(work: Work, stage: int) -> Iterator[tuple[int, layout.MegatronTe
     after = [*rows[len(before) + len(of_layer) :]]
     if work.shape.tied_embeddings and work.pipeline > 1:
         after += before  # the last stage has a copy of the embedding
-    own = {
-        "vocab": work.own_vocab,
-        "hidden": work.shape.hidden_size,
-        "query": work.own_query,
-        "key_value": work.own_key,
-        "head_dim": work.shape.head_dim,
-        "intermediate": work.own_ffn,
-    }
+    shard = replace(layout.shape_of_shard(work.shape, work.tensor), vocab_size=work.own_vocab)
     for chunk in range(work.virtual):
         first = stage == 0 and chunk == 0
         last = stage == work.pipeline - 1 and chunk == work.virtual - 1
         for row in (*before * first, *of_layer * work.chunk_layers, *after * last):
-            yield chunk, row, sum(math.prod(own[axis] for axis in part.axes) for part in row.parts)
+            yield chunk, row, math.prod(row.extents(shard))
 
 
 def _in_buffer(sizes: list[int], replicas: int) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from megashear.checkpoint.cut import cut
 from megashear.checkpoint.optimizer_state import Stepped, count_steps, start_state, stepped
-from megashear.masks.kinds import KINDS, SPLIT_OVER_TENSOR
 from megashear.models import layout
 from megashear.models.llama import names_in_whole, unwrap
 from megashear.parallel.agree import (
@@ -181,7 +179,7 @@ class _Replica(Mapping[str, Tensor]):
         parts: list[Tensor | None] = [None] * len(row.parts)
         if groups.pipeline_rank == stage:
             shards = gather_tensors(self._own[fused], groups.tensor)
-            local = _shape_of_shard(self._shape, groups.tensor_size)
+            local = layout.shape_of_shard(self._shape, groups.tensor_size)
             by_rank = [layout.split(row, shard, local) for shard in shards]
             parts = [
                 _join(part, [of_rank[number] for of_rank in by_rank], self._shape)
@@ -203,7 +201,7 @@ def _fill(
 ) -> None:
     """Copy this rank's slices of whole tensors, by Hugging Face name, into its shards."""
     owners = layout.owners(shape)
-    local = _shape_of_shard(shape, groups.tensor_size)
+    local = layout.shape_of_shard(shape, groups.tensor_size)
     pending: dict[str, list[Tensor]] = {}
     filled = set()
     for name, whole in wholes:  # every rank goes through all of them: they are made together
@@ -226,13 +224,6 @@ def _fill(
                 live.copy_(value)  # rounds to bfloat16
             filled.add(fused)
     assert filled == set(own), sorted(set(own) - filled)
-
-
-def _shape_of_shard(shape: ModelShape, tensor_size: int) -> ModelShape:
-    """Extents of what one tensor rank holds; a shard of a fused weight is the fused shards."""
-    kinds = (KINDS[name] for name in SPLIT_OVER_TENSOR)
-    own: dict[str, Any] = {kind.extent: kind.size(shape) // tensor_size for kind in kinds}
-    return dataclasses.replace(shape, **own)
 
 
 def _split_axis(part: layout.Weight) -> int | None:
