@@ -204,14 +204,15 @@ def _unfold_matrix(
 
 
 _BLOCK = 1 << 17
-"""Elements of a block of rows: with its product and its weight it stays in a core's cache."""
+"""Elements of a block of rows on a CPU: with its product and its weight it stays in a cache."""
 
 
 def _unfold_blocks(
     raw: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `_unfold_matrix`, by torch's own operators, each of which goes through its tensors."""
-    height = max(1, _BLOCK // weight.size(1))
+    # a GPU has no such cache, and every block would be six kernels more
+    height = len(raw) if raw.is_cuda else max(1, _BLOCK // weight.size(1))
     of_rows: list[Tensor] = []
     columns = None if columns is None else columns.expand_as(raw[0])
     of_columns = None if columns is None else torch.zeros_like(raw[0])
