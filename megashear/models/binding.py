@@ -1,4 +1,4 @@
-"""MaskBinding: which gates this rank holds, and how their gradients become whole."""
+"""MaskBinding: hands sampled gates to the model and makes their gradients whole."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from megashear.shape import ModelShape
 class MaskBinding:
     """Hands sampled gates to the model and brings their gradients home.
 
-    Gradient boundary: the model has copies of the gates, every microbatch adds to their gradients,
-    and :meth:`backward` takes these, made whole inside the replica, into log_alpha once a step.
+    Gradient boundary: the model folds copies of the gates into its weights. After a stream's last
+    microbatch it has their gradients, which :meth:`backward` makes whole inside the replica and
+    takes into log_alpha once a step.
 
     Args:
         chunks: this rank's model chunks, wrapped or not, of the local spec.

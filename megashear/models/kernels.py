@@ -1,8 +1,7 @@
 """Elementwise parts of a layer as single nodes of autograd: each keeps its input alone for its
 backward pass, which torch's own operators, one node each, would keep several times over.
 
-Arithmetic is float32 whatever the activation's precision, and the result is rounded once; a norm
-over all dimensions on CUDA rounds its weight too, see `fused_rms_norm`.
+Arithmetic is float32 whatever the activation's precision, and the result is rounded once.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, num_open: Tensor | None = No
     the norm that the cut model takes of what it keeps. The host never reads h': it may be another
     one in every step without a wait and without another kernel.
 
-    On CUDA the norm over all dimensions is torch's fused kernel, see `fused_rms_norm`, and the one
-    over the open is ours, compiled. On a CPU both are ours.
+    On CUDA the norm over all dimensions is torch's fused kernel, and the one over the open is ours,
+    compiled. On a CPU both are ours.
 
     Args:
         x: [..., h].
-        weight: [h], of any precision.
+        weight: [h], typed like ``x``.
         eps: added to the mean square.
         num_open: h', float32 [], on the device of ``x``; None for h.
 
@@ -56,16 +55,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, num_open: Tensor | None = No
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467).
     """
     if x.is_cuda and num_open is None:
-        return fused_rms_norm(x, weight, eps)
+        return torch.nn.functional.rms_norm(x, (x.size(-1),), weight, eps)
     count = x.new_full((), x.size(-1), dtype=torch.float32) if num_open is None else num_open
     output: Tensor = _RMSNorm.apply(x, weight, eps, count)
     return output
-
-
-def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` over all dimensions as it is on CUDA, where the weight is rounded as ``x`` is; a
-    float32 weight beside bfloat16 would run as seven kernels."""
-    return torch.nn.functional.rms_norm(x, (x.size(-1),), weight.to(x.dtype), eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

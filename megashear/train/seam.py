@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _SEAM = 1e-4
 """Relative; law 2 holds logits to 1e-5 in float32, and a loss is a mean of many."""
 SEAM_BF16 = 3e-2
-"""Relative; bfloat16 keeps 8 bits, and gates are folded into weights instead of activations."""
+"""Relative; bfloat16 keeps 8 bits, and replicas that share masters fold rounded weights."""
 
 
 def check_then(config: PruneRun, then: PretrainRun) -> None:

@@ -88,10 +88,10 @@ def test_a_masked_step_keeps_what_an_unmasked_one_keeps_and_folded_weights(
     assert ways[:3] != ways[3:]  # turning order
 
 
-def test_every_stream_has_folded_weights_of_its_own(tmp_path: Path) -> None:
+def test_streams_one_after_the_other_share_the_memory_of_folded_weights(tmp_path: Path) -> None:
     argv = [*TINY, "--num-microbatches", "4", "--mask-noise-streams", "2", "--rounds", "1"]
     memory = results("step", [*argv, "--no-transformers"], tmp_path)["memory"]["masked"]
-    assert memory["folded"] == 2 * 4 * FOLDED
+    assert memory["folded"] == 4 * FOLDED
     assert memory["apart"] == 4 * FOLDED
 
 

@@ -74,9 +74,9 @@ BFLOAT16_LOGITS = 0.05
 """Relative: some twenty roundings at 2^-9 between embedding and logits, errors adding up."""
 BFLOAT16_GRADIENTS = 0.1
 """Relative: some fifty roundings at 2^-9 forward and backward, and gates' gradients are sums over
-tokens that cancel in part. On a CPU 0.025 is found, with a norm's weight rounded as on CUDA too."""
+weights that cancel in part. On a CPU 0.025 was found, with gated activations."""
 CUT = 1e-4
-"""Relative: folding rounds every weight once; sums over fewer units, in another order."""
+"""Relative: sums over fewer units, in another order."""
 LAYERS = 3.0
 """log_alpha of layers: with the noise of `SEED` two are open, and two between, with gradients."""
 

@@ -159,26 +159,8 @@ def test_one_nan_is_noticed(name: str) -> None:
     assert not worst(found, wanted) < FLOAT32
 
 
-def test_a_folded_weight_is_rounded_once_where_the_norm_is_torchs() -> None:
-    _, formula, inputs = CASES["norm"]
-    folded = inputs | {"x": inputs["x"].bfloat16()}  # its weight stays float32
-    wanted = with_gradients(formula, folded, torch.float64)
-
-    def fused(x: Tensor, weight: Tensor) -> Tensor:
-        return kernels.fused_rms_norm(x, weight, EPS)
-
-    found = with_gradients(fused, folded)
-    assert found["output"].dtype == torch.bfloat16
-    assert found["weight"].dtype == torch.float32
-    assert worst(found, wanted) < BFLOAT16
-    rounded = folded | {"weight": folded["weight"].bfloat16()}
-    assert torch.equal(found["output"], with_gradients(fused, rounded)["output"])
-    broken = folded | {"weight": folded["weight"].roll(1)}
-    assert worst(with_gradients(fused, broken), wanted) > 10 * BFLOAT16
-
-
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_on_cuda_masked_and_unmasked_norms_are_torchs_in_one_precision(
+def test_on_cuda_a_norm_over_all_dimensions_is_torchs(
     precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[torch.dtype, torch.dtype]] = []
@@ -192,10 +174,11 @@ def test_on_cuda_masked_and_unmasked_norms_are_torchs_in_one_precision(
     for place in ("cuda", "cpu"):
         with FakeTensorMode(), torch.no_grad():  # a GPU's tensors without their memory
             x = torch.empty(*TOKENS, HIDDEN, dtype=precision, device=place)
-            for weight in (torch.float32, precision):  # masked and unmasked
-                y = kernels.rms_norm(x, torch.empty(HIDDEN, dtype=weight, device=place), EPS)
+            weight = torch.empty(HIDDEN, dtype=precision, device=place)
+            for num_open in (None, torch.empty((), device=place)):
+                y = kernels.rms_norm(x, weight, EPS, num_open)
                 assert (y.dtype, y.device.type) == (precision, place)
-    assert seen == [(precision, precision)] * 2  # and on a CPU never
+    assert seen == [(precision, precision)]  # and over open dimensions, and on a CPU, never
 
 
 def test_a_norm_over_all_dimensions_has_the_bits_of_torchs() -> None:
