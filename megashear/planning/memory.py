@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
-from megashear.masks.kinds import GROUP, HEAD, KINDS
+from megashear.masks.kinds import KINDS
 from megashear.models import layout
 from megashear.planning.activations import forward_only, in_flight, streams_under_way
 from megashear.planning.work import BFLOAT16, FLOAT32, Work
@@ -113,9 +113,9 @@ def stage_parameters(work: Work, stage: int) -> Iterator[int]:
 
 
 def folded(work: Work, stage: int) -> int:
-    """Bytes of what `models.folded` keeps for the weights that masks act on."""
+    """Return the bytes of what `models.folded` keeps for the weights that masks act on."""
     # a factor of heads is made of their own gates and of their groups'
-    acting = work.masks | ({HEAD} if GROUP in work.masks else set())
+    acting = {name for name, kind in KINDS.items() if {name, kind.within} & work.masks}
     copies = streams_under_way(work, stage)
     apart = FLOAT32 if work.own_streams > 1 else 0
     return sum(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megashear.planning.activations import streams_under_way
 from megashear.planning.hardware import GB
 from megashear.planning.layouts import Candidate, Job
 from megashear.planning.memory import checkpoint_bytes
@@ -200,13 +201,16 @@ def _memory(found: Candidate, cluster: Cluster) -> Iterator[str]:
     memory, work = found.memory, found.work
     where = f"a rank of stage {found.stage}" if work.pipeline > 1 else "a rank"
     yield f"Memory of {where}, GiB:"
+    masks = [
+        ("folded", memory.folded, _folded(work, found.stage)),
+        ("masks", memory.masks, "gates and their gradients"),
+    ]
     rows = [
         ("weights", memory.weights, "bfloat16"),
         ("gradients", memory.gradients, "float32"),
         ("masters", memory.masters, f"float32, over {work.data_size} replicas"),
         ("moments", memory.moments, f"two of float32, over {work.data_size} replicas"),
-        ("folded", memory.folded, _folded(found.work)),
-        ("masks", memory.masks, "gates and their gradients"),
+        *masks * bool(work.masks),
         ("activations", memory.activations, "kept for backward passes"),
         ("buffers", memory.buffers, "what one pass needs for a moment"),
     ]
@@ -218,11 +222,16 @@ def _memory(found: Candidate, cluster: Cluster) -> Iterator[str]:
     )
 
 
-def _folded(work: Work) -> str:
-    copies, streams = "weights with masks multiplied in", work.own_streams
-    if streams == 1:
-        return copies
-    return f"{copies}, and the gradient of one of {streams} noise streams, float32"
+def _folded(work: Work, stage: int) -> str:
+    of = "of the weights that masks act on, bfloat16"
+    if work.own_streams == 1:
+        return f"one copy {of}"
+    copies = streams_under_way(work, stage)  # of each chunk
+    fewest, most = min(copies), max(copies)
+    number = f"{most} copies" if fewest == most else f"{fewest} to {most} copies"
+    if most == 1:
+        number = "one copy"
+    return f"{number} at once {of}; one gradient of each, float32"
 
 
 def _time(planned: Planned, found: Candidate) -> Iterator[str]:
