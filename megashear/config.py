@@ -485,7 +485,7 @@ class TargetConfig:
     """Key/value heads to keep, of a grouped-query model; given alone, each keeps all its query
     heads. The source's unless given; without grouped queries it follows the heads."""
     target_ffn_hidden_size: Annotated[Extent | None, COMMON] = None
-    """MLP neurons to keep; the source's unless given."""
+    """Neurons of the MLP to keep; the source's unless given."""
     force_unloadable_target: bool = False
     """Take a target that stock runtimes refuse to load, such as a LLaMA whose heads do not divide
     its hidden size."""

@@ -28,8 +28,9 @@ class Census:
 
     kind: str
     num_rows: int
+    """Rows of the whole mask."""
     num_units: int
-    """In a row."""
+    """Units in a row."""
     target: int
     """Units to keep in each row."""
     fewest_open: int

@@ -22,9 +22,9 @@ class Kind:
     per_layer: bool = False
     """Whether every layer has units, and rows, of its own; else one row has the whole model's."""
     within: str | None = None
-    """Kind of which each unit may hold several of this one's. Where it does, rows are counted by
-    these units, layer by layer; where it holds one, the two are one unit, whose gate is of this
-    kind, and the other kind has no mask."""
+    """Kind whose units hold this kind's, as key/value heads hold query heads. With several in each
+    (grouped queries), rows are those of the outer units and both kinds have masks; with one in
+    each, this kind's gate prunes both."""
     split_over_tensor: bool = False
     """Whether tensor ranks divide it, with its weights: the units of a row, or whole rows where a
     layer has several."""

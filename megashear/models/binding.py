@@ -54,7 +54,8 @@ class MaskBinding:
         Args:
             sampled: for each noise stream that this replica's samples use, gates by kind,
                 [own rows, own units], on the host; differentiable if :meth:`backward` follows.
-            streams: of every microbatch that goes backward before the gates are released.
+            streams: of every microbatch that goes backward before the gates are released, in the
+                order in which they go backward.
         """
         self._sampled = {stream: dict(gates) for stream, gates in sampled.items()}
         self._model.bind(self._sampled, streams)

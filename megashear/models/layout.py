@@ -36,8 +36,8 @@ class Weight:
     axes: tuple[str, ...]
     """Keys of `AXES`; the cut keeps the open units of each."""
     folds: tuple[tuple[str, ...], ...]
-    """Per axis, the kinds of gates multiplied into it: "hidden", "layer", "intermediate", or
-    "head", which stands for a query head's own gate times its group's.
+    """Per axis, names of `masks.kinds` whose gates are multiplied into it; a kind brings along the
+    gates of the kind it is `within`.
 
     Source: docs/algorithm.md section 3.
     """
@@ -235,7 +235,10 @@ def owners(shape: ModelShape) -> dict[str, tuple[MegatronTensor, int | None]]:
 
 
 def shape_of_shard(shape: ModelShape, tensor_size: int) -> ModelShape:
-    """Extents of what one tensor rank holds; a shard of a fused weight is the fused shards."""
+    """Return the extents of what one tensor rank holds.
+
+    A shard of a fused weight is the fused shards.
+    """
     kinds = (KINDS[name] for name in SPLIT_OVER_TENSOR)
     own: dict[str, Any] = {kind.extent: kind.size(shape) // tensor_size for kind in kinds}
     return dataclasses.replace(shape, **own)

@@ -95,8 +95,9 @@ def mask_pictures(
             )
             continue
         each = 1 if rows_per_layer is None else rows_per_layer.get(name, 1)
-        sides = shares(is_open, MAX_COLUMNS) * 2 - 1
-        if not kind.crowded:
+        if kind.crowded:
+            sides = shares(is_open, MAX_COLUMNS) * 2 - 1
+        else:
             sides = signed_certainty(is_open, chance)
         sides = sides.reshape(len(sides) // each, -1)  # [L, G * H/G] where rows are groups
         outer = kind.within if each > 1 else None

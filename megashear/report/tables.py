@@ -76,7 +76,7 @@ def mask_table(masks: MaskReading) -> str:
     for kind, summary in masks.kinds.items():
         fewest, most = summary.fewest_open, summary.most_open
         outer = KINDS[kind].outer(masks.source)
-        each = "" if outer is None else f" in each {outer.name}"
+        each = "" if outer is None else f" in each {outer.unit}"
         rows.append(
             [
                 KINDS[kind].units + each,

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from megashear.config import TargetConfig
-from megashear.masks.kinds import EXTENTS, KINDS, ON_AXIS, Kind, kinds_of
+from megashear.masks.kinds import (
+    EXTENTS,
+    KINDS,
+    ON_AXIS,
+    SPLIT_OVER_PIPELINE,
+    SPLIT_OVER_TENSOR,
+    Kind,
+    kinds_of,
+)
 from megashear.masks.targets import target_flag, whole_parts
 from megashear.models import layout
 from megashear.shape import ModelShape
@@ -63,9 +71,15 @@ def test_every_kind_has_all_that_others_look_up(kind: Kind) -> None:
     assert kind.unit.isascii()
 
 
-def test_no_two_kinds_are_told_apart_by_less_than_everything() -> None:
+def test_no_two_kinds_share_a_name_or_an_axis() -> None:
     for of in ("name", "unit", "extent", "axis"):
-        assert len({getattr(kind, of) for kind in KINDS.values()}) == len(KINDS), of
+        said = [getattr(kind, of) for kind in KINDS.values() if getattr(kind, of) is not None]
+        assert len({*said}) == len(said), of
+
+
+def test_what_tensor_ranks_divide_stages_divide_too() -> None:
+    # sums over all owners of a mask know no kind of tensor ranks alone: `MaskBinding._owners`
+    assert SPLIT_OVER_TENSOR <= SPLIT_OVER_PIPELINE
 
 
 @pytest.mark.parametrize("source", [GROUPED, PLAIN], ids=["grouped", "plain"])
