@@ -255,8 +255,10 @@ def check_layers(model: ModelConfig) -> None:
             f"--transformer-impl {model.transformer_impl} is for continued pretraining: while "
             f"masks learn a norm divides by the number of open hidden dimensions, and "
             f"Transformer Engine's fused norms divide by all of them, so that the model which "
-            f"is trained would not be the one that is cut; prune with --transformer-impl local, "
-            f"`megashear cut`, and give the flag to `megashear pretrain`"
+            f"is trained would not be the one that is cut (a target that "
+            f"keeps the hidden size has no such masks, but these layers were not checked under "
+            f"others); prune with --transformer-impl local, `megashear cut`, and give the flag to "
+            f"`megashear pretrain`"
         )
 
 
