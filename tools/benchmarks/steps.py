@@ -37,6 +37,13 @@ VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
         1,
         (*SMALL_VOCABULARY, "--micro-batch-size", "1", "--num-microbatches", "4"),
     ),
+    "two streams": (
+        1,
+        (
+            *SMALL_VOCABULARY,
+            *("--micro-batch-size", "1", "--num-microbatches", "4", "--mask-noise-streams", "2"),
+        ),
+    ),
     "four streams": (
         1,
         (
