@@ -42,7 +42,9 @@ class MaskBinding:
     ) -> None:
         self.masks = masks
         self.groups = groups
-        self._model = FoldedModel(chunks, shape, groups, sequence_parallel=sequence_parallel)
+        self._model = FoldedModel(
+            chunks, masks.parts, shape, groups, sequence_parallel=sequence_parallel
+        )
         self.select, self.release = self._model.select, self._model.release
         self._sampled: dict[int, dict[str, Tensor]] = {}
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -18,7 +17,7 @@ from megashear.masks.kinds import HIDDEN, KINDS
 from megashear.models import layout
 from megashear.models.core import RMSNorm
 from megashear.models.fold import Factors, fold, pick, unfold
-from megashear.models.llama import names_in_whole, own_layers, unwrap
+from megashear.models.llama import OUTPUT, names_in_whole, own_layers, unwrap
 from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
@@ -35,6 +34,7 @@ class FoldedModel:
 
     Args:
         chunks: this rank's model chunks, wrapped or not, of the local spec.
+        kinds: of the masks.
         shape: of the whole model.
         groups: where this rank stands.
         sequence_parallel: whether tensor ranks see their own parts of the sequence.
@@ -43,16 +43,19 @@ class FoldedModel:
     def __init__(
         self,
         chunks: Sequence[torch.nn.Module],
+        kinds: Collection[str],
         shape: ModelShape,
         groups: ParallelGroups,
         *,
         sequence_parallel: bool,
     ) -> None:
+        self._kinds = {kind.name for kind in KINDS.values() if {kind.name, kind.within} & {*kinds}}
         self._shape = shape
         self._layers = own_layers(chunks)
         self._streams: dict[int, _Stream] = {}
-        self._next: dict[torch.nn.Module, int] = {}
+        self._now: _Stream | None = None
         self._weights: list[_FoldedWeight] = []
+        self._norms: list[RMSNorm] = []
         # Without sequence parallelism every tensor rank has the whole gradient of a norm, and one
         # of them counts; of other weights each has the part that its own shard adds.
         norms_count = sequence_parallel or groups.tensor_rank == 0
@@ -82,15 +85,16 @@ class FoldedModel:
         Returns:
             The stream's number as the layers want it, for ``attention_mask``.
         """
-        assert stream in self._streams, f"no gates of stream {stream} are bound"
-        self._next[unwrap(chunk)] = stream
+        self._now = self._streams[stream]
         return torch.tensor([stream])
 
     def release(self) -> None:
         """Take all gates away: the model is its unmasked self again."""
-        self._streams = {}
+        self._streams, self._now = {}, None
         for weight in self._weights:
             weight.release()
+        for norm in self._norms:
+            norm.num_open = None
 
     def gradients(self) -> dict[int, dict[str, Tensor]]:
         """Return what this rank's weights add to the gradient of each bound gate, on the device.
@@ -105,43 +109,36 @@ class FoldedModel:
         """Have a chunk's modules ask for their folded weights whenever they run."""
         gpt = unwrap(chunk)
         rows = {row.name.format(layer=n): (row, n) for row, n in layout.tensors(self._shape)}
-        users: dict[torch.nn.Module, list[_FoldedWeight]] = {}
         for own_name, name in names_in_whole(gpt, self._shape).items():
             row, layer = rows[name]
             part = row.parts[0]
+            module = gpt.get_submodule(own_name.rpartition(".")[0])
             is_norm = part.axes == (KINDS[HIDDEN].axis,)
-            if not (is_norm or any(part.folds)):
+            if is_norm:
+                self._norms.append(module)
+                module.register_forward_pre_hook(self._count)
+            if not self._kinds.intersection(itertools.chain(*part.folds)):
                 continue
             assert len(row.parts) == 1, f"{name} is fused of several weights"
-            if layer is not None:
-                user = gpt.decoder.layers[int(own_name.split(".")[2])]
-            elif own_name.startswith("embedding."):
-                user = gpt.embedding
-            else:  # the last stage's copy of a tied embedding is read after the final norm
-                user = gpt.decoder.final_layernorm
             weight = _FoldedWeight(
                 chunk,
-                gpt.get_submodule(own_name.rpartition(".")[0]),
+                module,
                 part.folds,
                 layer=None if layer is None else self._layers.index(layer),
                 counts=norms_count or not is_norm,
                 is_alone=self._is_alone,
             )
             self._weights.append(weight)
-            users.setdefault(user, []).append(weight)
-        for user, weights in users.items():
-            hook = functools.partial(self._enter, gpt, weights)
-            user.register_forward_pre_hook(hook, with_kwargs=True)
+            # the last stage's copy of a tied embedding is not read by its own module
+            user = gpt.decoder.final_layernorm if own_name == OUTPUT else module
+            user.register_forward_pre_hook(functools.partial(self._enter, weight))
+        for layer in gpt.decoder.layers:
+            layer.register_forward_pre_hook(self._choose, with_kwargs=True)
 
-    def _enter(
-        self,
-        gpt: GPTModel,
-        weights: Sequence[_FoldedWeight],
-        user: torch.nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+    def _choose(
+        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Show a module the weights of its microbatch's stream before it runs.
+        """Choose the stream that came with a layer's arguments, for the weights in it.
 
         Full recompute runs a layer again long after other microbatches have passed, so the stream
         must travel with the layer's arguments. Causal attention needs no mask tensor: the argument
@@ -151,13 +148,18 @@ class FoldedModel:
         """
         if not self._streams:
             return None
-        stream = self._next[gpt]
-        if isinstance(user, TransformerLayer):
-            stream, apart = int(kwargs["attention_mask"]), kwargs.get("context_mask")
-            kwargs = kwargs | {"attention_mask": apart, "context_mask": None}
-        for weight in weights:
-            weight.enter(self._streams[stream])
-        return args, kwargs
+        self._now = self._streams[int(kwargs["attention_mask"])]
+        return args, kwargs | {"attention_mask": kwargs.get("context_mask"), "context_mask": None}
+
+    def _enter(self, weight: _FoldedWeight, user: torch.nn.Module, args: Any) -> None:
+        """Show a module its weight when it runs; DDP's own hook has waited for all of it."""
+        if self._now is not None:
+            weight.enter(self._now)
+
+    def _count(self, norm: RMSNorm, args: Any) -> None:
+        """Tell a norm how many hidden dimensions are open."""
+        if self._now is not None:
+            norm.num_open = self._now.num_open
 
 
 class _Stream:
@@ -252,13 +254,12 @@ class _FoldedWeight:
         # or a norm returns it. A tied embedding without pipeline stages is both.
         is_linear = isinstance(module, (ColumnParallelLinear, RowParallelLinear))
         self._is_tied = getattr(self._parameter, "zero_out_wgrad", False)
-        self._adds, self._returns = is_linear or self._is_tied, not is_linear
-        self._folded: dict[_Stream, Tensor | None] = {}
+        self._returns = not is_linear
+        self._folded: dict[_Stream, Tensor] = {}
         self._spare: list[Tensor] = []
         self._order: Sequence[_Stream] = ()
         self._is_mixed = False
         self._num_done = 0
-        self._is_shown = False
         self._apart: Tensor | None = None
 
     def bind(self, order: Sequence[_Stream]) -> None:
@@ -268,18 +269,16 @@ class _FoldedWeight:
 
     def enter(self, stream: _Stream) -> None:
         """Put the stream's weight in the parameter's place, for the forward pass that follows."""
-        if isinstance(self._module, RMSNorm):
-            self._module.num_open = stream.num_open
         if stream not in self._folded:
-            self._folded[stream] = self._fold(stream)
-        if self._folded[stream] is None:
-            return
-        self._is_shown = True
+            self._wait_for_gather()
+            out = self._spare.pop() if self._spare else torch.empty_like(self._parameter.data)
+            factors = stream.factors(self._folds, self._layer)
+            self._folded[stream] = fold(self._whole(), factors, out=out)
         weight: Any = _Folded.apply(self._parameter, self, stream)
         # Without autograd (evaluations, the pass that recompute runs again) linears would take it
         # for frozen, and multiply in another way.
         weight.requires_grad_()
-        if self._adds and stream.is_trained:
+        if stream.is_trained:
             weight.main_grad = self._raw()
             weight.grad_added_to_main_grad = False  # a placeholder is returned where it is there
             weight.zero_out_wgrad = self._is_tied
@@ -288,9 +287,7 @@ class _FoldedWeight:
 
     def folded(self, stream: _Stream) -> Tensor:
         """Return the stream's weight, as a tensor of its own over the same memory."""
-        found = self._folded[stream]
-        assert found is not None
-        return found.detach()
+        return self._folded[stream].detach()
 
     def unfold(self, stream: _Stream, gradient: Tensor) -> None:
         """Take in the gradient of one microbatch.
@@ -302,6 +299,9 @@ class _FoldedWeight:
         raw, number = self._raw(), self._num_done
         assert stream in self._order[number : number + 1], (
             f"microbatch {number} went backward out of turn"
+        )
+        assert number or not self._parameter.grad_added_to_main_grad, (
+            "gradients of another step lie in the buffer; zero it first"
         )
         if self._returns:
             raw.add_(gradient)
@@ -329,33 +329,19 @@ class _FoldedWeight:
     def check_done(self) -> None:
         """Make sure that no gradient was left folded."""
         found, wanted = self._num_done, len(self._order)
-        assert found == wanted or not self._is_shown, f"{found} of {wanted} gradients came"
+        assert found == wanted, f"{found} of {wanted} gradients came"
 
     def release(self) -> None:
         """Show the parameter again."""
         self._module.__dict__.pop("weight", None)
-        if isinstance(self._module, RMSNorm):
-            self._module.num_open = None
         if self._is_tied:
             self._parameter.zero_out_wgrad = True
         for stream in [*self._folded]:
             self._give_back(stream)
-        self._is_shown = False
 
     def _give_back(self, stream: _Stream) -> None:
         """Let other streams have the memory of this one's weight."""
-        folded = self._folded.pop(stream)
-        if folded is not None:
-            self._spare.append(folded)
-
-    def _fold(self, stream: _Stream) -> Tensor | None:
-        """Return the weight under the stream's gates; None where none of them acts on it."""
-        factors = stream.factors(self._folds, self._layer)
-        if all(factor is None for factor in factors):
-            return None
-        self._wait_for_gather()
-        out = self._spare.pop() if self._spare else torch.empty_like(self._parameter.data)
-        return fold(self._whole(), factors, out=out)
+        self._spare.append(self._folded.pop(stream))
 
     def _whole(self) -> Tensor:
         """Return the float32 master where every replica has it, else the weight.

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed.param_and_grad_buffer import (
+    _ParamAndGradBucketGroup as BucketGroup,
+)
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
@@ -17,6 +20,7 @@ from megashear.models.llama import build_llama, gather_weights, unwrap
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.objectives import EXPECTED, StructuredPruning
 from megashear.train.optim import build_optimizer, ready_gradients, step_with_norm
+from megashear.train.schedule import run_chunk
 from tests.distributed.pruning_run import half_open_masks
 from tests.distributed.test_masked_model import (
     BROKEN,
@@ -350,6 +354,16 @@ def test_gradients_are_finished_on_the_parameters_themselves(tied: bool) -> None
     assert all(run_ranks(2, body))
 
 
+def test_gradients_that_were_not_zeroed_are_refused() -> None:
+    def body(rank: int) -> None:
+        pruning = Pruning(streams=1)
+        pruning.train(0)
+        with pytest.raises(AssertionError, match="gradients of another step lie in the buffer"):
+            pruning.objective.forward_backward(pruning.batches(1), 1)
+
+    run_ranks(1, body)
+
+
 BUCKET = 1500
 """Parameters, so that the model has 18 buckets."""
 REDUCED = {"overlap_grad_reduce": True, "ddp_bucket_size": BUCKET}
@@ -419,8 +433,7 @@ def test_overlap_changes_no_bit(
     assert differing(flags, without, streams, **parallel) == {}
 
 
-@pytest.mark.parametrize("streams", [2, 4], ids=["one-stream-each", "two-streams-each"])
-def test_unfolding_behind_the_reduction_of_a_bucket_is_noticed(streams: int) -> None:
+def test_unfolding_behind_the_reduction_of_a_bucket_is_noticed() -> None:
     def broken() -> None:
         late: list[Any] = []
         gradients = folded.FoldedModel.gradients
@@ -434,16 +447,68 @@ def test_unfolding_behind_the_reduction_of_a_bucket_is_noticed(streams: int) -> 
         folded.unfold = lambda *arguments: late.append(arguments)  # type: ignore[assignment]
         folded.FoldedModel.gradients = unfold_all  # type: ignore[method-assign]
 
-    found = differing(REDUCED, {}, streams, broken)
+    found = differing(REDUCED, {}, 2, broken)
     assert max(error for name, error in found.items() if "linear_fc2" in name) > BROKEN
 
 
 def test_a_weight_folded_before_it_was_gathered_is_noticed() -> None:
     def broken() -> None:
-        def go_on(weight: folded._FoldedWeight) -> None:
-            return None
+        choose = folded.FoldedModel._choose
 
-        folded._FoldedWeight._wait_for_gather = go_on  # type: ignore[method-assign]
+        def choose_early(model: Any, layer: torch.nn.Module, *arguments: Any) -> Any:
+            found = choose(model, layer, *arguments)
+            for weight in model._weights:
+                if model._now is not None and weight._module in {*layer.modules()}:
+                    weight.enter(model._now)
+            return found
+
+        folded.FoldedModel._choose = choose_early  # type: ignore[method-assign]
+        folded._FoldedWeight._wait_for_gather = lambda weight: None  # type: ignore[method-assign]
 
     found = differing(GATHERED, SHARDED, 2, broken)
     assert max(found.values()) > BROKEN
+
+
+def order_of_waits(*, masked: bool, early: bool = False) -> list[str]:
+    """Gathers that a forward pass waits for ("wait"), among the products that it makes."""
+
+    def body(rank: int) -> list[str]:
+        seen: list[str] = []
+        finish, multiply = BucketGroup.finish_param_sync, torch.matmul
+
+        def finish_noted(group: Any, *arguments: Any, **more: Any) -> None:
+            if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                seen.append("wait")
+            finish(group, *arguments, **more)
+
+        def multiply_noted(*arguments: Any, **more: Any) -> Tensor:
+            seen.append("product")
+            return multiply(*arguments, **more)
+
+        pruning = Pruning(layout(**GATHERED), streams=2)
+        optimizer = build_optimizer(pruning.chunks, OptimizerConfig(), bf16=False, sharded=True)
+        optimizer.zero_grad()
+        pruning.train(0)
+        ready_gradients(optimizer)
+        step_with_norm(optimizer, 0.5)
+        binding, batch = pruning.binding, pruning.batches(1)[0]
+        if masked:
+            gates = pruning.objective.masks.sample(seed=7, step=1, stream=0)
+            binding.bind({0: {kind: z.detach() for kind, z in gates.items()}})
+        BucketGroup.finish_param_sync = finish_noted  # type: ignore[method-assign]
+        torch.matmul = multiply_noted
+        if early:
+            for weight in binding._model._weights:
+                weight._wait_for_gather()
+        with torch.no_grad():
+            run_chunk(pruning.chunks[0], batch, select=binding.select if masked else None)
+        return seen
+
+    return run_ranks(2, body)[0]
+
+
+def test_masks_wait_for_no_gather_earlier_than_plain_weights_do() -> None:
+    plain = order_of_waits(masked=False)
+    assert plain.count("wait") > 10
+    assert order_of_waits(masked=True) == plain
+    assert order_of_waits(masked=True, early=True) != plain
