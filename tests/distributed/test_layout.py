@@ -15,6 +15,7 @@ from megashear.masks.gates import uniform_noise
 from megashear.models import binding, fold, folded
 from megashear.models.core import RMSNorm
 from megashear.models.fold import unit_values
+from megashear.models.llama import unwrap
 from megashear.shape import ModelShape
 from megashear.train.objectives import StructuredPruning
 from tests.distributed.pruning_run import Snapshot, run
@@ -172,18 +173,20 @@ def test_layout_parity_notices_another_ranks_groups() -> None:
 def test_streams_mixed_up_by_recompute_are_refused() -> None:
     def broken(objective: StructuredPruning) -> None:
         # gates looked up when a layer runs again, instead of carried with its arguments
-        model = objective.binding._model
-        bind = model.bind
+        def choose(model: Any, layer: Any, args: Any, kwargs: Any) -> Any:
+            selected = model._now
+            found = carried(model, layer, args, kwargs)
+            if found is not None:
+                model._now = selected
+            return found
 
-        class Current(dict):
-            def __getitem__(self, stream: int) -> Any:
-                return super().__getitem__(next(iter(model._next.values())))
-
-        def bind_current(*args: Any) -> None:
-            bind(*args)
-            model._streams = Current(model._streams)
-
-        model.bind = bind_current  # type: ignore[method-assign]
+        carried = folded.FoldedModel._choose
+        for chunk in objective.chunks:
+            for layer in unwrap(chunk).decoder.layers:
+                layer._forward_pre_hooks.clear()
+                layer.register_forward_pre_hook(
+                    functools.partial(choose, objective.binding._model), with_kwargs=True
+                )
 
     with pytest.raises(Exception, match="went backward out of turn"):
         worst(layout(pp=2), model=RECOMPUTE, broken=broken)
