@@ -23,7 +23,7 @@ def cut(
     *,
     power: int = 1,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The smaller model that computes what the masked one does.
+    """Yield the weights of the smaller model that computes what the masked one does.
 
     logits(masked with ``gates``) = logits(cut), to float32's rounding: what masks fold where is in
     the table (`layout.table`). Everything is checked before the first weight is read; weights are

@@ -41,7 +41,7 @@ from megashear.checkpoint.weights import MASTERS, without_extra_state
 from megashear.masks.census import Sides
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.kinds import KINDS
-from megashear.masks.mask_set import MaskPart, MaskSet, by_layer
+from megashear.masks.mask_set import MaskPart, MaskSet
 from megashear.masks.optimizer import MaskOptimizer
 from megashear.models import layout
 from megashear.models.finite import NotFinite
@@ -480,7 +480,9 @@ def _pieces(
     if part is None or not KINDS[part.kind].split_over_pipeline:
         yield key, [], tensor.view(-1)
         return
-    held = by_layer(part, tensor) if KINDS[part.kind].per_layer else tensor.view(-1, 1)
+    held = tensor if KINDS[part.kind].per_layer else tensor.view(-1, 1)
+    if part.rows_per_layer > 1:
+        held = tensor.unflatten(0, (len(part.layers), -1))
     for layer, piece in zip(part.layers, held):
         yield f"{key}.{layer}", [(0, layer, part.num_layers)], piece
 

@@ -23,7 +23,6 @@ from megashear.masks.targets import MaskPart, target_units, whole_parts
 __all__ = [
     "MaskPart",
     "MaskSet",
-    "by_layer",
     "exact_gates",
     "expected_gates",
     "target_units",
@@ -77,7 +76,7 @@ class MaskSet:
     def sample(
         self, *, seed: int, step: int, stream: int, kinds: Collection[str] = KINDS
     ) -> dict[str, Tensor]:
-        """Gates of one noise stream at one step, differentiable.
+        """Sample the gates of one noise stream at one step, differentiable.
 
         Args:
             seed: the run's seed.
@@ -165,21 +164,6 @@ def expected_gates(whole_log_alpha: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kind: deterministic_gates(log_alpha, [num_closed_expected(row) for row in log_alpha])
         for kind, log_alpha in whole_log_alpha.items()
     }
-
-
-def by_layer(part: MaskPart, held: Tensor) -> Tensor:
-    """What is held of a kind that has rows for layers, one entry of the first axis per layer.
-
-    Args:
-        part: says what is held.
-        held: [own rows, own units].
-
-    Returns:
-        A view, [own L, own units]; of ``head`` with grouped queries [own L, own groups, H/G].
-    """
-    if part.rows_per_layer == 1:
-        return held
-    return held.unflatten(0, (len(part.layers), -1))
 
 
 def _index(units: tuple[int, ...] | range) -> slice | Tensor:

@@ -59,19 +59,19 @@ class MaskPart:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers whose rows or units are held here, rising; of a kind that stages divide."""
+        """List layers whose rows or units are held here, rising; of a kind that stages divide."""
         if not KINDS[self.kind].per_layer:
             return tuple(self.units)
         return tuple(sorted({row // self.rows_per_layer for row in self.rows}))
 
     @property
     def num_layers(self) -> int:
-        """Layers of the whole mask, of a kind that stages divide."""
+        """Count the layers of the whole mask, of a kind that stages divide."""
         return self.extents[0] if KINDS[self.kind].per_layer else self.num_units
 
 
 def whole_parts(source: ModelShape, target: ModelShape) -> dict[str, MaskPart]:
-    """The masks to learn on the way from ``source`` to ``target``, held by one process.
+    """Return the masks to learn on the way from ``source`` to ``target``, held by one process.
 
     A kind exists only where the target is smaller: its sparsity cannot fall to 0, so its
     multipliers would grow without end. Attention has ``head`` masks over all heads of a layer
@@ -107,7 +107,7 @@ def whole_parts(source: ModelShape, target: ModelShape) -> dict[str, MaskPart]:
 
 
 def target_units(source: ModelShape, target: ModelShape) -> dict[str, int]:
-    """Units that stay open in each row, by kind of mask, in the order of ``KINDS``.
+    """Count the units that stay open in each row, by kind of mask, in the order of ``KINDS``.
 
     Has the same kinds as :func:`whole_parts`.
 

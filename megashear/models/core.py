@@ -143,7 +143,7 @@ class SwiGLU(MegatronModule):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gate and up side by side, [s, b, 2 * ffn/tp], to [s, b, ffn/tp]."""
+        """Turn gate and up side by side, [s, b, 2 * ffn/tp], into [s, b, ffn/tp]."""
         return kernels.swiglu(x)
 
 

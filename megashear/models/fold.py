@@ -175,7 +175,7 @@ def unfold(
 
 
 def _is_compiled(weight: Tensor) -> bool:
-    """Whether kernels are compiled for where a weight lies: beside a GPU, cuts fold on the host."""
+    """Tell whether kernels are compiled for where a weight lies: cuts fold on the host."""
     return device.compiles_kernels() and weight.device == device.device()
 
 
@@ -210,7 +210,7 @@ _BLOCK = 1 << 17
 def _unfold_blocks(
     raw: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As `_unfold_matrix`, by torch's own operators, each of which goes through its tensors."""
+    """Do as `_unfold_matrix`, by torch's own operators, each of which goes through its tensors."""
     # a GPU has no such cache, and every block would be six kernels more
     height = len(raw) if raw.is_cuda else max(1, _BLOCK // weight.size(1))
     of_rows: list[Tensor] = []

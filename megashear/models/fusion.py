@@ -58,8 +58,6 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.cache
     def compiled() -> Callable[..., T]:
-        # sizes that are equal in the first call are not equal in all
-        torch.fx.experimental._config.use_duck_shape = False
         return torch.compile(traced, dynamic=True, options=_options())
 
     @functools.cache
@@ -77,6 +75,9 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
         assert not kwargs, "arguments are given by place"
         with torch.no_grad():
             if device.compiles_kernels():
+                # sizes that are equal in the first call are not equal in all; set in every call, as
+                # each thread has settings of its own, and autograd one for the backward pass
+                torch.fx.experimental._config.use_duck_shape = False
                 return compiled()(*map(_tile, args))
             return function(*args, **kwargs)
 

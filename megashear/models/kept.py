@@ -62,13 +62,13 @@ class KeptUnits:
 
     @property
     def kept_layers(self) -> list[int]:
-        """Numbers of the layers that are kept, from 0."""
+        """Return the numbers of the layers that are kept, from 0."""
         found: list[int] = self.units[LAYER][0].nonzero().flatten().tolist()
         return found
 
     @property
     def removed_layers(self) -> list[int]:
-        """Numbers of the layers that are pruned, from 0."""
+        """Return the numbers of the layers that are pruned, from 0."""
         found: list[int] = (self.units[LAYER][0] == 0).nonzero().flatten().tolist()
         return found
 

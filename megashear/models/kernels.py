@@ -6,7 +6,6 @@ Arithmetic is float32 whatever the activation's precision, and the result is rou
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +15,9 @@ from torch.autograd.function import once_differentiable
 from megashear.models.fusion import fused
 from megashear.parallel import device
 
-Halves = tuple[Tensor, ...]
-"""Of every head: what is turned together."""
-
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up.
+    """Compute silu(gate) * up.
 
     Args:
         x: gate and up side by side, [..., 2 * ffn/tp].
@@ -34,7 +30,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, num_open: Tensor | None = None) -> Tensor:
-    """x / sqrt(sum(x^2) / h' + eps) * weight over the last dimension.
+    """Compute x / sqrt(sum(x^2) / h' + eps) * weight over the last dimension.
 
     Where masks close hidden dimensions, ``x`` is exactly 0 there, so that with h' of h open this is
     the norm that the cut model takes of what it keeps. The host never reads h': it may be another
@@ -93,7 +89,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _gate_and_up(x: Tensor) -> Tensor:
-    """[..., 2 * ffn/tp] to [tokens, 2, ffn/tp]."""
+    """Take [..., 2 * ffn/tp] apart into [tokens, 2, ffn/tp]."""
     return _tokens(x).unflatten(-1, (2, -1))
 
 
@@ -139,7 +135,7 @@ class _RMSNorm(torch.autograd.Function):
 
 @fused
 def _norm(x: Tensor, weight: Tensor, eps: float, count: Tensor) -> tuple[Tensor, Tensor]:
-    """And what each token was scaled by, float32 [tokens, 1]."""
+    """Return the normed tokens, and what each was scaled by, float32 [tokens, 1]."""
     wide = x.float()
     # in the order of torch's own norm, for the same bits
     scale = wide.pow(2).sum(dim=-1, keepdim=True).div_(count).add_(eps).rsqrt_()
@@ -150,7 +146,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float, count: Tensor) -> tuple[Tensor,
 def _norm_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Of the input and of the weight."""
+    """Return the gradients of the input and of the weight."""
     dy, wide, w = dy.float(), x.float(), weight.float()
     product = dy * wide
     dweight = product.T @ scale.squeeze(1)
@@ -165,27 +161,29 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         if device.compiles_kernels():
-            return _turned_by(_turn_rows, x, cos, sin)
+            return _turn_compiled(x, cos, sin)
         b_s = torch.empty((x.size(1), x.size(0), *x.shape[2:]), dtype=x.dtype, device=x.device)
         turned = b_s.transpose(0, 1)
-        _turn_into(turned.chunk(2, dim=-1), x.chunk(2, dim=-1), cos, sin)
+        _turn_into(turned, x, cos, sin)
         return turned
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
+        # in the strides of the sines, for others are another graph
+        back = torch.neg(sin, out=torch.empty_strided(sin.shape, sin.stride(), device=sin.device))
         if device.compiles_kernels():
-            return _turned_by(_turn_rows_back, dy, cos, sin), None, None
+            return _turn_compiled(dy, cos, back), None, None
         turned = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
-        _turn_into(turned.chunk(2, dim=-1)[::-1], dy.chunk(2, dim=-1)[::-1], cos, sin)
+        _turn_into(turned, dy, cos, back)
         return turned, None, None
 
 
-def _turn_into(turned: Halves, x: Halves, cos: Tensor, sin: Tensor) -> None:
-    """Turn by the angles; back, where the halves have changed places."""
-    first, second = (half.float() for half in x)
-    a, b = turned
+def _turn_into(turned: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Write ``x``, turned by the angles, to ``turned``."""
+    first, second = x.float().chunk(2, dim=-1)
+    a, b = turned.chunk(2, dim=-1)
     if a.dtype == torch.float32:
         torch.mul(first, cos, out=a).addcmul_(second, sin, value=-1.0)
         torch.mul(second, cos, out=b).addcmul_(first, sin)
@@ -194,12 +192,7 @@ def _turn_into(turned: Halves, x: Halves, cos: Tensor, sin: Tensor) -> None:
         b.copy_((second * cos).addcmul_(first, sin))
 
 
-def _turned_by(
-    turn: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], Tensor],
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-) -> Tensor:
+def _turn_compiled(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn [s, b, heads/tp, d], each row where it lies, which is seldom behind the one before it:
     queries, keys and values of a token are one product."""
     heads, half = x.size(1) * x.size(2), x.size(3) // 2
@@ -214,7 +207,7 @@ def _turned_by(
         rows.as_strided((extent,), (1,), rows.storage_offset() + place) for place in (0, half)
     )
     cos, sin = (table.flatten(0, 2) for table in (cos, sin))
-    turned = turn(first, second, cos, sin, len(rows) // len(cos), distance // half)
+    turned = _turn_rows(first, second, cos, sin, len(rows) // len(cos), distance // half)
     return turned[:, :heads].view(len(cos), x.size(1), -1, 2 * half)
 
 
@@ -242,19 +235,8 @@ def _turn_rows(
     return torch.stack([half.to(first.dtype) for half in turned], dim=2)
 
 
-@fused
-def _turn_rows_back(
-    first: Tensor, second: Tensor, cos: Tensor, sin: Tensor, rows: int, distance: int
-) -> Tensor:
-    """As `_turn_rows`, back."""
-    a, b = (_apart(half, cos, rows, distance) for half in (first, second))
-    cos, sin = cos[:, None], sin[:, None]
-    turned = a * cos + b * sin, b * cos - a * sin
-    return torch.stack([half.to(first.dtype) for half in turned], dim=2)
-
-
 def _apart(half: Tensor, cos: Tensor, rows: int, distance: int) -> Tensor:
-    """Float32 [s, rows, d/2] of what lies ``distance`` halves apart."""
+    """Return float32 [s, rows, d/2] of what lies ``distance`` halves apart."""
     tokens, width = cos.shape
     distance = distance * width
     apart = half.as_strided((tokens, rows, width), (rows * distance, distance, 1))
@@ -263,5 +245,5 @@ def _apart(half: Tensor, cos: Tensor, rows: int, distance: int) -> Tensor:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """[..., width] to [tokens, width]."""
+    """Flatten [..., width] to [tokens, width]."""
     return x.contiguous().flatten(0, -2)

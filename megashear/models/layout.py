@@ -249,11 +249,6 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return {name: weight.extents(shape) for name, weight, _ in weights(shape)}
 
 
-def megatron_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Shape of every Megatron parameter, whole, by its name in a GPTModel without parallelism."""
-    return {row.name.format(layer=layer): row.extents(shape) for row, layer in tensors(shape)}
-
-
 def checkpoint_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor of a Megatron checkpoint by its key."""
     return {row.key: row.stored_extents(shape) for row in table(shape)}

@@ -33,7 +33,7 @@ _CHECKPOINT_NAMES = {
 def block_spec(
     config: TransformerConfig, variant: Variant, *, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """What one model chunk of this rank is built from.
+    """Return what one model chunk of this rank is built from.
 
     Args:
         config: says how many layers the chunk has.

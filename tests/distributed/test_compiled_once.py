@@ -43,7 +43,6 @@ ALWAYS = {
     "_norm",
     "_norm_gradients",
     "_turn_rows",
-    "_turn_rows_back",
     "_activate",
     "_activation_gradient",
     "_fold_matrix",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -132,6 +133,20 @@ def call_with_all(
 def test_a_function_has_one_graph_for_all_sizes(graphs: Counter[str]) -> None:
     call_with_all(fused(scale_into), fused(sum_over), SIZES)
     assert graphs == {"scale_into": 1, "sum_over": 1}
+
+
+def test_a_thread_of_autograd_makes_no_more_graphs(graphs: Counter[str]) -> None:
+    function = fused(scale_into)
+
+    def call(dtype: torch.dtype) -> None:
+        for rows, columns in ((48, 48), (32, 64), (64, 32)):
+            x = torch.randn(rows, columns, dtype=dtype)
+            function(torch.empty_like(x), x, torch.randn(rows), torch.randn(columns))
+
+    call(torch.float32)
+    with ThreadPoolExecutor(1) as thread:  # as backward passes on a GPU
+        thread.submit(call, torch.bfloat16).result()
+    assert graphs == {"scale_into": 2}  # one for each precision
 
 
 def test_what_is_left_to_torch_has_many(graphs: Counter[str]) -> None:
