@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megashear.parallel import device
@@ -19,6 +20,9 @@ from megashear.parallel import device
 
 def _rank_main(rank: int, world_size: int, store: str, body: Callable, reports: Any) -> None:
     os.setpgrp()  # megatron-core's checkpoint writer starts helpers; they must end with the rank
+    # torch makes its pool of threads anew after a fork, and two threads that were the first to ask
+    # for it could find none
+    torch.set_num_threads(torch.get_num_threads())
     error, result = None, b""
     try:
         meeting = dist.FileStore(store, world_size)

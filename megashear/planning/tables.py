@@ -229,9 +229,8 @@ def _folded(work: Work, stage: int) -> str:
     copies = streams_under_way(work, stage)  # of each chunk
     fewest, most = min(copies), max(copies)
     number = f"{most} copies" if fewest == most else f"{fewest} to {most} copies"
-    if most == 1:
-        number = "one copy"
-    return f"{number} at once {of}; one gradient of each, float32"
+    number = "one copy" if most == 1 else f"{number} at once"
+    return f"{number} {of}; one gradient of each, float32"
 
 
 def _time(planned: Planned, found: Candidate) -> Iterator[str]:

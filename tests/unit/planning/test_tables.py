@@ -30,7 +30,7 @@ def printed(work: Work) -> dict[str, str]:
     ("streams", "stages", "virtual", "wanted"),
     [
         (8, 1, 1, "one copy of the weights that masks act on, bfloat16"),
-        (16, 1, 1, "one copy at once of"),
+        (16, 1, 1, "one copy of"),
         (16, 4, 1, "2 copies at once of"),
         (16, 2, 4, "1 to 2 copies at once of"),
     ],
