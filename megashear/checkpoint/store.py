@@ -329,7 +329,7 @@ def check_save_directory(save: str | None, load: str | None, *, resume: bool) ->
 
 
 def _damage(directory: Path, groups: ParallelGroups, *, contents: bool) -> str | None:
-    """The first damage that any rank finds in its share of the files; None where all are whole."""
+    """Return the first damage that a rank finds in its share of the files, or None."""
     found = None
     try:
         check_whole(directory, contents=False)
@@ -441,7 +441,7 @@ def _fill(
 
 
 def _mask_entries(state: MaskState, groups: ParallelGroups) -> dict[str, Any]:
-    """Every mask tensor of this rank as shards of the whole, each row or layer one shard."""
+    """Return every mask tensor of this rank as shards of the whole, each row or layer one shard."""
     entries: dict[str, Any] = {}
     for kind, tensors in state.tensors().items():
         for name, tensor in tensors.items():

@@ -37,7 +37,7 @@ TEMPLATES = "additional_chat_templates"
 
 
 def find(source: Path | str | Iterable[Path | str] | None) -> list[Path]:
-    """The tokenizer's files among ``source``.
+    """Find the tokenizer's files among ``source``.
 
     Args:
         source: a directory, of which the `CARRIED` files and `TEMPLATES` are taken; or files, all
@@ -79,7 +79,7 @@ def copy(files: Sequence[Path], directory: Path) -> None:
 
 
 def copy_for_transformers(files: Sequence[Path], directory: Path) -> None:
-    """As `copy`; beside a bare SentencePiece model, also write what transformers needs to use it.
+    """Copy as `copy` does; beside a bare SentencePiece model, write what transformers needs, too.
 
     Raises:
         ValueError: the SentencePiece model cannot be read.

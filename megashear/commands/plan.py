@@ -88,7 +88,7 @@ def _recipe(run: type[Run], file: str | None, flag: str) -> Run | None:
 
 
 def _model(name: str) -> ModelShape:
-    """The shape of what --model names."""
+    """Return the shape of what --model names."""
     if not Path(name).is_dir():
         return read_shape(name, flag="--model")
     from megashear.checkpoint import hf_config

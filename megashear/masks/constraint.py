@@ -116,16 +116,16 @@ class SparsityConstraint:
         }
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All multipliers: lambda1 of every kind, then lambda2, in the order of ``KINDS``."""
+        """Yield all multipliers: lambda1 of every kind, then lambda2, in the order of ``KINDS``."""
         yield from self.lambda1.values()
         yield from self.lambda2.values()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The multipliers as ``lambda1.<kind>`` and ``lambda2.<kind>``: live tensors."""
+        """Return the multipliers as ``lambda1.<kind>`` and ``lambda2.<kind>``: live tensors."""
         return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The multipliers by ``lambda1.<kind>`` and ``lambda2.<kind>``."""
+        """Return the multipliers by ``lambda1.<kind>`` and ``lambda2.<kind>``."""
         first = {f"lambda1.{kind}": parameter for kind, parameter in self.lambda1.items()}
         return first | {f"lambda2.{kind}": parameter for kind, parameter in self.lambda2.items()}
 

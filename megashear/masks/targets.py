@@ -130,7 +130,7 @@ def target_units(source: ModelShape, target: ModelShape) -> dict[str, int]:
 
 
 def target_flag(extent: str) -> str:
-    """The flag that sets an extent of the target, as typed."""
+    """Return the flag that sets an extent of the target, as typed."""
     return "--target-" + extent.replace("_", "-")
 
 

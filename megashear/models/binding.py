@@ -63,7 +63,7 @@ class MaskBinding:
         self._model.bind(self._sampled, streams)
 
     def whole_gradients(self) -> dict[int, dict[str, Tensor]]:
-        """The loss's gradient of each bound gate, whole inside this replica, on the host.
+        """Return the loss's gradient of each bound gate, whole inside this replica, on the host.
 
         Collective over the tensor group and the pipeline group.
 

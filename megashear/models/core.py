@@ -28,7 +28,7 @@ class RotaryAttention(SelfAttention):
     def forward(
         self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any
     ) -> Any:
-        """As ``SelfAttention``; ``rotary_pos_emb`` is of `RotaryTable`."""
+        """Attend as ``SelfAttention`` does; ``rotary_pos_emb`` is of `RotaryTable`."""
         self.core_attention.rotary = rotary_pos_emb
         return super().forward(hidden_states, *args, rotary_pos_emb=None, **kwargs)
 
@@ -99,7 +99,7 @@ class CausalAttention(MegatronModule):
 
 
 def document_mask(documents: Tensor) -> Tensor:
-    """Which tokens attend to which, where documents packed into a sequence are kept apart.
+    """Say which tokens attend to which, where documents packed into a sequence are kept apart.
 
     Made once for a microbatch and shared by the layers that it passes: s^2 bytes a sequence.
     (On a GPU, kernels for sequences of varying length would need none of it.)

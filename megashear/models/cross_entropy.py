@@ -95,7 +95,7 @@ def _exponentials(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @fused
 def _exponentials_over(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_exponentials`, which are written over the logits, float32."""
+    """Compute what `_exponentials` does, and write it over the logits, float32."""
     most = _largest(rows)
     return most, rows.sub_(most[:, None]).exp_().sum(dim=1)
 

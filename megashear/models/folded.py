@@ -366,7 +366,11 @@ class _FoldedWeight:
         return self._apart
 
     def _wait_for_gather(self) -> None:
-        """Wait until other replicas' parts of the weight are here, as DDP's own hook does."""
+        """Wait until other replicas' parts of the weight are here.
+
+        DDP's own hook of the module has done so, but for the last stage's copy of a tied embedding,
+        which another module reads.
+        """
         ddp = self._chunk
         if isinstance(ddp, DistributedDataParallel) and ddp.ddp_config.overlap_param_gather:
             ddp.param_to_bucket_group[self._parameter].finish_param_sync()

@@ -172,7 +172,7 @@ _OUTPUT = _plain(
 
 
 def table(shape: ModelShape) -> tuple[MegatronTensor, ...]:
-    """The parameters of a model of ``shape``, in the order of a Hugging Face file.
+    """Return the parameters of a model of ``shape``, in the order of a Hugging Face file.
 
     Which rows there are depends on what the shape says of biases, norms and tied embeddings, not
     on its extents. A tied output layer has no row of its own: its matrix is the embedding's, which
@@ -206,7 +206,7 @@ transformers stored, which config.json gives as well."""
 
 
 def tensors(shape: ModelShape) -> Iterator[tuple[MegatronTensor, int | None]]:
-    """Every Megatron parameter of a model with its layer (None where there is one in all).
+    """Yield every Megatron parameter of a model with its layer (None where there is one in all).
 
     In the order of a Hugging Face file: embedding, layer by layer, final norm, output layer.
     """
@@ -219,14 +219,14 @@ def tensors(shape: ModelShape) -> Iterator[tuple[MegatronTensor, int | None]]:
 
 
 def weights(shape: ModelShape) -> Iterator[tuple[str, Weight, int | None]]:
-    """Every Hugging Face weight of a model: its full name, its row of the table, its layer."""
+    """Yield every Hugging Face weight of a model: full name, row of the table, layer."""
     for row, layer in tensors(shape):
         for part in row.parts:
             yield part.hf_name.format(layer=layer), part, layer
 
 
 def owners(shape: ModelShape) -> dict[str, tuple[MegatronTensor, int | None]]:
-    """By the name of every Hugging Face weight, the Megatron parameter it is part of, its layer."""
+    """Map every Hugging Face weight's name to the Megatron parameter it is in, and its layer."""
     return {
         part.hf_name.format(layer=layer): (row, layer)
         for row, layer in tensors(shape)
@@ -373,7 +373,7 @@ def _check_shapes(
 
 
 def _list(names: Collection[str]) -> str:
-    """All names in natural order: layer 2 before layer 10."""
+    """Join all names in natural order: layer 2 before layer 10."""
     return ", ".join(
         sorted(names, key=lambda n: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", n)])
     )

@@ -220,7 +220,7 @@ def own_vocab_size(shape: ModelShape, tensor_size: int, tensor_rank: int) -> int
 
 
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
-    """The GPTModel inside data-parallel and mixed-precision wrappers."""
+    """Return the GPTModel inside data-parallel and mixed-precision wrappers."""
     while not isinstance(chunk, GPTModel):
         chunk = chunk.module  # type: ignore[assignment]
     return chunk

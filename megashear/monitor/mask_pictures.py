@@ -51,7 +51,7 @@ class Picture:
         return self.pixels[np.ix_(self.rows, self.columns)]
 
     def png(self) -> bytes:
-        """The picture as a PNG file."""
+        """Return the picture as a PNG file."""
         buffer = io.BytesIO()
         Image.fromarray(self.pixels).save(buffer, format="PNG", optimize=True)
         return buffer.getvalue()

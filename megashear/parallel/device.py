@@ -100,12 +100,12 @@ def has_cuda() -> bool:
 
 
 def device() -> torch.device:
-    """Where this process holds weights and activations."""
+    """Return the device on which this process holds weights and activations."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
 
 
 def backend() -> str:
-    """The torch.distributed backend that fits the device: nccl or gloo."""
+    """Return the torch.distributed backend that fits the device: nccl or gloo."""
     return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
 
 
@@ -132,7 +132,7 @@ def synchronize() -> None:
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in memory that a GPU can read while the host goes on; itself without CUDA.
+    """Return a copy in memory that a GPU reads while the host goes on; itself without CUDA.
 
     Copied from other memory, even a few kilobytes have the host wait for all work that the device
     was given before, and the device then for the host.
@@ -286,7 +286,7 @@ def seed_model_parallel(seed: int) -> None:
 
 
 def find_accelerators() -> dict[str, bool]:
-    """Which optional libraries are here: NVIDIA Apex (fused Adam) and Transformer Engine.
+    """Find which optional libraries are here: NVIDIA Apex (fused Adam), Transformer Engine.
 
     The registry's package called ``apex`` is another project: only one with NVIDIA's optimizers
     counts.

@@ -16,7 +16,7 @@ Direction = Literal["forward", "backward"]
 
 
 def _stream(work: Work) -> int:
-    """The residual stream once."""
+    """Return the bytes of the residual stream once."""
     return work.element * work.own_tokens * work.shape.hidden_size
 
 

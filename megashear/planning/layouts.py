@@ -162,7 +162,7 @@ class DivisionError(ValueError):
 def divisions(
     job: Job, cluster: Cluster, fixed: Fixed, refused: list[DivisionError] | None = None
 ) -> Iterator[Work]:
-    """Every division of the GPUs that the job's shape and batch allow, without recompute.
+    """Yield every division of the GPUs that the job's shape and batch allow, without recompute.
 
     Args:
         job: what is trained.
@@ -267,7 +267,7 @@ def _check(number: int, job: Job) -> Iterator[None]:
 
 
 def candidate(work: Work, job: Job, cluster: Cluster) -> Candidate:
-    """A division with its memory and time."""
+    """Return a division with its memory and time."""
     # between the second stage and the last each has fewer microbatches in flight and nothing more
     stages = sorted({0, min(1, work.pipeline - 1), work.pipeline - 1})
     held = {stage: rank_memory(work, stage) for stage in stages}
@@ -295,7 +295,7 @@ def recomputes(work: Work, chosen: ModelConfig | None = None) -> Iterator[ModelC
 
 
 def _tensor_ranks(target: ModelShape, most: int) -> int | None:
-    """The most tensor ranks below ``most`` that a target divides over; None if over ``most``."""
+    """Find the most tensor ranks below ``most`` that divide a target; None if ``most`` does."""
     fitting = []
     for tensor in range(1, most + 1):
         with contextlib.suppress(ValueError):
@@ -305,7 +305,7 @@ def _tensor_ranks(target: ModelShape, most: int) -> int | None:
 
 
 def order(found: Candidate) -> tuple[float, int, int, int]:
-    """The fastest first; of equals the largest microbatch, whose products are larger."""
+    """Sort the fastest first; of equals the largest microbatch, whose products are larger."""
     seconds = float(f"{found.time.total:.3g}")  # no estimate is finer than that
     return seconds, -found.work.micro_batch_size, found.work.virtual, found.work.pipeline
 

@@ -82,7 +82,7 @@ def rank_memory(work: Work, stage: int) -> Memory:
 
 
 def fullest(work: Work) -> tuple[int, Memory]:
-    """The stage whose ranks hold most, and what they hold."""
+    """Return the stage whose ranks hold most, and what they hold."""
     stages = ((stage, rank_memory(work, stage)) for stage in range(work.pipeline))
     return max(stages, key=lambda found: found[1].total)
 

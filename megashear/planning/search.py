@@ -58,7 +58,7 @@ def plan(job: Job, cluster: Cluster, fixed: Fixed, *, reserve_gib: float) -> lis
 def _first_that_fits(
     work: Work, job: Job, cluster: Cluster, fixed: Fixed, room: float
 ) -> Candidate | None:
-    """The division with as little recompute as fits; None where none does."""
+    """Return the division with as little recompute as fits; None where none does."""
     for recompute in recomputes(work, fixed.model):
         found = candidate(replace(work, model=recompute), job, cluster)
         if found.needed_gib <= room:
@@ -107,7 +107,7 @@ def _nothing_fits(
     divided: list[Work],
     reserve_gib: float,
 ) -> str:
-    """By how much the nearest layout is too large, and what would do."""
+    """Say by how much the nearest layout is too large, and what would do."""
     room = cluster.gpu.memory_gib - reserve_gib
     smallest = (_smallest(work, job, cluster, fixed) for work in divided)
     least = min(smallest, key=lambda found: found.memory.total)

@@ -30,11 +30,11 @@ class Planned:
         return self.job.held_out_per_step * forward_seconds(found.work, found.time)
 
     def hours(self, found: Candidate) -> float:
-        """Of the whole job with its evaluations; checkpoints are not counted."""
+        """Return the hours of the whole job with its evaluations; checkpoints are not counted."""
         return self.job.steps * (found.time.total + self.evaluating(found)) / HOUR
 
     def tokens_per_second(self, found: Candidate) -> float:
-        """Of one GPU, training alone."""
+        """Return the tokens per second of one GPU, training alone."""
         batch = self.job.global_batch_size * self.job.seq_length
         return batch / found.time.total / self.cluster.num_gpus
 
@@ -55,7 +55,7 @@ def disk(job: Job) -> str:
 
 
 def lines(planned: Planned, *, top: int) -> Iterator[str]:
-    """The plan of one job: what is trained, a table of layouts, the first of them in full.
+    """Write the plan of one job: what is trained, a table of layouts, the first of them in full.
 
     Args:
         planned: the job.

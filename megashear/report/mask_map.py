@@ -26,7 +26,7 @@ Cells = npt.NDArray[np.floating]
 
 
 def mask_map(kept: KeptUnits, *, title: str = "") -> Figure:
-    """A row for each layer, its heads and its neurons, and below the hidden dimensions.
+    """Draw a row for each layer, its heads and its neurons, and below the hidden dimensions.
 
     What is kept is blue; what is pruned is blank; where a cell stands for several neighbours it is
     the fainter the fewer of them are kept. A pruned layer takes its heads and neurons along.

@@ -629,7 +629,7 @@ def _plain(value: object) -> str:
 def _before_and_after(
     records: Sequence[RunRecord],
 ) -> tuple[ModelShape | None, ModelShape | None]:
-    """The first model that is known and the last."""
+    """Return the first model that is known and the last."""
     before = next((r.source_shape for r in records if r.source_shape is not None), None)
     after = next((r.target_shape for r in reversed(records) if r.target_shape is not None), None)
     if after is None and records[-1].description is not None:

@@ -55,7 +55,7 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 
 
 def describe(opened: Opened, *, mode: Mode = "exact") -> str:
-    """A model in words and tables: extents, parameters, masks where it has some.
+    """Describe a model in words and tables: extents, parameters, masks where it has some.
 
     Args:
         opened: the model.

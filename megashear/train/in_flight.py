@@ -77,7 +77,7 @@ class _Parameter(NamedTuple):
     """What its optimizer steps of it, and the state of that; None where other replicas' do."""
 
     def quantity(self, name: str) -> Tensor | None:
-        """A quantity of `POWERS`, of the elements that this rank steps."""
+        """Return a quantity of `POWERS`, of the elements that this rank steps."""
         if self.steps is None:
             return None
         return (self.steps.main if name == WEIGHT else self.steps.state[name]).detach()

@@ -271,7 +271,7 @@ class StructuredPruning(LanguageModelling):
         return metrics
 
     def evaluation_modes(self) -> list[str]:
-        """As :func:`modes_of_evaluation` has them."""
+        """List the modes of :func:`modes_of_evaluation`."""
         return modes_of_evaluation(self.config)
 
     def begin_evaluation(self, mode: str) -> None:
@@ -340,6 +340,6 @@ def _check_hidden(gates: Mapping[str, Tensor], whose: str) -> None:
 
 
 def modes_of_evaluation(masks: MaskConfig) -> list[str]:
-    """Which masks an evaluation binds one after the other: expected-size ones, which steer the
-    mixture, exact-size ones, which are cut, and on request those that training samples."""
+    """List the masks that an evaluation binds one after the other: expected-size ones, which steer
+    the mixture, exact-size ones, which are cut, and on request those that training samples."""
     return [EXPECTED, EXACT, *([RELAXED] if masks.eval_relaxed_masks else [])]

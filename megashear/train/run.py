@@ -526,7 +526,7 @@ def _trainer(
 
 
 def _tokenizer(start: Start, manifest: DataManifest) -> Path:
-    """The model's own tokenizer files, all of them, where it carries any; else the data's."""
+    """Find the model's own tokenizer files, all of them, where it carries any; else the data's."""
     carried = start.tokenizer
     if carried is not None and carried.is_dir() and tokenizer_files.find(carried):
         return carried

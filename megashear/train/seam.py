@@ -80,7 +80,7 @@ def check_then(config: PruneRun, then: PretrainRun) -> None:
 
 
 def resuming(train: TrainConfig) -> TrainConfig:
-    """The same run, gone on with."""
+    """Return the settings of the same run, resumed."""
     return dataclasses.replace(train, resume=True)
 
 

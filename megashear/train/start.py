@@ -68,7 +68,7 @@ class Start:
 def find_start(
     train: TrainConfig, *, stage: str, without: str, fresh: ModelShape | None = None
 ) -> Start:
-    """Where the run begins, by --load or --load-hf, --save with --resume, and --finetune.
+    """Find where the run begins, by --load or --load-hf, --save with --resume, and --finetune.
 
     Args:
         train: the flags.
@@ -119,7 +119,7 @@ def settle(
     stage: str,
     check: Callable[[Start], object],
 ) -> Start:
-    """Where the run begins, once all ranks have held the checkpoint to its checksums together.
+    """Settle where the run begins, once all ranks have held the checkpoint to its checksums.
 
     An older iteration is taken where the newest is damaged, and the run that is resumed names it
     as its latest. Collective over the world.
