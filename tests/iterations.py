@@ -6,8 +6,8 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from megashear.checkpoint import integrity
 from megashear.checkpoint.description import iteration_name, read_description, write_description
+from megashear.files import integrity
 
 
 def copy_iteration(source: Path, step: int, root: Path | None = None) -> Path:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megashear.checkpoint.weights import without_extra_state
-from megashear.models.layout import fuse, tensors
+from megashear.models.weight_table import fuse, tensors
 from megashear.parallel import device
 from megashear.shape import ModelShape
 from tests.tiny import named_parameters, shard

@@ -18,14 +18,21 @@ MAY_IMPORT = {
     "tokenizer": {"files"},
     "parallel": {"config", "files"},
     "masks": {"shape", "config"},
-    "models": {"masks", "parallel", "shape", "config"},
+    "models": {"masks", "parallel", "shape", "config", "files"},
     "planning": {"models", "masks", "shape", "config"},
     "checkpoint": {"models", "masks", "parallel", "shape", "tokenizer", "config", "files"},
+    "conversion": {
+        *("checkpoint", "models", "masks", "parallel", "shape", "tokenizer", "config", "files"),
+    },
     "data": {"parallel", "tokenizer", "config", "files"},
+    "preprocessing": {"data", "tokenizer", "config", "files"},
     "monitor": {"masks", "parallel", "config", "files"},
-    "report": {"checkpoint", "models", "masks", "monitor", "parallel", "shape", "config", "files"},
+    "report": {
+        *("checkpoint", "conversion", "models", "masks", "monitor", "parallel", "shape"),
+        *("config", "files"),
+    },
     "train": {
-        *("checkpoint", "models", "masks", "data", "monitor", "planning", "parallel"),
+        *("checkpoint", "conversion", "models", "masks", "data", "monitor", "planning", "parallel"),
         *("shape", "tokenizer", "config", "files"),
     },
 }
@@ -40,7 +47,7 @@ ONLY_IN = {
         "parallel/",
         "models/binding.py",
         "models/cross_entropy.py",
-        "checkpoint/megatron_lm.py",  # names of the file format only
+        "conversion/megatron_lm.py",  # names of the file format only
         "checkpoint/pickles.py",  # names of the file format only
         "checkpoint/saver.py",
         "checkpoint/store.py",
@@ -113,7 +120,7 @@ def test_imports_keep_the_rules(file: str) -> None:
         ("train/loop.py", "x.to(torch.cuda.current_device())"),
         ("models/llama.py", "from torch import cuda"),
         ("monitor/console.py", "def f():\n    return torch.distributed.get_rank()"),
-        ("checkpoint/hf.py", "from torch.distributed import all_reduce"),
+        ("conversion/hf.py", "from torch.distributed import all_reduce"),
         ("shape.py", "from megashear.config import ModelConfig"),
     ],
 )
@@ -126,7 +133,7 @@ def test_a_broken_rule_is_noticed(file: str, source: str) -> None:
     [
         ("commands/prune.py", "from megashear.train import run"),
         ("parallel/agree.py", "torch.distributed.all_reduce(x)"),
-        ("checkpoint/hf.py", "from megashear.models import layout"),
+        ("conversion/hf.py", "from megashear.models import weight_table"),
         ("monitor/console.py", "import torchdistributed, torch.cudagraphs"),
         ("masks/gates.py", "from megashear.masks.state import MaskState"),
     ],
@@ -139,8 +146,8 @@ READERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.SafeL
 """What reads without bounds whatever a file holds; `megashear.files.structured` has bounds."""
 MAY_READ = {
     "megashear/files/structured.py",
-    "megashear/data/documents.py",  # a document's line, whose size is bounded there
-    "megashear/data/journal.py",  # its own settings, as JSON would return them
+    "megashear/preprocessing/documents.py",  # a document's line, whose size is bounded there
+    "megashear/preprocessing/journal.py",  # its own settings, as JSON would return them
     "megashear/parallel/launch.py",  # what other ranks of the run say
     "megashear/parallel/watchdog.py",
 }

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megashear.checkpoint.description import Description
 from megashear.checkpoint.weights import write_weights
-from megashear.data.domains import preprocess
+from megashear.preprocessing.domains import preprocess
 from megashear.shape import ModelShape
 from tests.reference_llama import random_weights
 from tests.unit.data.conftest import DOMAIN_MODULES, docstrings, write_jsonl

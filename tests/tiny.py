@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megashear.config import ParallelConfig
 from megashear.data.batch import MicroBatch
-from megashear.models.layout import fuse, tensors
 from megashear.models.llama import unwrap
+from megashear.models.weight_table import fuse, tensors
 from megashear.shape import ModelShape
 from tests.reference_llama import random_weights
 

@@ -1,1 +1,1 @@
-"""Runs and Hugging Face directories on disk; conversion and the cut."""
+"""A run's own checkpoints: saved, loaded at any layout, held to their checksums, and cut."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megashear.masks.kinds import KINDS, LAYER, ON_AXIS, kinds_of
 from megashear.masks.targets import UNMASKED
-from megashear.models import layout
+from megashear.models import weight_table
 from megashear.models.fold import Factors, fold
 from megashear.models.kept import KeptUnits
 from megashear.shape import ModelShape
@@ -26,8 +26,8 @@ def cut(
     """Yield the weights of the smaller model that computes what the masked one does.
 
     logits(masked with ``gates``) = logits(cut), to float32's rounding: what masks fold where is in
-    the table (`layout.table`). Everything is checked before the first weight is read; weights are
-    then read, folded in float32 and rounded once, one at a time.
+    the table (`weight_table.table`). Everything is checked before the first weight is read; weights
+    are then read, folded in float32 and rounded once, one at a time.
 
     Args:
         weights: of the source by Hugging Face name; may read each weight when it is asked for.
@@ -66,7 +66,7 @@ def _cut(
     power: int,
 ) -> Iterator[tuple[str, Tensor]]:
     source, kept_layers = kept.source, kept.kept_layers
-    for name, row, new_layer in layout.weights(target):
+    for name, row, new_layer in weight_table.weights(target):
         layer = None if new_layer is None else kept_layers[new_layer]
         whole = weights[row.hf_name.format(layer=layer)]
         assert tuple(whole.shape) == row.extents(source), f"{name} is not of the source's shape"

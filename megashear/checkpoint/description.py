@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megashear.checkpoint import integrity
 from megashear.checkpoint.hf_fields import kept_fields
-from megashear.checkpoint.integrity import DamagedError, FileSum
+from megashear.files import durable, integrity
+from megashear.files.integrity import DamagedError, FileSum
 from megashear.files.regular import read_bytes
 from megashear.files.structured import check_fields, read_json_object
 from megashear.shape import ModelShape
@@ -264,7 +264,7 @@ def write_description(directory: Path, description: Description) -> None:
         OSError: it cannot be written.
     """
     values = {"format": FORMAT, **dataclasses.asdict(description)}
-    integrity.replace(directory / DESCRIPTION, json.dumps(values, indent=2) + "\n")
+    durable.replace(directory / DESCRIPTION, json.dumps(values, indent=2) + "\n")
 
 
 def add_details(directory: Path, details: Mapping[str, Any]) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megashear.checkpoint.torch_files import only_known, unread
 from megashear.files.pointers import refuse_pointer
+from megashear.files.torch_files import only_known, unread
 
 METADATA = ".metadata"
 COMMON = "common.pt"

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megashear.checkpoint import integrity, tokenizer_files
 from megashear.checkpoint.description import (
     DESCRIPTION,
     TOKENIZER,
@@ -30,10 +29,12 @@ from megashear.checkpoint.description import (
     latest_iteration,
     write_description,
 )
-from megashear.checkpoint.integrity import SaveError
 from megashear.checkpoint.writer import ShardedWrite, Task
+from megashear.files import durable, integrity
+from megashear.files.integrity import SaveError
 from megashear.parallel.agree import broadcast_object, flat_all_reduce, gather_objects
 from megashear.parallel.groups import ParallelGroups
+from megashear.tokenizer import tokenizer_files
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class Saver:
                 self.root.mkdir(parents=True, exist_ok=True)
                 probe = self.root / ".writable"  # one name, so that none of a killed run stays
                 try:
-                    integrity.replace(probe, "can this be written?\n")
+                    durable.replace(probe, "can this be written?\n")
                 finally:
                     probe.unlink(missing_ok=True)
                 _check_space(self.root, needed)
@@ -324,7 +325,7 @@ class Saver:
         write_description(aside, described)
         integrity.write(aside, sums)
         aside.rename(pending.final)
-        integrity.sync_directory(self.root)
+        durable.sync_directory(self.root)
         name_latest(self.root, iteration)
 
 
@@ -384,7 +385,7 @@ def _ours(root: Path, newest: int) -> dict[int, Path]:
 
 def name_latest(root: Path, iteration: int) -> None:
     """Point the tracker at an iteration, in one step; on rank 0."""
-    integrity.replace(root / TRACKER, str(iteration))
+    durable.replace(root / TRACKER, str(iteration))
 
 
 def _make_way(root: Path, final: Path, iteration: int) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megashear.checkpoint import loadable
-from megashear.checkpoint.aside import check_absent
 from megashear.checkpoint.cut import cut
 from megashear.checkpoint.description import Description, find_iteration
 from megashear.checkpoint.store import read_log_alpha
 from megashear.checkpoint.weights import CheckpointWeights, write_weights
+from megashear.files.aside import check_absent
 from megashear.masks.census import take_census
 from megashear.masks.mask_set import exact_gates, expected_gates, target_units
+from megashear.models import loadable
 from megashear.shape import ModelShape
 
 

@@ -19,7 +19,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megashear.checkpoint import integrity, optimizer_state
+from megashear.checkpoint import optimizer_state
 from megashear.checkpoint.description import (
     Description,
     add_details,
@@ -32,19 +32,20 @@ from megashear.checkpoint.description import (
     read_description,
 )
 from megashear.checkpoint.finite import not_finite_anywhere
-from megashear.checkpoint.formats import NOT_FINITE
-from megashear.checkpoint.integrity import DamagedError, FileSum
 from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
 from megashear.checkpoint.saver import Saver, fail_together
 from megashear.checkpoint.weights import MASTERS, without_extra_state
+from megashear.files import integrity
+from megashear.files.integrity import DamagedError, FileSum
 from megashear.masks.census import Sides
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.kinds import KINDS
 from megashear.masks.mask_set import MaskPart, MaskSet
 from megashear.masks.optimizer import MaskOptimizer
-from megashear.models import layout
+from megashear.models import weight_table
 from megashear.models.finite import NotFinite
+from megashear.models.formats import NOT_FINITE
 from megashear.models.llama import unwrap
 from megashear.parallel import device
 from megashear.parallel.agree import broadcast_object, gather_objects, raise_together
@@ -385,7 +386,7 @@ def _without_padding(state: Any, num_tokens: int) -> list[tuple[tuple[Any, ...],
         if isinstance(entry, dict | list):
             inside = _without_padding(entry, num_tokens)
             shortened += [((name, *path), num_rows) for path, num_rows in inside]
-        elif isinstance(entry, ShardedTensor) and entry.key.endswith(layout.VOCABULARY):
+        elif isinstance(entry, ShardedTensor) and entry.key.endswith(weight_table.VOCABULARY):
             # megatron-core would take a checkpoint of any vocabulary and fill up with zeros
             entry.allow_shape_mismatch = False
             num_rows, width = entry.local_shape

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megashear.checkpoint.aside import begin_writing
-from megashear.checkpoint.integrity import FileSum, HashingFile
 from megashear.checkpoint.pickles import COMMON, METADATA
+from megashear.files.aside import begin_writing
+from megashear.files.integrity import FileSum, HashingFile
 from megashear.files.regular import open_regular
 
 _FORMAT = {

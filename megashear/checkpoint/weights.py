@@ -18,8 +18,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megashear.checkpoint import integrity, tokenizer_files
-from megashear.checkpoint.aside import check_space, written_aside
 from megashear.checkpoint.description import (
     TOKENIZER,
     TRACKER,
@@ -29,7 +27,6 @@ from megashear.checkpoint.description import (
     read_description,
     write_description,
 )
-from megashear.checkpoint.formats import NOT_FINITE, dtypes_of, rounded, stored_bytes
 from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
 from megashear.checkpoint.torch_dist import (
@@ -39,10 +36,14 @@ from megashear.checkpoint.torch_dist import (
     read_entry,
     without_crc32,
 )
-from megashear.checkpoint.workers import run_all
-from megashear.models import layout
+from megashear.files import durable, integrity
+from megashear.files.aside import check_space, written_aside
+from megashear.files.workers import run_all
+from megashear.models import weight_table
 from megashear.models.finite import first_not_finite
+from megashear.models.formats import NOT_FINITE, dtypes_of, rounded, stored_bytes
 from megashear.shape import ModelShape
+from megashear.tokenizer import tokenizer_files
 
 EXTRA_STATE = "_extra_state"
 """Last part of the names of megatron-core's byte entries, which hold nothing of ours."""
@@ -53,7 +54,7 @@ large model, so that several are written and read at a time, and not one for eve
 MASTERS = "optimizer.state.fp32_param."
 """Before a weight's key, that of its float32 master in a checkpoint of a bfloat16 run."""
 
-Row = tuple[layout.MegatronTensor, int | None]
+Row = tuple[weight_table.MegatronTensor, int | None]
 """A Megatron parameter and its layer."""
 Witness = Callable[[str, Tensor, Tensor], None]
 """Told of a weight: its Hugging Face name, as it was given, and as it is stored."""
@@ -126,7 +127,7 @@ def write_weights(
         tokenizer_files.copy(files, directory / TOKENIZER)
         write_description(directory, _with_tokenizer(description, files))
         integrity.write(directory, model.writer.sums)
-        integrity.replace(aside / TRACKER, str(description.iteration))
+        durable.replace(aside / TRACKER, str(description.iteration))
         if finish is not None:
             finish(aside)
     return num_bytes
@@ -185,7 +186,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
             padded: keys of tensors that may be stored with more rows than the model has.
         """
         self.directory, self.description, self.shape = directory, description, description.shape
-        wanted = layout.checkpoint_shapes(self.shape)
+        wanted = weight_table.checkpoint_shapes(self.shape)
         self._prefix = prefix
         self._stored = {
             key.removeprefix(prefix): entry
@@ -198,9 +199,9 @@ class CheckpointWeights(Mapping[str, Tensor]):
         for key in padded:
             if key in found and key in wanted and found[key][0] > wanted[key][0]:
                 found[key] = (wanted[key][0], *found[key][1:])
-        layout.check_stored(found, self.shape, f"checkpoint {directory}")
+        weight_table.check_stored(found, self.shape, f"checkpoint {directory}")
         self._places = metadata.storage_data
-        self._owners = layout.owners(self.shape)
+        self._owners = weight_table.owners(self.shape)
         self._last = threading.local()  # of each thread's last parameter, what was not asked for
 
     def _is_weight(self, key: str) -> bool:
@@ -218,7 +219,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
         last = self._last.__dict__  # this thread's
         if name not in last:
             last.clear()  # or it would lie beside the next one
-            parts = layout.split(row, self._read(row, layer), self.shape)
+            parts = weight_table.split(row, self._read(row, layer), self.shape)
             named = dict(zip(_names(row, layer), parts))
             if (bad := first_not_finite(named.items())) is not None:
                 raise ValueError(f"checkpoint {self.directory}: {bad}; {NOT_FINITE}")
@@ -243,7 +244,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._owners)
 
-    def _read(self, row: layout.MegatronTensor, layer: int | None) -> Tensor:
+    def _read(self, row: weight_table.MegatronTensor, layer: int | None) -> Tensor:
         extents = row.extents(self.shape)
         entry = self._stored[row.key]
         first: list[int] = [] if layer is None else [layer]
@@ -300,12 +301,12 @@ class _Model:
 
     def write_by_name(self, weights: Mapping[str, Tensor], workers: int) -> int:
         """Write all files, several at a time; the bytes written."""
-        layout.check_names(weights.keys(), self.shape, _WHERE)
+        weight_table.check_names(weights.keys(), self.shape, _WHERE)
         kept = {name: self.dtype or dtype for name, dtype in dtypes_of(weights).items()}
         check_space(self.writer.directory.parent, stored_bytes(kept, self.shape))
         files: list[list[Row]] = []
         size = FILE_BYTES
-        for row, layer in layout.tensors(self.shape):
+        for row, layer in weight_table.tensors(self.shape):
             if size >= FILE_BYTES:
                 files.append([])
                 size = 0
@@ -336,9 +337,9 @@ class _Model:
 
     def _complete(
         self, pairs: Iterable[tuple[str, Tensor]]
-    ) -> Iterator[tuple[layout.MegatronTensor, int | None, dict[str, Tensor]]]:
+    ) -> Iterator[tuple[weight_table.MegatronTensor, int | None, dict[str, Tensor]]]:
         """Every Megatron parameter once all its weights have come."""
-        owners = layout.owners(self.shape)
+        owners = weight_table.owners(self.shape)
         pending: dict[str, dict[str, Tensor]] = {}  # by parameter, its weights seen so far
         seen = set()
         for name, weight in pairs:
@@ -352,18 +353,18 @@ class _Model:
             if len(parts) == len(row.parts):
                 del pending[row.name.format(layer=layer)]
                 yield row, layer, {part: parts[part] for part in _names(row, layer)}
-        layout.check_names(seen, self.shape, _WHERE)
+        weight_table.check_names(seen, self.shape, _WHERE)
 
     def _add(
         self,
         file: TorchDistFile,
-        row: layout.MegatronTensor,
+        row: weight_table.MegatronTensor,
         layer: int | None,
         parts: Mapping[str, Tensor],
     ) -> int:
         stored = {}
         for (name, weight), part in zip(parts.items(), row.parts):
-            layout.check_extents(name, weight.shape, part.extents(self.shape), _WHERE)
+            weight_table.check_extents(name, weight.shape, part.extents(self.shape), _WHERE)
             stored[name] = rounded(name, weight, self.dtype or weight.dtype)
         whole = _fuse(row, stored, self.shape)
         # where GPTModel.sharded_state_dict() puts it: the layer axis before the parameter's own
@@ -372,21 +373,23 @@ class _Model:
         file.add(row.key, box, extents, [*first, *[0] * whole.dim()])
         if self.witness is not None:
             # taken apart again: what a reader of the checkpoint will find
-            for name, found in zip(parts, layout.split(row, whole, self.shape)):
+            for name, found in zip(parts, weight_table.split(row, whole, self.shape)):
                 self.witness(name, parts[name], found)
         return whole.nbytes
 
 
-def _fuse(row: layout.MegatronTensor, parts: Mapping[str, Tensor], shape: ModelShape) -> Tensor:
+def _fuse(
+    row: weight_table.MegatronTensor, parts: Mapping[str, Tensor], shape: ModelShape
+) -> Tensor:
     if len({part.dtype for part in parts.values()}) > 1:
         raise ValueError(
             f"{', '.join(parts)} are of {', '.join(str(p.dtype) for p in parts.values())}, but "
             f"Megatron keeps them in one tensor; choose one dtype for the output"
         )
-    return layout.fuse(row, list(parts.values()), shape)
+    return weight_table.fuse(row, list(parts.values()), shape)
 
 
-def _names(row: layout.MegatronTensor, layer: int | None) -> list[str]:
+def _names(row: weight_table.MegatronTensor, layer: int | None) -> list[str]:
     return [part.hf_name.format(layer=layer) for part in row.parts]
 
 

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megashear.checkpoint.integrity import FileSum, HashingFile
 from megashear.checkpoint.pickles import COMMON
+from megashear.files.integrity import FileSum, HashingFile
 
 FILES_PER_RANK = 2
 """Files that a rank writes at a time, as megatron-core does."""

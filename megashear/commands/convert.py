@@ -18,11 +18,11 @@ def main(argv: Sequence[str]) -> int:
     config = parse(ConvertConfig, argv, prog=PROG, description=__doc__ or "", check=check)
     refuse_torchrun(PROG)
     # Here, not above: torch takes seconds that --help should not.
-    from megashear.checkpoint import certificate
-    from megashear.checkpoint.aside import check_absent
-    from megashear.checkpoint.convert import to_checkpoint, to_hf
-    from megashear.checkpoint.sources import CHECKPOINT, SAYABLE, open_source
-    from megashear.checkpoint.workers import default_workers
+    from megashear.conversion import certificate
+    from megashear.conversion.convert import to_checkpoint, to_hf
+    from megashear.conversion.sources import CHECKPOINT, SAYABLE, open_source
+    from megashear.files.aside import check_absent
+    from megashear.files.workers import default_workers
 
     workers = default_workers() if config.workers is None else config.workers
     if config.check is not None:
@@ -73,6 +73,6 @@ def check(config: ConvertConfig) -> None:
     check_there(config, "input", "tokenizer", "check")
     check_new(config, "output")
     if config.input is not None:
-        from megashear.checkpoint.sources import SAYABLE, open_source
+        from megashear.conversion.sources import SAYABLE, open_source
 
         open_source(config.input, **{name: getattr(config, name) for name in SAYABLE})

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from megashear.checkpoint.integrity import SaveError
+from megashear.files.integrity import SaveError
 from megashear.files.output import WAYS_OUT, UnwritableError
 from megashear.monitor.console import configure_logging
 from megashear.train.stops import DIVERGED, SKIPPED_LAST, DivergedError

@@ -91,7 +91,7 @@ def _model(name: str) -> ModelShape:
     """Return the shape of what --model names."""
     if not Path(name).is_dir():
         return read_shape(name, flag="--model")
-    from megashear.checkpoint import hf_config
+    from megashear.conversion import hf_config
 
     if (Path(name) / hf_config.CONFIG).is_file():
         return hf_config.read_shape(name)
@@ -102,8 +102,8 @@ def _model(name: str) -> ModelShape:
 
 def _target(config: PlanConfig, prune: PruneRun | None, source: ModelShape) -> ModelShape | None:
     """What the flags ask for, and what they leave to the recipe; None where nothing is pruned."""
-    from megashear.checkpoint import loadable
     from megashear.masks.target_flags import target_shape
+    from megashear.models import loadable
 
     asked = TargetConfig(**{name: getattr(config, name) for name in _TARGET})
     if prune is not None:

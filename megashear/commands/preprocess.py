@@ -23,8 +23,8 @@ def main(argv: Sequence[str]) -> int:
     refuse_torchrun(PROG)
     check_writable("--output", config.output)
     # Here, not above: numpy and megatron-core take seconds that --help should not.
-    from megashear.data.domains import preprocess
-    from megashear.data.inputs import find_domains
+    from megashear.preprocessing.domains import preprocess
+    from megashear.preprocessing.inputs import find_domains
 
     inputs = find_domains(config.input, config.json_key)
     manifest = preprocess(
@@ -76,7 +76,7 @@ def check(config: PreprocessConfig) -> None:
     """
     check_there(config, "input", "tokenizer_model")
     check_new(config, "output")
-    from megashear.data.inputs import find_domains
+    from megashear.preprocessing.inputs import find_domains
     from megashear.tokenizer.choice import load_tokenizer
 
     find_domains(config.input, config.json_key)

@@ -8,6 +8,7 @@ from pathlib import Path
 from megashear.commands.outcome import is_first_rank, refuse_torchrun, report, user_errors
 from megashear.commands.parse import check_new, check_there, parse
 from megashear.config import ReferenceLossRun
+from megashear.files import durable
 from megashear.files.output import check_writable, writing
 
 PROG = "megashear reference-loss"
@@ -24,7 +25,6 @@ def main(argv: Sequence[str]) -> int:
     # Here, not above: torch and megatron-core take seconds that --help should not.
     import yaml
 
-    from megashear.checkpoint import integrity
     from megashear.data.reference_loss import REFERENCE, find_references
     from megashear.train.measure import measure_models
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         head = f"# {PROG}; for --reference-loss of megashear prune and megashear pretrain\n"
         with writing("--output", config.output):
             Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-            integrity.replace(Path(config.output), head + text)
+            durable.replace(Path(config.output), head + text)
     losses = "  ".join(f"{name} {loss:.4f}" for name, loss in found[REFERENCE].items())
     report(f"{found['method']}: {found['meaning']}\n{losses}\nwrote {config.output}")
     return 0

@@ -1,1 +1,1 @@
-"""From jsonl per domain to batches of a mixture that follows the loss."""
+"""From tokenised domains to batches of a mixture that follows the loss."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megashear.data.indexed import check_pair
-from megashear.data.journal import write_whole
+from megashear.files import durable
 from megashear.files.regular import inside
 from megashear.files.structured import check_fields, read_json_object
 from megashear.tokenizer.models import Tokenizer
@@ -150,7 +150,7 @@ class DataManifest:
         """Write manifest.json into the directory."""
         content: dict[str, Any] = {"format": FORMAT, **asdict(self)}
         del content["directory"]  # so that the directory can move
-        write_whole(self.directory / MANIFEST_NAME, json.dumps(content, indent=2) + "\n")
+        durable.replace(self.directory / MANIFEST_NAME, json.dumps(content, indent=2) + "\n")
 
 
 def read_manifest(directory: str | Path) -> DataManifest:

@@ -31,8 +31,8 @@ class Kind:
     split_over_pipeline: bool = False
     """Whether pipeline stages divide it, with their layers: rows, or units that are layers."""
     axis: str | None = None
-    """Axis of weights that its units lie along, which the cut shortens (`models.layout.AXES`); None
-    for whole weights. Where its gates are multiplied in is what weights say (`Weight.folds`)."""
+    """Axis of weights that its units lie along, which the cut shortens (the weight table's `AXES`);
+    None for whole weights. Where its gates are multiplied in is said by `Weight.folds`."""
     width: str | None = None
     """Extent that says how many places of the axis a unit takes; one unless given."""
     crowded: bool = False

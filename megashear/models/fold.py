@@ -1,8 +1,8 @@
 """Masks as factors on the rows and columns of weights: W' = r * W * c, and its gradients.
 
 Every gate of a mask multiplies a row or a column of a weight; which kinds multiply which axis is in
-the weight table (`layout.Weight.folds`). Training, evaluation under masks and both cuts fold by the
-functions of this module, whole weights or a rank's shards of them.
+the weight table (`weight_table.Weight.folds`). Training, evaluation under masks and both cuts fold
+by the functions of this module, whole weights or a rank's shards of them.
 """
 
 from __future__ import annotations

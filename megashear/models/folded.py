@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megashear.masks.kinds import HIDDEN, KINDS
-from megashear.models import layout
+from megashear.models import weight_table
 from megashear.models.core import RMSNorm
 from megashear.models.fold import Factors, fold, pick, unfold
 from megashear.models.llama import OUTPUT, names_in_whole, own_layers, unwrap
@@ -108,7 +108,7 @@ class FoldedModel:
     def _attach(self, chunk: torch.nn.Module, *, norms_count: bool) -> None:
         """Have a chunk's modules ask for their folded weights whenever they run."""
         gpt = unwrap(chunk)
-        rows = {row.name.format(layer=n): (row, n) for row, n in layout.tensors(self._shape)}
+        rows = {row.name.format(layer=n): (row, n) for row, n in weight_table.tensors(self._shape)}
         for own_name, name in names_in_whole(gpt, self._shape).items():
             row, layer = rows[name]
             part = row.parts[0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megashear.masks.kinds import HIDDEN, KINDS, LAYER, ON_AXIS
-from megashear.models import layout
+from megashear.models import weight_table
 from megashear.models.fold import unit_values
 from megashear.shape import ModelShape
 
@@ -91,14 +91,14 @@ class KeptUnits:
         lengths = {kind: kept.double().sum(-1).tolist() for kind, kept in self.units.items()}
         layers = self.units[LAYER][0].double().tolist()
         total = 0.0
-        for name, weight, layer in layout.weights(self.source):
+        for name, weight, layer in weight_table.weights(self.source):
             if not re.fullmatch(wanted, name):
                 continue
             size, has_units = 1.0, False
             for axis in weight.axes:
                 kind = ON_AXIS.get(axis)
                 if kind is None:
-                    size *= layout.AXES[axis](self.source)
+                    size *= weight_table.AXES[axis](self.source)
                     continue
                 assert layer is not None or not kind.per_layer, f"{axis} outside the layers"
                 row = layer if layer is not None and kind.per_layer else 0

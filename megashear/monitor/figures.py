@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megashear.files.output import check_writable, writing
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
 from megashear.monitor.drawing import INK, check_image, legend, new_figure, save, style
 from megashear.monitor.notes import READING
 

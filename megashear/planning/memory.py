@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from megashear.masks.kinds import KINDS
-from megashear.models import layout
+from megashear.models import weight_table
 from megashear.planning.activations import forward_only, in_flight, streams_under_way
 from megashear.planning.work import BFLOAT16, FLOAT32, Work
 from megashear.shape import ModelShape
@@ -125,15 +125,15 @@ def folded(work: Work, stage: int) -> int:
     )
 
 
-def _parameters(work: Work, stage: int) -> Iterator[tuple[int, layout.MegatronTensor, int]]:
+def _parameters(work: Work, stage: int) -> Iterator[tuple[int, weight_table.MegatronTensor, int]]:
     """Yield each parameter of a rank of ``stage``: chunk, row of the weight table, elements."""
-    rows = layout.table(work.shape)
+    rows = weight_table.table(work.shape)
     of_layer = [row for row in rows if row.per_layer]
     before = [*rows[: rows.index(of_layer[0])]]
     after = [*rows[len(before) + len(of_layer) :]]
     if work.shape.tied_embeddings and work.pipeline > 1:
         after += before  # the last stage has a copy of the embedding
-    shard = replace(layout.shape_of_shard(work.shape, work.tensor), vocab_size=work.own_vocab)
+    shard = replace(weight_table.shape_of_shard(work.shape, work.tensor), vocab_size=work.own_vocab)
     for chunk in range(work.virtual):
         first = stage == 0 and chunk == 0
         last = stage == work.pipeline - 1 and chunk == work.virtual - 1

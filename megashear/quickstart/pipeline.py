@@ -297,8 +297,8 @@ def train_tokenizer(text: Path, output: Path) -> None:
     """
     import sentencepiece
 
-    from megashear.data.documents import read_texts
-    from megashear.data.inputs import find_domains
+    from megashear.preprocessing.documents import read_texts
+    from megashear.preprocessing.inputs import find_domains
 
     lines = [
         line

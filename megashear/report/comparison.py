@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megashear.models import layout
+from megashear.models import weight_table
 from megashear.report.kept import MaskReading, Mode
 from megashear.report.opened import Opened
 from megashear.shape import ModelShape
@@ -117,7 +117,7 @@ def differing_gates(
 
 def same_shapes(first: ModelShape, second: ModelShape) -> bool:
     """Whether two models have the same weights, of the same sizes."""
-    return layout.hf_shapes(first) == layout.hf_shapes(second)
+    return weight_table.hf_shapes(first) == weight_table.hf_shapes(second)
 
 
 def weight_distances(
@@ -138,7 +138,7 @@ def weight_distances(
         progress: called after each weight.
     """
     found = []
-    for name, _, _ in layout.weights(shape):  # what is fused is asked for one after the other
+    for name, _, _ in weight_table.weights(shape):  # what is fused is asked for one after the other
         found.append(_distance(name, first[name], second[name]))
         progress()
     return found

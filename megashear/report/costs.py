@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.checkpoint.description import ENVIRONMENT
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
 from megashear.monitor.console import format_duration
 from megashear.report.page import Section, paragraph, table
 from megashear.report.record import RunRecord

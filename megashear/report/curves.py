@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megashear.masks.kinds import KINDS
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
 from megashear.monitor.drawing import FAINT, INK, KEPT, legend, new_figure, style
 from megashear.monitor.figures import COLOURS, DASHES, Points, mark_runs
 from megashear.report.page import large

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megashear.checkpoint import integrity
-from megashear.checkpoint.formats import dtypes_of, name_of
+from megashear.files import durable
 from megashear.files.output import check_writable, writing
-from megashear.models import layout
+from megashear.models import weight_table
+from megashear.models.formats import dtypes_of, name_of
 from megashear.monitor.console import progress
 from megashear.monitor.drawing import check_image, save
 from megashear.report import tables
@@ -82,7 +82,7 @@ def inspect(
     if json_file is not None:
         with writing("--json", json_file):
             Path(json_file).parent.mkdir(parents=True, exist_ok=True)
-            integrity.replace(Path(json_file), json.dumps(_plain(found), indent=2) + "\n")
+            durable.replace(Path(json_file), json.dumps(_plain(found), indent=2) + "\n")
         written.append(f"wrote {json_file}")
     return "\n\n".join([text, *(["\n".join(written)] if written else [])])
 
@@ -131,7 +131,7 @@ def _compare(
             f"{first.shape.num_params():,} and {second.shape.num_params():,} parameters"
         )
     elif with_weights:
-        total = len(layout.hf_shapes(first.shape))
+        total = len(weight_table.hf_shapes(first.shape))
         with progress(total, desc="comparing", unit="weight", leave=False) as bar:
             weights = weight_distances(
                 first.weights, second.weights, first.shape, progress=bar.update

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from megashear.checkpoint.description import HELD_OUT_ERROR, HELD_OUT_LOSS
 from megashear.files.structured import read_json_object
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
 from megashear.monitor.figures import domains_of
 from megashear.report.record import RESULTS, RunRecord
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megashear.checkpoint.composer import SUFFIXES
 from megashear.checkpoint.description import Description, find_iteration
-from megashear.checkpoint.megatron_lm import find_megatron_lm
-from megashear.checkpoint.sources import CHECKPOINT, open_source
 from megashear.checkpoint.store import read_log_alpha
 from megashear.checkpoint.weights import CheckpointWeights
+from megashear.conversion.composer import SUFFIXES
+from megashear.conversion.megatron_lm import find_megatron_lm
+from megashear.conversion.sources import CHECKPOINT, open_source
 from megashear.report.kept import MaskReading
 from megashear.shape import ModelShape
 

@@ -22,7 +22,7 @@ from megashear.checkpoint.description import (
 )
 from megashear.checkpoint.store import read_log_alpha
 from megashear.files.structured import read_yaml
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
 from megashear.monitor.figures import EVENT_FILES, Point, read_events
 from megashear.report.kept import MaskReading
 from megashear.shape import ModelShape

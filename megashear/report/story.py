@@ -13,7 +13,7 @@ import yaml
 from megashear import config
 from megashear.files.structured import read_json_object
 from megashear.masks.kinds import EXTENTS, KINDS
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
 from megashear.monitor.console import format_duration
 from megashear.monitor.figures import domains_of, mixture_figure
 from megashear.report.costs import STAGES, cost_section, device_hours, hours_as_text

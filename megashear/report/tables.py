@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from megashear.checkpoint.description import HELD_OUT_LOSS
-from megashear.checkpoint.formats import dtypes_of, name_of
 from megashear.masks.kinds import HEAD, HIDDEN, INTERMEDIATE, KINDS, LAYER
-from megashear.models import layout
+from megashear.models import weight_table
+from megashear.models.formats import dtypes_of, name_of
 from megashear.models.kept import KeptUnits
 from megashear.report.comparison import Difference, GateDifference, WeightDistance
 from megashear.report.kept import MaskReading, Mode
@@ -208,7 +208,7 @@ def part_params(shape: ModelShape, wanted: str) -> int:
     """Parameters of the weights whose names a pattern matches."""
     return sum(
         math.prod(extents)
-        for name, extents in layout.hf_shapes(shape).items()
+        for name, extents in weight_table.hf_shapes(shape).items()
         if re.fullmatch(wanted, name)
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megashear.masks.kinds import KINDS
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
 from megashear.report.kept import MaskReading
 from megashear.report.record import RunRecord
 

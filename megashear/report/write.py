@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megashear.checkpoint import integrity
+from megashear.files import durable
 from megashear.files.output import check_writable, writing
 from megashear.monitor.drawing import require_matplotlib
 from megashear.report.losses import check_domains, source_loss
@@ -70,7 +70,7 @@ def write_report(
     content = page(title or title_of(records), lead, sections, now=records[0].now)
     with writing("--output", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        integrity.replace(path, content)
+        durable.replace(path, content)
     if images is None:
         return [path]
     with writing("--images", images):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megashear.checkpoint.cut import cut
 from megashear.checkpoint.optimizer_state import Stepped, count_steps, start_state, stepped
-from megashear.models import layout
+from megashear.models import weight_table
 from megashear.models.llama import names_in_whole, unwrap
 from megashear.parallel.agree import (
     broadcast_tensor,
@@ -152,7 +152,7 @@ class _Replica(Mapping[str, Tensor]):
         self, own: Mapping[str, Tensor], shape: ModelShape, groups: ParallelGroups
     ) -> None:
         self._own, self._shape, self._groups = own, shape, groups
-        self._owners = layout.owners(shape)
+        self._owners = weight_table.owners(shape)
         self._stages: dict[str, int] = {}
         for stage, names in enumerate(gather_objects(sorted(own), groups.pipeline)):
             for name in names:
@@ -174,13 +174,13 @@ class _Replica(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._owners)
 
-    def _whole_parts(self, row: layout.MegatronTensor, fused: str) -> list[Tensor]:
+    def _whole_parts(self, row: weight_table.MegatronTensor, fused: str) -> list[Tensor]:
         groups, stage = self._groups, self._stages[fused]
         parts: list[Tensor | None] = [None] * len(row.parts)
         if groups.pipeline_rank == stage:
             shards = gather_tensors(self._own[fused], groups.tensor)
-            local = layout.shape_of_shard(self._shape, groups.tensor_size)
-            by_rank = [layout.split(row, shard, local) for shard in shards]
+            local = weight_table.shape_of_shard(self._shape, groups.tensor_size)
+            by_rank = [weight_table.split(row, shard, local) for shard in shards]
             parts = [
                 _join(part, [of_rank[number] for of_rank in by_rank], self._shape)
                 for number, part in enumerate(row.parts)
@@ -200,8 +200,8 @@ def _fill(
     groups: ParallelGroups,
 ) -> None:
     """Copy this rank's slices of whole tensors, by Hugging Face name, into its shards."""
-    owners = layout.owners(shape)
-    local = layout.shape_of_shard(shape, groups.tensor_size)
+    owners = weight_table.owners(shape)
+    local = weight_table.shape_of_shard(shape, groups.tensor_size)
     pending: dict[str, list[Tensor]] = {}
     filled = set()
     for name, whole in wholes:  # every rank goes through all of them: they are made together
@@ -215,7 +215,7 @@ def _fill(
         live = own[fused].live
         parts.append(_slice(part, whole, live, groups))
         if len(parts) == len(row.parts):
-            value = layout.fuse(row, pending.pop(fused), local).to(live.device)
+            value = weight_table.fuse(row, pending.pop(fused), local).to(live.device)
             held, steps = own[fused].quantity(quantity), own[fused].steps
             if held is not None and steps is not None:
                 stretch = value.reshape(-1)[steps.start : steps.start + held.numel()]
@@ -226,14 +226,14 @@ def _fill(
     assert filled == set(own), sorted(set(own) - filled)
 
 
-def _split_axis(part: layout.Weight) -> int | None:
+def _split_axis(part: weight_table.Weight) -> int | None:
     for axis, name in enumerate(part.axes):
-        if name in layout.SPLIT_AXES:
+        if name in weight_table.SPLIT_AXES:
             return axis
     return None
 
 
-def _join(part: layout.Weight, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
+def _join(part: weight_table.Weight, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
     axis = _split_axis(part)
     if axis is None:
         return shards[0]
@@ -241,7 +241,7 @@ def _join(part: layout.Weight, shards: Sequence[Tensor], shape: ModelShape) -> T
     return torch.cat(list(shards), dim=axis).narrow(axis, 0, part.extents(shape)[axis])
 
 
-def _slice(part: layout.Weight, whole: Tensor, own: Tensor, groups: ParallelGroups) -> Tensor:
+def _slice(part: weight_table.Weight, whole: Tensor, own: Tensor, groups: ParallelGroups) -> Tensor:
     axis = _split_axis(part)
     if axis is None:
         return whole

@@ -41,9 +41,9 @@ from megashear.data.manifest import DataManifest
 from megashear.data.reweight import Reweighting
 from megashear.data.shares import Vector
 from megashear.models.llama import gather_weights, unwrap
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
+from megashear.monitor.charts import charts
 from megashear.monitor.console import format_evaluation, format_step, progress
-from megashear.monitor.layout import charts
 from megashear.monitor.notes import notes
 from megashear.monitor.sinks import Sink, Sinks, open_sinks
 from megashear.monitor.step_clock import StepClock

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megashear.checkpoint import integrity
 from megashear.checkpoint.description import (
     TOKENIZER,
     Description,
     find_iteration,
     read_description,
 )
-from megashear.checkpoint.sharded_hf import describe, load_hf
 from megashear.checkpoint.store import agree_on_iteration, load_weights
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import EvaluateRun, ModelConfig, ReferenceLossRun, TargetConfig
+from megashear.conversion.sharded_hf import describe, load_hf
 from megashear.data.held_out import HeldOutSet
 from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.reference_loss import MEASURED, PARAMETERS, SEQUENCE_LENGTH, Model, read_models
+from megashear.files import durable
 from megashear.files.output import check_writable, writing
 from megashear.masks.target_flags import target_shape
 from megashear.models.llama import build_chunks, check_layout
@@ -55,7 +55,7 @@ def evaluate(config: EvaluateRun) -> dict[str, Any]:
         if config.output is not None and groups.rank == 0:
             with writing("--output", config.output):
                 Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-                integrity.replace(Path(config.output), json.dumps(summary, indent=2) + "\n")
+                durable.replace(Path(config.output), json.dumps(summary, indent=2) + "\n")
     return summary
 
 

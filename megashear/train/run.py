@@ -12,24 +12,25 @@ from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 
-from megashear.checkpoint import loadable, tokenizer_files
 from megashear.checkpoint.description import ENVIRONMENT, Description, holds_iterations
 from megashear.checkpoint.hold import held_together
-from megashear.checkpoint.sharded_hf import load_hf
 from megashear.checkpoint.store import load_run, load_weights
 from megashear.config import PretrainRun, PruneRun, TrainConfig
+from megashear.conversion.sharded_hf import load_hf
 from megashear.data.batch import DocumentBorders
 from megashear.data.loader import MixtureLoader
 from megashear.data.manifest import DataManifest
 from megashear.masks.census import take_census
 from megashear.masks.mask_set import exact_gates
 from megashear.masks.target_flags import target_shape
+from megashear.models import loadable
 from megashear.models.llama import build_llama
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.parallel.watchdog import collective_timeout_s, watch
 from megashear.shape import ModelShape, read_shape
+from megashear.tokenizer import tokenizer_files
 from megashear.train.environment import environment
 from megashear.train.guard import StepGuard
 from megashear.train.in_flight import Optimized, cut_in_flight

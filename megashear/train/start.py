@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megashear.checkpoint import loadable, sharded_hf
 from megashear.checkpoint.description import (
     TOKENIZER,
     Description,
@@ -24,11 +23,13 @@ from megashear.config import (
     TrainConfig,
     check_streams,
 )
+from megashear.conversion import sharded_hf
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.kinds import kinds_of
 from megashear.masks.mask_set import target_units, whole_parts
 from megashear.masks.target_flags import nearest_multiples
 from megashear.masks.targets import target_flag
+from megashear.models import loadable
 from megashear.parallel.agree import raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape

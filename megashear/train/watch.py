@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megashear.masks.mask_set import MaskPart
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
 from megashear.monitor.mask_pictures import mask_pictures
 from megashear.monitor.sinks import Sink, tolerated
 from megashear.parallel import device

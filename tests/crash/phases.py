@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megashear.checkpoint import integrity, saver
+from megashear.checkpoint import saver
+from megashear.files import integrity
 from megashear.train import loop, start
 
 PHASES = (

@@ -14,9 +14,9 @@ from megashear.config import ModelConfig, ParallelConfig
 from megashear.data.batch import MicroBatch
 from megashear.masks.mask_set import MaskSet, whole_parts
 from megashear.models.binding import MaskBinding
-from megashear.models.layout import fuse, tensors
 from megashear.models.llama import build_llama, own_layers
 from megashear.models.parts import own_parts
+from megashear.models.weight_table import fuse, tensors
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train.schedule import run_chunk, run_schedule

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.checkpoint import integrity
 from megashear.checkpoint.description import Description, write_description
 from megashear.checkpoint.weights import CheckpointWeights, without_extra_state, write_weights
+from megashear.files import integrity
 from tests.ranks import run_ranks
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.gpt_model import build_gpt_model

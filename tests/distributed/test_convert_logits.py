@@ -18,9 +18,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from megashear.__main__ import main
-from megashear.checkpoint import hf, integrity, logits, store
-from megashear.checkpoint.certificate import CERTIFICATE, check
-from megashear.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megashear.checkpoint import store
 from megashear.checkpoint.description import (
     HF_CONFIG,
     find_iteration,
@@ -30,7 +28,11 @@ from megashear.checkpoint.description import (
 from megashear.checkpoint.shear import cut_checkpoint
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import ModelConfig
-from megashear.models import layout as table
+from megashear.conversion import hf, logits
+from megashear.conversion.certificate import CERTIFICATE, check
+from megashear.conversion.convert import hf_to_megatron, megatron_to_hf
+from megashear.files import integrity
+from megashear.models import weight_table
 from tests.distributed.test_resume import configuration, start
 from tests.ranks import run_ranks
 from tests.reference_llama import random_weights
@@ -144,11 +146,11 @@ def test_sides_that_read_other_weights_of_a_bf16_run_are_noticed(
 
 
 def test_a_wrong_interleaving_never_appears(model: Path, tmp_path: Path) -> None:
-    def stacked(row: table.MegatronTensor, parts: list[Tensor], shape: object) -> Tensor:
+    def stacked(row: weight_table.MegatronTensor, parts: list[Tensor], shape: object) -> Tensor:
         return torch.cat(list(parts))
 
     def broken() -> Converted:
-        table.fuse = stacked  # type: ignore[assignment]  # of this process alone
+        weight_table.fuse = stacked  # type: ignore[assignment]  # of this process alone
         with pytest.raises(ValueError, match=r"transformers differ by [\d.]+ of their norm, at m"):
             hf_to_megatron(model, tmp_path / "out", dtype="bfloat16", verify=())
         return {}

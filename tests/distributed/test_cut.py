@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.checkpoint.convert import megatron_to_hf
 from megashear.checkpoint.cut import cut
 from megashear.checkpoint.description import Description
 from megashear.checkpoint.shear import cut_checkpoint
 from megashear.checkpoint.store import load_weights, save_run
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megashear.conversion.convert import megatron_to_hf
 from megashear.masks.mask_set import exact_gates, target_units, whole_parts
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups

@@ -23,10 +23,10 @@ import torch.distributed as dist
 
 from megashear.__main__ import main
 from megashear.checkpoint.description import TRACKER, find_iteration, latest_iteration
-from megashear.checkpoint.integrity import DamagedError
 from megashear.checkpoint.store import agree_on_iteration
 from megashear.commands import outcome
 from megashear.commands.outcome import CANNOT_SAVE
+from megashear.files.integrity import DamagedError
 from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
 from megashear.train import loop

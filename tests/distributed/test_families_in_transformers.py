@@ -16,13 +16,13 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from megashear.checkpoint.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
-from megashear.checkpoint.hf import HfWeights  # noqa: E402
-from megashear.checkpoint.hf_config import config_of_shape  # noqa: E402
-from megashear.checkpoint.sharded_hf import load_hf  # noqa: E402
 from megashear.checkpoint.store import load_weights  # noqa: E402
 from megashear.config import ModelConfig, ParallelConfig  # noqa: E402
-from megashear.models import layout as table  # noqa: E402
+from megashear.conversion.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
+from megashear.conversion.hf import HfWeights  # noqa: E402
+from megashear.conversion.hf_config import config_of_shape  # noqa: E402
+from megashear.conversion.sharded_hf import load_hf  # noqa: E402
+from megashear.models import weight_table  # noqa: E402
 from megashear.models.core import rotary_frequencies  # noqa: E402
 from megashear.models.llama import build_chunks  # noqa: E402
 from megashear.parallel.groups import ParallelGroups  # noqa: E402
@@ -266,7 +266,7 @@ def test_queries_keys_and_values_one_after_the_other_are_noticed(
     shape, hf, _, logits = converted["qwen2"]
     weights = dict(HfWeights(hf))
     whole = by_megatron_name(weights, shape)
-    for row, layer in table.tensors(shape):
+    for row, layer in weight_table.tensors(shape):
         if row.name.endswith(part):
             stacked = [weights[p.hf_name.format(layer=layer)] for p in row.parts]
             whole[row.name.format(layer=layer)] = torch.cat(stacked)

@@ -16,7 +16,7 @@ from megashear.checkpoint.description import Description
 from megashear.checkpoint.store import load_run, load_weights, save_run
 from megashear.checkpoint.weights import CheckpointWeights, write_weights
 from megashear.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megashear.models import layout as table
+from megashear.models import weight_table
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
@@ -84,7 +84,7 @@ def test_a_run_saved_at_any_layout_is_the_same_checkpoint(
 
     run_ranks(4, step)
     first = everything(tmp_path / "tp4" / "iter_0000001")
-    for key, extents in table.checkpoint_shapes(shape).items():
+    for key, extents in weight_table.checkpoint_shapes(shape).items():
         for of in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."):
             assert tuple(first[of + key].shape) == extents, of + key
             assert first[of + key].any(), of + key

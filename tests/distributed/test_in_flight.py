@@ -28,7 +28,7 @@ from megashear.config import (
     TrainConfig,
 )
 from megashear.masks.mask_set import exact_gates, target_units
-from megashear.models import layout as table
+from megashear.models import weight_table
 from megashear.shape import ModelShape
 from megashear.train import in_flight, run
 from tests import text_run
@@ -174,9 +174,9 @@ def test_weights_equal_the_offline_path_s_at_tp2_pp2(sheared: Sheared, tmp_path:
 def in_hf_names(tensors: dict[str, Tensor], prefix: str, shape: ModelShape) -> dict[str, Tensor]:
     """Tensors of a checkpoint, layers stacked, by Hugging Face name."""
     found = {}
-    for row, layer in table.tensors(shape):
+    for row, layer in weight_table.tensors(shape):
         whole = tensors[prefix + row.key]
-        parts = table.split(row, whole if layer is None else whole[layer], shape)
+        parts = weight_table.split(row, whole if layer is None else whole[layer], shape)
         for part, tensor in zip(row.parts, parts):
             found[part.hf_name.format(layer=layer)] = tensor
     return found
@@ -195,7 +195,7 @@ def check_moments(sheared: Sheared) -> None:
     (log_alpha,) = run_ranks(1, lambda rank: read_log_alpha(run_dir))
     gates = exact_gates(log_alpha, targets)
     opened = {kind: (rows != 0).float() for kind, rows in gates.items()}
-    ones = {name: torch.ones(extents) for name, extents in table.hf_shapes(source).items()}
+    ones = {name: torch.ones(extents) for name, extents in weight_table.hf_shapes(source).items()}
     folded = dict(cut(ones, gates, source, sheared.target))  # what multiplies each kept weight
     for moment, power in (("exp_avg", -1), ("exp_avg_sq", -2)):
         prefix = f"optimizer.state.{moment}."

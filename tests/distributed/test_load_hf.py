@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.checkpoint import hf, sharded_hf
-from megashear.checkpoint.convert import megatron_to_hf
 from megashear.checkpoint.description import Description, read_description
 from megashear.checkpoint.store import load_weights
 from megashear.checkpoint.weights import write_weights
@@ -26,6 +24,8 @@ from megashear.config import (
     PretrainRun,
     TrainConfig,
 )
+from megashear.conversion import hf, sharded_hf
+from megashear.conversion.convert import megatron_to_hf
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.checkpoint import hf
-from megashear.checkpoint.convert import megatron_to_hf
 from megashear.checkpoint.description import Description
-from megashear.checkpoint.sharded_hf import load_hf
 from megashear.checkpoint.store import load_weights, save_run
 from megashear.checkpoint.weights import MASTERS, CheckpointWeights, write_weights
 from megashear.config import ModelConfig, OptimizerConfig
+from megashear.conversion import hf
+from megashear.conversion.convert import megatron_to_hf
+from megashear.conversion.sharded_hf import load_hf
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.planning.memory import checkpoint_bytes

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from megashear.__main__ import main
 from megashear.checkpoint.description import Description, read_description
-from megashear.checkpoint.hf import HfWeights
-from megashear.checkpoint.megatron_lm import MegatronLmWeights
 from megashear.checkpoint.megatron_lm_args import shape_of_arguments
 from megashear.checkpoint.pickles import read_common
 from megashear.checkpoint.weights import CheckpointWeights, write_weights
+from megashear.conversion.hf import HfWeights
+from megashear.conversion.megatron_lm import MegatronLmWeights
 from megashear.shape import ModelShape
 from tests import megatron_lm
 from tests.ranks import run_ranks

@@ -21,7 +21,7 @@ from megashear.checkpoint.store import SIDES, read_log_alpha
 from megashear.config import PruneRun
 from megashear.masks.gates import scores
 from megashear.masks.mask_set import MaskSet, expected_gates
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
 from megashear.monitor.mask_pictures import mask_pictures
 from megashear.report.kept import MaskReading
 from megashear.report.mask_map import cells

@@ -20,7 +20,7 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megashear.checkpoint import integrity, store
+from megashear.checkpoint import store
 from megashear.checkpoint.description import read_description
 from megashear.config import (
     DataConfig,
@@ -32,6 +32,7 @@ from megashear.config import (
     PruneRun,
     TrainConfig,
 )
+from megashear.files import integrity
 from megashear.masks.kinds import KINDS
 from megashear.masks.mask_set import expected_gates
 from megashear.train import run

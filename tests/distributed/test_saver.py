@@ -22,7 +22,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from megashear.checkpoint import integrity, saver, writer
+from megashear.checkpoint import saver, writer
 from megashear.checkpoint.description import (
     TRACKER,
     Description,
@@ -30,9 +30,10 @@ from megashear.checkpoint.description import (
     latest_iteration,
     read_description,
 )
-from megashear.checkpoint.integrity import SaveError
 from megashear.checkpoint.saver import Saver
 from megashear.checkpoint.writer import ShardedWrite, Written
+from megashear.files import integrity
+from megashear.files.integrity import SaveError
 from megashear.parallel.groups import ParallelGroups
 from tests.ranks import run_ranks
 from tests.tiny import layout

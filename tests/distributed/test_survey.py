@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megashear.config import MaskConfig, ModelConfig, ParallelConfig
 from megashear.masks.mask_set import expected_gates
 from megashear.models.llama import build_llama
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
 from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.objectives import RELAXED, StructuredPruning

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from megashear.checkpoint import integrity
 from megashear.checkpoint.description import (
     TOKENIZER,
     find_iteration,
@@ -18,6 +17,7 @@ from megashear.checkpoint.description import (
     write_description,
 )
 from megashear.config import ModelConfig
+from megashear.files import integrity
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.train import loop

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megashear.__main__ import main
-from megashear.checkpoint import hf, integrity
 from megashear.commands.outcome import USAGE
 from megashear.config import ModelConfig, ParallelConfig
+from megashear.conversion import hf
+from megashear.files import integrity
 from megashear.parallel import launch
 from tests import text_run
 from tests.end_to_end.torchrun import torchrun

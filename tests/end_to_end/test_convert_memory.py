@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megashear.checkpoint import hf
-from megashear.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megashear.conversion import hf
+from megashear.conversion.convert import hf_to_megatron, megatron_to_hf
 from megashear.shape import ModelShape
 from tests.ranks import run_ranks
 from tests.reference_llama import random_weights

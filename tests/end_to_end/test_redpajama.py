@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megashear.__main__ import main
-from megashear.checkpoint import hf
+from megashear.conversion import hf
 from megashear.shape import ModelShape
 from tests import text_run
 from tests.end_to_end.torchrun import ROOT, torchrun

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megashear.checkpoint import hf
+from megashear.conversion import hf
 from tests.end_to_end.torchrun import ROOT
 from tests.reference_llama import random_weights
 from tests.text_run import SEQUENCE, SHAPE, TextRun

@@ -15,7 +15,7 @@ from megashear import config
 from megashear.__main__ import main
 from megashear.commands.parse import CONFIG, DRY_RUN
 from megashear.commands.settings import settings_of
-from megashear.monitor import tensorboard
+from megashear.monitor import tags
 from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)
 
 ROOT = Path(__file__).parents[2]
@@ -202,7 +202,7 @@ def test_texts_are_ascii(path: Path) -> None:
 
 def test_every_tag_of_tensorboard_is_explained() -> None:
     text = (ROOT / "docs/monitoring.md").read_text(encoding="utf-8")
-    plain = [value for name, value in vars(tensorboard).items() if name.isupper()]
+    plain = [value for name, value in vars(tags).items() if name.isupper()]
     assert "train/lm-loss" in plain
     of_kind = (
         "expected_sparsity",
@@ -226,15 +226,15 @@ def test_every_tag_of_tensorboard_is_explained() -> None:
         "eval_error",
         "eval_excess",
     )
-    tags = [
+    wanted = [
         *(tag for tag in plain if isinstance(tag, str)),
-        *(getattr(tensorboard, name)("<kind>") for name in of_kind),
-        *(getattr(tensorboard, name)("<domain>") for name in of_domain),
-        tensorboard.full_loss("<domain>"),
-        tensorboard.part_seconds("<part>"),
-        *(tensorboard.part_share(part) for part in tensorboard.PAUSES),
+        *(getattr(tags, name)("<kind>") for name in of_kind),
+        *(getattr(tags, name)("<domain>") for name in of_domain),
+        tags.full_loss("<domain>"),
+        tags.part_seconds("<part>"),
+        *(tags.part_share(part) for part in tags.PAUSES),
     ]
-    assert [tag for tag in tags if f"`{tag}`" not in text] == []
+    assert [tag for tag in wanted if f"`{tag}`" not in text] == []
 
 
 def test_sections_that_the_code_names_exist() -> None:

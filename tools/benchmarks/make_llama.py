@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megashear.checkpoint import hf
-from megashear.checkpoint.workers import default_workers
-from megashear.models import layout
+from megashear.conversion import hf
+from megashear.files.workers import default_workers
+from megashear.models import weight_table
 from megashear.shape import PRESETS, ModelShape
 
 
@@ -20,7 +20,7 @@ class RandomWeights(Mapping[str, Tensor]):
     """Weights drawn when they are asked for, the same ones for the same seed and name."""
 
     def __init__(self, shape: ModelShape, dtype: torch.dtype, seed: int) -> None:
-        self._shapes, self._seed = layout.hf_shapes(shape), seed
+        self._shapes, self._seed = weight_table.hf_shapes(shape), seed
         self._numbers = {name: number for number, name in enumerate(self._shapes)}
         self.dtypes = dict.fromkeys(self._shapes, dtype)
 

@@ -27,8 +27,8 @@ from megashear.masks.gates import scores
 from megashear.masks.mask_set import expected_gates, whole_parts
 from megashear.masks.targets import target_units
 from megashear.models.kept import KeptUnits
-from megashear.monitor import tensorboard as tags
-from megashear.monitor.layout import charts
+from megashear.monitor import tags
+from megashear.monitor.charts import charts
 from megashear.monitor.sinks import Sinks, open_sinks
 from megashear.monitor.step_clock import StepClock
 from megashear.parallel import device

@@ -27,9 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megashear.data.domains import preprocess
 from megashear.data.indexed import token_dtype
-from megashear.data.inputs import find_domains
+from megashear.preprocessing.domains import preprocess
+from megashear.preprocessing.inputs import find_domains
 from megashear.tokenizer.choice import load_tokenizer
 
 SELF, CHILDREN = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN

@@ -36,7 +36,7 @@ from measuring import (
 from ways import WHOLE, OurStep, Parts, TransformersStep, Work, kept_bytes, target_of
 
 from megashear.config import ModelConfig, ParallelConfig
-from megashear.models import layout
+from megashear.models import weight_table
 from megashear.models.llama import names_in_whole, unwrap
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
@@ -213,7 +213,7 @@ def floors(
 
 def folded_elements(shape: ModelShape, chunks: Sequence[torch.nn.Module]) -> int:
     """Numbers in this rank's weights that masks of every kind fold into."""
-    rows = {row.name.format(layer=layer): row for row, layer in layout.tensors(shape)}
+    rows = {row.name.format(layer=layer): row for row, layer in weight_table.tensors(shape)}
     found = 0
     for chunk in chunks:
         gpt = unwrap(chunk)

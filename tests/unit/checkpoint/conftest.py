@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from megashear.checkpoint import integrity
 from megashear.checkpoint.description import Description
 from megashear.checkpoint.weights import write_weights
+from megashear.files import integrity
 from megashear.shape import ModelShape
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.shapes import GROUPED, MULTI_HEAD

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megashear.checkpoint.cut import cut
 from megashear.masks.mask_set import exact_gates
-from megashear.models import layout
+from megashear.models import weight_table
 from megashear.shape import ModelShape
 from tests.families import FAMILIES, pruned
 from tests.reference_llama import forward, random_weights, relative_error
@@ -66,14 +66,14 @@ def test_folding_the_output_layer_too_is_noticed(source: ModelShape, target: Mod
 def test_a_missing_fold_is_noticed(
     monkeypatch: pytest.MonkeyPatch, source: ModelShape, target: ModelShape, axis: int
 ) -> None:
-    def without(row: layout.MegatronTensor) -> layout.MegatronTensor:
+    def without(row: weight_table.MegatronTensor) -> weight_table.MegatronTensor:
         if "linear_proj" not in row.name:
             return row
         folds = tuple(() if a == axis else kinds for a, kinds in enumerate(row.parts[0].folds))
         return replace(row, parts=(replace(row.parts[0], folds=folds),))
 
-    rows = tuple(map(without, layout.table(source)))
-    monkeypatch.setattr(layout, "table", lambda shape: rows)
+    rows = tuple(map(without, weight_table.table(source)))
+    monkeypatch.setattr(weight_table, "table", lambda shape: rows)
     assert error_of_cut(source, target, random_gates(source, target)) > 0.01
 
 
@@ -155,7 +155,7 @@ def test_weights_keep_their_format_and_are_rounded_once() -> None:
 def test_names_and_shapes_are_the_targets_in_order() -> None:
     pieces = cut(random_weights(GROUPED), random_gates(GROUPED, CUT_GROUPED), GROUPED, CUT_GROUPED)
     shapes = [(name, tuple(weight.shape)) for name, weight in pieces]
-    assert shapes == list(layout.hf_shapes(CUT_GROUPED).items())
+    assert shapes == list(weight_table.hf_shapes(CUT_GROUPED).items())
 
 
 class Unread(dict[str, Tensor]):

@@ -15,9 +15,9 @@ from megashear.checkpoint.description import (
     read_description,
     write_description,
 )
-from megashear.checkpoint.integrity import CHECKSUMS, DamagedError
+from megashear.files.integrity import CHECKSUMS, DamagedError
 from tests.iterations import copy_iteration
-from tests.unit.checkpoint.test_integrity import flip
+from tests.unit.files.test_integrity import flip
 
 Harm = Callable[[Path], object]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from megashear.checkpoint import description, hold, integrity
+from megashear.checkpoint import description, hold
 from megashear.checkpoint.description import (
     TRACKER,
     Description,
@@ -29,6 +29,7 @@ from megashear.checkpoint.description import (
 )
 from megashear.checkpoint.hold import LOCK, held
 from megashear.checkpoint.saver import forget_older
+from megashear.files import integrity
 from tests.unit.checkpoint.shapes import GROUPED
 
 FORK = multiprocessing.get_context("fork")

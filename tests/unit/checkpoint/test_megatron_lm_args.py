@@ -14,7 +14,6 @@ from megatron.core.transformer.enums import AttnBackend
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megashear.checkpoint import pickles
-from megashear.checkpoint.megatron_lm import MegatronLmWeights, find_megatron_lm
 from megashear.checkpoint.megatron_lm_args import (
     arguments_of_shape,
     common_state,
@@ -22,7 +21,8 @@ from megashear.checkpoint.megatron_lm_args import (
     shape_of_arguments,
 )
 from megashear.checkpoint.pickles import COMMON_ENTRY, check_index, check_pickles, read_common
-from megashear.checkpoint.torch_files import Unread
+from megashear.conversion.megatron_lm import MegatronLmWeights, find_megatron_lm
+from megashear.files.torch_files import Unread
 from megashear.shape import PRESETS, ModelShape, RopeScaling
 from tests.megatron_lm import arguments
 from tests.unit.checkpoint.shapes import CUT_GROUPED, GROUPED, MULTI_HEAD

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.checkpoint import hf
-from megashear.checkpoint.convert import to_checkpoint, to_hf
 from megashear.checkpoint.description import Description
-from megashear.checkpoint.sources import Source, open_composer, open_source
 from megashear.checkpoint.weights import write_weights
+from megashear.conversion import hf
+from megashear.conversion.convert import to_checkpoint, to_hf
+from megashear.conversion.sources import Source, open_composer, open_source
 from tests import composer
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.shapes import MULTI_HEAD

@@ -13,8 +13,8 @@ from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
 from megashear.checkpoint.torch_dist import TorchDistWriter
 from megashear.checkpoint.weights import CheckpointWeights, write_weights
-from megashear.checkpoint.workers import run_all
-from megashear.models import layout
+from megashear.files.workers import run_all
+from megashear.models import weight_table
 from megashear.shape import ModelShape
 from tests.ranks import run_ranks
 from tests.reference_llama import random_weights
@@ -30,9 +30,9 @@ def save_with_megatron(directory: Path, shape: ModelShape) -> None:
     from megatron.core.dist_checkpointing import ShardedTensor
 
     entries = {}
-    for row, layer in layout.tensors(shape):
+    for row, layer in weight_table.tensors(shape):
         parts = [WEIGHTS[part.hf_name.format(layer=layer)] for part in row.parts]
-        whole = layout.fuse(row, parts, shape)
+        whole = weight_table.fuse(row, parts, shape)
         stacked = [] if layer is None else [(0, layer, shape.num_layers)]
         entries[row.name.format(layer=layer)] = ShardedTensor.from_rank_offsets(
             row.key, whole, *stacked, prepend_axis_num=len(stacked)
@@ -123,7 +123,7 @@ def test_weights_are_asked_for_as_they_are_written(
 
     monkeypatch.setattr(torch_dist.TorchDistFile, "add", counted)
     write_weights(tmp_path / "out", Watched(WEIGHTS), DESCRIPTION)
-    parts = [len(row.parts) for row, _ in layout.tensors(GROUPED)]
+    parts = [len(row.parts) for row, _ in weight_table.tensors(GROUPED)]
     assert written == [sum(parts[: n + 1]) for n in range(len(parts))]
     assert asked == list(WEIGHTS)
 

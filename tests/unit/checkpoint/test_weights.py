@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megashear.checkpoint.description import Description, find_iteration, read_description
 from megashear.checkpoint.weights import CheckpointWeights, write_weights
-from megashear.models import layout
+from megashear.models import weight_table
 from megashear.shape import ModelShape
 from tests.ranks import run_ranks
 from tests.unit.checkpoint.gpt_model import load_into_gpt_model
@@ -43,7 +43,7 @@ def test_megatron_core_loads_every_weight_at_any_layout(
     iteration = directory / "iter_0000120"
     ranks = run_ranks(tp * pp, lambda rank: load_into_gpt_model(iteration, shape, tp, pp))
     per_stage = shape.num_layers // pp
-    for row, layer in layout.tensors(shape):
+    for row, layer in weight_table.tensors(shape):
         parts = [weights[part.hf_name.format(layer=layer)] for part in row.parts]
         if layer is None:
             stage, own = (0 if "embedding" in row.name else pp - 1), row.name
@@ -60,7 +60,7 @@ def test_megatron_core_loads_every_weight_at_any_layout(
                 num_query_groups=shape.num_query_groups // tp,
                 num_attention_heads=shape.num_attention_heads // tp,
             )
-            wanted = layout.fuse(row, shards, local)
+            wanted = weight_table.fuse(row, shards, local)
             assert torch.equal(ranks[stage * tp + rank][own], wanted), (own, rank)
 
 

@@ -302,8 +302,8 @@ def test_convert_finds_out_the_direction(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    convert = importlib.import_module("megashear.checkpoint.convert")
-    sources = importlib.import_module("megashear.checkpoint.sources")
+    convert = importlib.import_module("megashear.conversion.convert")
+    sources = importlib.import_module("megashear.conversion.sources")
     source = sources.Source(kind=kind, path=tmp_path, named=tmp_path, weights={}, shape=None)
     monkeypatch.setattr(sources, "open_source", lambda path, **said: source)
     logits = {"relative_error": 2.34e-7, "bound": 1e-5}

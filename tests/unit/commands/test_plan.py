@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megashear.__main__ import main
-from megashear.checkpoint.hf_config import config_of_shape
+from megashear.conversion.hf_config import config_of_shape
 from megashear.shape import PRESETS
 from tests.text_run import SHAPE, write_checkpoint
 

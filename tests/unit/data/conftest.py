@@ -21,8 +21,8 @@ import tokenizers.models
 import tokenizers.pre_tokenizers
 import tokenizers.trainers
 
-from megashear.data.domains import preprocess
 from megashear.data.manifest import DataManifest
+from megashear.preprocessing.domains import preprocess
 
 DOMAIN_MODULES: dict[str, list[ModuleType]] = {
     "words": [string, textwrap, email],

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from megashear.data.domains import preprocess
+from megashear.preprocessing.domains import preprocess
 from megashear.tokenizer.choice import load_tokenizer
 from tests.unit.data.conftest import write_jsonl
-from tests.unit.data.test_domains import documents
+from tests.unit.preprocessing.test_domains import documents
 
 
 @pytest.fixture(params=["sentencepiece_file", "hugging_face_file"])

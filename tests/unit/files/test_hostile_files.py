@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megashear.checkpoint import certificate, hf, hf_config, integrity, tokenizer_files
 from megashear.checkpoint.description import (
     DESCRIPTION,
     TRACKER,
@@ -19,16 +18,19 @@ from megashear.checkpoint.description import (
     latest_iteration,
     read_description,
 )
-from megashear.checkpoint.integrity import CHECKSUMS, DamagedError
-from megashear.checkpoint.megatron_lm import find_megatron_lm
 from megashear.commands.parse import parse
 from megashear.config import EvaluateRun
-from megashear.data import journal, mds
+from megashear.conversion import certificate, hf, hf_config
+from megashear.conversion.megatron_lm import find_megatron_lm
 from megashear.data.manifest import read_manifest
 from megashear.data.phases import read_phases
 from megashear.data.reference_loss import read_reference
 from megashear.data.shares import ShareLimits
+from megashear.files import integrity
+from megashear.files.integrity import CHECKSUMS, DamagedError
+from megashear.preprocessing import journal, mds
 from megashear.shape import ModelShape, read_shape
+from megashear.tokenizer import tokenizer_files
 from megashear.tokenizer.companions import named
 from tests.unit.checkpoint.shapes import GROUPED
 

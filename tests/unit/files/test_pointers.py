@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from megashear.checkpoint import tokenizer_files
 from megashear.checkpoint.pickles import check_index
-from megashear.checkpoint.safetensors_file import read_header
-from megashear.checkpoint.torch_files import load_mapped
+from megashear.conversion.safetensors_file import read_header
 from megashear.data.indexed import check_pair
-from megashear.data.mds import _unpacked
-from megashear.data.text_files import read_json, read_parquet, read_plain
 from megashear.files.pointers import is_pointer
 from megashear.files.regular import open_regular
+from megashear.files.torch_files import load_mapped
+from megashear.preprocessing.mds import _unpacked
+from megashear.preprocessing.text_files import read_json, read_parquet, read_plain
+from megashear.tokenizer import tokenizer_files
 from megashear.tokenizer.choice import load_tokenizer
 
 POINTER = (

@@ -20,14 +20,14 @@ from megashear.masks.kinds import (
     kinds_of,
 )
 from megashear.masks.targets import target_flag, whole_parts
-from megashear.models import layout
+from megashear.models import weight_table
 from megashear.shape import ModelShape
 from tests.tiny import PAIRS
 
 PACKAGE = Path(__file__).parents[3] / "megashear"
 MAY_SAY_KINDS = {
     "masks/kinds.py",  # the table
-    "models/layout.py",  # the weights' table: their axes, and the kinds that fold into each
+    "models/weight_table.py",  # the weights' table: their axes, and the kinds that fold into each
 }
 GROUPED = PAIRS["8-groups-of-4"][0]
 PLAIN = replace(GROUPED, num_query_groups=GROUPED.num_attention_heads)
@@ -96,7 +96,7 @@ def test_masks_of_all_kinds_have_a_gate_for_each_unit(source: ModelShape) -> Non
 
 
 def test_axes_and_folds_of_weights_are_those_of_kinds() -> None:
-    weights = [weight for _, weight, _ in layout.weights(GROUPED)]
+    weights = [weight for _, weight, _ in weight_table.weights(GROUPED)]
     axes = {axis for weight in weights for axis in weight.axes}
     assert axes >= {*ON_AXIS}
     assert axes - {*ON_AXIS} <= NOT_PRUNED

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from megashear.monitor import figures
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import figures, tags
 from megashear.monitor.figures import plot_mixture, read_events, runs_in
 from megashear.monitor.notes import READING
-from megashear.monitor.tensorboard import TensorBoardSink
+from megashear.monitor.tags import TensorBoardSink
 
 DOMAINS = ("cc", "wiki")
 

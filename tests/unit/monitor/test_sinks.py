@@ -23,7 +23,7 @@ from megashear.config import TrainConfig
 from megashear.models.kept import KeptUnits
 from megashear.monitor import sinks
 from megashear.monitor.sinks import JsonLinesSink, Sinks, check_sinks, open_sinks
-from megashear.monitor.tensorboard import TensorBoardSink
+from megashear.monitor.tags import TensorBoardSink
 from megashear.train import watch
 from megashear.train.objectives import MaskSurvey
 from tests.text_run import scalars

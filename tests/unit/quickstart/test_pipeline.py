@@ -10,11 +10,11 @@ import sentencepiece
 from tokenizers import Tokenizer
 
 from megashear.__main__ import main
-from megashear.checkpoint.fast_tokenizer import write_for_transformers
 from megashear.parallel import device
 from megashear.quickstart import pipeline
 from megashear.quickstart.pipeline import Quickstart, Result, table, train_tokenizer
 from megashear.quickstart.recipe import FULL, SHORT, SOURCE, TARGET
+from megashear.tokenizer.fast_tokenizer import write_for_transformers
 
 CODE = "def f(x):\n    return  x + 1  # kept: \u00e4, tabs\t and ends \n"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megashear.checkpoint.description import Description
-from megashear.checkpoint.sources import CHECKPOINT
+from megashear.conversion.sources import CHECKPOINT
 from megashear.report import comparison
 from megashear.report.comparison import (
     check_comparable,

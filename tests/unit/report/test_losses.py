@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megashear.checkpoint.description import Description
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
 from megashear.monitor.figures import Point
 from megashear.report.losses import (
     MeanLoss,

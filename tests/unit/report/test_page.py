@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from megashear.checkpoint.description import Description
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
 from megashear.monitor.figures import Point
-from megashear.monitor.tensorboard import TensorBoardSink
+from megashear.monitor.tags import TensorBoardSink
 from megashear.report import costs
 from megashear.report.costs import COSTS
 from megashear.report.curves import (

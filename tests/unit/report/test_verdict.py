@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megashear.masks.targets import target_units, whole_parts
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
 from megashear.monitor.figures import Point
 from megashear.report.kept import MaskReading
 from megashear.report.record import RunRecord

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from megashear.checkpoint import fast_tokenizer, tokenizer_files
+from megashear.tokenizer import fast_tokenizer, tokenizer_files
 from megashear.tokenizer.choice import load_tokenizer
 from megashear.tokenizer.models import SentencePieceTokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megashear.monitor import tensorboard as tags
+from megashear.monitor import tags
 from megashear.parallel import device
 from megashear.shape import PRESETS
 from megashear.train.watch import utilisation_points

@@ -1,0 +1,87 @@
+"""Which shapes stock runtimes load from a Hugging Face directory, and which shapes near them do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from megashear.shape import Family, ModelShape
+
+logger = logging.getLogger(__name__)
+
+HEADS_DIVIDE_HIDDEN: frozenset[Family] = frozenset({"llama"})
+"""Families of which transformers from release 5 refuses a hidden size that is not a multiple of the
+heads, ``head_dim`` or not. Source: LlamaConfig.validate_architecture; the configurations of the
+other families have no such check (`tests/unit/models/test_loadable.py` asks them)."""
+
+
+def why_refused(shape: ModelShape) -> str | None:
+    """Return why transformers refuses to load a model of this shape; None where it loads it."""
+    hidden, heads = shape.hidden_size, shape.num_attention_heads
+    if shape.family not in HEADS_DIVIDE_HIDDEN or hidden % heads == 0:
+        return None
+    return (
+        f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}: transformers from "
+        f"release 5 refuses such a {shape.family} model, although head_dim is given"
+    )
+
+
+def check_target(target: ModelShape, source: ModelShape, *, force: bool) -> None:
+    """Refuse to work towards a model that no stock runtime would load.
+
+    Args:
+        target: shape to end with.
+        source: shape to start from.
+        force: warn instead.
+
+    Raises:
+        ValueError: with the nearest targets that load.
+    """
+    why = why_refused(target)
+    if why is not None and not force:
+        raise ValueError(
+            f"target {why}; the nearest that it loads: {_nearest(target, source)}; or add "
+            f"--force-unloadable-target, for a runtime of your own"
+        )
+    warn(target, "target ")
+
+
+def warn(shape: ModelShape, of_what: str = "") -> None:
+    """Log a warning for each stock runtime that would not load a model of this shape.
+
+    Args:
+        shape: the model.
+        of_what: first words of the warning.
+    """
+    why = why_refused(shape)
+    if why is not None:
+        logger.warning("%s%s", of_what, why)
+    if shape.family == "qwen2" and shape.head_dim * shape.num_attention_heads != shape.hidden_size:
+        # Source: vLLM's model_executor/models/qwen2.py, early 2025
+        logger.warning(
+            "%shead_dim %d is not hidden_size %d over num_attention_heads %d: vLLM may take the "
+            "width of a Qwen2's heads from these two and cannot load it then, transformers can",
+            *(of_what, shape.head_dim, shape.hidden_size, shape.num_attention_heads),
+        )
+
+
+def _nearest(target: ModelShape, source: ModelShape) -> str:
+    """Return the flags of the nearest hidden sizes and numbers of heads that load."""
+    hidden, heads = target.hidden_size, target.num_attention_heads
+    # as many query heads for each key/value head; without grouped queries both go together
+    groups = 1 if source.heads_per_group == 1 else target.num_query_groups
+    most = groups * source.heads_per_group if groups > 1 else source.num_attention_heads
+    ways = {
+        "--target-hidden-size": _around(hidden, source.hidden_size, lambda size: size % heads == 0),
+        "--target-num-attention-heads": _around(
+            heads, most, lambda count: hidden % count == 0 and count % groups == 0
+        ),
+    }
+    return ", or ".join(f"{flag} {' or '.join(found)}" for flag, found in ways.items() if found)
+
+
+def _around(value: int, most: int, fits: Callable[[int], bool]) -> list[str]:
+    """Return the nearest numbers below and above ``value``, from 1 to ``most``, that fit."""
+    sides = (range(min(value, most), 0, -1), range(value + 1, most + 1))
+    found = (next((n for n in side if fits(n)), None) for side in sides)
+    return [str(n) for n in found if n is not None]

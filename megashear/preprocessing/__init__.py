@@ -1,0 +1,1 @@
+"""Text into tokenised domains."""

@@ -1,0 +1,285 @@
+"""Documents: checked, tokenised and assigned to training or held-out text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import connection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megashear.preprocessing.inputs import read_chunks
+from megashear.preprocessing.long_text import encode_parts
+from megashear.preprocessing.text_files import MAX_DOCUMENT_MB, Chunk, Record
+from megashear.tokenizer.choice import load_tokenizer
+
+EMPTY = "empty"
+"""Why a document is skipped: no text but blanks, or no token."""
+NOT_TEXT = "not a string"
+"""Why a document is skipped: null, a number, a list where text belongs."""
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair. JSON can escape one, as web text cut at a place does, and no tokenizer
+accepts it; whole pairs are one character by then."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodingPolicy:
+    """What becomes of a record; hashable and picklable: workers load their tokenizer from it."""
+
+    tokenizer_path: Path
+    """Tokenizer file or directory."""
+    json_key: str
+    """Key under which a line holds its text."""
+    prepend_bos: bool
+    """Begin every document of text with the tokenizer's BOS."""
+    append_eod: bool
+    """End every document of text with the tokenizer's EOS."""
+    held_out_fraction: float
+    """Documents that go to the held-out set, expected share."""
+    dtype: str
+    """Name of the numpy type that tokens are stored in."""
+
+
+class EncodedSide(NamedTuple):
+    """Documents of a chunk that go to one side, back to back."""
+
+    tokens: npt.NDArray[np.integer]  # [tokens]
+    lengths: npt.NDArray[np.int32]  # [documents]
+
+
+class EncodedChunk(NamedTuple):
+    """What a chunk became."""
+
+    train: EncodedSide
+    held_out: EncodedSide
+    skipped: Counter[str]
+    """Records left out, by reason."""
+    text_bytes: int
+    """Size of the texts that were tokenised, bytes of UTF-8."""
+    num_pretokenised: int
+    """Documents that came as tokens."""
+    lone_surrogates: int = 0
+    """Halves of surrogate pairs in the texts, replaced by U+FFFD."""
+
+    @property
+    def num_documents(self) -> int:
+        """Documents on both sides."""
+        return len(self.train.lengths) + len(self.held_out.lengths)
+
+
+def read_texts(file: Path, json_key: str) -> Iterator[str]:
+    """Text of every document of a file of text, one held at a time.
+
+    Raises:
+        ValueError: a record is not a JSON object with text under ``json_key``; names the file and
+            the line.
+    """
+    for chunk in read_chunks(file, json_key=json_key):
+        for number, record in enumerate(chunk.records, start=chunk.first):
+            place = f"{file}, {chunk.unit} {number}"
+            if not isinstance(record, (str, bytes)):
+                raise ValueError(f"{place} holds a {type(record).__name__}; text is wanted")
+            if isinstance(record, str) or record.strip():
+                text = _text(record, json_key, place)
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"{place} has a {type(text).__name__} under {json_key!r}; text is wanted"
+                    )
+                yield LONE_SURROGATE.sub("\ufffd", text)
+
+
+def check_first(
+    file: Path, json_key: str, tokens_dtype: str, max_document_mb: int = MAX_DOCUMENT_MB
+) -> None:
+    """Look at the first record of a file: most mistakes are made in all of them.
+
+    Raises:
+        ValueError: the file cannot be read, or the record is none; names the file and the line.
+    """
+    chunks = read_chunks(
+        file,
+        json_key=json_key,
+        tokens_dtype=tokens_dtype,
+        chunk_bytes=1,
+        max_document_mb=max_document_mb,
+    )
+    for chunk in chunks:
+        for number, record in enumerate(chunk.records, start=chunk.first):
+            if not isinstance(record, bytes) or record.strip():
+                _text(record, json_key, f"{file}, {chunk.unit} {number}")
+                return
+
+
+def encode_chunk(policy: EncodingPolicy, chunk: Chunk) -> EncodedChunk:
+    """Tokenise the documents of a chunk.
+
+    Raises:
+        ValueError: a line is not a JSON object with ``policy.json_key``, or an id is beyond the
+            tokenizer's vocabulary; names the file and the line.
+    """
+    encoder = _encoder(policy)
+    sides: tuple[list[npt.NDArray[np.integer]], ...] = ([], [])
+    skipped: Counter[str] = Counter()
+    text_bytes = num_pretokenised = lone_surrogates = 0
+    for number, record in enumerate(chunk.records, start=chunk.first):
+        if isinstance(record, bytes) and not record.strip():
+            continue  # a blank line is no document
+        place = f"{chunk.file}, {chunk.unit} {number}"
+        if isinstance(record, np.ndarray):
+            if not len(record):
+                skipped[EMPTY] += 1
+                continue
+            tokens, content = encoder.check_tokens(record, place)
+            is_held_out = encoder.is_held_out(content)
+            num_pretokenised += 1
+        else:
+            text = _text(record, policy.json_key, place)
+            if not isinstance(text, str):
+                skipped[NOT_TEXT] += 1
+                continue
+            try:
+                content, replaced = text.encode(), 0
+            except UnicodeEncodeError:
+                text, replaced = LONE_SURROGATE.subn("\ufffd", text)
+                content = text.encode()
+            size, is_held_out = len(content), encoder.is_held_out(content)
+            del content  # a document may be long, and its tokens take more
+            found = encoder.encode(text)
+            if found is None:
+                skipped[EMPTY] += 1
+                continue
+            tokens = found
+            text_bytes += size
+            lone_surrogates += replaced
+        sides[is_held_out].append(tokens)
+    train, held_out = (_side(side, policy.dtype) for side in sides)
+    return EncodedChunk(train, held_out, skipped, text_bytes, num_pretokenised, lone_surrogates)
+
+
+def end_with_parent() -> None:
+    """Begin a worker: keep it from waiting for ever where the process that started it is killed.
+
+    An interrupt from the keyboard reaches all processes; that which started the workers ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class _Encoder:
+    """A policy with its tokenizer loaded."""
+
+    def __init__(self, policy: EncodingPolicy) -> None:
+        self._tokenizer = load_tokenizer(policy.tokenizer_path)
+        self._dtype = np.dtype(policy.dtype)
+        self._before = [self._tokenizer.bos_id] if policy.prepend_bos else []
+        self._after = [self._tokenizer.eos_id] if policy.append_eod else []
+        self._held_out_below = int(policy.held_out_fraction * 2**64)
+
+    def encode(self, text: str) -> npt.NDArray[np.integer] | None:
+        """Tokens of a document; None where it is blank."""
+        if not text or text.isspace():
+            return None
+        parts = [
+            np.array(ids, dtype=self._dtype)  # at once: a list takes 36 bytes a token
+            for ids in encode_parts(self._tokenizer.encode, text)
+        ]
+        if not any(map(len, parts)):
+            return None
+        ends = [np.array(ids, dtype=self._dtype) for ids in (self._before, self._after)]
+        return np.concatenate([ends[0], *parts, ends[1]])
+
+    def check_tokens(
+        self, tokens: npt.NDArray[np.number], place: str
+    ) -> tuple[npt.NDArray[np.integer], bytes]:
+        """Tokens as they are stored, and the bytes by which their side is chosen."""
+        size = self._tokenizer.vocab_size
+        wrong = np.flatnonzero((tokens < 0) | (tokens >= size))
+        if len(wrong):
+            raise ValueError(
+                f"{place}: token {wrong[0] + 1} is {tokens[wrong[0]]}, but the tokenizer "
+                f"{self._tokenizer.path} has {size} ids; give the tokenizer that made these data "
+                f"(--tokenizer-model), or their type (--tokens-dtype)"
+            )
+        # One type whatever the file's, or the same tokens would change sides with it.
+        return tokens.astype(self._dtype), tokens.astype("<i4").tobytes()
+
+    def is_held_out(self, content: bytes) -> bool:
+        # Of the content alone: a document stays on its side whatever files join the domain, and
+        # copies of a text never end up on both sides.
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self._held_out_below
+
+
+@lru_cache(maxsize=1)
+def _encoder(policy: EncodingPolicy) -> _Encoder:
+    """Loaded once in each process: a tokenizer takes longer to load than a chunk to encode."""
+    return _Encoder(policy)
+
+
+def _side(documents: list[npt.NDArray[np.integer]], dtype: str) -> EncodedSide:
+    tokens = np.concatenate(documents) if documents else np.empty(0, dtype=dtype)
+    return EncodedSide(tokens, np.array([len(each) for each in documents], dtype=np.int32))
+
+
+def _text(record: Record, key: str, place: str) -> object:
+    """What a record holds as its text, which may be anything."""
+    if not isinstance(record, bytes):
+        return record
+    try:
+        # Not the bytes: json guesses UTF-16 and UTF-32 there, whose lines have been cut wrongly.
+        line = json.loads(record.decode("utf-8-sig"), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8: {error}; convert the file to UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{place} is not valid JSON: {error}; wanted: an object a line, or one array of "
+            f"objects; mend it, or move the file away if it is no text"
+        ) from None
+    if not isinstance(line, dict):
+        raise ValueError(f"{place} holds a {type(line).__name__}; a JSON object is wanted")
+    if key not in line:
+        raise ValueError(
+            f"{place} has no key {key!r}, only {sorted(line)}; name the key of the text with "
+            f"--json-key, or move the file away if it is no text"
+        )
+    if isinstance(line, _Repeating) and line.counts[key] > 1:
+        raise ValueError(
+            f"{place} has the key {key!r} {line.counts[key]} times, so its text is not clear; "
+            f"leave one"
+        )
+    return line[key]
+
+
+class _Repeating(dict[str, object]):
+    """A JSON object in which a key is there more than once; the last one counts."""
+
+    counts: Counter[str]
+    """How often each key is there."""
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeating = _Repeating(found)
+    repeating.counts = Counter(key for key, _ in pairs)
+    return repeating

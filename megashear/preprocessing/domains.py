@@ -1,0 +1,396 @@
+"""Tokenises text into one .bin/.idx and one held-out set per domain."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import re
+import shutil
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+from megashear.data.indexed import token_dtype
+from megashear.data.manifest import (
+    HELD_OUT_SUFFIX,
+    TOKENIZER_FOLDER,
+    DataManifest,
+    DomainCounts,
+)
+from megashear.preprocessing.documents import (
+    EncodedChunk,
+    EncodingPolicy,
+    check_first,
+    encode_chunk,
+    end_with_parent,
+)
+from megashear.preprocessing.domain_writer import DomainWriter
+from megashear.preprocessing.inputs import read_chunks, samples_of
+from megashear.preprocessing.journal import FOLDER, unfinished
+from megashear.preprocessing.mds import check_set
+from megashear.preprocessing.progress import Meter
+from megashear.preprocessing.text_files import (
+    CHUNK_BYTES,
+    MAX_DOCUMENT_MB,
+    Chunk,
+    check_max_document,
+)
+from megashear.tokenizer.choice import load_tokenizer
+from megashear.tokenizer.models import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+CHUNKS_AHEAD = 4
+"""Chunks read ahead for each worker; bounds memory whatever the size of the files."""
+BYTES_AHEAD = 16 << 20
+"""Text read ahead for each worker, bytes, where documents are longer than a chunk."""
+CHUNKS_BETWEEN_COMMITS = 64
+"""How much a run that is killed does again at most; bringing it to the disk takes some 10 ms."""
+FILES_A_CHUNK = 16
+"""Files noted in the journal for each chunk between commits, at least: each commit writes all of
+them anew, and a domain may have a hundred thousand files of a page each."""
+
+
+def preprocess(
+    inputs: Mapping[str, Sequence[Path]],
+    output: str | Path,
+    tokenizer_path: str | Path,
+    *,
+    json_key: str = "text",
+    append_eod: bool = True,
+    prepend_bos: bool = True,
+    held_out_fraction: float = 0.02,
+    tokens_dtype: str = "uint16",
+    max_document_mb: int = MAX_DOCUMENT_MB,
+    workers: int = 1,
+    progress: bool | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> DataManifest:
+    """Tokenise text into a new directory: a training and a held-out set for each domain.
+
+    A document is held out by the hash of its text: it stays on its side when files are added, and
+    copies of a text share a side. Where all documents of a (small) domain fall on one side, the one
+    that divides its tokens best is moved. Documents keep the order of the files, whatever the
+    number of workers. Memory grows with the longest document alone.
+
+    The directory appears whole or not at all. It is made as ``{output}.tmp``, where a run that was
+    interrupted, killed even, leaves what it did: the same call goes on from there, and only from
+    input files that have not changed.
+
+    Args:
+        inputs: files of each domain, of any kind that ``find_domains`` finds; their order becomes
+            the order of the domains.
+        output: directory to make.
+        tokenizer_path: a tokenizer file or directory, see ``load_tokenizer``; copied along.
+        json_key: key under which a line holds its text; column of a parquet file.
+        append_eod: end every document with EOS; documents that come as tokens stay as they are.
+        prepend_bos: begin every document with BOS; as above.
+        held_out_fraction: share of documents to hold out, between 0 and 1, exclusive.
+        tokens_dtype: numpy type of ids in MDS shards, which do not say.
+        max_document_mb: longest document, MB as it lies in the unpacked file.
+        workers: processes that tokenise; 1 works in this process. More are started afresh, so a
+            script that calls this needs its ``if __name__ == "__main__"``.
+        progress: show a bar on stderr; None shows it on a terminal, and else logs now and then.
+        chunk_bytes: text handed to a worker at a time, bytes.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        ValueError: the output exists, an interrupted run had other settings, an input file is
+            damaged or does not hold text under ``json_key`` (names the file and the line), a
+            domain has no text or fewer than two different documents, or the tokenizer lacks a
+            token that was asked for.
+    """
+    output = Path(output)
+    files = {name: [Path(file) for file in each] for name, each in inputs.items()}
+    _check_inputs(files, output)
+    if not 0 < held_out_fraction < 1:
+        raise ValueError(
+            f"--held-out-fraction is {held_out_fraction}; it must lie between 0 and 1, for "
+            f"training and evaluation both need text"
+        )
+    if workers < 1:
+        raise ValueError(f"--workers is {workers}; at least 1 process has to tokenise")
+    check_max_document(max_document_mb)
+    for each in files.values():  # rather than hours later, when it is this domain's turn
+        for file in samples_of(each):
+            check_first(file, json_key, tokens_dtype, max_document_mb)
+    tokenizer = load_tokenizer(tokenizer_path)
+    if tokenizer.note is not None:
+        logger.warning("--tokenizer-model: %s", tokenizer.note)
+    _check_special_tokens(tokenizer, append_eod=append_eod, prepend_bos=prepend_bos)
+    policy = EncodingPolicy(
+        tokenizer_path=tokenizer.path.absolute(),
+        json_key=json_key,
+        prepend_bos=prepend_bos,
+        append_eod=append_eod,
+        held_out_fraction=held_out_fraction,
+        dtype=token_dtype(tokenizer.vocab_size),
+    )
+    settings = {
+        **asdict(policy),
+        "tokenizer_path": None,  # its content counts, and it may be moved
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "added_tokens_fingerprint": tokenizer.added_fingerprint,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "tokens_dtype": tokens_dtype,
+        "chunk_bytes": chunk_bytes,  # places are counted in chunks
+    }
+    aside = output.with_name(output.name + ".tmp")
+    with unfinished(aside, settings):
+        _drop_strangers(aside, files)
+        run = _Run(policy, tokens_dtype, chunk_bytes, max_document_mb, workers)
+        domains = run.write_all(files, aside, progress)
+        tokenizer.copy_to(aside / TOKENIZER_FOLDER)
+        manifest = DataManifest(
+            directory=aside,
+            domains=tuple(domains),
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            prepend_bos=prepend_bos,
+            append_eod=append_eod,
+            held_out_fraction=held_out_fraction,
+            json_key=json_key,
+            dtype=policy.dtype,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+        )
+        manifest.write()
+        if output.exists():  # since the check at the start; a rename would take an empty one
+            raise ValueError(f"{output} exists; delete it or write to another directory")
+        aside.rename(output)
+    shutil.rmtree(output / FOLDER)
+    return manifest.moved(output)
+
+
+def _check_inputs(inputs: Mapping[str, Sequence[Path]], output: Path) -> None:
+    if output.exists():
+        raise ValueError(f"{output} exists; delete it or write to another directory")
+    if not inputs:
+        raise ValueError("no domain to preprocess; give a directory that holds data")
+    for name, files in inputs.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == TOKENIZER_FOLDER:
+            raise ValueError(
+                f"domain {name!r} cannot name a file of the data; use letters, digits, '.', '_' "
+                f"and '-', beginning with a letter or digit, and not {TOKENIZER_FOLDER!r}"
+            )
+        if name.endswith(HELD_OUT_SUFFIX):
+            raise ValueError(
+                f"domain {name!r} ends in {HELD_OUT_SUFFIX!r}, which marks held-out sets; rename "
+                f"it (a held-out set is split off for every domain)"
+            )
+        if not files:
+            raise ValueError(f"domain {name!r} has no file")
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"domain {name!r}: {file} does not exist")
+
+
+def _check_special_tokens(tokenizer: Tokenizer, *, append_eod: bool, prepend_bos: bool) -> None:
+    for wanted, token_id, name, flag in (
+        (append_eod, tokenizer.eos_id, "EOS", "--no-append-eod"),
+        (prepend_bos, tokenizer.bos_id, "BOS", "--no-prepend-bos"),
+    ):
+        if wanted and token_id is None:
+            raise ValueError(
+                f"tokenizer {tokenizer.path} has no {name} token to mark documents with; give "
+                f"{flag} to do without, or name the token in tokenizer_config.json beside it"
+            )
+
+
+def _drop_strangers(directory: Path, inputs: Mapping[str, Sequence[Path]]) -> None:
+    """Delete what an earlier run wrote of domains that are no longer asked for."""
+    for journal in (directory / FOLDER).glob("*.json"):
+        if (name := journal.stem) in inputs:
+            continue
+        logger.warning("domain %s of an earlier run is no longer in the input; deleted", name)
+        for side in (name, name + HELD_OUT_SUFFIX):
+            for file in (
+                *(directory / f"{side}{suffix}" for suffix in (".bin", ".idx")),
+                directory / FOLDER / f"{side}.lengths",
+            ):
+                file.unlink(missing_ok=True)
+        journal.unlink()
+    for half in directory.glob("*~*"):  # renamed when whole; no domain's name has a ~
+        half.unlink()
+
+
+class _Item(NamedTuple):
+    """A chunk on its way, or the end of a file."""
+
+    file_number: int
+    chunk: Chunk | None
+
+
+class _Run:
+    """How chunks become domains."""
+
+    def __init__(
+        self,
+        policy: EncodingPolicy,
+        tokens_dtype: str,
+        chunk_bytes: int,
+        max_document_mb: int,
+        workers: int,
+    ) -> None:
+        self._policy, self._workers = policy, workers
+        self._tokens_dtype, self._chunk_bytes = tokens_dtype, chunk_bytes
+        self._max_document_mb = max_document_mb
+
+    def write_all(
+        self, inputs: Mapping[str, Sequence[Path]], directory: Path, progress: bool | None
+    ) -> list[DomainCounts]:
+        """Write every domain into ``directory``, or take over what is there."""
+        pool = None
+        if self._workers > 1:
+            # Spawned: a fork of a process with threads (torch, tokenizers) can hang.
+            pool = ProcessPoolExecutor(
+                self._workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=end_with_parent,
+            )
+        shown = sys.stderr.isatty() if progress is None else progress
+        sizes = {file: file.stat().st_size for files in inputs.values() for file in files}
+        counts = []
+        try:
+            with Meter(sum(sizes.values()), bar=shown, log=progress is None) as meter:
+                for name, files in inputs.items():
+                    meter.domain = name
+                    counts.append(self._write(name, files, directory, pool, meter))
+        except BrokenProcessPool:
+            raise ValueError(
+                f"a process that tokenises was killed, as happens when memory runs out; the same "
+                f"command goes on from what is done, with fewer --workers than {self._workers} if "
+                f"it was memory"
+            ) from None
+        finally:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+        return counts
+
+    def _write(
+        self,
+        name: str,
+        files: Sequence[Path],
+        directory: Path,
+        pool: ProcessPoolExecutor | None,
+        meter: Meter,
+    ) -> DomainCounts:
+        writer = DomainWriter(directory, name, self._policy, files)
+        if writer.counts is not None:
+            meter.skip(sum(file.stat().st_size for file in files))
+            return writer.counts
+        meter.skip(sum(file.stat().st_size for file in files[: writer.next_file]))
+        uncommitted = 0
+        for item, encoded in self._encode_in_order(self._items(files, writer), pool, meter):
+            file = files[item.file_number]
+            if encoded is None or item.chunk is None:
+                writer.end_file()
+                meter.end_file(file.stat().st_size)
+                continue
+            writer.add(encoded)
+            meter.add(encoded.num_documents, item.chunk.position)
+            uncommitted += 1
+            if uncommitted >= max(CHUNKS_BETWEEN_COMMITS, writer.next_file // FILES_A_CHUNK):
+                writer.commit()
+                uncommitted = 0
+        return writer.finish()
+
+    def _items(self, files: Sequence[Path], writer: DomainWriter) -> Iterator[_Item]:
+        """Chunks that are not written yet, and the end of each file."""
+        begin, skipped = writer.next_file, writer.next_chunk  # now: the writer moves on
+        set_name: str | None = None
+        for number in range(begin, len(files)):
+            chunks = read_chunks(
+                files[number],
+                json_key=self._policy.json_key,
+                tokens_dtype=self._tokens_dtype,
+                chunk_bytes=self._chunk_bytes,
+                max_document_mb=self._max_document_mb,
+            )
+            for place, chunk in enumerate(chunks):
+                if chunk.set_name is not None:
+                    set_name = chunk.set_name if set_name is None else set_name
+                    check_set(chunk.set_name, set_name, f"{chunk.file}, sample {chunk.first}")
+                if number > begin or place >= skipped:
+                    yield _Item(number, chunk)
+            yield _Item(number, None)
+
+    def _encode_in_order(
+        self, items: Iterator[_Item], pool: ProcessPoolExecutor | None, meter: Meter
+    ) -> Iterator[tuple[_Item, EncodedChunk | None]]:
+        """Encode chunks, in ``pool`` if there is one, and yield them in their order."""
+        if pool is None:
+            for item in items:
+                if item.chunk is None:
+                    yield item, None
+                else:
+                    meter.begin(item.chunk.last_place, item.chunk.size)
+                    yield item, encode_chunk(self._policy, item.chunk)
+            return
+        # Not Pool.imap: it reads the whole input ahead, and hangs where a worker is killed.
+        pending: deque[_Pending] = deque()
+        for item in items:
+            if (chunk := item.chunk) is None:
+                pending.append(_Pending(item, None))
+            else:
+                with _interrupts_held():
+                    future = pool.submit(encode_chunk, self._policy, chunk)
+                # without its text, which the worker has
+                left = _Item(item.file_number, chunk._replace(records=[]))
+                pending.append(_Pending(left, future, chunk.last_place, chunk.size))
+            while len(pending) >= self._workers * CHUNKS_AHEAD or (
+                sum(each.size for each in pending) > self._workers * BYTES_AHEAD
+            ):
+                yield pending.popleft().result(meter)
+        while pending:
+            yield pending.popleft().result(meter)
+
+
+class _Pending(NamedTuple):
+    """A chunk that a worker has, or the end of a file among such."""
+
+    item: _Item
+    future: Future[EncodedChunk] | None
+    last_place: str = ""
+    size: int = 0
+
+    def result(self, meter: Meter) -> tuple[_Item, EncodedChunk | None]:
+        """Wait for what became of the chunk."""
+        if self.future is None:
+            return self.item, None
+        meter.begin(self.last_place, self.size)
+        return self.item, self.future.result()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold an interrupt from the keyboard back, also from processes that are started within.
+
+    A worker that is interrupted before it ignores interrupts, or whose start is, would print a
+    traceback of its own. Its mask is this thread's; other threads take the signal in its stead, so
+    the handler here has to wait too.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # interrupts are the main thread's
+        return
+    interrupts: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if interrupts:
+            signal.raise_signal(signal.SIGINT)
