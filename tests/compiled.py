@@ -15,7 +15,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from megashear.models import cross_entropy, fold, kernels
 from megashear.models.fusion import fused
-from megashear.parallel import device
+from megashear.parallel import kernel_choice
 
 MODULES = (kernels, cross_entropy, fold)
 """Where fused functions are."""
@@ -55,7 +55,7 @@ def graphs_counted(backend: str = "aot_eager", *, fullgraph: bool = True) -> Ite
 
     with (
         mock.patch.object(torch, "compile", compiler),
-        mock.patch.object(device, "_compiles", True),
+        mock.patch.object(kernel_choice, "_compiles", True),
     ):
         originals = fused_functions()
         for name, (module, function) in originals.items():

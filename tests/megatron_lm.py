@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megashear.checkpoint.weights import without_extra_state
 from megashear.models.weight_table import fuse, tensors
-from megashear.parallel import device
+from megashear.parallel import cpu_megatron, device
 from megashear.shape import ModelShape
 from tests.tiny import named_parameters, shard
 
@@ -84,7 +84,7 @@ def arguments(**changes: Any) -> argparse.Namespace:
 def build_gpt(args: argparse.Namespace, tp: int = 1, pp: int = 1) -> Any:
     """This rank's stage as Megatron-LM builds it from its arguments, of the local spec. Collective
     over the world."""
-    device.install()
+    cpu_megatron.install()
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megashear.parallel import device
+from megashear.parallel import cpu_megatron
 
 
 def _rank_main(rank: int, world_size: int, store: str, body: Callable, reports: Any) -> None:
@@ -45,7 +45,7 @@ def run_ranks(world_size: int, body: Callable[[int], Any], timeout_s: float = 12
     Forks, so the 5 s import of megatron.core is paid once per test session; meets through a
     file, so no port can collide. The first rank to fail fails the test, with its traceback.
     """
-    device.install()
+    cpu_megatron.install()
     context = multiprocessing.get_context("fork")
     reports = context.Queue()
     results: dict[int, Any] = {}

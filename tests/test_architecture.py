@@ -42,7 +42,7 @@ TOP = {"commands", "quickstart"}
 
 ONLY_IN = {
     "megatron.core.parallel_state": ("parallel/groups.py",),
-    "torch.cuda": ("parallel/device.py",),
+    "torch.cuda": ("parallel/device.py", "parallel/cpu_megatron.py"),
     "torch.distributed": (
         "parallel/",
         "models/binding.py",
@@ -58,6 +58,8 @@ ONLY_IN = {
     ),
 }
 """Modules that few files may name, relative to megashear/."""
+MAY_PATCH = "parallel/cpu_megatron.py"
+"""The file that may set attributes of modules and classes of megatron-core."""
 
 
 def names_used(source: str) -> set[str]:
@@ -74,6 +76,25 @@ def names_used(source: str) -> set[str]:
     return names
 
 
+def patches(source: str) -> set[str]:
+    """Attributes of what is imported from megatron-core that ``source`` sets."""
+    tree, theirs, found = ast.parse(source), set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("megatron"):
+            theirs |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            theirs |= {a.asname for a in node.names if a.asname and a.name.startswith("megatron")}
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and "import_module('megatron" in (
+            ast.unparse(node)
+        ):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            theirs |= {ast.unparse(target) for target in targets}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found |= {ast.unparse(node)} if ast.unparse(node.value) in theirs else set()
+    return found
+
+
 def violations(file: str, source: str) -> Iterator[str]:
     """Rules that ``source`` would break as ``file``, a path relative to megashear/."""
     names = names_used(source)
@@ -88,6 +109,9 @@ def violations(file: str, source: str) -> Iterator[str]:
     for module, places in ONLY_IN.items():
         if any(_is_in(name, module) for name in names) and not file.startswith(places):
             yield f"{file} may not name {module}; only {', '.join(places)} may"
+    if file != MAY_PATCH:
+        for name in patches(source):
+            yield f"{file} may not set {name}; only {MAY_PATCH} patches megatron-core"
 
 
 def _is_in(name: str, module: str) -> bool:
@@ -121,6 +145,8 @@ def test_imports_keep_the_rules(file: str) -> None:
         ("models/llama.py", "from torch import cuda"),
         ("monitor/console.py", "def f():\n    return torch.distributed.get_rank()"),
         ("conversion/hf.py", "from torch.distributed import all_reduce"),
+        ("models/core.py", "from megatron.core import timers\ntimers.torch = None"),
+        ("models/core.py", "m = importlib.import_module('megatron.core')\nm.x: int = 1"),
         ("shape.py", "from megashear.config import ModelConfig"),
     ],
 )

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megashear.config import ModelConfig, OptimizerConfig
 from megashear.models.llama import build_llama, transformer_config, unwrap
-from megashear.parallel import device
+from megashear.parallel import cpu_megatron, device
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.optim import build_optimizer
 from tests.ranks import run_ranks
@@ -46,7 +46,7 @@ def gpt_model(variant: Any = "local", **model: Any) -> Any:
     return unwrap(chunks[0])
 
 
-# --- what the seam stands in for
+# --- what has a stand-in
 
 CUDA_LITERALS = [
     ("pipeline_parallel.schedules", "forward_backward_no_pipelining", 'device="cuda"'),
@@ -83,19 +83,19 @@ CUDA_LITERALS = [
 
 
 @pytest.mark.parametrize(("module", "name", "literal"), CUDA_LITERALS)
-def test_cuda_is_named_where_the_seam_stands_in(module: str, name: str, literal: str) -> None:
-    device.install()
+def test_cuda_is_named_where_there_is_a_stand_in(module: str, name: str, literal: str) -> None:
+    cpu_megatron.install()
     owner: Any = importlib.import_module(f"megatron.core.{module}")
-    assert isinstance(owner.torch, device._StandIn) != device.has_cuda()
+    assert isinstance(owner.torch, cpu_megatron._StandIn) != device.has_cuda()
     for part in name.split("."):
         owner = getattr(owner, part)
     assert literal in inspect.getsource(inspect.unwrap(owner))
 
 
-@pytest.mark.skipif(device.has_cuda(), reason="the seam is off where CUDA is")
-def test_no_module_that_names_cuda_escapes_the_seam() -> None:
-    # a module imported after the seam was installed keeps the real torch
-    device.install()
+@pytest.mark.skipif(device.has_cuda(), reason="there is no stand-in where CUDA is")
+def test_no_module_that_names_cuda_escapes_the_stand_in() -> None:
+    # a module that is imported after the stand-in was installed keeps the real torch
+    cpu_megatron.install()
     escaped = [
         name
         for name, module in list(sys.modules.items())

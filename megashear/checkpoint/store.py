@@ -47,7 +47,7 @@ from megashear.models import weight_table
 from megashear.models.finite import NotFinite
 from megashear.models.formats import NOT_FINITE
 from megashear.models.llama import unwrap
-from megashear.parallel import device
+from megashear.parallel import cpu_megatron
 from megashear.parallel.agree import broadcast_object, gather_objects, raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import process_group
@@ -297,7 +297,7 @@ def read_log_alpha(checkpoint: Path | str) -> dict[str, Tensor]:
             f"that megashear prune wrote"
         )
     check_pickles(directory)
-    device.install()
+    cpu_megatron.install()
     masks: dict[str, list[int]] = description.details["mask_extents"]
     with process_group():
         wanted = {

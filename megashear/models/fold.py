@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megashear.masks.kinds import KINDS
 from megashear.models.fusion import fused
-from megashear.parallel import device
+from megashear.parallel import device, kernel_choice
 from megashear.shape import ModelShape
 
 
@@ -176,7 +176,7 @@ def unfold(
 
 def _is_compiled(weight: Tensor) -> bool:
     """Tell whether kernels are compiled for where a weight lies: cuts fold on the host."""
-    return device.compiles_kernels() and weight.device == device.device()
+    return kernel_choice.compiles_kernels() and weight.device == device.device()
 
 
 def _for_all(weight: Tensor, factors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from megashear.parallel import device
+from megashear.parallel import kernel_choice
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,7 +24,7 @@ them at once, where Triton knows that what it reads begins at a multiple of 16."
 
 
 def fused(function: Callable[P, T]) -> Callable[P, T]:
-    """Have ``function`` compiled, once, where `device.compiles_kernels` says so.
+    """Have ``function`` compiled, once, where `kernel_choice.compiles_kernels` says so.
 
     Each of torch's operators reads and writes all of its tensors, so on a GPU, whose products are
     fast, a chain of them takes as long as several products; compiled it is one pass, and one more
@@ -74,7 +74,7 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         assert not kwargs, "arguments are given by place"
         with torch.no_grad():
-            if device.compiles_kernels():
+            if kernel_choice.compiles_kernels():
                 # sizes that are equal in the first call are not equal in all; set in every call, as
                 # each thread has settings of its own, and autograd one for the backward pass
                 torch.fx.experimental._config.use_duck_shape = False

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megashear.models.fusion import fused
-from megashear.parallel import device
+from megashear.parallel import kernel_choice
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        if device.compiles_kernels():
+        if kernel_choice.compiles_kernels():
             return _turn_compiled(x, cos, sin)
         b_s = torch.empty((x.size(1), x.size(0), *x.shape[2:]), dtype=x.dtype, device=x.device)
         turned = b_s.transpose(0, 1)
@@ -173,7 +173,7 @@ class _Rotate(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         # in the strides of the sines, for others are another graph
         back = torch.neg(sin, out=torch.empty_strided(sin.shape, sin.stride(), device=sin.device))
-        if device.compiles_kernels():
+        if kernel_choice.compiles_kernels():
             return _turn_compiled(dy, cos, back), None, None
         turned = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
         _turn_into(turned, dy, cos, back)

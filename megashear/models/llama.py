@@ -85,7 +85,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        # into DDP's buffer at once; Transformer Engine, Apex or `device.add_product`
+        # into DDP's buffer at once; Transformer Engine, Apex or `kernel_choice.add_product`
         gradient_accumulation_fusion=True,
         persist_layer_norm=False,
         use_cpu_initialization=not device.has_cuda(),
@@ -102,8 +102,22 @@ def transformer_config(
         recompute_method=model.recompute_method if recompute else None,
         recompute_num_layers=model.recompute_num_layers if recompute else None,
         deterministic_mode=model.deterministic_mode,
-        **device.pipeline_settings(parallel),
+        **pipeline_settings(parallel),
     )
+
+
+def pipeline_settings(parallel: ParallelConfig) -> dict[str, bool]:
+    """Return fields of TransformerConfig that keep the gradients of a pipeline right.
+
+    Batched sends under the interleaved schedule with two stages, and outputs deallocated while
+    sends overlap, both give wrong gradients without an error (docs/megatron_core.md).
+    """
+    return {
+        "batch_p2p_comm": False,
+        "overlap_p2p_comm": parallel.overlap_p2p_communication,
+        "deallocate_pipeline_outputs": parallel.pipeline_model_parallel_size > 1
+        and not parallel.overlap_p2p_communication,
+    }
 
 
 def build_llama(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from megashear.config import ModelConfig, ParallelConfig
-from megashear.parallel import device
+from megashear.parallel import cpu_megatron, device, kernel_choice
 from megashear.parallel.agree import gather_objects
 from megashear.parallel.groups import ParallelGroups
 
@@ -49,12 +49,12 @@ def distributed(
         )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     parallel.data_parallel_size(world_size)
-    device.install()
+    cpu_megatron.install()
     device.check_settings(parallel, model)
     device.select(int(os.environ.get("LOCAL_RANK", "0")))
     device.keep_memory()
     if model.deterministic_mode:
-        device.use_deterministic_kernels()
+        kernel_choice.use_deterministic_kernels()
     with process_group(timeout_s=timeout_s):
         groups = ParallelGroups.create(parallel)
         _choose_kernels(model)
@@ -81,10 +81,10 @@ def _choose_kernels(model: ModelConfig) -> None:
     """Have elementwise functions compiled where every rank can. Collective over the world."""
     if model.deterministic_mode:
         # each process's compiler may choose another order of sums
-        device.choose_kernels(compiled=False)
+        kernel_choice.choose_kernels(compiled=False)
         return
-    obstacles = gather_objects(device.compile_obstacle())
-    device.choose_kernels(compiled=not any(obstacles))
+    obstacles = gather_objects(kernel_choice.compile_obstacle())
+    kernel_choice.choose_kernels(compiled=not any(obstacles))
     if device.has_cuda() and any(obstacles):
         rank = next(rank for rank, obstacle in enumerate(obstacles) if obstacle)
         logger.warning(

@@ -32,7 +32,7 @@ from megashear.data.sequences import DomainSequences
 from megashear.data.shares import ShareLimits, Vector, limits_of, weights_of
 from megashear.models.llama import check_layout
 from megashear.monitor.sinks import check_sinks
-from megashear.parallel import device
+from megashear.parallel import cpu_megatron
 from megashear.shape import ModelShape
 from megashear.train.evaluate import subsample_size
 from megashear.train.objectives import modes_of_evaluation
@@ -140,7 +140,7 @@ def check_inputs(
     parallel, train, data = config.parallel, config.train, config.data
     alone = parallel.model_parallel_size if is_dry_run else 1
     replicas = parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", alone)))
-    device.install()
+    cpu_megatron.install()
     check_layout(start.shape, parallel)
     if start.checkpoint is not None:
         # names and shapes, from the index: a rank that found out while loading would be late

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megashear.config import PretrainRun, PruneRun
-from megashear.parallel import device
+from megashear.parallel import cpu_megatron
 from megashear.train import run
 from tests.crash.phases import Phases, Reporter
 
@@ -75,7 +75,7 @@ def attempt(
         kill: when to kill whom; None lets it end.
         broken: called in each rank before anything else, to break the product.
     """
-    device.install()
+    cpu_megatron.install()
     meeting, pipe = log.with_suffix(".meeting"), log.with_suffix(".pipe")
     meeting.unlink(missing_ok=True)
     context = multiprocessing.get_context("fork")

@@ -27,7 +27,7 @@ from megashear.checkpoint.store import agree_on_iteration
 from megashear.commands import outcome
 from megashear.commands.outcome import CANNOT_SAVE
 from megashear.files.integrity import DamagedError
-from megashear.parallel import device
+from megashear.parallel import cpu_megatron
 from megashear.parallel.groups import ParallelGroups
 from megashear.train import loop
 from tests import text_run
@@ -185,7 +185,7 @@ def alone(body: Callable[[], None]) -> int:
         dist.init_process_group("gloo", store=dist.FileStore(meeting, 1), rank=0, world_size=1)
         body()
 
-    device.install()
+    cpu_megatron.install()
     with tempfile.TemporaryDirectory() as folder:
         process = multiprocessing.get_context("fork").Process(target=rank, args=(f"{folder}/s",))
         process.start()

@@ -12,8 +12,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megashear.config import ModelConfig, ParallelConfig
+from megashear.models import llama
 from megashear.models.llama import build_llama
-from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.schedule import run_schedule
 from tests.distributed.pruning_run import Snapshot, run
@@ -38,9 +38,9 @@ def worst_weight_gradient(
     **settings: bool,
 ) -> float:
     """Largest relative error of a weight's gradient, with pipeline settings changed."""
-    whole, real = reference(), device.pipeline_settings
+    whole, real = reference(), llama.pipeline_settings
     with monkeypatch.context() as patch:
-        patch.setattr(device, "pipeline_settings", lambda p: real(p) | settings)
+        patch.setattr(llama, "pipeline_settings", lambda p: real(p) | settings)
         [step] = run(parallel, steps=1, follow=whole, model=model)
     return max(
         relative_error(step.weight_grads[name], grad)
@@ -72,7 +72,7 @@ def test_freed_outputs_corrupt_sends_that_are_still_on_their_way(
             return
         if not error < 0.01:
             return
-    raise AssertionError("freed outputs did no harm: device.pipeline_settings may allow them")
+    raise AssertionError("freed outputs did no harm: llama.pipeline_settings may allow them")
 
 
 def test_freed_outputs_are_right_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ from megashear.config import ModelConfig, ParallelConfig
 from megashear.masks.mask_set import exact_gates, target_units
 from megashear.models.llama import build_llama
 from megashear.models.specs import Variant
-from megashear.parallel import device
+from megashear.parallel import device, kernel_choice
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.planning import work as planned_work
@@ -543,7 +543,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "checks": checks,
                 "speed": found,
                 "attention": kernels,
-                "compiled": device.compiles_kernels(),
+                "compiled": kernel_choice.compiles_kernels(),
                 "work": {case.name: asdict(replace(case.work)) for case in all_cases},
             },
             args.json,

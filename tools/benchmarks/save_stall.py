@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megashear.parallel import device
+from megashear.parallel import cpu_megatron, device
 
 _TENSORS = 8
 """Tensors that the state is made of; a rank writes two files at a time."""
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output.exists():
         print(f"--output {args.output} exists; choose another", file=sys.stderr)
         return 2
-    device.install()
+    cpu_megatron.install()
     device.select(0)
     from megatron.core.dist_checkpointing import ShardedTensor
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from megashear.checkpoint.weights import without_extra_state
-from megashear.parallel import device
+from megashear.parallel import cpu_megatron, device
 from megashear.shape import ModelShape
 
 
 def build_gpt_model(shape: ModelShape, tp: int, pp: int) -> Any:
     """This rank's stage, of megatron-core's own unfused spec. Collective over the world."""
-    device.install()
+    cpu_megatron.install()
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

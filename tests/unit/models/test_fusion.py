@@ -17,7 +17,7 @@ from torch import Tensor
 from megashear.models import cross_entropy, fusion, kernels
 from megashear.models.cross_entropy import vocab_parallel_cross_entropy
 from megashear.models.fusion import fused
-from megashear.parallel import device
+from megashear.parallel import kernel_choice
 from tests.compiled import fused_functions, graphs_counted
 from tests.ranks import run_ranks
 from tests.tiny import relative_error
@@ -90,9 +90,9 @@ def test_a_function_runs_as_written_until_it_is_chosen(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch, "compile", compiler)
     double = fused(lambda x: ran.append("function") or 2 * x)
-    monkeypatch.setattr(device, "_compiles", False)
+    monkeypatch.setattr(kernel_choice, "_compiles", False)
     assert double(3) == 6
-    device.choose_kernels(compiled=True)
+    kernel_choice.choose_kernels(compiled=True)
     assert double(4) == 8
     assert ran == ["function", "compiled", "function"]
 

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from megashear.config import ModelConfig, ParallelConfig
-from megashear.parallel import agree, device, launch
+from megashear.parallel import agree, device, kernel_choice, launch
 from megashear.parallel.launch import distributed, fresh_store, process_group, recorded
 from tests.ranks import run_ranks
 
@@ -100,12 +100,12 @@ def test_kernels_are_compiled_on_all_ranks_or_on_none(
     obstacles: tuple[str | None, ...], deterministic: bool, compiled: bool
 ) -> None:
     def body(rank: int) -> tuple[bool, list[str]]:
-        device.compile_obstacle = lambda: obstacles[rank]
+        kernel_choice.compile_obstacle = lambda: obstacles[rank]
         device.has_cuda = lambda: True
         told: list[str] = []
         launch.logger.warning = lambda text, *values: told.append(text % values)  # type: ignore[method-assign]
         launch._choose_kernels(ModelConfig(deterministic_mode=deterministic))
-        return device.compiles_kernels(), told
+        return kernel_choice.compiles_kernels(), told
 
     for chosen, told in run_ranks(2, body):
         assert chosen is compiled
