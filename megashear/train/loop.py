@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,12 +70,11 @@ from megashear.train.objectives import (
     MaskMetrics,
     StructuredPruning,
 )
-from megashear.train.optim import ready_gradients, schedule_fraction, step_with_norm
 from megashear.train.schedule import SequenceLosses
+from megashear.train.step import WEIGHTS, Step, TrainStep
 from megashear.train.stops import (
     DIVERGED,
     EXIT_STATUS,
-    REQUESTS,
     SKIPPED_LAST,
     DivergedError,
     Stops,
@@ -85,7 +85,7 @@ from megashear.train.watch import cost_points, show_masks, survey_points, utilis
 logger = logging.getLogger(__name__)
 
 EVALUATION, CHECKPOINT = tags.PAUSES
-DATA, COMPUTE, COMMUNICATION, OPTIMIZER = tags.STEP_PARTS
+DATA, _, COMMUNICATION, _ = tags.STEP_PARTS
 
 GUARD = "step_guard"
 """Key of the guard's state in a checkpoint's details."""
@@ -106,19 +106,6 @@ class RunData:
     """Weights by the sample from which a phase has them, for the log; the mixture has them too."""
     eval_sequences: int
     """Held-out sequences per domain in an evaluation within the run."""
-
-
-class _Step(NamedTuple):
-    """What a step gave."""
-
-    losses: list[SequenceLosses]
-    norm: float
-    """Of the weights' gradients."""
-    masks: MaskMetrics | None
-    request: float
-    """To stop, as `Stops` has it; equal on every rank."""
-    skipped: str | None
-    """Why the step was not taken, and of which samples; None where it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +154,19 @@ class Trainer:
         stops = Stops(self.train)
         with self.watchdog, stops.listening(), device.waiting_inside(self._communication):
             return self._run(first_step, stops)
+
+    @functools.cached_property
+    def train_step(self) -> TrainStep:
+        """Makes one step."""
+        return TrainStep(
+            chunks=self.chunks,
+            objective=self.objective,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            peak_lr=self.optimizer_config.lr,
+            groups=self.groups,
+            guard=self.guard,
+        )
 
     def _communication(self) -> contextlib.AbstractContextManager[None]:
         return self.clock.part(COMMUNICATION)
@@ -223,7 +223,7 @@ class Trainer:
                 is_logged = (step + 1) % train.log_interval == 0 or step + 1 == last
                 # on a GPU parts are told apart by waiting for it, which is done seldom
                 with self.clock.step(is_timed=is_logged or not device.has_cuda()):
-                    losses, norm, masks, request, skipped = self._step(step, stops.request())
+                    losses, norms, request, skipped = self._step(step, stops.request())
                 if skipped is not None and (bad := weight_not_finite(self.chunks)) is not None:
                     # loaded weights were finite, and steps cannot mend one: nothing to wait for
                     raise self._diverged(
@@ -245,7 +245,7 @@ class Trainer:
                 bar.update()
                 meter.step(train.global_batch_size * train.seq_length)
                 if is_logged:
-                    self._log(step, window, rate, norm, masks, meter, sink)
+                    self._log(step, window, rate, norms, meter, sink)
                     window = []
                 if self._evaluates_after(step):
                     device.synchronize()  # or steps still in flight would count as evaluation
@@ -279,7 +279,7 @@ class Trainer:
                 *(step, last - step, ran_out),
             )
             if window:
-                self._log(step, window, rate, norm, masks, meter, sink)
+                self._log(step, window, rate, norms, meter, sink)
                 if shares_at != step:
                     self._log_mixture(step, sink)
         if step == last or ran_out is not None:
@@ -297,7 +297,7 @@ class Trainer:
             if saved is not None:
                 self._amend(saved, found)
             # whoever goes on behind this run must hear of a signal that came meanwhile
-            _, request = self._agree([], stops.request())
+            _, request = self.train_step.agree([], stops.request())
             stop = stops.reason(request, None)
             if saver is not None:
                 saver.finish()
@@ -503,43 +503,14 @@ class Trainer:
     def _evaluates_after(self, step: int) -> bool:
         return bool(self.train.eval_interval) and step % self.train.eval_interval == 0
 
-    def _step(self, step: int, asked: float) -> _Step:
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+    def _step(self, step: int, asked: float) -> Step:
         drawn = self.data.loader.mixture.drawn.copy()
         with self.clock.part(DATA):
             batches = self.data.loader.next_batch()
-        with self.clock.part(COMPUTE):
-            losses = self.objective.forward_backward(batches, step)
-        with self.clock.part(OPTIMIZER):
-            fraction = schedule_fraction(self.schedule, self.optimizer_config.lr)
-            # before anything moves: what is not finite would go into every weight
-            norms = {
-                "weights": ready_gradients(self.optimizer),
-                "masks": self.objective.grad_norm(),
-            }
-            loss, request = self._agree(losses, asked)
-            reason = self.guard.judge(loss, norms)
-            if reason is None:
-                step_with_norm(self.optimizer, norms["weights"])
-            masks = self.objective.update(step, fraction, skip=reason is not None)
-            self.schedule.step(1)
-        skipped = None if reason is None else self._skipped(step, reason, drawn)
-        return _Step(losses, norms["weights"], masks, request, skipped)
-
-    def _agree(self, losses: Sequence[SequenceLosses], asked: float) -> tuple[float, float]:
-        """Mean loss of the global batch, and what any rank asks for; equal on every rank."""
-        sums = torch.zeros(2 + len(REQUESTS), dtype=torch.float64, device=device.device())
-        for part in losses:  # on the last stage, by all tensor ranks alike
-            sums[0] += part.sums.double().sum()
-            sums[1] += part.counts.double().sum()
-        if asked:
-            sums[2 + REQUESTS.index(asked)] = 1.0
-        (sums,) = flat_all_reduce([sums], self.groups.world)
-        loss, tokens, *askers = sums.tolist()
-        requests = [request for request, count in zip(REQUESTS, askers) if count]
-        return loss / tokens if tokens else math.nan, max(requests, default=0.0)
+        taken = self.train_step(batches, step, asked=asked, part=self.clock.part)
+        if taken.skipped is not None:
+            taken = taken._replace(skipped=self._skipped(step, taken.skipped, drawn))
+        return taken
 
     def _skipped(self, step: int, reason: str, drawn: npt.NDArray[np.int64]) -> str:
         after, domains = self.data.loader.mixture.drawn, self.data.loader.domains
@@ -594,13 +565,13 @@ class Trainer:
         step: int,
         window: Sequence[SequenceLosses],
         rate: float,
-        norm: float,
-        masks: MaskMetrics | None,
+        norms: Mapping[str, float],
         meter: Throughput,
         sink: Sink,
     ) -> None:
         device.synchronize()
         loss = self._mean_loss(window)
+        norm, masks = norms[WEIGHTS], self._mask_metrics()
         pace = meter.window()
         points = {
             tags.LM_LOSS: loss,
@@ -643,6 +614,10 @@ class Trainer:
                 sparsity=sparsity,
             )
         )
+
+    def _mask_metrics(self) -> MaskMetrics | None:
+        objective = self.objective
+        return objective.metrics if isinstance(objective, StructuredPruning) else None
 
     def _log_mixture(self, step: int, sink: Sink) -> None:
         """Log what is read from here on, and what was read."""

@@ -36,6 +36,8 @@ EXPECTED, EXACT, RELAXED = "expected", "exact", "relaxed"
 many as the target wants, and gates sampled as in training."""
 
 
+MASKS = "masks"
+"""Name of the norm of the gradients of log_alpha and multipliers."""
 NO_STEP = -1
 """Step of the noise of relaxed masks in evaluations; no training step draws it."""
 
@@ -99,13 +101,13 @@ class LanguageModelling:
         """
         return run_schedule(self.chunks, batches, forward_only=False)
 
-    def grad_norm(self) -> float:
-        """Norm of the gradients that the weights' optimizer does not know: there are none here."""
-        return 0.0
+    def norms(self) -> dict[str, float]:
+        """Return norms of the gradients that the weights' optimizer does not know, by what they are
+        of: none here. Called once a step, before `update`."""
+        return {}
 
-    def update(self, step: int, schedule_fraction: float, *, skip: bool) -> MaskMetrics | None:
+    def update(self, step: int, schedule_fraction: float, *, skip: bool) -> None:
         """Step whatever the weights' optimizer does not know: nothing here."""
-        return None
 
     def evaluation_modes(self) -> list[str]:
         """Names of the models to evaluate, the one that steers the mixture first."""
@@ -183,6 +185,8 @@ class StructuredPruning(LanguageModelling):
         self._penalty = torch.zeros((), dtype=torch.float64)
         self._closed: dict[str, Tensor] = {}
         self._norm, self._scale = 0.0, 1.0
+        self.metrics: MaskMetrics | None = None
+        """Of the last step."""
 
     def forward_backward(self, batches: Sequence[MicroBatch], step: int) -> list[SequenceLosses]:
         """Add the gradients of weights, log_alpha and multipliers. Collective over the world.
@@ -240,16 +244,16 @@ class StructuredPruning(LanguageModelling):
         assert bool((streams == streams[0]).all()), "a microbatch lies inside one stream"
         return int(streams[0])
 
-    def grad_norm(self) -> float:
-        """Norm of the gradients of log_alpha and multipliers together, before clipping.
+    def norms(self) -> dict[str, float]:
+        """Return the norm of the gradients of log_alpha and multipliers together, before clipping.
 
         Collective over the replica's model group and the pipeline group; once a step.
         """
         self._norm, self._scale = self.binding.clip(self.optimizer, self.clip_grad)
-        return self._norm
+        return {MASKS: self._norm}
 
-    def update(self, step: int, schedule_fraction: float, *, skip: bool) -> MaskMetrics:
-        """Step log_alpha and the multipliers, clipped by what `grad_norm` found.
+    def update(self, step: int, schedule_fraction: float, *, skip: bool) -> None:
+        """Step log_alpha and the multipliers, clipped by what `norms` found.
 
         Args:
             step: from 0.
@@ -257,7 +261,7 @@ class StructuredPruning(LanguageModelling):
             skip: leave them where they are.
         """
         lr = self.config.mask_lr * schedule_fraction
-        metrics = MaskMetrics(
+        self.metrics = MaskMetrics(
             penalty=self._penalty.item(),
             grad_norm=self._norm,
             learning_rate=lr,
@@ -268,7 +272,6 @@ class StructuredPruning(LanguageModelling):
         )
         if not skip:
             self.optimizer.step(lr, grad_scale=self._scale)
-        return metrics
 
     def evaluation_modes(self) -> list[str]:
         """List the modes of :func:`modes_of_evaluation`."""

@@ -9,18 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megashear.masks.mask_set import expected_gates, whole_parts
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
+from megashear.train.guard import StepGuard
 from megashear.train.objectives import StructuredPruning
-from megashear.train.optim import (
-    build_optimizer,
-    build_schedule,
-    ready_gradients,
-    schedule_fraction,
-    step_with_norm,
-)
+from megashear.train.optim import build_optimizer, build_schedule
+from megashear.train.step import TrainStep
 from tests.ranks import run_ranks
 from tests.tiny import (
     BATCH,
@@ -121,7 +117,15 @@ def _rank(
     if broken is not None:
         broken(objective)
     optimizer = build_optimizer(chunks, OPTIMIZER, bf16=False)
-    schedule = build_schedule(optimizer, OPTIMIZER, train_iters)
+    train_step = TrainStep(
+        chunks=chunks,
+        objective=objective,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, OPTIMIZER, train_iters),
+        peak_lr=OPTIMIZER.lr,
+        groups=groups,
+        guard=StepGuard(TrainConfig()),
+    )
     leaf_grads: dict[Any, Tensor] = {}
     collect = objective.binding.whole_gradients
 
@@ -144,11 +148,8 @@ def _rank(
             "multipliers": {n: t.clone() for n, t in objective.constraint.state_dict().items()},
         }
         leaf_grads.clear()
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
         batches = microbatches(step, data_rank=groups.data_rank, data_size=groups.data_size)
-        losses = objective.forward_backward(batches, step)
+        losses = train_step.gradients(batches, step)
         means = [float(loss.sums.sum() / loss.counts.sum()) for loss in losses]
         results.append(
             before
@@ -169,10 +170,7 @@ def _rank(
                 "expected_open": expected_gates(objective.binding.gather_log_alpha()),
             }
         )
-        step_with_norm(optimizer, ready_gradients(optimizer))
-        objective.grad_norm()
-        objective.update(step, schedule_fraction(schedule, OPTIMIZER.lr), skip=False)
-        schedule.step(1)
+        assert train_step.apply(losses, step).skipped is None
     return results
 
 

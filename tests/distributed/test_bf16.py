@@ -7,18 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from megashear.config import MaskConfig, ModelConfig, ParallelConfig
+from megashear.config import MaskConfig, ModelConfig, ParallelConfig, TrainConfig
 from megashear.models.llama import build_llama, unwrap
 from megashear.parallel.agree import assert_replicated
 from megashear.parallel.groups import ParallelGroups
+from megashear.train.guard import StepGuard
 from megashear.train.objectives import StructuredPruning
-from megashear.train.optim import (
-    build_optimizer,
-    build_schedule,
-    ready_gradients,
-    schedule_fraction,
-    step_with_norm,
-)
+from megashear.train.optim import build_optimizer, build_schedule
+from megashear.train.step import TrainStep
 from tests.distributed.pruning_run import OPTIMIZER, half_open_masks
 from tests.ranks import run_ranks
 from tests.tiny import (
@@ -61,7 +57,16 @@ def prune(parallel: ParallelConfig, model: ModelConfig) -> list[float]:
         optimizer = build_optimizer(chunks, OPTIMIZER, bf16=model.bf16)
         schedule = build_schedule(optimizer, OPTIMIZER, 40)
         schedule.step(1)  # past the rate of 0
-        losses = [step(chunks, objective, optimizer, schedule, number) for number in range(STEPS)]
+        train_step = TrainStep(
+            chunks=chunks,
+            objective=objective,
+            optimizer=optimizer,
+            schedule=schedule,
+            peak_lr=OPTIMIZER.lr,
+            groups=groups,
+            guard=StepGuard(TrainConfig()),
+        )
+        losses = [step(train_step, objective, number) for number in range(STEPS)]
         check_formats(chunks, objective, model)
         assert_replicated(objective.replicated_tensors(), "masks")
         return losses
@@ -69,23 +74,15 @@ def prune(parallel: ParallelConfig, model: ModelConfig) -> list[float]:
     return [loss for losses in run_ranks(parallel.model_parallel_size, body) for loss in losses]
 
 
-def step(
-    chunks: Any, objective: StructuredPruning, optimizer: Any, schedule: Any, number: int
-) -> float:
+def step(train_step: TrainStep, objective: StructuredPruning, number: int) -> float:
     before = [log_alpha.detach().clone() for log_alpha in objective.masks.parameters()]
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    losses = objective.forward_backward(microbatches(number), number)
+    losses = train_step.gradients(microbatches(number), number)
     for leaf in objective.masks.parameters():
         assert leaf.grad is not None
         assert leaf.grad.isfinite().all()
-    norm = ready_gradients(optimizer)
-    assert 0.0 < norm < float("inf")
-    step_with_norm(optimizer, norm)
-    assert 0.0 < objective.grad_norm() < float("inf")
-    objective.update(number, schedule_fraction(schedule, OPTIMIZER.lr), skip=False)
-    schedule.step(1)
+    taken = train_step.apply(losses, number)
+    assert taken.skipped is None
+    assert all(0.0 < norm < float("inf") for norm in taken.norms.values())
     for old, log_alpha in zip(before, objective.masks.parameters()):
         assert not torch.equal(old, log_alpha)
         assert log_alpha.isfinite().all()

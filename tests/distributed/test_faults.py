@@ -17,6 +17,7 @@ import torch
 from megashear.checkpoint.description import read_description
 from megashear.config import PretrainRun, PruneRun
 from megashear.train import loop, objectives, run
+from megashear.train import step as train_step
 from megashear.train.stops import EXIT_STATUS
 from tests import text_run
 from tests.distributed.test_resume import configuration, differences, finished, finished_tensors
@@ -68,7 +69,7 @@ def spoil_gradient(rank_of_fault: int) -> Callable[[int], None]:
     """Make one gradient of one rank infinite at one step: the loss stays fine."""
 
     def broken(rank: int) -> None:
-        original, calls = loop.ready_gradients, [0]
+        original, calls = train_step.ready_gradients, [0]
 
         def ready_gradients(optimizer: Any) -> float:
             if calls[0] == BAD_STEP and rank == rank_of_fault:
@@ -77,7 +78,7 @@ def spoil_gradient(rank_of_fault: int) -> Callable[[int], None]:
             calls[0] += 1
             return original(optimizer)
 
-        loop.ready_gradients = ready_gradients
+        train_step.ready_gradients = ready_gradients
 
     return broken
 
@@ -161,7 +162,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     parallel = SPLIT if replicas == 1 else layout()
 
     def signalled(rank: int) -> None:
-        original, calls = loop.ready_gradients, [0]
+        original, calls = train_step.ready_gradients, [0]
 
         def ready_gradients(optimizer: Any) -> float:
             calls[0] += 1
@@ -169,7 +170,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(optimizer)
 
-        loop.ready_gradients = ready_gradients
+        train_step.ready_gradients = ready_gradients
 
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     reached = start(configuration(text, stage, parallel, halves), replicas, signalled)
@@ -194,7 +195,7 @@ def test_copies_that_drift_are_noticed(
     text: TextRun, tmp_path: Path, parallel: Any, replicas: int, kind: str, parameter: str
 ) -> None:
     def drift(rank: int) -> None:
-        original, calls = loop.step_with_norm, [0]
+        original, calls = train_step.step_with_norm, [0]
 
         def step_with_norm(optimizer: Any, norm: float) -> None:
             original(optimizer, norm)
@@ -213,7 +214,7 @@ def test_copies_that_drift_are_noticed(
             chunks.extend(self.chunks)
 
         loop.Trainer.__init__ = init  # type: ignore[method-assign,assignment]
-        loop.step_with_norm = step_with_norm
+        train_step.step_with_norm = step_with_norm
 
     config = configuration(text, "pretrain", parallel, tmp_path)
     config = replace(config, optimizer=replace(config.optimizer, lr=1e-9, lr_warmup_iters=0))

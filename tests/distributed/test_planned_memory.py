@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megashear.data.batch import MicroBatch
 from megashear.masks.targets import whole_parts
 from megashear.models import cross_entropy
@@ -21,8 +21,10 @@ from megashear.planning.memory import evaluating, rank_memory, stage_parameters
 from megashear.planning.time import Cluster, step_time
 from megashear.planning.work import Work
 from megashear.shape import ModelShape
+from megashear.train.guard import StepGuard
 from megashear.train.objectives import LanguageModelling, StructuredPruning
-from megashear.train.optim import build_optimizer, ready_gradients, step_with_norm
+from megashear.train.optim import build_optimizer, build_schedule
+from megashear.train.step import TrainStep
 from tests.live_bytes import LiveBytes, SavedBytes, SentBytes
 from tests.ranks import run_ranks
 from tests.tiny import layout
@@ -218,6 +220,15 @@ def measured_here(case: Case, *, counts_sent: bool) -> dict[str, Any]:
             backward()
 
         binding.backward = counting  # type: ignore[method-assign]
+    train_step = TrainStep(
+        chunks=chunks,
+        objective=objective,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, OptimizerConfig(), 40),
+        peak_lr=OptimizerConfig().lr,
+        groups=groups,
+        guard=StepGuard(TrainConfig()),
+    )
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     buffers = [b for chunk in chunks for b in chunk.buffers]
     gradients = [b.grad_data for b in buffers]
@@ -229,14 +240,12 @@ def measured_here(case: Case, *, counts_sent: bool) -> dict[str, Any]:
     counting_saved = saved.hooks()
     for way in (live, counting_saved, *([sent] if counts_sent else [])):
         for chunk in chunks:
-            chunk.zero_grad_buffer()
             for module in chunk.modules():
                 # a weight that went through hooks has lost what DDP knows it by
                 if hasattr(module, "gradient_accumulation_fusion"):
                     module.gradient_accumulation_fusion = way is not counting_saved
-        optimizer.zero_grad()
         with way:
-            objective.forward_backward(batches, 0)
+            losses = train_step.gradients(batches, 0)
         folded = folded_tensors(objective)
         saved.know(folded)
         with contextlib.ExitStack() as stack:
@@ -245,7 +254,7 @@ def measured_here(case: Case, *, counts_sent: bool) -> dict[str, Any]:
             elif way is not live:  # Adam's state is there
                 stepping = LiveBytes([*known, *optimizer_state(optimizer)])
                 stack.enter_context(stepping)
-            step_with_norm(optimizer, ready_gradients(optimizer))
+            train_step.apply(losses, 0)
     wide = dataclasses.replace(case, micro_batch_size=EVALUATED)
     held_out = [batch(wide, number, 0) for number in range(case.microbatches)]
     mode = objective.evaluation_modes()[0]

@@ -19,6 +19,7 @@ from megashear.commands import outcome
 from megashear.commands.outcome import user_errors
 from megashear.config import PretrainRun, PruneRun
 from megashear.train import loop, run
+from megashear.train import step as train_step
 from megashear.train.stops import DIVERGED
 from tests.distributed.test_resume import WHOLE, configuration, differences, finished
 from tests.ranks import run_ranks
@@ -33,7 +34,7 @@ Config = PruneRun | PretrainRun
 
 def steps_that_spoil(step: int, spoil: Callable[[Any], None]) -> None:
     """Spoil the weights as one step, counted from 1, is taken."""
-    original, calls = loop.step_with_norm, [0]
+    original, calls = train_step.step_with_norm, [0]
 
     def step_with_norm(optimizer: Any, norm: float) -> None:
         original(optimizer, norm)
@@ -43,7 +44,7 @@ def steps_that_spoil(step: int, spoil: Callable[[Any], None]) -> None:
                 for parameter in group["params"]:
                     spoil(parameter.data)
 
-    loop.step_with_norm = step_with_norm
+    train_step.step_with_norm = step_with_norm
 
 
 def far_away(weights: Any) -> None:
@@ -189,13 +190,13 @@ def test_a_run_that_ends_while_steps_are_skipped_ends_with_the_code_too(
     text: TextRun, tmp_path: Path
 ) -> None:
     def broken(rank: int) -> None:
-        original, calls = loop.ready_gradients, [0]
+        original, calls = train_step.ready_gradients, [0]
 
         def ready_gradients(optimizer: Any) -> float:
             calls[0] += 1
             return float("nan") if calls[0] == WHOLE else original(optimizer)
 
-        loop.ready_gradients = ready_gradients
+        train_step.ready_gradients = ready_gradients
 
     def body(rank: int, again: bool = False) -> tuple[int, str]:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "1"}

@@ -21,13 +21,13 @@ import sys
 import time
 
 from megashear.__main__ import recorded_main
-from megashear.train import loop
+from megashear.train import step as train_step
 
 
 def fail_at(step, how):
     if os.environ["RANK"] != "1" or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
         return
-    original, calls = loop.ready_gradients, [0]
+    original, calls = train_step.ready_gradients, [0]
 
     def a_rank_that_fails(optimizer):
         calls[0] += 1
@@ -35,7 +35,7 @@ def fail_at(step, how):
             how()
         return original(optimizer)
 
-    loop.ready_gradients = a_rank_that_fails
+    train_step.ready_gradients = a_rank_that_fails
 
 
 def raise_error():
@@ -46,8 +46,8 @@ if __name__ == "__main__":
     if sys.argv.pop(1) == "raise":
         fail_at(4, raise_error)
     else:
-        original = loop.ready_gradients
-        loop.ready_gradients = lambda optimizer: (time.sleep(0.2), original(optimizer))[1]
+        original = train_step.ready_gradients
+        train_step.ready_gradients = lambda optimizer: (time.sleep(0.2), original(optimizer))[1]
     raise SystemExit(recorded_main())
 """
 

@@ -60,7 +60,7 @@ from megashear.planning.hardware import gpu_of_device
 from megashear.planning.memory import fullest
 from megashear.shape import PRESETS, ModelShape
 from megashear.train.in_flight import Optimized, cut_in_flight
-from megashear.train.objectives import EXACT, LanguageModelling, StructuredPruning
+from megashear.train.objectives import EXACT, StructuredPruning
 from megashear.train.optim import build_optimizer
 from megashear.train.schedule import run_chunk
 from megashear.train.seam import SEAM_BF16
@@ -208,7 +208,8 @@ def whole_pass(groups: ParallelGroups, model: ModelConfig) -> dict[str, Tensor]:
     work = Work(shape=SMALL, seq_length=128, micro_batch_size=2, num_microbatches=2)
     step = OurStep(work, groups, ParallelConfig(), model, target=target_of(SMALL))
     _same_weights(step.chunks)
-    step.optimizer.reload_model_params()  # folding is from float32 masters where there are any
+    # folding is from float32 masters where there are any
+    step.train_step.optimizer.reload_model_params()
     objective = step.objective
     assert isinstance(objective, StructuredPruning)
     # as drawn, two of the four layers are closed, and a closed layer's gradients are all 0
@@ -263,7 +264,7 @@ def cut_error(groups: ParallelGroups, model: ModelConfig) -> float:
     chunks = build_llama(target, groups, parallel, model, variant="local", seed=SEED)
     optimizer = build_optimizer(chunks, OPTIMIZER, bf16=model.bf16)
     cut_in_flight(
-        Optimized(step.chunks, step.optimizer, SMALL, groups),
+        Optimized(step.chunks, step.train_step.optimizer, SMALL, groups),
         Optimized(chunks, optimizer, target, groups),
         gates,
     )
@@ -354,8 +355,7 @@ def timed(case: Case, groups: ParallelGroups, rounds: int) -> dict[str, Any]:
     if case.target is not None:
         # without gates a masked model is its plain self, with folded weights left in memory; two
         # such models do not fit on one GPU
-        plain = copy.copy(step)
-        plain.objective = LanguageModelling(step.chunks)
+        plain = step.unmasked()
         ways[f"{case.name}, unmasked"] = watched[f"{case.name}, unmasked"] = plain
         again = copy.copy(plain)
         ways[f"{case.name}, unmasked again"] = again

@@ -28,6 +28,7 @@ from megashear.config import (
     ParallelConfig,
     Sequences,
     Steps,
+    TrainConfig,
 )
 from megashear.data.batch import MicroBatch
 from megashear.masks.kinds import EXTENTS
@@ -40,8 +41,10 @@ from megashear.parallel.launch import distributed
 from megashear.planning.memory import rank_memory
 from megashear.planning.work import GIB, Work
 from megashear.shape import PRESETS, ModelShape, read_shape
+from megashear.train.guard import StepGuard
 from megashear.train.objectives import LanguageModelling, StructuredPruning
-from megashear.train.optim import build_optimizer, ready_gradients, step_with_norm
+from megashear.train.optim import build_optimizer, build_schedule
+from megashear.train.step import TrainStep
 
 PROG = "tools/benchmarks/memory.py"
 
@@ -126,17 +129,23 @@ def allocated(
             global_batch_size=config.global_batch_size,
             sequence_parallel=work.parallel.sequence_parallel,
         )
+    train_step = TrainStep(
+        chunks=chunks,
+        objective=objective,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, OptimizerConfig(), config.steps),
+        peak_lr=OptimizerConfig().lr,
+        groups=groups,
+        guard=StepGuard(TrainConfig()),
+    )
     batches = [random_batch(work, number) for number in range(work.num_microbatches)]
     found: dict[str, int] = {}
     for step in range(config.steps):
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
         mark = _Marks(found)
         mark("lasting")
-        objective.forward_backward(batches, step)
+        losses = train_step.gradients(batches, step)
         mark("lasting and the passes", peak=True)
-        step_with_norm(optimizer, ready_gradients(optimizer))
+        train_step.apply(losses, step)
         mark("lasting, in Adam's step", peak=True)
     return found
 

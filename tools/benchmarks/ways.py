@@ -3,6 +3,8 @@ command."""
 
 from __future__ import annotations
 
+import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megashear.data.batch import DocumentBorders, MicroBatch, micro_batch
 from megashear.models import folded
 from megashear.models.llama import build_llama
@@ -20,11 +22,13 @@ from megashear.models.specs import Variant
 from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
+from megashear.train.guard import StepGuard
 from megashear.train.objectives import LanguageModelling, StructuredPruning
-from megashear.train.optim import build_optimizer, ready_gradients, step_with_norm
+from megashear.train.optim import build_optimizer, build_schedule
+from megashear.train.step import TrainStep
 
 SEED = 1234
-OPTIMIZER = OptimizerConfig(lr=1e-5)
+OPTIMIZER = OptimizerConfig(lr=1e-5, lr_decay_style="constant")
 WHOLE = "whole"
 """The step that all parts lie in."""
 MASKS = MaskConfig(sparsity_warmup_iters=10)
@@ -162,10 +166,10 @@ class OurStep:
         variant: Variant = "local",
     ) -> None:
         self.chunks = build_llama(work.shape, groups, parallel, model, variant=variant, seed=SEED)
-        self.objective = LanguageModelling(self.chunks)
+        objective = LanguageModelling(self.chunks)
         if target is not None:
             batch = work.micro_batch_size * work.num_microbatches * groups.data_size
-            self.objective = StructuredPruning(
+            objective = StructuredPruning(
                 self.chunks,
                 groups,
                 source=work.shape,
@@ -175,30 +179,43 @@ class OurStep:
                 global_batch_size=batch,
                 sequence_parallel=parallel.sequence_parallel,
             )
-            _open_some(self.objective)
-        self.optimizer = build_optimizer(
+            _open_some(objective)
+        optimizer = build_optimizer(
             self.chunks, OPTIMIZER, bf16=model.bf16, sharded=parallel.use_distributed_optimizer
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = OPTIMIZER.lr
+        self.train_step = TrainStep(
+            chunks=self.chunks,
+            objective=objective,
+            optimizer=optimizer,
+            schedule=build_schedule(optimizer, OPTIMIZER, TrainConfig().train_iters),
+            # masks learn at a rate of 0, so that every round computes the same
+            peak_lr=math.inf,
+            groups=groups,
+            guard=StepGuard(TrainConfig()),
+        )
         self.batches = work.microbatches(groups)
         self.steps = 0
         self.loss = float("nan")
 
     def __call__(self) -> None:
         """Make one step. Collective over the world."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        losses = self.objective.forward_backward(self.batches, self.steps)
-        norm = ready_gradients(self.optimizer)
-        self.objective.grad_norm()
-        step_with_norm(self.optimizer, norm)
-        # a rate of 0 moves no mask, so that every round computes the same
-        self.objective.update(self.steps, 0.0, skip=False)
+        taken = self.train_step(self.batches, self.steps)
+        assert taken.skipped is None, taken.skipped
         self.steps += 1
-        if losses:
-            self.loss = float(losses[-1].sums.sum() / losses[-1].counts.sum())
+        if taken.losses:
+            last = taken.losses[-1]
+            self.loss = float(last.sums.sum() / last.counts.sum())
+
+    @property
+    def objective(self) -> LanguageModelling:
+        """What is minimised."""
+        return self.train_step.objective
+
+    def unmasked(self) -> OurStep:
+        """Return a step of the same model and optimizer without masks."""
+        plain = copy.copy(self)
+        plain.train_step = replace(self.train_step, objective=LanguageModelling(self.chunks))
+        return plain
 
     def watch(self, parts: Parts) -> None:
         """Have the parts of this step counted, until `Parts.restore`."""
@@ -207,9 +224,10 @@ class OurStep:
         parts.watch(schedules, "forward_step", "forward")
         parts.watch(schedules, "backward_step", "backward")
         objective = self.objective
-        parts.watch(self.optimizer, "prepare_grads", "optimizer")
-        parts.watch(self.optimizer, "get_grad_norm", "optimizer")
-        parts.watch(self.optimizer, "step_with_ready_grads", "optimizer")
+        optimizer = self.train_step.optimizer
+        parts.watch(optimizer, "prepare_grads", "optimizer")
+        parts.watch(optimizer, "get_grad_norm", "optimizer")
+        parts.watch(optimizer, "step_with_ready_grads", "optimizer")
         if isinstance(objective, StructuredPruning):
             parts.watch(objective.masks, "draw_ahead", "masks: noise of the next step")
             parts.watch(objective.masks, "sample", "masks: sampling")
@@ -221,7 +239,7 @@ class OurStep:
             parts.watch(objective.masks, "closed_sums", "masks: penalty")
             parts.watch(objective.binding, "whole_closed_sums", "masks: penalty")
             parts.watch(objective.constraint, "penalty", "masks: penalty")
-            parts.watch(objective, "grad_norm", "masks: update")
+            parts.watch(objective, "norms", "masks: update")
             parts.watch(objective, "update", "masks: update")
 
 
