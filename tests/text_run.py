@@ -15,7 +15,7 @@ from megashear.checkpoint.weights import write_weights
 from megashear.preprocessing.domains import preprocess
 from megashear.shape import ModelShape
 from tests.reference_llama import random_weights
-from tests.unit.data.conftest import DOMAIN_MODULES, docstrings, write_jsonl
+from tests.texts import DOMAIN_MODULES, docstrings, write_jsonl
 
 VOCAB = 256
 SEQUENCE = 32

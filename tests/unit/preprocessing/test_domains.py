@@ -4,8 +4,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from megashear.preprocessing.documents import read_texts
 from megashear.preprocessing.domains import preprocess
 from megashear.preprocessing.inputs import find_domains
 from megashear.tokenizer.choice import load_tokenizer
-from tests.unit.data.conftest import write_jsonl
+from tests.texts import write_jsonl
 
 
 def documents(prefix: Path) -> list[list[int]]:
@@ -360,13 +358,6 @@ def test_progress_shows_bytes_and_documents(tokenise, texts, capsys) -> None:
 def test_tokens_are_stored_as_megatron_stores_them(data) -> None:
     text = IndexedDataset(str(data.prefix("words")))
     assert text.index.dtype == np.uint16
-
-
-def test_processes_that_tokenise_load_no_torch() -> None:
-    check = "import sys; assert not {'torch', 'megatron'} & sys.modules.keys()"
-    subprocess.run(
-        [sys.executable, "-c", f"import megashear.preprocessing.domains; {check}"], check=True
-    )
 
 
 def test_a_mistake_of_a_whole_domain_is_found_at_the_start(

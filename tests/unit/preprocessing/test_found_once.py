@@ -12,7 +12,7 @@ import pytest
 
 from megashear.preprocessing.inputs import find_domains, read_chunks
 from megashear.preprocessing.journal import FOLDER
-from tests.unit.data.conftest import write_jsonl
+from tests.texts import write_jsonl
 
 MDS = Path(__file__).parents[2] / "data" / "mds"
 

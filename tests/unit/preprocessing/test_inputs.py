@@ -15,7 +15,7 @@ import zstandard
 from megashear.preprocessing.documents import read_texts
 from megashear.preprocessing.domains import preprocess
 from megashear.preprocessing.inputs import find_domains, read_chunks
-from tests.unit.data.conftest import write_jsonl
+from tests.texts import write_jsonl
 from tests.unit.data.test_indexed import build
 from tests.unit.preprocessing.test_domains import GOOD, content, documents
 

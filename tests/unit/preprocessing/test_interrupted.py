@@ -26,7 +26,7 @@ from megashear.preprocessing.documents import EncodedChunk
 from megashear.preprocessing.domains import preprocess
 from megashear.preprocessing.inputs import find_domains
 from megashear.tokenizer.models import Tokenizer
-from tests.unit.data.conftest import write_jsonl
+from tests.texts import write_jsonl
 from tests.unit.preprocessing.test_domains import content, documents
 
 STEPS = {

@@ -1,16 +1,8 @@
 """Real text and real tokenizers, made once for each test session."""
 
-import email
-import inspect
-import json
-import pathlib
 import shutil
-import statistics
-import string
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,30 +15,7 @@ import tokenizers.trainers
 
 from megashear.data.manifest import DataManifest
 from megashear.preprocessing.domains import preprocess
-
-DOMAIN_MODULES: dict[str, list[ModuleType]] = {
-    "words": [string, textwrap, email],
-    "paths": [pathlib, shutil],
-    "numbers": [statistics],
-}
-
-
-def docstrings(*modules: ModuleType) -> list[str]:
-    """Docstrings of the modules and of what they define, in a fixed order, without repeats."""
-    texts = []
-    for module in modules:
-        members = [value for _, value in inspect.getmembers(module)]
-        classes = [m for m in members if inspect.isclass(m) and m.__module__ == module.__name__]
-        for value in [module, *members, *(m for c in classes for _, m in inspect.getmembers(c))]:
-            if callable(value) or value is module:
-                texts.append(inspect.getdoc(value) or "")
-    return [text for text in dict.fromkeys(texts) if len(text) > 40]
-
-
-def write_jsonl(path: Path, texts: list[Any], key: str = "text") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
-    return path
+from tests.texts import DOMAIN_MODULES, docstrings, write_jsonl
 
 
 @pytest.fixture(scope="session")

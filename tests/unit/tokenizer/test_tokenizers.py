@@ -8,7 +8,7 @@ import tokenizers
 
 from megashear.preprocessing.domains import preprocess
 from megashear.tokenizer.choice import load_tokenizer
-from tests.unit.data.conftest import write_jsonl
+from tests.texts import write_jsonl
 from tests.unit.preprocessing.test_domains import documents
 
 
