@@ -264,7 +264,14 @@ def _llama2(layers: int, hidden: int, heads: int, ffn: int) -> ModelShape:
 
 
 def _llama3(
-    layers: int, hidden: int, heads: int, head_dim: int, ffn: int, *, factor: float | None
+    layers: int,
+    hidden: int,
+    heads: int,
+    head_dim: int,
+    ffn: int,
+    *,
+    factor: float | None,
+    tied: bool,
 ) -> ModelShape:
     scaling = None if factor is None else RopeScaling(kind="llama3", factor=factor)
     return ModelShape(
@@ -278,7 +285,7 @@ def _llama3(
         rotary_base=500000.0,
         max_position_embeddings=8192 if factor is None else 131072,
         rope_scaling=scaling,
-        tied_embeddings=hidden < 4096,
+        tied_embeddings=tied,
     )
 
 
@@ -322,11 +329,11 @@ PRESETS: dict[str, ModelShape] = {
     "llama2-2.7b": _llama2(32, 2560, 20, 6912),
     "llama2-1.3b": _llama2(24, 2048, 16, 5504),
     "llama2-370m": _llama2(24, 1024, 8, 2816),
-    "llama3-8b": _llama3(32, 4096, 32, 128, 14336, factor=None),
-    "llama3.1-8b": _llama3(32, 4096, 32, 128, 14336, factor=8.0),
-    "llama3.1-70b": _llama3(80, 8192, 64, 128, 28672, factor=8.0),
-    "llama3.2-3b": _llama3(28, 3072, 24, 128, 8192, factor=32.0),
-    "llama3.2-1b": _llama3(16, 2048, 32, 64, 8192, factor=32.0),
+    "llama3-8b": _llama3(32, 4096, 32, 128, 14336, factor=None, tied=False),
+    "llama3.1-8b": _llama3(32, 4096, 32, 128, 14336, factor=8.0, tied=False),
+    "llama3.1-70b": _llama3(80, 8192, 64, 128, 28672, factor=8.0, tied=False),
+    "llama3.2-3b": _llama3(28, 3072, 24, 128, 8192, factor=32.0, tied=True),
+    "llama3.2-1b": _llama3(16, 2048, 32, 64, 8192, factor=32.0, tied=True),
     "mistral-7b-v0.1": ModelShape(
         num_layers=32,
         hidden_size=4096,
