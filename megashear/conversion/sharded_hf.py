@@ -108,7 +108,7 @@ def _fill(
     """Copy the part of a parameter that begins at ``start`` and is as large as ``target``."""
     shape = weights.shape
     columns = tuple(slice(begin, begin + size) for begin, size in zip(start[1:], target.shape[1:]))
-    if len(row.parts) == 3:
+    if row.fusion is weight_table.Fusion.QKV:
         _fill_interleaved(target, weights, row, layer, start[0], columns)
         return
     filled = 0

@@ -119,7 +119,7 @@ class FoldedModel:
                 module.register_forward_pre_hook(self._count)
             if not self._kinds.intersection(itertools.chain(*part.folds)):
                 continue
-            assert len(row.parts) == 1, f"{name} is fused of several weights"
+            assert row.fusion is weight_table.Fusion.NONE, f"{name} is fused of several weights"
             weight = _FoldedWeight(
                 chunk,
                 module,

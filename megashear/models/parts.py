@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from megashear.masks.kinds import KINDS
-from megashear.masks.mask_set import MaskPart
+from megashear.masks.targets import MaskPart
 from megashear.parallel.groups import ParallelGroups
 
 

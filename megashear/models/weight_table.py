@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -47,6 +48,14 @@ class Weight:
         return tuple(AXES[axis](shape) for axis in self.axes)
 
 
+class Fusion(enum.Enum):
+    """How the Hugging Face weights of one Megatron parameter are joined along their first axis."""
+
+    NONE = "one weight as it is"
+    GATE_UP = "gate, then up"
+    QKV = "for each query group its query heads, then its key, then its value"
+
+
 @dataclass(frozen=True, slots=True)
 class MegatronTensor:
     """One Megatron parameter and the Hugging Face weights it is made of, in order."""
@@ -57,7 +66,9 @@ class MegatronTensor:
     """Key in a checkpoint. Layers are stacked along an axis put before the others, and norms
     carry the names Transformer Engine gives them, so that either spec loads either."""
     parts: tuple[Weight, ...]
-    """One weight; or those of q, k, v, interleaved group by group; or of gate, up, stacked."""
+    """The weights, in the order in which `fusion` names them."""
+    fusion: Fusion = Fusion.NONE
+    """How they are joined."""
 
     @property
     def per_layer(self) -> bool:
@@ -114,6 +125,7 @@ _QKV = MegatronTensor(
         _input("self_attn.k_proj", "key_value"),
         _input("self_attn.v_proj", "key_value"),  # shared by its group's heads: no fold
     ),
+    Fusion.QKV,
 )
 _QKV_BIAS = MegatronTensor(
     "decoder.layers.{layer}.self_attention.linear_qkv.bias",
@@ -123,6 +135,7 @@ _QKV_BIAS = MegatronTensor(
         _bias("self_attn.k_proj", "key_value"),
         _bias("self_attn.v_proj", "key_value"),
     ),
+    Fusion.QKV,
 )
 # Shared by all heads and as wide as one, which masks do not change: neither folded nor cut.
 _QK_NORMS = tuple(
@@ -154,6 +167,7 @@ _REST_OF_LAYER = (
         "decoder.layers.{layer}.mlp.linear_fc1.weight",
         "decoder.layers.mlp.linear_fc1.weight",
         (_input("mlp.gate_proj", "intermediate"), _input("mlp.up_proj", "intermediate")),
+        Fusion.GATE_UP,
     ),
     _plain(
         "model.layers.{layer}.mlp.down_proj.weight",
@@ -263,12 +277,11 @@ def fuse(row: MegatronTensor, parts: Sequence[Tensor], shape: ModelShape) -> Ten
         shape: extents of the model.
 
     Returns:
-        The parameter, shape ``row.extents(shape)``. q, k, v are interleaved: for each query group
-        its H/G query heads, then its key, then its value; gate comes before up.
+        The parameter, shape ``row.extents(shape)``.
     """
-    if len(parts) == 1:
+    if row.fusion is Fusion.NONE:
         return parts[0]
-    if len(parts) == 2:
+    if row.fusion is Fusion.GATE_UP:
         return torch.cat(list(parts))
     groups = [p.unflatten(0, (shape.num_query_groups, -1)) for p in parts]  # [G, x*d, h]
     return torch.cat(groups, dim=1).flatten(0, 1)  # [G * (H/G + 2) * d, h]
@@ -280,10 +293,10 @@ def split(row: MegatronTensor, whole: Tensor, shape: ModelShape) -> tuple[Tensor
     Returns:
         Contiguous tensors in the order of ``row.parts``.
     """
-    if len(row.parts) == 1:
+    if row.fusion is Fusion.NONE:
         return (whole,)
     rows = [part.extents(shape)[0] for part in row.parts]
-    if len(rows) == 2:
+    if row.fusion is Fusion.GATE_UP:
         return tuple(part.contiguous() for part in whole.split(rows))
     groups = shape.num_query_groups
     by_group = whole.unflatten(0, (groups, -1))  # [G, (H/G + 2) * d, h]

@@ -26,6 +26,7 @@ from megashear.config import (
 )
 from megashear.conversion import hf, sharded_hf
 from megashear.conversion.convert import megatron_to_hf
+from megashear.models import weight_table
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
@@ -165,7 +166,7 @@ def test_slices_of_another_rank_are_noticed(stored: tuple[Path, Path]) -> None:
     def mirrored(entry: Any, shape: Any) -> Any:
         row, layer, start = place(entry, shape)
         extents = row.extents(shape)
-        if len(row.parts) == 2:  # gate and up keep their halves
+        if row.fusion is weight_table.Fusion.GATE_UP:  # gate and up keep their halves
             extents = (extents[0] // 2, *extents[1:])
         of_other = tuple(
             begin // whole * whole + (whole - begin % whole - size)
