@@ -11,7 +11,8 @@ from megashear.checkpoint.store import read_log_alpha
 from megashear.checkpoint.weights import CheckpointWeights, write_weights
 from megashear.files.aside import check_absent
 from megashear.masks.census import take_census
-from megashear.masks.mask_set import exact_gates, expected_gates, target_units
+from megashear.masks.mask_set import exact_gates, expected_gates
+from megashear.masks.targets import target_units
 from megashear.models import loadable
 from megashear.shape import ModelShape
 

@@ -41,8 +41,9 @@ from megashear.files.integrity import DamagedError, FileSum
 from megashear.masks.census import Sides
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.kinds import KINDS
-from megashear.masks.mask_set import MaskPart, MaskSet
+from megashear.masks.mask_set import MaskSet
 from megashear.masks.optimizer import MaskOptimizer
+from megashear.masks.targets import MaskPart
 from megashear.models import weight_table
 from megashear.models.finite import NotFinite
 from megashear.models.formats import NOT_FINITE

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.gates import scores
-from megashear.masks.mask_set import MaskPart, exact_gates, expected_gates
+from megashear.masks.mask_set import exact_gates, expected_gates
+from megashear.masks.targets import MaskPart
 
 UNDECIDED = (0.1, 0.9)
 """Chances to be open between which a gate counts as undecided, neither bound included. The lower

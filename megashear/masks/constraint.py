@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from megashear.masks.gates import LOG_ALPHA_MAX, LOG_ALPHA_MIN, probability_closed
 from megashear.masks.kinds import KINDS
-from megashear.masks.state import load_tensors
 from megashear.masks.targets import MaskPart, target_flag
 
 LEAST_LAMBDA2_MAX = 100.0
@@ -128,14 +127,6 @@ class SparsityConstraint:
         """Return the multipliers by ``lambda1.<kind>`` and ``lambda2.<kind>``."""
         first = {f"lambda1.{kind}": parameter for kind, parameter in self.lambda1.items()}
         return first | {f"lambda2.{kind}": parameter for kind, parameter in self.lambda2.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Overwrite the multipliers with what :meth:`state_dict` gave.
-
-        Raises:
-            ValueError: multipliers of other kinds.
-        """
-        load_tensors(self.state_dict(), state, what="multipliers")
 
     def _multipliers(self, dtype: torch.dtype) -> dict[str, nn.Parameter]:
         return {kind: nn.Parameter(torch.zeros((), dtype=dtype)) for kind in self.parts}

@@ -17,17 +17,7 @@ from megashear.masks.gates import (
     uniform_noise,
 )
 from megashear.masks.kinds import KINDS
-from megashear.masks.state import load_tensors
-from megashear.masks.targets import MaskPart, target_units, whole_parts
-
-__all__ = [
-    "MaskPart",
-    "MaskSet",
-    "exact_gates",
-    "expected_gates",
-    "target_units",
-    "whole_parts",
-]
+from megashear.masks.targets import MaskPart
 
 
 class MaskSet:
@@ -121,14 +111,6 @@ class MaskSet:
         """log_alpha by kind, [own rows, own units]: the live tensors, not copies."""
         return {kind: log_alpha.detach() for kind, log_alpha in self.log_alpha.items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Overwrite log_alpha with what :meth:`state_dict` gave.
-
-        Raises:
-            ValueError: other kinds or other shapes than held here.
-        """
-        load_tensors(self.state_dict(), state, what="masks")
-
 
 def exact_gates(
     whole_log_alpha: Mapping[str, Tensor], targets: Mapping[str, int]
@@ -137,7 +119,7 @@ def exact_gates(
 
     Args:
         whole_log_alpha: **whole** masks by kind, [num_rows, num_units].
-        targets: units to leave open, by kind, as :func:`target_units` gives them.
+        targets: units to leave open, by kind, as `targets.target_units` gives them.
 
     Returns:
         Gates by kind, [num_rows, num_units].

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.gates import LOG_ALPHA_MAX, LOG_ALPHA_MIN
 from megashear.masks.mask_set import MaskSet
-from megashear.masks.state import load_tensors
 
 MULTIPLIERS = "multipliers"
 """Name under which :meth:`MaskOptimizer.grad_square_sums` reports all multipliers together."""
@@ -123,14 +120,6 @@ class MaskOptimizer:
             for name, parameter in self._named_parameters().items()
             for moment in _MOMENTS
         }
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite the moments with what :meth:`state_tensors` gave; set ``num_steps`` beside.
-
-        Raises:
-            ValueError: other names or shapes than held here.
-        """
-        load_tensors(self.state_tensors(), tensors, what="mask optimizer moments")
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
         return self._log_alpha | self._multipliers

@@ -83,8 +83,3 @@ class ParallelGroups:
     def is_last_stage(self) -> bool:
         """Whether this process holds the output layer, and so computes losses."""
         return self.pipeline_rank == self.pipeline_size - 1
-
-    @property
-    def last_stage_rank(self) -> int:
-        """Global rank of the process of this pipeline that computes losses."""
-        return dist.get_global_rank(self.pipeline, self.pipeline_size - 1)

@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from megashear.masks.census import Census, take_census
-from megashear.masks.mask_set import exact_gates, expected_gates, target_units
+from megashear.masks.mask_set import exact_gates, expected_gates
+from megashear.masks.targets import target_units
 from megashear.models.kept import KeptUnits
 from megashear.shape import ModelShape
 

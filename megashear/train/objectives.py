@@ -15,14 +15,9 @@ from megashear.masks.census import Census, Sides, take_census, target_sizes
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.gates import scores
 from megashear.masks.kinds import HIDDEN, KINDS
-from megashear.masks.mask_set import (
-    MaskSet,
-    exact_gates,
-    expected_gates,
-    target_units,
-    whole_parts,
-)
+from megashear.masks.mask_set import MaskSet, exact_gates, expected_gates
 from megashear.masks.optimizer import MaskOptimizer
+from megashear.masks.targets import target_units, whole_parts
 from megashear.models.binding import MaskBinding
 from megashear.models.kept import KeptUnits
 from megashear.models.llama import own_layers

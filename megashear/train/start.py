@@ -26,9 +26,8 @@ from megashear.config import (
 from megashear.conversion import sharded_hf
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.kinds import kinds_of
-from megashear.masks.mask_set import target_units, whole_parts
 from megashear.masks.target_flags import nearest_multiples
-from megashear.masks.targets import target_flag
+from megashear.masks.targets import target_flag, target_units, whole_parts
 from megashear.models import loadable
 from megashear.parallel.agree import raise_together
 from megashear.parallel.groups import ParallelGroups

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from megashear.masks.mask_set import MaskPart
+from megashear.masks.targets import MaskPart
 from megashear.monitor import tags
 from megashear.monitor.mask_pictures import mask_pictures
 from megashear.monitor.sinks import Sink, tolerated

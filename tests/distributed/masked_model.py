@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.data.batch import MicroBatch
-from megashear.masks.mask_set import MaskSet, whole_parts
+from megashear.masks.mask_set import MaskSet
+from megashear.masks.targets import whole_parts
 from megashear.models.binding import MaskBinding
 from megashear.models.llama import build_llama, own_layers
 from megashear.models.parts import own_parts
@@ -20,6 +21,7 @@ from megashear.models.weight_table import fuse, tensors
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train.schedule import run_chunk, run_schedule
+from tests.live import fill
 from tests.ranks import run_ranks
 from tests.tiny import VOCABULARY, assemble, named_parameters, set_weights
 
@@ -92,7 +94,7 @@ def run_pass(
         binding = MaskBinding(
             chunks, masks, source, groups, sequence_parallel=parallel.sequence_parallel
         )
-        masks.load_state_dict(binding.slice_gates(log_alpha))
+        fill(masks.state_dict(), binding.slice_gates(log_alpha))
         sampled = sample(masks)
         is_trained = any(z.requires_grad for gates in sampled.values() for z in gates.values())
         binding.bind(sampled, streams if is_trained else ())

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from megashear.masks.mask_set import expected_gates, whole_parts
+from megashear.masks.mask_set import expected_gates
+from megashear.masks.targets import whole_parts
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.guard import StepGuard
 from megashear.train.objectives import StructuredPruning
 from megashear.train.optim import build_optimizer, build_schedule
 from megashear.train.step import TrainStep
+from tests.live import fill
 from tests.ranks import run_ranks
 from tests.tiny import (
     BATCH,
@@ -113,7 +115,7 @@ def _rank(
         global_batch_size=BATCH,
         sequence_parallel=parallel.sequence_parallel,
     )
-    objective.masks.load_state_dict(objective.binding.slice_gates(half_open_masks(pair)))
+    fill(objective.masks.state_dict(), objective.binding.slice_gates(half_open_masks(pair)))
     if broken is not None:
         broken(objective)
     optimizer = build_optimizer(chunks, OPTIMIZER, bf16=False)
@@ -140,8 +142,8 @@ def _rank(
     for step in range(steps):
         if follow is not None:
             set_weights(chunks, follow[step].weights, groups.tensor_rank, groups.tensor_size)
-            objective.masks.load_state_dict(objective.binding.slice_gates(follow[step].masks))
-            objective.constraint.load_state_dict(follow[step].multipliers)
+            fill(objective.masks.state_dict(), objective.binding.slice_gates(follow[step].masks))
+            fill(objective.constraint.state_dict(), follow[step].multipliers)
         before = {
             "weights": {n: p.detach().clone() for n, p in named_parameters(chunks).items()},
             "masks": objective.binding.gather_log_alpha(),

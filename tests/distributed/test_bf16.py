@@ -16,6 +16,7 @@ from megashear.train.objectives import StructuredPruning
 from megashear.train.optim import build_optimizer, build_schedule
 from megashear.train.step import TrainStep
 from tests.distributed.pruning_run import OPTIMIZER, half_open_masks
+from tests.live import fill
 from tests.ranks import run_ranks
 from tests.tiny import (
     BATCH,
@@ -53,7 +54,7 @@ def prune(parallel: ParallelConfig, model: ModelConfig) -> list[float]:
             global_batch_size=BATCH,
             sequence_parallel=parallel.sequence_parallel,
         )
-        objective.masks.load_state_dict(objective.binding.slice_gates(half_open_masks(PAIR)))
+        fill(objective.masks.state_dict(), objective.binding.slice_gates(half_open_masks(PAIR)))
         optimizer = build_optimizer(chunks, OPTIMIZER, bf16=model.bf16)
         schedule = build_schedule(optimizer, OPTIMIZER, 40)
         schedule.step(1)  # past the rate of 0

@@ -6,7 +6,8 @@ import pytest
 
 from megashear.config import MaskConfig, ModelConfig
 from megashear.masks.gates import LOG_ALPHA_MIN
-from megashear.masks.mask_set import MaskSet, whole_parts
+from megashear.masks.mask_set import MaskSet
+from megashear.masks.targets import whole_parts
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.objectives import StructuredPruning

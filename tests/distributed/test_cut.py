@@ -18,7 +18,8 @@ from megashear.checkpoint.store import load_weights, save_run
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megashear.conversion.convert import megatron_to_hf
-from megashear.masks.mask_set import exact_gates, target_units, whole_parts
+from megashear.masks.mask_set import exact_gates
+from megashear.masks.targets import target_units, whole_parts
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
@@ -29,6 +30,7 @@ from tests import reference_llama
 from tests.distributed.masked_model import by_megatron_name, own_logits, whole_logits
 from tests.families import FAMILIES
 from tests.families import pruned as pruned_shape
+from tests.live import fill
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, PAIRS, layout, microbatches, relative_error, set_weights
 
@@ -167,7 +169,7 @@ def prune_half_way(
         global_batch_size=BATCH,
         sequence_parallel=False,
     )
-    objective.masks.load_state_dict(objective.binding.slice_gates(half_open(source, target)))
+    fill(objective.masks.state_dict(), objective.binding.slice_gates(half_open(source, target)))
     masks = mask_state(objective)
     assert masks is not None
     extents = {kind: list(part.extents) for kind, part in masks.masks.parts.items()}

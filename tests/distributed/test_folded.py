@@ -29,6 +29,7 @@ from tests.distributed.test_masked_model import (
     sampled_pass,
     worst,
 )
+from tests.live import fill
 from tests.ranks import run_ranks
 from tests.tiny import (
     BATCH,
@@ -118,7 +119,7 @@ class Pruning:
             sequence_parallel=self.parallel.sequence_parallel,
         )
         self.binding = self.objective.binding
-        self.objective.masks.load_state_dict(self.binding.slice_gates(half_open_masks(PAIR)))
+        fill(self.objective.masks.state_dict(), self.binding.slice_gates(half_open_masks(PAIR)))
 
     def batches(self, step: int) -> list[Any]:
         share = {"data_rank": self.groups.data_rank, "data_size": self.groups.data_size}

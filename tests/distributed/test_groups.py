@@ -21,7 +21,7 @@ def standing(parallel: Any) -> dict[str, Any]:
     return {
         "ranks": (groups.tensor_rank, groups.data_rank, groups.pipeline_rank),
         "sizes": (groups.tensor_size, groups.data_size, groups.pipeline_size),
-        "ends": (groups.is_first_stage, groups.is_last_stage, groups.last_stage_rank),
+        "ends": (groups.is_first_stage, groups.is_last_stage),
         **members,
     }
 
@@ -36,7 +36,7 @@ def test_ranks_count_tensor_first_and_stages_last(tp: int, dp: int, pp: int) -> 
         here = found[rank]
         assert here["ranks"] == (t, d, p)
         assert here["sizes"] == (tp, dp, pp)
-        assert here["ends"] == (p == 0, p == pp - 1, place[t, d, pp - 1])
+        assert here["ends"] == (p == 0, p == pp - 1)
         assert here["tensor"] == [place[i, d, p] for i in range(tp)]
         assert here["data"] == [place[t, i, p] for i in range(dp)]
         assert here["pipeline"] == [place[t, d, i] for i in range(pp)]

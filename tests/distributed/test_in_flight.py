@@ -27,7 +27,8 @@ from megashear.config import (
     PruneRun,
     TrainConfig,
 )
-from megashear.masks.mask_set import exact_gates, target_units
+from megashear.masks.mask_set import exact_gates
+from megashear.masks.targets import target_units
 from megashear.models import weight_table
 from megashear.shape import ModelShape
 from megashear.train import in_flight, run

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from megashear.checkpoint.cut import cut
 from megashear.config import MaskConfig, ModelConfig, ParallelConfig, PlanConfig
-from megashear.masks.mask_set import MaskSet, exact_gates, expected_gates, target_units, whole_parts
+from megashear.masks.mask_set import MaskSet, exact_gates, expected_gates
+from megashear.masks.targets import target_units, whole_parts
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.planning.jobs import PRUNING, make_plans
@@ -26,6 +27,7 @@ from megashear.shape import ModelShape
 from megashear.train.objectives import EXACT, EXPECTED, NO_STEP, RELAXED, StructuredPruning
 from tests import reference_llama
 from tests.distributed.masked_model import by_megatron_name, whole_rows
+from tests.live import fill
 from tests.ranks import run_ranks
 from tests.tiny import (
     BATCH,
@@ -218,7 +220,7 @@ def own_figures(parallel: ParallelConfig) -> dict[tuple[str, tuple[str, ...]], d
                 sequence_parallel=parallel.sequence_parallel,
             )
             whole = half_open(source, target)
-            objective.masks.load_state_dict(objective.binding.slice_gates(whole))
+            fill(objective.masks.state_dict(), objective.binding.slice_gates(whole))
             found[which] = own_figures_of(objective) | {"tensor_rank": groups.tensor_rank}
     return found
 
@@ -266,7 +268,7 @@ def plain(source: ModelShape, target: ModelShape, *, without: str | None = None)
     """The same by autograd through the plain formula, one kind left open if asked for."""
     weights = reference_llama.random_weights(source)
     masks = MaskSet(whole_parts(source, target))
-    masks.load_state_dict(half_open(source, target))
+    fill(masks.state_dict(), half_open(source, target))
 
     def chosen(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {kind: gate for kind, gate in gates.items() if kind != without}

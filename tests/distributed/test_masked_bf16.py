@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from megashear.checkpoint.cut import cut
 from megashear.checkpoint.optimizer_state import stepped
 from megashear.config import ModelConfig, OptimizerConfig
-from megashear.masks.mask_set import MaskSet, exact_gates, target_units, whole_parts
+from megashear.masks.mask_set import MaskSet, exact_gates
+from megashear.masks.targets import target_units, whole_parts
 from megashear.models import folded
 from megashear.models.binding import MaskBinding
 from megashear.models.core import RMSNorm

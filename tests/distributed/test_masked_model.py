@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from megashear.config import ParallelConfig
 from megashear.data.batch import MicroBatch
 from megashear.masks.gates import sample_gates
-from megashear.masks.mask_set import MaskSet, exact_gates, target_units, whole_parts
+from megashear.masks.mask_set import MaskSet, exact_gates
+from megashear.masks.targets import target_units, whole_parts
 from megashear.models import fold, folded
 from megashear.models.core import RMSNorm
 from megashear.models.fold import unit_values

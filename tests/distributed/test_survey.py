@@ -19,6 +19,7 @@ from megashear.parallel.groups import ParallelGroups
 from megashear.train.objectives import RELAXED, StructuredPruning
 from megashear.train.watch import cost_points, survey_points
 from tests.distributed.pruning_run import half_open_masks
+from tests.live import fill
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, PAIRS, layout, megatron_weights, microbatches, set_weights
 
@@ -66,7 +67,7 @@ def surveyed(
             broken(objective)
         points = []
         for step, masks in zip(STEPS, (half_open_masks(PAIR), later_masks())):
-            objective.masks.load_state_dict(objective.binding.slice_gates(masks))
+            fill(objective.masks.state_dict(), objective.binding.slice_gates(masks))
             points.append(survey_points(objective.survey(step), TARGET))
         return points
 
@@ -125,7 +126,7 @@ def test_churn_and_sizes_are_those_that_one_counts(alone: list[dict[str, float]]
 def relaxed_losses(parallel: ParallelConfig) -> list[float]:
     def body(rank: int) -> list[float]:
         objective = objective_of(parallel, ParallelGroups.create(parallel))
-        objective.masks.load_state_dict(objective.binding.slice_gates(half_open_masks(PAIR)))
+        fill(objective.masks.state_dict(), objective.binding.slice_gates(half_open_masks(PAIR)))
         found = []
         for mode in objective.evaluation_modes():
             objective.begin_evaluation(mode)

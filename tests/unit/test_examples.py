@@ -16,8 +16,8 @@ from megashear.__main__ import COMMANDS, main
 from megashear.commands.settings import build, settings_of
 from megashear.config import PlanConfig, PretrainRun, PruneRun, check_streams
 from megashear.data.reference_loss import PUBLISHED_DOMAINS, REFERENCE_LOSSES, read_reference
-from megashear.masks.mask_set import whole_parts
 from megashear.masks.target_flags import target_shape
+from megashear.masks.targets import whole_parts
 from megashear.models.llama import check_layout
 from megashear.planning.jobs import make_plans
 from megashear.planning.memory import checkpoint_bytes

@@ -49,7 +49,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ways import OPTIMIZER, SEED, OurStep, Work, target_of
 
 from megashear.config import ModelConfig, ParallelConfig
-from megashear.masks.mask_set import exact_gates, target_units
+from megashear.masks.mask_set import exact_gates
+from megashear.masks.targets import target_units
 from megashear.models.llama import build_llama
 from megashear.models.specs import Variant
 from megashear.parallel import device, kernel_choice

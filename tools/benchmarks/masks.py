@@ -22,8 +22,9 @@ from ways import SEED, Work
 
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.kinds import HIDDEN, KINDS
-from megashear.masks.mask_set import MaskSet, target_units, whole_parts
+from megashear.masks.mask_set import MaskSet
 from megashear.masks.optimizer import MaskOptimizer, clip_factor
+from megashear.masks.targets import target_units, whole_parts
 from megashear.shape import PRESETS
 
 _CHECKED = (HIDDEN,)

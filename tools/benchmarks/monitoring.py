@@ -24,8 +24,8 @@ import torch
 from megashear.config import TrainConfig
 from megashear.masks.census import Sides, take_census
 from megashear.masks.gates import scores
-from megashear.masks.mask_set import expected_gates, whole_parts
-from megashear.masks.targets import target_units
+from megashear.masks.mask_set import expected_gates
+from megashear.masks.targets import target_units, whole_parts
 from megashear.models.kept import KeptUnits
 from megashear.monitor import tags
 from megashear.monitor.charts import charts

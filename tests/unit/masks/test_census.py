@@ -11,8 +11,7 @@ from torch import Tensor
 from megashear.masks import census
 from megashear.masks.census import Sides, take_census, target_sizes
 from megashear.masks.constraint import SparsityConstraint
-from megashear.masks.mask_set import MaskPart, whole_parts
-from megashear.masks.targets import target_units
+from megashear.masks.targets import MaskPart, target_units, whole_parts
 from tests.tiny import PAIRS
 
 SOURCE, TARGET = PAIRS["8-groups-of-4"]

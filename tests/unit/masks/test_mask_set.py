@@ -8,8 +8,9 @@ import torch
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.gates import LOG_ALPHA_MAX, uniform_noise
 from megashear.masks.kinds import KINDS
-from megashear.masks.mask_set import MaskSet, exact_gates, target_units, whole_parts
+from megashear.masks.mask_set import MaskSet, exact_gates
 from megashear.masks.optimizer import MaskOptimizer
+from megashear.masks.targets import target_units, whole_parts
 from tests.unit.masks.test_targets import MHA
 
 TARGET = replace(

@@ -10,7 +10,8 @@ from torch import Tensor
 from megashear.masks import mask_set
 from megashear.masks.gates import logistic_noise, sample_gates, uniform_noise
 from megashear.masks.kinds import KINDS
-from megashear.masks.mask_set import MaskPart, MaskSet
+from megashear.masks.mask_set import MaskSet
+from megashear.masks.targets import MaskPart
 
 KEY = {"seed": 7, "step": 3, "stream": 1, "kind": "head", "row": 2}
 

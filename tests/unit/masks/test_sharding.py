@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from megashear.masks.constraint import SparsityConstraint
-from megashear.masks.mask_set import MaskPart, MaskSet, target_units, whole_parts
+from megashear.masks.mask_set import MaskSet
 from megashear.masks.optimizer import MULTIPLIERS, MaskOptimizer, clip_factor
+from megashear.masks.targets import MaskPart, target_units, whole_parts
 from megashear.shape import ModelShape
 from tests.unit.masks.test_targets import GQA, MHA, WIDE
 

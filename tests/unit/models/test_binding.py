@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megashear.config import ModelConfig, ParallelConfig
-from megashear.masks.mask_set import MaskPart, MaskSet, whole_parts
+from megashear.masks.mask_set import MaskSet
+from megashear.masks.targets import MaskPart, whole_parts
 from megashear.models.binding import MaskBinding
 from megashear.models.llama import build_llama, check_layout, own_layers, unwrap
 from megashear.models.parts import own_parts

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.masks.mask_set import whole_parts
+from megashear.masks.targets import whole_parts
 from megashear.models.kept import KeptUnits
 from megashear.report.kept import MaskReading
 from megashear.shape import ModelShape
