@@ -8,11 +8,11 @@ from typing import Any
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-from megashear.models.finite import NotFinite, first_not_finite
+from megashear.models.finite import NonFiniteNumber, first_not_finite
 from megashear.parallel.agree import gather_objects
 
 
-def not_finite_anywhere(state: dict[str, Any]) -> NotFinite | None:
+def not_finite_anywhere(state: dict[str, Any]) -> NonFiniteNumber | None:
     """Find a number that is not finite in any rank's share of a checkpoint.
 
     Collective over the world.

@@ -38,14 +38,14 @@ from megashear.checkpoint.saver import Saver, fail_together
 from megashear.checkpoint.weights import MASTERS, without_extra_state
 from megashear.files import integrity
 from megashear.files.integrity import DamagedError, FileSum
-from megashear.masks.census import Sides
+from megashear.masks.census import GateSides
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.kinds import KINDS
 from megashear.masks.mask_set import MaskSet
 from megashear.masks.optimizer import MaskOptimizer
 from megashear.masks.targets import MaskPart
 from megashear.models import weight_table
-from megashear.models.finite import NotFinite
+from megashear.models.finite import NonFiniteNumber
 from megashear.models.formats import NOT_FINITE
 from megashear.models.llama import unwrap
 from megashear.parallel import cpu_megatron
@@ -67,7 +67,7 @@ class MaskState:
     masks: MaskSet
     constraint: SparsityConstraint
     optimizer: MaskOptimizer
-    sides: Sides
+    sides: GateSides
     """Of the last evaluation."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -417,7 +417,7 @@ def _model_entries(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     }
 
 
-def weight_not_finite(chunks: Sequence[torch.nn.Module]) -> NotFinite | None:
+def weight_not_finite(chunks: Sequence[torch.nn.Module]) -> NonFiniteNumber | None:
     """Find a weight of the model that is not finite on any rank. Collective over the world.
 
     Returns:

@@ -31,10 +31,10 @@ def main(argv: Sequence[str]) -> int:
 
     jobs = make_plans(config, source, target, prune=prune, pretrain=pretrain)
     if config.json:
-        report(json.dumps({planned.job.name: as_dict(planned) for planned in jobs}, indent=2))
+        report(json.dumps({plan.job.name: as_dict(plan) for plan in jobs}, indent=2))
         return 0
-    for number, planned in enumerate(jobs):
-        report("\n".join([*([""] if number else []), *lines(planned, top=config.top)]))
+    for number, plan in enumerate(jobs):
+        report("\n".join([*([""] if number else []), *lines(plan, top=config.top)]))
     return 0
 
 

@@ -98,7 +98,7 @@ def target_sizes(constraint: SparsityConstraint, step: int) -> dict[str, float]:
     }
 
 
-class Sides:
+class GateSides:
     """On which side each gate of this process stood when it was last looked at.
 
     Before the first look all are open, as a run begins.

@@ -13,7 +13,7 @@ _LOOKED_AT_ONCE = 2**24
 """Values of a tensor with a number that is not finite, looked through at a time."""
 
 
-class NotFinite(NamedTuple):
+class NonFiniteNumber(NamedTuple):
     """Where a number is not finite, and what it is."""
 
     name: str
@@ -27,7 +27,7 @@ class NotFinite(NamedTuple):
         return f"{self.name}[{', '.join(map(str, self.place))}] is {self.value}"
 
 
-def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> NotFinite | None:
+def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> NonFiniteNumber | None:
     """Find the first number that is NaN or infinite; None where all are finite.
 
     Each tensor is read once where it lies, and nothing as large as it is made.
@@ -47,7 +47,7 @@ def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> NotFinite | None:
             found = torch.isfinite(flat[start : start + _LOOKED_AT_ONCE]).logical_not_().nonzero()
             if len(found):
                 at = start + int(found[0])
-                return NotFinite(name, _unravel(at, tensor.shape), float(flat[at]))
+                return NonFiniteNumber(name, _unravel(at, tensor.shape), float(flat[at]))
     return None
 
 

@@ -15,6 +15,7 @@ from megatron.core.utils import init_method_normal, scaled_init_method_normal
 from torch import Tensor
 
 from megashear.config import ModelConfig, ParallelConfig
+from megashear.models import weight_table
 from megashear.models.core import RotaryTable, VocabularyPadding, rotary_frequencies
 from megashear.models.cross_entropy import vocab_parallel_cross_entropy
 from megashear.models.specs import Variant, block_spec
@@ -222,17 +223,6 @@ def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def padded_vocab_size(shape: ModelShape, tensor_size: int) -> int:
-    """Rows of the embedding in a run: the vocabulary, and padding until tensor ranks divide it."""
-    return -(-shape.vocab_size // tensor_size) * tensor_size
-
-
-def own_vocab_size(shape: ModelShape, tensor_size: int, tensor_rank: int) -> int:
-    """How many rows of a tensor rank's slice of the embedding are tokens; padding follows them."""
-    rows = padded_vocab_size(shape, tensor_size) // tensor_size
-    return min(max(shape.vocab_size - tensor_rank * rows, 0), rows)
-
-
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
     """Return the GPTModel inside data-parallel and mixed-precision wrappers."""
     while not isinstance(chunk, GPTModel):
@@ -290,7 +280,7 @@ def _build_chunk(
     gpt = Llama(
         config=config,
         transformer_layer_spec=block_spec(config, variant, vp_stage=vp_stage),
-        vocab_size=padded_vocab_size(shape, groups.tensor_size),
+        vocab_size=weight_table.padded_vocab_size(shape, groups.tensor_size),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=first,
         post_process=last,
@@ -306,7 +296,9 @@ def _build_chunk(
         gpt.rotary_pos_emb = RotaryTable(shape, device.device())
     gpt.num_tokens = shape.vocab_size  # gpt.vocab_size counts the padding too
     if gpt.vocab_size != gpt.num_tokens:
-        _close_padding(gpt, own_vocab_size(shape, groups.tensor_size, groups.tensor_rank))
+        _close_padding(
+            gpt, weight_table.own_vocab_size(shape, groups.tensor_size, groups.tensor_rank)
+        )
     gpt.to(device.device())
     return Float16Module(config, gpt) if config.bf16 else gpt
 

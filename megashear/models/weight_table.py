@@ -258,6 +258,17 @@ def shape_of_shard(shape: ModelShape, tensor_size: int) -> ModelShape:
     return dataclasses.replace(shape, **own)
 
 
+def padded_vocab_size(shape: ModelShape, tensor_size: int) -> int:
+    """Return the rows of the embedding in a run: the vocabulary, padded until tensor ranks divide it."""
+    return -(-shape.vocab_size // tensor_size) * tensor_size
+
+
+def own_vocab_size(shape: ModelShape, tensor_size: int, tensor_rank: int) -> int:
+    """Return the rows of a tensor rank's slice of the embedding that are tokens; padding follows."""
+    rows = padded_vocab_size(shape, tensor_size) // tensor_size
+    return min(max(shape.vocab_size - tensor_rank * rows, 0), rows)
+
+
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Shape of every Hugging Face weight by name; their sizes add up to ``num_params()``."""
     return {name: weight.extents(shape) for name, weight, _ in weights(shape)}

@@ -15,21 +15,21 @@ Direction = Literal["forward", "backward"]
 # Masks add nothing: they are multiplied into weights.
 
 
-def _stream(work: Work) -> int:
+def _residual(work: Work) -> int:
     """Return the bytes of the residual stream once."""
     return work.element * work.own_tokens * work.shape.hidden_size
 
 
 def _norm(work: Work) -> int:
     """Kept by one norm: its input, and the inverse root mean square."""
-    return _stream(work) + FLOAT32 * work.own_tokens
+    return _residual(work) + FLOAT32 * work.own_tokens
 
 
 def attention_kept(work: Work) -> int:
     """Bytes that one layer's attention keeps for its backward pass, with the norm before it."""
     shape, e, t = work.shape, work.element, work.tokens
     q, k = work.own_query, work.own_key
-    kept = _norm(work) + _stream(work)  # the norm's output is the input of the projection
+    kept = _norm(work) + _residual(work)  # the norm's output is the input of the projection
     kept += e * t * (q + 2 * k)  # turned queries and keys, and values copied out of what came
     kept += e * t * q + FLOAT32 * t * shape.num_attention_heads // work.tensor  # flash: out, lse
     if shape.qk_norm:
@@ -44,14 +44,14 @@ def attention_kept(work: Work) -> int:
 def mlp_kept(work: Work) -> int:
     """Bytes that one layer's MLP keeps for its backward pass, with the norm before it."""
     gate_up_and_product = 3 * work.element * work.tokens * work.own_ffn
-    return _norm(work) + _stream(work) + gate_up_and_product
+    return _norm(work) + _residual(work) + gate_up_and_product
 
 
 def loss_kept(work: Work) -> int:
     """Bytes that final norm, output layer and cross entropy keep: logits, and a few numbers a token
     (largest logit, factor, loss, whether it counts; the label, and whether it is this rank's)."""
     logits = work.element * work.tokens * work.own_vocab
-    return _norm(work) + _stream(work) + logits + (4 * FLOAT32 + 8 + 1) * work.tokens
+    return _norm(work) + _residual(work) + logits + (4 * FLOAT32 + 8 + 1) * work.tokens
 
 
 def _layers_kept(work: Work) -> int:
@@ -61,9 +61,9 @@ def _layers_kept(work: Work) -> int:
         return layers * layer
     each = work.model.recompute_num_layers
     if work.model.recompute_method == "uniform":
-        return -(-layers // each) * _stream(work)
+        return -(-layers // each) * _residual(work)
     again = min(each, layers)
-    return again * _stream(work) + (layers - again) * layer
+    return again * _residual(work) + (layers - again) * layer
 
 
 def _chunk_kept(work: Work, *, first: bool, last: bool) -> int:
@@ -82,7 +82,7 @@ def _run_again(work: Work, *, last: bool) -> int:
         if model.recompute_method == "block":
             again = int(again == work.chunk_layers)  # one at a time, after those kept whole
         # the input that the first of them begins with is kept already
-        extra += again * (attention_kept(work) + mlp_kept(work)) - bool(again) * _stream(work)
+        extra += again * (attention_kept(work) + mlp_kept(work)) - bool(again) * _residual(work)
     return extra
 
 
@@ -96,10 +96,10 @@ def _layer_backward(work: Work) -> int:
     # the gate; under bfloat16 float32 copies of its input and of its output's gradient. The
     # projection behind it is through.
     each = 2 * e + 8 + (12 if work.model.bf16 else 0)
-    activation = t * i * each + _stream(work)
+    activation = t * i * each + _residual(work)
     gathered = e * t * hidden if work.parallel.sequence_parallel else 0
     # the projection: gradients of its input and, twice, of its weight
-    projection = e * t * i + 2 * e * i * hidden + gathered + 2 * _stream(work)
+    projection = e * t * i + 2 * e * i * hidden + gathered + 2 * _residual(work)
     return max(activation, projection)
 
 
@@ -113,7 +113,7 @@ def _chunk_moment(work: Work, *, first: bool, last: bool) -> int:
         # behind the output layer autograd copies it.
         padded = work.tensor * vocab != work.shape.vocab_size
         copied = work.element * work.tokens * vocab if padded else 0
-        moments.append(e * vocab * hidden + _stream(work) + copied)
+        moments.append(e * vocab * hidden + _residual(work) + copied)
     if first:
         # a dense gradient of the whole embedding, when all else of the microbatch is free
         moments.append(e * vocab * hidden - _chunk_kept(work, first=first, last=last))
@@ -171,7 +171,7 @@ def _throughout(work: Work) -> int:
     if work.parallel.sequence_parallel:
         lasting += work.element * work.tokens * work.shape.hidden_size  # gathered inputs, reused
     if work.pipeline > 1:
-        lasting += 2 * _stream(work)  # received, sent
+        lasting += 2 * _residual(work)  # received, sent
     return lasting
 
 
@@ -183,7 +183,7 @@ def forward_only(work: Work, stage: int) -> int:
     activation = (2 * (work.element + copy) + FLOAT32 + back) * work.own_ffn
     logits = work.element * work.own_vocab if stage == work.pipeline - 1 else 0
     # beside them a layer's input, its norm's output, and the chunk's input, which its caller holds
-    return work.tokens * max(activation, logits) + 3 * _stream(work) + _throughout(work)
+    return work.tokens * max(activation, logits) + 3 * _residual(work) + _throughout(work)
 
 
 def schedule(work: Work, stage: int) -> Iterator[tuple[Direction, int]]:

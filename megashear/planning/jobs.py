@@ -17,9 +17,9 @@ from megashear.config import (
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.targets import target_units, whole_parts
 from megashear.planning.hardware import GB, find_gpu
-from megashear.planning.layouts import Fixed, Job
-from megashear.planning.search import plan
-from megashear.planning.tables import Planned
+from megashear.planning.layouts import Choices, Job
+from megashear.planning.search import fitting_layouts
+from megashear.planning.tables import Plan
 from megashear.planning.time import FORWARD_SHARE, Cluster
 from megashear.shape import ModelShape
 
@@ -67,7 +67,7 @@ def make_plans(
     *,
     prune: PruneRun | None = None,
     pretrain: PretrainRun | None = None,
-) -> list[Planned]:
+) -> list[Plan]:
     """Return plans of pruning ``source`` to ``target`` and of training that on.
 
     Args:
@@ -94,10 +94,10 @@ def make_plans(
     if target is not None:
         jobs.insert(0, (_pruning(config, source, target, prune or PUBLISHED_PRUNE), prune))
     return [
-        Planned(
+        Plan(
             job=job,
             cluster=cluster,
-            candidates=plan(
+            candidates=fitting_layouts(
                 job,
                 cluster,
                 _fixed(config, run),
@@ -108,7 +108,7 @@ def make_plans(
     ]
 
 
-def _fixed(config: PlanConfig, run: PruneRun | PretrainRun | None) -> Fixed:
+def _fixed(config: PlanConfig, run: PruneRun | PretrainRun | None) -> Choices:
     """Return the layout that flags choose, or else a recipe."""
     recompute = None
     if config.recompute_granularity is not None:
@@ -118,16 +118,16 @@ def _fixed(config: PlanConfig, run: PruneRun | PretrainRun | None) -> Fixed:
             recompute_method=config.recompute_method,
             recompute_num_layers=config.recompute_num_layers,
         )
-    fixed = Fixed(
+    chosen = Choices(
         tensor=config.tensor_model_parallel_size,
         pipeline=config.pipeline_model_parallel_size,
         virtual=config.num_virtual_stages_per_pipeline_rank,
         micro_batch_size=config.micro_batch_size,
         model=recompute,
     )
-    if run is None or config.any_layout or fixed != Fixed():
-        return fixed
-    return Fixed.of_run(run)
+    if run is None or config.any_layout or chosen != Choices():
+        return chosen
+    return Choices.of_run(run)
 
 
 def _pruning(config: PlanConfig, source: ModelShape, target: ModelShape, run: PruneRun) -> Job:

@@ -73,7 +73,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fixed:
+class Choices:
     """What the user has chosen; None leaves it open."""
 
     tensor: int | None = None
@@ -88,7 +88,7 @@ class Fixed:
     """What frees the choice."""
 
     @classmethod
-    def of_run(cls, run: PruneRun | PretrainRun) -> Fixed:
+    def of_run(cls, run: PruneRun | PretrainRun) -> Choices:
         """Return the layout of a run as it is configured."""
         return cls(
             tensor=run.parallel.tensor_model_parallel_size,
@@ -103,7 +103,7 @@ class Fixed:
     @property
     def is_open(self) -> bool:
         """Whether nothing was chosen."""
-        return self == replace(Fixed(), way_out=self.way_out)
+        return self == replace(Choices(), way_out=self.way_out)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,22 +160,22 @@ class DivisionError(ValueError):
 
 
 def divisions(
-    job: Job, cluster: Cluster, fixed: Fixed, refused: list[DivisionError] | None = None
+    job: Job, cluster: Cluster, chosen: Choices, refused: list[DivisionError] | None = None
 ) -> Iterator[Work]:
     """Yield every division of the GPUs that the job's shape and batch allow, without recompute.
 
     Args:
         job: what is trained.
         cluster: what there is.
-        fixed: what the user has chosen.
+        chosen: what the user has chosen.
         refused: gets why the others are none.
     """
-    for tensor in _choices(fixed.tensor, _divisors(cluster.gpus_per_node)):
-        for pipeline in _choices(fixed.pipeline, _divisors(job.shape.num_layers)):
+    for tensor in _choices(chosen.tensor, _divisors(cluster.gpus_per_node)):
+        for pipeline in _choices(chosen.pipeline, _divisors(job.shape.num_layers)):
             virtual_sizes = [n for n in _divisors(job.shape.num_layers) if n <= MOST_CHUNKS]
-            for virtual in _choices(fixed.virtual, virtual_sizes if pipeline > 1 else [1]):
+            for virtual in _choices(chosen.virtual, virtual_sizes if pipeline > 1 else [1]):
                 sizes = [2**n for n in range(MOST_SEQUENCES.bit_length())]
-                for size in _choices(fixed.micro_batch_size, sizes):
+                for size in _choices(chosen.micro_batch_size, sizes):
                     try:
                         yield division(
                             job,
@@ -184,7 +184,7 @@ def divisions(
                             pipeline=pipeline,
                             virtual=virtual,
                             micro_batch_size=size,
-                            chosen=fixed,
+                            chosen=chosen,
                         )
                     except DivisionError as error:
                         if refused is not None:
@@ -199,7 +199,7 @@ def division(
     pipeline: int,
     virtual: int,
     micro_batch_size: int,
-    chosen: Fixed | None = None,
+    chosen: Choices | None = None,
 ) -> Work:
     """Return one division of the GPUs.
 
@@ -276,7 +276,7 @@ def candidate(work: Work, job: Job, cluster: Cluster) -> Candidate:
     return Candidate(work=work, stage=stage, memory=held[stage], time=time)
 
 
-def recomputes(work: Work, chosen: ModelConfig | None = None) -> Iterator[ModelConfig]:
+def recompute_choices(work: Work, chosen: ModelConfig | None = None) -> Iterator[ModelConfig]:
     """Yield ways to recompute, the cheapest first: none, so many layers of a chunk, all; or the one
     that was ``chosen``."""
     if chosen is not None:
@@ -310,8 +310,8 @@ def order(found: Candidate) -> tuple[float, int, int, int]:
     return seconds, -found.work.micro_batch_size, found.work.virtual, found.work.pipeline
 
 
-def _choices(fixed: int | None, others: Iterable[int]) -> list[int]:
-    return list(others) if fixed is None else [fixed]
+def _choices(chosen: int | None, others: Iterable[int]) -> list[int]:
+    return list(others) if chosen is None else [chosen]
 
 
 def _divisors(number: int) -> list[int]:

@@ -74,20 +74,20 @@ def rank_memory(work: Work, stage: int) -> Memory:
         gradients=FLOAT32 * held,
         masters=FLOAT32 * stepped if work.model.bf16 else 0,
         moments=MOMENTS * FLOAT32 * stepped,
-        folded=folded(work, stage),
+        folded=folded_bytes(work, stage),
         masks=2 * FLOAT32 * _gates(work) * work.own_streams,
         activations=activations,
         buffers=peak - activations,
     )
 
 
-def fullest(work: Work) -> tuple[int, Memory]:
+def fullest_stage(work: Work) -> tuple[int, Memory]:
     """Return the stage whose ranks hold most, and what they hold."""
     stages = ((stage, rank_memory(work, stage)) for stage in range(work.pipeline))
     return max(stages, key=lambda found: found[1].total)
 
 
-def evaluating(work: Work, stage: int, *, micro_batch_size: int) -> Memory:
+def evaluation_memory(work: Work, stage: int, *, micro_batch_size: int) -> Memory:
     """What a rank of ``stage`` holds in an evaluation of so many sequences a forward pass."""
     passes = replace(work, micro_batch_size=micro_batch_size)
     return replace(rank_memory(work, stage), activations=0, buffers=forward_only(passes, stage))
@@ -112,7 +112,7 @@ def stage_parameters(work: Work, stage: int) -> Iterator[int]:
         yield size
 
 
-def folded(work: Work, stage: int) -> int:
+def folded_bytes(work: Work, stage: int) -> int:
     """Return the bytes of what `models.folded` keeps for the weights that masks act on."""
     # a factor of heads is made of their own gates and of their groups'
     acting = {name for name, kind in KINDS.items() if {name, kind.within} & work.masks}

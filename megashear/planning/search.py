@@ -7,13 +7,13 @@ from dataclasses import replace
 from megashear.planning.hardware import GPUS
 from megashear.planning.layouts import (
     Candidate,
+    Choices,
     DivisionError,
-    Fixed,
     Job,
     candidate,
     divisions,
     order,
-    recomputes,
+    recompute_choices,
 )
 from megashear.planning.time import Cluster
 from megashear.planning.work import GIB, Work
@@ -26,40 +26,42 @@ class NothingFitsError(ValueError):
     """No layout divides the job, or none fits; the message says what would."""
 
 
-def plan(job: Job, cluster: Cluster, fixed: Fixed, *, reserve_gib: float) -> list[Candidate]:
+def fitting_layouts(
+    job: Job, cluster: Cluster, chosen: Choices, *, reserve_gib: float
+) -> list[Candidate]:
     """Layouts that fit, the fastest first: of each tensor, pipeline and virtual size the best.
 
     Args:
         job: what is trained.
         cluster: what there is.
-        fixed: what the user has chosen.
+        chosen: what the user has chosen.
         reserve_gib: memory of each GPU that tensors may not take, GiB.
 
     Raises:
         NothingFitsError: none does.
     """
     room = cluster.gpu.memory_gib - reserve_gib
-    divided = list(divisions(job, cluster, fixed))
+    divided = list(divisions(job, cluster, chosen))
     if not divided:
-        raise NothingFitsError(_nothing_divides(job, cluster, fixed))
+        raise NothingFitsError(_nothing_divides(job, cluster, chosen))
     best: dict[tuple[int, int, int], Candidate] = {}
     for work in divided:
-        found = _first_that_fits(work, job, cluster, fixed, room)
+        found = _first_that_fits(work, job, cluster, chosen, room)
         if found is None:
             continue
         place = (work.tensor, work.pipeline, work.virtual)
         if place not in best or order(found) < order(best[place]):
             best[place] = found
     if not best:
-        raise NothingFitsError(_nothing_fits(job, cluster, fixed, divided, reserve_gib))
+        raise NothingFitsError(_nothing_fits(job, cluster, chosen, divided, reserve_gib))
     return sorted(best.values(), key=order)
 
 
 def _first_that_fits(
-    work: Work, job: Job, cluster: Cluster, fixed: Fixed, room: float
+    work: Work, job: Job, cluster: Cluster, chosen: Choices, room: float
 ) -> Candidate | None:
     """Return the division with as little recompute as fits; None where none does."""
-    for recompute in recomputes(work, fixed.model):
+    for recompute in recompute_choices(work, chosen.model):
         found = candidate(replace(work, model=recompute), job, cluster)
         if found.needed_gib <= room:
             return found
@@ -68,14 +70,14 @@ def _first_that_fits(
     return None
 
 
-def _nothing_divides(job: Job, cluster: Cluster, fixed: Fixed) -> str:
+def _nothing_divides(job: Job, cluster: Cluster, chosen: Choices) -> str:
     """Why the division that gets farthest is none, and the numbers of GPUs nearest that divide."""
     refused: list[DivisionError] = []
-    list(divisions(job, cluster, fixed, refused))
+    list(divisions(job, cluster, chosen, refused))
     why = max(refused, key=lambda error: error.passed)
     others = [
         str(count)
-        for count in (_nearest_below(job, cluster, fixed), _nearest_above(job, cluster, fixed))
+        for count in (_nearest_below(job, cluster, chosen), _nearest_above(job, cluster, chosen))
         if count is not None
     ]
     way_out = f"; --gpus {' or '.join(others)} can" if others else ""
@@ -85,48 +87,48 @@ def _nothing_divides(job: Job, cluster: Cluster, fixed: Fixed) -> str:
     )
 
 
-def _nearest_below(job: Job, cluster: Cluster, fixed: Fixed) -> int | None:
+def _nearest_below(job: Job, cluster: Cluster, chosen: Choices) -> int | None:
     counts = range(cluster.num_gpus - 1, 0, -1)
-    return next((n for n in counts if _divides(job, cluster, fixed, n)), None)
+    return next((n for n in counts if _divides(job, cluster, chosen, n)), None)
 
 
-def _nearest_above(job: Job, cluster: Cluster, fixed: Fixed) -> int | None:
+def _nearest_above(job: Job, cluster: Cluster, chosen: Choices) -> int | None:
     counts = range(cluster.num_gpus + 1, min(2 * cluster.num_gpus, MOST_GPUS) + 1)
-    return next((n for n in counts if _divides(job, cluster, fixed, n)), None)
+    return next((n for n in counts if _divides(job, cluster, chosen, n)), None)
 
 
-def _divides(job: Job, cluster: Cluster, fixed: Fixed, num_gpus: int) -> bool:
-    smaller = replace(fixed, micro_batch_size=fixed.micro_batch_size or 1)
+def _divides(job: Job, cluster: Cluster, chosen: Choices, num_gpus: int) -> bool:
+    smaller = replace(chosen, micro_batch_size=chosen.micro_batch_size or 1)
     return any(True for _ in divisions(job, replace(cluster, num_gpus=num_gpus), smaller))
 
 
 def _nothing_fits(
     job: Job,
     cluster: Cluster,
-    fixed: Fixed,
+    chosen: Choices,
     divided: list[Work],
     reserve_gib: float,
 ) -> str:
     """Say by how much the nearest layout is too large, and what would do."""
     room = cluster.gpu.memory_gib - reserve_gib
-    smallest = (_smallest(work, job, cluster, fixed) for work in divided)
+    smallest = (_smallest(work, job, cluster, chosen) for work in divided)
     least = min(smallest, key=lambda found: found.memory.total)
     ways = []
-    if not fixed.is_open and _fits(job, cluster, Fixed(), room):
-        ways.append(fixed.way_out)
+    if not chosen.is_open and _fits(job, cluster, Choices(), room):
+        ways.append(chosen.way_out)
     count = cluster.num_gpus
     while (count := 2 * count) <= MOST_GPUS:
-        if _fits(job, replace(cluster, num_gpus=count), fixed, room):
+        if _fits(job, replace(cluster, num_gpus=count), chosen, room):
             ways.append(f"--gpus {count}")
             break
     larger = [gpu for gpu in GPUS.values() if gpu.memory_gib > cluster.gpu.memory_gib]
     for gpu in sorted(larger, key=lambda gpu: gpu.memory_gib):
         there = gpu.memory_gib - reserve_gib
-        if _fits(job, replace(cluster, gpu=gpu), fixed, there):
+        if _fits(job, replace(cluster, gpu=gpu), chosen, there):
             ways.append(f"--gpu {gpu.name}")
             break
     although = ""
-    if fixed.parallel is None and fixed.model is None:
+    if chosen.parallel is None and chosen.model is None:
         although = (
             ", although every layer is run again and replicas, where there are any, share the "
             "optimizer's state"
@@ -140,14 +142,14 @@ def _nothing_fits(
     )
 
 
-def _smallest(work: Work, job: Job, cluster: Cluster, fixed: Fixed) -> Candidate:
+def _smallest(work: Work, job: Job, cluster: Cluster, chosen: Choices) -> Candidate:
     """Return a division with every layer recomputed, unless that was chosen otherwise."""
-    *_, least = recomputes(work, fixed.model)
+    *_, least = recompute_choices(work, chosen.model)
     return candidate(replace(work, model=least), job, cluster)
 
 
-def _fits(job: Job, cluster: Cluster, fixed: Fixed, room: float) -> bool:
+def _fits(job: Job, cluster: Cluster, chosen: Choices, room: float) -> bool:
     return any(
-        _smallest(work, job, cluster, fixed).needed_gib <= room
-        for work in divisions(job, cluster, fixed)
+        _smallest(work, job, cluster, chosen).needed_gib <= room
+        for work in divisions(job, cluster, chosen)
     )

@@ -18,20 +18,20 @@ HOUR = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Planned:
+class Plan:
     """A job and the layouts that fit, the fastest first."""
 
     job: Job
     cluster: Cluster
     candidates: Sequence[Candidate]
 
-    def evaluating(self, found: Candidate) -> float:
+    def evaluation_seconds(self, found: Candidate) -> float:
         """Seconds of evaluations for each step."""
         return self.job.held_out_per_step * forward_seconds(found.work, found.time)
 
     def hours(self, found: Candidate) -> float:
         """Return the hours of the whole job with its evaluations; checkpoints are not counted."""
-        return self.job.steps * (found.time.total + self.evaluating(found)) / HOUR
+        return self.job.steps * (found.time.total + self.evaluation_seconds(found)) / HOUR
 
     def tokens_per_second(self, found: Candidate) -> float:
         """Return the tokens per second of one GPU, training alone."""
@@ -54,14 +54,14 @@ def disk(job: Job) -> str:
     )
 
 
-def lines(planned: Planned, *, top: int) -> Iterator[str]:
+def lines(plan: Plan, *, top: int) -> Iterator[str]:
     """Write the plan of one job: what is trained, a table of layouts, the first of them in full.
 
     Args:
-        planned: the job.
+        plan: the job.
         top: layouts in the table.
     """
-    job, cluster = planned.job, planned.cluster
+    job, cluster = plan.job, plan.cluster
     yield (
         f"{job.name}: {job.steps:,} steps of {job.global_batch_size} x {job.seq_length:,} tokens "
         f"({job.steps * job.global_batch_size * job.seq_length / 1e9:.2f} B), "
@@ -87,25 +87,25 @@ def lines(planned: Planned, *, top: int) -> Iterator[str]:
                 *("tokens/s/GPU", "MFU", "bubble", "hours"),
                 "GPU-hours",
             ),
-            *(_row(planned, found) for found in planned.candidates[:top]),
+            *(_row(plan, found) for found in plan.candidates[:top]),
         ]
     )
-    left = len(planned.candidates) - top
+    left = len(plan.candidates) - top
     if left > 0:
-        yield f"and {left} more that fit; --top {len(planned.candidates)} shows all"
+        yield f"and {left} more that fit; --top {len(plan.candidates)} shows all"
     yield ""
-    first = planned.candidates[0]
+    first = plan.candidates[0]
     yield f"The first: {first.flags(job)}"
     yield disk(job)
     yield ""
     yield from _memory(first, cluster)
     yield ""
-    yield from _time(planned, first)
+    yield from _time(plan, first)
 
 
-def as_dict(planned: Planned) -> dict[str, Any]:
+def as_dict(plan: Plan) -> dict[str, Any]:
     """Plain values of every layout, for JSON: bytes, seconds, tokens a second and GPU."""
-    job = planned.job
+    job = plan.job
     return {
         "steps": job.steps,
         "global_batch_size": job.global_batch_size,
@@ -119,13 +119,13 @@ def as_dict(planned: Planned) -> dict[str, Any]:
         "checkpoint_bytes": checkpoint_bytes(job.shape, job.masks),
         "checkpoints": job.saves,
         "checkpoints_at_once": job.saves_on_disk,
-        "gpu": planned.cluster.gpu.name,
-        "gpus": planned.cluster.num_gpus,
-        "layouts": [_candidate(planned, found) for found in planned.candidates],
+        "gpu": plan.cluster.gpu.name,
+        "gpus": plan.cluster.num_gpus,
+        "layouts": [_candidate(plan, found) for found in plan.candidates],
     }
 
 
-def _candidate(planned: Planned, found: Candidate) -> dict[str, Any]:
+def _candidate(plan: Plan, found: Candidate) -> dict[str, Any]:
     work, time = found.work, found.time
     return {
         "tensor_model_parallel_size": work.tensor,
@@ -139,7 +139,7 @@ def _candidate(planned: Planned, found: Candidate) -> dict[str, Any]:
         "recompute_granularity": work.model.recompute_granularity,
         "recompute_method": work.model.recompute_method,
         "recompute_num_layers": work.model.recompute_num_layers,
-        "flags": found.flags(planned.job),
+        "flags": found.flags(plan.job),
         "fullest_stage": found.stage,
         "bytes": found.memory.parts() | {"total": found.memory.total},
         "seconds": {
@@ -150,7 +150,7 @@ def _candidate(planned: Planned, found: Candidate) -> dict[str, Any]:
             "data": time.data.exposed,
             "step": time.total,
         },
-        "evaluation_seconds_per_step": planned.evaluating(found),
+        "evaluation_seconds_per_step": plan.evaluation_seconds(found),
         "sent_bytes": {
             kind: {"bytes": traffic.sent, "link": traffic.link}
             for kind, traffic in (
@@ -159,16 +159,16 @@ def _candidate(planned: Planned, found: Candidate) -> dict[str, Any]:
                 ("data", time.data),
             )
         },
-        "tokens_per_second_per_gpu": planned.tokens_per_second(found),
-        "model_flops_utilisation": planned.utilisation(found),
-        "hours": planned.hours(found),
-        "gpu_hours": planned.hours(found) * planned.cluster.num_gpus,
+        "tokens_per_second_per_gpu": plan.tokens_per_second(found),
+        "model_flops_utilisation": plan.utilisation(found),
+        "hours": plan.hours(found),
+        "gpu_hours": plan.hours(found) * plan.cluster.num_gpus,
     }
 
 
-def _row(planned: Planned, found: Candidate) -> tuple[str, ...]:
+def _row(plan: Plan, found: Candidate) -> tuple[str, ...]:
     work, time = found.work, found.time
-    hours = planned.hours(found)
+    hours = plan.hours(found)
     return (
         str(work.tensor),
         str(work.pipeline),
@@ -180,11 +180,11 @@ def _row(planned: Planned, found: Candidate) -> tuple[str, ...]:
         _recompute(found),
         f"{found.needed_gib:.1f}",
         f"{time.total:.2f}",
-        f"{planned.tokens_per_second(found):,.0f}",
-        f"{100 * planned.utilisation(found):.1f} %",
+        f"{plan.tokens_per_second(found):,.0f}",
+        f"{100 * plan.utilisation(found):.1f} %",
         f"{100 * time.bubble / time.total:.1f} %",
         f"{hours:,.1f}",
-        f"{hours * planned.cluster.num_gpus:,.0f}",
+        f"{hours * plan.cluster.num_gpus:,.0f}",
     )
 
 
@@ -233,7 +233,7 @@ def _folded(work: Work, stage: int) -> str:
     return f"{number} {of}; one gradient of each, float32"
 
 
-def _time(planned: Planned, found: Candidate) -> Iterator[str]:
+def _time(plan: Plan, found: Candidate) -> Iterator[str]:
     time, work = found.time, found.work
     yield f"One step, seconds ({work.num_microbatches} microbatches a replica), and GB a GPU sends:"
     yield f"  {'compute':12} {time.compute:8.3f}"
@@ -247,8 +247,8 @@ def _time(planned: Planned, found: Candidate) -> Iterator[str]:
         yield f"  {name:12} {traffic.exposed:8.3f}{sent}"
     yield f"  {'step':12} {time.total:8.3f}"
     yield (
-        f"  {'evaluation':12} {planned.evaluating(found):8.3f}  a step, "
-        f"{planned.job.held_out_per_step:.2f} sequences forward"
+        f"  {'evaluation':12} {plan.evaluation_seconds(found):8.3f}  a step, "
+        f"{plan.job.held_out_per_step:.2f} sequences forward"
     )
 
 

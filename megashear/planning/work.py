@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megashear.config import ModelConfig, ParallelConfig
+from megashear.models.weight_table import padded_vocab_size
 from megashear.shape import ModelShape
 
 GIB = 2**30
@@ -84,7 +85,7 @@ class Work:
     @property
     def own_vocab(self) -> int:
         """Rows of the embedding on a tensor rank, with the padding that makes all equal."""
-        return -(-self.shape.vocab_size // self.tensor)
+        return padded_vocab_size(self.shape, self.tensor) // self.tensor
 
     @property
     def own_query(self) -> int:

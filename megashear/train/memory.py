@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megashear.config import PretrainRun, PruneRun
 from megashear.parallel.groups import ParallelGroups
-from megashear.planning.memory import Memory, evaluating, fullest
+from megashear.planning.memory import Memory, evaluation_memory, fullest_stage
 from megashear.planning.work import GIB, Work
 from megashear.shape import ModelShape
 from megashear.train.objectives import LanguageModelling, StructuredPruning
@@ -36,7 +36,7 @@ def tell_memory(
         masks=masks,
         noise_streams=streams,
     )
-    stage, memory = fullest(work)
+    stage, memory = fullest_stage(work)
     when = ""
     for other, evaluation in _evaluations(config, work):
         if evaluation.total > memory.total:
@@ -53,7 +53,7 @@ def _evaluations(config: PruneRun | PretrainRun, work: Work) -> Iterator[tuple[i
     train = config.train
     size = train.eval_micro_batch_size or train.micro_batch_size
     for stage in range(work.pipeline):
-        yield stage, evaluating(work, stage, micro_batch_size=size)
+        yield stage, evaluation_memory(work, stage, micro_batch_size=size)
 
 
 def _not_counted(config: PruneRun | PretrainRun, objective: LanguageModelling) -> str:

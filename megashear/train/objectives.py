@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megashear.config import MaskConfig
 from megashear.data.batch import MicroBatch
-from megashear.masks.census import Census, Sides, take_census, target_sizes
+from megashear.masks.census import Census, GateSides, take_census, target_sizes
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.gates import scores
 from megashear.masks.kinds import HIDDEN, KINDS
@@ -173,7 +173,7 @@ class StructuredPruning(LanguageModelling):
             force=config.force_lambda2_max,
         )
         self.optimizer = MaskOptimizer(self.masks, self.constraint, betas=betas, eps=eps)
-        self.sides = Sides(parts)
+        self.sides = GateSides(parts)
         self.binding = MaskBinding(
             chunks, self.masks, source, groups, sequence_parallel=sequence_parallel
         )

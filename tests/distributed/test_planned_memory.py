@@ -17,7 +17,7 @@ from megashear.models import cross_entropy
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.planning.hardware import GPUS
-from megashear.planning.memory import evaluating, rank_memory, stage_parameters
+from megashear.planning.memory import evaluation_memory, rank_memory, stage_parameters
 from megashear.planning.time import Cluster, step_time
 from megashear.planning.work import Work
 from megashear.shape import ModelShape
@@ -337,7 +337,7 @@ def test_every_part_is_what_a_run_allocates(name: str) -> None:
 
 
 def evaluation_error(work: Work, rank: dict[str, Any]) -> float:
-    planned = evaluating(work, rank["stage"], micro_batch_size=EVALUATED)
+    planned = evaluation_memory(work, rank["stage"], micro_batch_size=EVALUATED)
     return abs(planned.buffers - rank["evaluation"]) / rank["evaluation"]
 
 

@@ -21,7 +21,7 @@ from megashear.masks.targets import whole_parts
 from megashear.models.llama import check_layout
 from megashear.planning.jobs import make_plans
 from megashear.planning.memory import checkpoint_bytes
-from megashear.planning.tables import Planned
+from megashear.planning.tables import Plan
 from megashear.shape import PRESETS, ModelShape
 from megashear.train.start import check_target_layout
 from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)
@@ -130,7 +130,7 @@ SOURCES = {"llama2": "llama2-7b", "llama3.1": "llama3.1-8b"}
 RECIPES = sorted({path.parent for path in YAMLS})
 
 
-def plans(folder: Path, gpu: str, *, any_layout: bool = False) -> list[Planned]:
+def plans(folder: Path, gpu: str, *, any_layout: bool = False) -> list[Plan]:
     """Plans of a recipe's two runs."""
     prune, pretrain = run_of(folder / "prune.yaml"), run_of(folder / "pretrain.yaml")
     name = SOURCES[folder.name.partition("_")[0]]

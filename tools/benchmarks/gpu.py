@@ -58,7 +58,7 @@ from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.planning import work as planned_work
 from megashear.planning.hardware import gpu_of_device
-from megashear.planning.memory import fullest
+from megashear.planning.memory import fullest_stage
 from megashear.shape import PRESETS, ModelShape
 from megashear.train.in_flight import Optimized, cut_in_flight
 from megashear.train.objectives import EXACT, StructuredPruning
@@ -135,7 +135,7 @@ class Case:
             return "no Transformer Engine"
         if not device.has_cuda():
             return None
-        _, planned = fullest(
+        _, planned = fullest_stage(
             planned_work.Work(
                 shape=self.work.shape,
                 parallel=ParallelConfig(),

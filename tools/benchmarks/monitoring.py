@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from megashear.config import TrainConfig
-from megashear.masks.census import Sides, take_census
+from megashear.masks.census import GateSides, take_census
 from megashear.masks.gates import scores
 from megashear.masks.mask_set import expected_gates
 from megashear.masks.targets import target_units, whole_parts
@@ -100,7 +100,7 @@ def ways(
         kind: (torch.randn(part.num_rows, part.num_units, generator=generator) * 4).clamp(-4.6, 4.6)
         for kind, part in parts.items()
     }
-    sides, clock = Sides(parts), StepClock(synchronize=device.synchronize)
+    sides, clock = GateSides(parts), StepClock(synchronize=device.synchronize)
     points = {f"train/{number}": 1.0 for number in range(10 + 4 * len(parts) + 3 * len(DOMAINS))}
 
     def step() -> None:

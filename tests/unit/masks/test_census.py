@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megashear.masks import census
-from megashear.masks.census import Sides, take_census, target_sizes
+from megashear.masks.census import GateSides, take_census, target_sizes
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.targets import MaskPart, target_units, whole_parts
 from tests.tiny import PAIRS
@@ -96,7 +96,7 @@ def test_target_sizes_fall_from_the_source_to_the_target() -> None:
 
 def test_sides_count_what_changed_since_the_last_look() -> None:
     part = MaskPart(kind="head", num_rows=4, num_units=6, rows=(1, 3), units=range(2, 5))
-    sides = Sides({"head": part})
+    sides = GateSides({"head": part})
     first = torch.tensor([[0.7, 0.0, 0.9], [0.0, 0.0, 0.1]])
     second = torch.tensor([[0.0, 0.2, 0.9], [0.0, 0.0, 0.6]])
     assert sides.changed({"head": first})["head"].tolist() == [1, 2]  # at first all were open
@@ -106,7 +106,7 @@ def test_sides_count_what_changed_since_the_last_look() -> None:
 
 def test_sides_go_on_from_what_was_saved() -> None:
     part = MaskPart(kind="layer", num_rows=1, num_units=3, rows=(0,), units=range(3))
-    one, other = Sides({"layer": part}), Sides({"layer": part})
+    one, other = GateSides({"layer": part}), GateSides({"layer": part})
     gates = {"layer": torch.tensor([[0.0, 1.0, 0.0]])}
     one.changed(gates)
     other.state_dict()["layer"].copy_(one.state_dict()["layer"])  # as a checkpoint does

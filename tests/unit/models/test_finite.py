@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megashear.models import finite
-from megashear.models.finite import NotFinite, first_not_finite
+from megashear.models.finite import NonFiniteNumber, first_not_finite
 
 FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,7 +37,7 @@ def test_the_largest_and_the_least_numbers_are_finite(dtype: torch.dtype) -> Non
     tensor = torch.tensor([ends.max, ends.min, ends.smallest_normal, 0.0], dtype=dtype)
     assert first_not_finite([("weight", tensor)]) is None
     # the twin
-    assert first_not_finite([("weight", tensor * 2)]) == NotFinite("weight", (0,), math.inf)
+    assert first_not_finite([("weight", tensor * 2)]) == NonFiniteNumber("weight", (0,), math.inf)
 
 
 def test_integers_and_nothing_are_finite() -> None:

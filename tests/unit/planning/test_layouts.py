@@ -15,9 +15,9 @@ from megashear.config import PlanConfig
 from megashear.planning import search
 from megashear.planning.hardware import GPUS
 from megashear.planning.jobs import make_plans
-from megashear.planning.layouts import Fixed, Job
-from megashear.planning.memory import fullest, rank_memory
-from megashear.planning.search import NothingFitsError, plan
+from megashear.planning.layouts import Choices, Job
+from megashear.planning.memory import fullest_stage, rank_memory
+from megashear.planning.search import NothingFitsError, fitting_layouts
 from megashear.planning.time import Cluster
 from megashear.planning.work import GIB
 from megashear.shape import PRESETS
@@ -26,7 +26,7 @@ SEVEN, SMALL = PRESETS["llama2-7b"], PRESETS["llama2-2.7b"]
 KINDS = frozenset({"hidden", "head", "intermediate"})
 
 
-OPEN = Fixed()
+OPEN = Choices()
 
 
 def job(**changed: Any) -> Job:
@@ -50,8 +50,8 @@ def cluster(gpus: int, gpu: str = "A100-80G") -> Cluster:
     return Cluster(gpu=kind, num_gpus=gpus, gpus_per_node=min(8, gpus), network=kind.network)
 
 
-def found(gpus: int = 8, gpu: str = "A100-80G", fixed: Fixed = OPEN, **changed: Any):
-    return plan(job(**changed), cluster(gpus, gpu), fixed, reserve_gib=5)
+def found(gpus: int = 8, gpu: str = "A100-80G", chosen: Choices = OPEN, **changed: Any):
+    return fitting_layouts(job(**changed), cluster(gpus, gpu), chosen, reserve_gib=5)
 
 
 def test_layouts_fit_divide_and_are_sorted_by_time() -> None:
@@ -63,7 +63,7 @@ def test_layouts_fit_divide_and_are_sorted_by_time() -> None:
         assert work.num_microbatches * work.micro_batch_size * work.data_size == 32
         assert work.tokens % 4096 == 0
         assert candidate.needed_gib <= 79.1 - 5
-        assert fullest(work)[1] == candidate.memory
+        assert fullest_stage(work)[1] == candidate.memory
     for faster, slower in pairwise(listed):
         assert faster.time.total <= slower.time.total * 1.01  # ties go to larger microbatches
 
@@ -79,10 +79,10 @@ def test_more_microbatches_than_are_looked_at_add_no_memory() -> None:
 
 
 def test_recompute_is_taken_where_nothing_fits_without() -> None:
-    roomy = found(fixed=Fixed(tensor=8, pipeline=1, virtual=1))
+    roomy = found(chosen=Choices(tensor=8, pipeline=1, virtual=1))
     assert {c.work.model.recompute_granularity for c in roomy} == {None}
-    fixed = Fixed(tensor=4, pipeline=1, virtual=1, micro_batch_size=2)
-    (tight,) = found(4, "A100-40G", fixed, noise_streams=1)
+    chosen = Choices(tensor=4, pipeline=1, virtual=1, micro_batch_size=2)
+    (tight,) = found(4, "A100-40G", chosen, noise_streams=1)
     model = tight.work.model
     assert (model.recompute_granularity, model.recompute_method) == ("full", "block")
     # with one layer less run again it does not fit
@@ -91,14 +91,14 @@ def test_recompute_is_taken_where_nothing_fits_without() -> None:
 
 
 def test_flags_are_those_of_the_run() -> None:
-    (one,) = found(fixed=Fixed(tensor=2, pipeline=2, virtual=2, micro_batch_size=1))
+    (one,) = found(chosen=Choices(tensor=2, pipeline=2, virtual=2, micro_batch_size=1))
     assert one.flags(job()) == (
         "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
         "--num-virtual-stages-per-pipeline-rank 2 --use-distributed-optimizer "
         "--overlap-grad-reduce --overlap-param-gather --micro-batch-size 1 "
         "--mask-noise-streams 8 --bf16"
     )
-    (wide,) = found(fixed=Fixed(tensor=8, pipeline=1, virtual=1))
+    (wide,) = found(chosen=Choices(tensor=8, pipeline=1, virtual=1))
     # 20 heads go into 4 ranks, not into 8
     assert "--target-tensor-model-parallel-size 4" in wide.flags(job())
     continued = wide.flags(job(target=None, masks=frozenset()))
@@ -107,52 +107,52 @@ def test_flags_are_those_of_the_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "fixed", "message"),
+    ("gpus", "chosen", "message"),
     [
         (
             7,
-            Fixed(),
+            Choices(),
             "pruning: 7 GPUs cannot be divided so that .* --pruning-global-batch-size 32 go into "
             "them: --pruning-global-batch-size 32 is not a multiple of .* = 1 \\* 7.*; --gpus 4 or "
             "8 can",
         ),
         (
             8,
-            Fixed(tensor=3),
+            Choices(tensor=3),
             "num_query_groups 32 is not a multiple of --tensor-model-parallel-size 3|world size 8",
         ),
-        (8, Fixed(pipeline=3), "world size 8 is not a multiple of .* = 1 \\* 3"),
+        (8, Choices(pipeline=3), "world size 8 is not a multiple of .* = 1 \\* 3"),
         (
             6,
-            Fixed(tensor=6),
+            Choices(tensor=6),
             "num_query_groups 32 is not a multiple of --tensor-model-parallel-size 6; the model "
             "divides by 1, 2, 4",
         ),
         (
             8,
-            Fixed(pipeline=8, virtual=3),
+            Choices(pipeline=8, virtual=3),
             "model num_layers 32 is not a multiple of .* = 8 \\* 3; their product may be 1, 2, 4",
         ),
         (
             8,
-            Fixed(micro_batch_size=3),
+            Choices(micro_batch_size=3),
             "--pruning-global-batch-size 32 is not a multiple of --micro-batch-size \\* "
             "data-parallel size = 3 \\* 8",
         ),
         # over eight tensor ranks 8 divide 32; it is the streams that they cannot be divided among
         (
             8,
-            Fixed(micro_batch_size=8),
+            Choices(micro_batch_size=8),
             "them: --mask-noise-streams 8 does not divide --pruning-global-batch-size 32 into "
             "whole microbatches of 8; possible: 1, 2, 4$",
         ),
     ],
 )
 def test_what_does_not_divide_is_said_as_the_run_says_it(
-    gpus: int, fixed: Fixed, message: str
+    gpus: int, chosen: Choices, message: str
 ) -> None:
     with pytest.raises(NothingFitsError, match=message) as refused:
-        found(gpus, fixed=fixed)
+        found(gpus, chosen=chosen)
     assert " --global-batch-size" not in str(refused.value)  # which the plan does not have
 
 
@@ -179,7 +179,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
 
 def test_a_layout_that_was_chosen_may_be_left_open() -> None:
     with pytest.raises(NothingFitsError, match="what would do: leaving the layout open"):
-        found(8, "A100-40G", Fixed(tensor=1, pipeline=1, micro_batch_size=1), noise_streams=1)
+        found(8, "A100-40G", Choices(tensor=1, pipeline=1, micro_batch_size=1), noise_streams=1)
 
 
 def test_nothing_that_was_tried_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_nothing_that_was_tried_would_do(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_pruning_asks_for_masks_that_lead_to_the_target() -> None:
     config = PlanConfig(model="llama2-7b", gpus=8)
     both = make_plans(config, SEVEN, SMALL)
-    assert [planned.job.name for planned in both] == ["pruning", "continued pretraining"]
+    assert [plan.job.name for plan in both] == ["pruning", "continued pretraining"]
     assert both[0].job.masks == KINDS
     assert both[0].job.steps == 3200
     assert both[1].job.steps == 48000
@@ -209,28 +209,28 @@ def test_hours_include_the_evaluations_of_the_recipe() -> None:
     recipes = Path(__file__).parents[3] / "examples/llama2_7b_to_2.7b"
     config = PlanConfig(model="llama2-7b", gpus=8)
     pruning, continued = make_plans(config, SEVEN, SMALL)
-    for planned, recipe, modes in ((pruning, "prune", 2), (continued, "pretrain", 1)):
+    for plan, recipe, modes in ((pruning, "prune", 2), (continued, "pretrain", 1)):
         run = yaml.safe_load((recipes / f"{recipe}.yaml").read_text())
         domains, batch = len(run["domain_weights"]), run["global_batch_size"]
         trained = run["eval_interval"] * batch  # sequences, between two evaluations
         share = domains * run["eval_sequences"] * modes / 3 / trained
         assert share == pytest.approx({"prune": 0.0933, "pretrain": 0.0114}[recipe], rel=0.01)
-        best = planned.candidates[0]
+        best = plan.candidates[0]
         assert best.work.model.recompute_granularity is None
         alone = run["train_iters"] * best.time.total / 3600
-        assert planned.hours(best) == pytest.approx(alone * (1 + share))
+        assert plan.hours(best) == pytest.approx(alone * (1 + share))
     never = replace(config, pruning_eval_interval=0, pretraining_eval_interval=0)
-    for planned in make_plans(never, SEVEN, SMALL):
-        best = planned.candidates[0]
-        assert planned.hours(best) == planned.job.steps * best.time.total / 3600
+    for plan in make_plans(never, SEVEN, SMALL):
+        best = plan.candidates[0]
+        assert plan.hours(best) == plan.job.steps * best.time.total / 3600
 
 
 def test_the_published_runs_take_about_as_long_as_planned() -> None:
     config = PlanConfig(model="llama2-7b", gpus=8, gpu="A100-80G")
     # tokens a second and GPU of LLM-Shearing, docs/algorithm.md section 6
-    for planned, published in zip(make_plans(config, SEVEN, SMALL), (1844, 4957)):
-        best = planned.candidates[0]
-        assert planned.tokens_per_second(best) == pytest.approx(published, rel=0.03)
+    for plan, published in zip(make_plans(config, SEVEN, SMALL), (1844, 4957)):
+        best = plan.candidates[0]
+        assert plan.tokens_per_second(best) == pytest.approx(published, rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megashear.config import DataConfig, MaskConfig, ModelConfig, PruneRun, TrainConfig
-from megashear.planning.memory import fullest, rank_memory
+from megashear.planning.memory import fullest_stage, rank_memory
 from megashear.planning.work import Work
 from megashear.shape import PRESETS
 from megashear.train.memory import tell_memory
@@ -59,7 +59,7 @@ def told(
 @pytest.mark.parametrize("pruning", [True, False])
 def test_the_log_has_the_plan(pruning: bool, caplog: pytest.LogCaptureFixture) -> None:
     message, work = told(caplog, pruning=pruning)
-    stage, memory = fullest(work)
+    stage, memory = fullest_stage(work)
     assert message.startswith(f"a rank of stage {stage} is planned to hold most, ")
     assert f"{memory.total / 2**30:.2f} GiB at its fullest: " in message
     assert f"activations {memory.activations / 2**30:.2f}" in message
@@ -76,7 +76,9 @@ def test_an_evaluation_of_many_sequences_is_the_fullest(caplog: pytest.LogCaptur
     streams = (3 + 2) * 2 * tokens * 4096 // 2  # of the layer; received and sent
     gathered, turns = 2 * tokens * 4096, 4 * 4096 * 128
     buffers = max(logits, activation) + streams + gathered + turns
-    assert buffers > sum(fullest(work)[1].parts()[name] for name in ("activations", "buffers"))
+    assert buffers > sum(
+        fullest_stage(work)[1].parts()[name] for name in ("activations", "buffers")
+    )
     total = (rank_memory(work, 1).lasting + buffers) / 2**30
     wanted = f"a rank of stage 1 is planned to hold most, {total:.2f} GiB at its fullest, in an "
     assert message.startswith(wanted + "evaluation: ")
