@@ -259,12 +259,12 @@ def shape_of_shard(shape: ModelShape, tensor_size: int) -> ModelShape:
 
 
 def padded_vocab_size(shape: ModelShape, tensor_size: int) -> int:
-    """Return the rows of the embedding in a run: the vocabulary, padded until tensor ranks divide it."""
+    """Return the rows of the embedding in a run, padded until tensor ranks divide them."""
     return -(-shape.vocab_size // tensor_size) * tensor_size
 
 
 def own_vocab_size(shape: ModelShape, tensor_size: int, tensor_rank: int) -> int:
-    """Return the rows of a tensor rank's slice of the embedding that are tokens; padding follows."""
+    """Return how many rows of a tensor rank's slice are tokens; padding follows them."""
     rows = padded_vocab_size(shape, tensor_size) // tensor_size
     return min(max(shape.vocab_size - tensor_rank * rows, 0), rows)
 

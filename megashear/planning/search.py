@@ -29,7 +29,7 @@ class NothingFitsError(ValueError):
 def fitting_layouts(
     job: Job, cluster: Cluster, chosen: Choices, *, reserve_gib: float
 ) -> list[Candidate]:
-    """Layouts that fit, the fastest first: of each tensor, pipeline and virtual size the best.
+    """Return the best layout that fits of each tensor, pipeline and virtual size, fastest first.
 
     Args:
         job: what is trained.

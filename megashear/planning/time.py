@@ -14,7 +14,8 @@ LINK_EFFICIENCY = 0.75
 all-reduces of large messages at about 230 of 300 GB/s on eight A100."""
 
 FORWARD_SHARE = 1 / 3
-"""Of a training pass without recompute: the backward pass takes twice as much."""
+"""Share of a forward pass in a training pass without recompute: the backward pass takes twice as
+much (Kaplan et al. 2020, arXiv:2001.08361, section 2.1)."""
 
 BUCKET = 40_000_000
 """Parameters of a bucket, at least. Source: megatron-core 0.16.1, DistributedDataParallel."""

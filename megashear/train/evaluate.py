@@ -17,15 +17,13 @@ from megashear.monitor.console import progress
 from megashear.parallel import device
 from megashear.parallel.agree import ordered_sum
 from megashear.parallel.groups import ParallelGroups
+from megashear.planning.time import FORWARD_SHARE
 from megashear.train.objectives import LanguageModelling
 
 _SLAB = 16
 """Microbatches handed to the schedule at a time, so that memory does not grow with the set."""
 STANDARD_ERROR = "standard error"
 """Key of the standard errors in what commands print and write."""
-FORWARD_SHARE = 1 / 3
-"""Compute of a forward pass against forward and backward: the backward pass takes twice as much
-(Kaplan et al. 2020, arXiv:2001.08361, section 2.1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
