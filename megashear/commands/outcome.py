@@ -16,7 +16,8 @@ from pathlib import Path
 from megashear.files.integrity import SaveError
 from megashear.files.output import WAYS_OUT, UnwritableError
 from megashear.monitor.console import configure_logging
-from megashear.train.stops import DIVERGED, SKIPPED_LAST, DivergedError
+from megashear.train.result import RunResult
+from megashear.train.stops import DIVERGED, DivergedError
 
 Main = Callable[[Sequence[str]], int]
 """A command: arguments after its name in, exit status out."""
@@ -132,44 +133,36 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def status_of(summary: Mapping[str, object]) -> int:
-    """The exit status of a run that has reported: not 0 where a signal stopped it."""
-    status = summary.get("exit status", 0)
-    assert isinstance(status, int)
-    return status
-
-
-def tell_stop(prog: str, summary: Mapping[str, object], *, resumes: bool) -> None:
+def tell_stop(prog: str, result: RunResult, *, resumes: bool) -> None:
     """Print what a run that did not end as it should has saved and how to resume, on rank 0.
 
     Args:
         prog: the command as the user typed it.
-        summary: what the run reported.
+        result: what the run reached.
         resumes: whether the command had --resume.
     """
-    parts = [part for part in summary.values() if isinstance(part, Mapping) and "stopped" in part]
-    last = parts[-1] if parts else summary
     if not is_first_rank():
         return
     again = "the same command" if resumes else "the same command with --resume"
-    if skipped := last.get(SKIPPED_LAST):
-        steps = "step was" if skipped == 1 else f"{skipped} steps were"
-        text = "that step" if skipped == 1 else "these steps"
-        way_on = f"; {again} takes the weights as they are" if last["checkpoint"] else ""
+    if result.skipped_last:
+        alone = result.skipped_last == 1
+        steps = "step was" if alone else f"{result.skipped_last} steps were"
+        text = "that step" if alone else "these steps"
+        way_on = f"; {again} takes the weights as they are" if result.checkpoint else ""
         print(
             f"{prog}: the last {steps} skipped, so that none shows the weights to be good; look at "
             f"the held-out losses, and at the text of {text}{way_on}",
             file=sys.stderr,
             flush=True,
         )
-    if last["stopped"] is None:
+    if result.stopped is None:
         return
-    outcome = f"saved step {last['step']} in {last['checkpoint']}; {again} resumes from it"
-    if last["checkpoint"] is None:
-        outcome = f"step {last['step']} is not saved, for --save is not given"
-    elif last.get("held-out loss"):  # it came while a run that was done was evaluated
-        outcome = f"step {last['step']}, the run's last, is evaluated and in {last['checkpoint']}"
-    print(f"{prog}: stopped, for {last['stopped']}; {outcome}", file=sys.stderr, flush=True)
+    outcome = f"saved step {result.step} in {result.checkpoint}; {again} resumes from it"
+    if result.checkpoint is None:
+        outcome = f"step {result.step} is not saved, for --save is not given"
+    elif result.held_out:  # the signal came while a run that was done was evaluated
+        outcome = f"step {result.step}, the run's last, is evaluated and in {result.checkpoint}"
+    print(f"{prog}: stopped, for {result.stopped}; {outcome}", file=sys.stderr, flush=True)
 
 
 def report(summary: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megashear.commands.outcome import UNSAVED, report, status_of, tell_stop, user_errors
+from megashear.commands.outcome import UNSAVED, report, tell_stop, user_errors
 from megashear.commands.parse import check_run_paths, parse
 from megashear.config import PretrainRun
 
@@ -19,9 +19,9 @@ def main(argv: Sequence[str]) -> int:
     from megashear.train.run import pretrain
 
     reached = pretrain(config, command=["pretrain", *argv])
-    report(reached)
+    report(reached.summary())
     tell_stop(PROG, reached, resumes=config.train.resume)
-    return status_of(reached)
+    return reached.exit_status
 
 
 def check(config: PretrainRun) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.checkpoint.description import holds_iterations
-from megashear.commands.outcome import UNSAVED, report, status_of, tell_stop, user_errors
+from megashear.commands.outcome import UNSAVED, report, tell_stop, user_errors
 from megashear.commands.parse import check_outputs, check_run_paths, parse
 from megashear.config import PretrainRun, PruneRun
 
@@ -21,9 +21,9 @@ def main(argv: Sequence[str]) -> int:
     from megashear.train.run import prune
 
     reached = prune(config, then, command=["prune", *argv])
-    report(reached)
+    report(reached.summary())
     tell_stop(PROG, reached, resumes=config.train.resume)
-    return status_of(reached)
+    return reached.exit_status
 
 
 def check(config: PruneRun) -> None:

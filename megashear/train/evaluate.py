@@ -22,8 +22,6 @@ from megashear.train.objectives import LanguageModelling
 
 _SLAB = 16
 """Microbatches handed to the schedule at a time, so that memory does not grow with the set."""
-STANDARD_ERROR = "standard error"
-"""Key of the standard errors in what commands print and write."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ from megashear.parallel.agree import (
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.watchdog import Watchdog
 from megashear.shape import ModelShape
-from megashear.train.evaluate import STANDARD_ERROR, DomainLosses, evaluate_domains
+from megashear.train.evaluate import DomainLosses, evaluate_domains
 from megashear.train.guard import StepGuard
 from megashear.train.inputs import EVAL_SEQUENCES
 from megashear.train.objectives import (
@@ -70,12 +70,11 @@ from megashear.train.objectives import (
     MaskMetrics,
     StructuredPruning,
 )
+from megashear.train.result import RunResult
 from megashear.train.schedule import SequenceLosses
 from megashear.train.step import WEIGHTS, Step, TrainStep
 from megashear.train.stops import (
     DIVERGED,
-    EXIT_STATUS,
-    SKIPPED_LAST,
     DivergedError,
     Stops,
     exit_status,
@@ -139,11 +138,11 @@ class Trainer:
     clock: StepClock = field(default_factory=lambda: StepClock(synchronize=device.synchronize))
     """What the time of a step goes to."""
 
-    def run(self, first_step: int) -> dict[str, Any]:
+    def run(self, first_step: int) -> RunResult:
         """Train from ``first_step`` (steps done) to the end.
 
         Returns:
-            What was reached: step, held-out losses, where the checkpoint lies, why it was stopped.
+            What was reached.
 
         Raises:
             DivergedError: on every rank, when too many steps are skipped, or weights or the last
@@ -186,7 +185,7 @@ class Trainer:
         texts = notes(run, self.details.get(ENVIRONMENT, {}), prunes=prunes)
         return open_sinks(self.train, first_step=first_step, config=run, layout=layout, texts=texts)
 
-    def _run(self, first_step: int, stops: Stops) -> dict[str, Any]:
+    def _run(self, first_step: int, stops: Stops) -> RunResult:
         saver = self._saver(first_step)
         if saver is not None and first_step < self.train.train_iters:
             saver.check(checkpoint_bytes(self.shape, bf16=self.bf16))
@@ -198,7 +197,7 @@ class Trainer:
 
     def _train_and_evaluate(
         self, first_step: int, stops: Stops, saver: Saver | None, sink: Sinks
-    ) -> dict[str, Any]:
+    ) -> RunResult:
         train, last = self.train, self.train.train_iters
         meter = Throughput(num_devices=self.groups.world_size)
         window: list[SequenceLosses] = []
@@ -302,21 +301,19 @@ class Trainer:
             if saver is not None:
                 saver.finish()
             skipped_last = self.guard.not_finite
-        reached = {
-            "step": step,
-            "stopped": stop,
-            EXIT_STATUS: exit_status(request) or (DIVERGED if skipped_last else 0),
-            SKIPPED_LAST: skipped_last,
-            "held-out loss": {mode: losses.losses for mode, losses in found.items()},
-            STANDARD_ERROR: {mode: losses.known_errors for mode, losses in found.items()},
-            "evaluation": {
-                "sequences per domain": self.data.eval_sequences,
-                "share of wall time": round(share, 4),
-            },
-            "checkpoint": None if saved is None else str(saved),
-            "tensorboard": train.tensorboard_dir,
-        }
-        return reached if ran_out is None else reached | {"ended early": ran_out}
+        return RunResult(
+            step=step,
+            stopped=stop,
+            exit_status=exit_status(request) or (DIVERGED if skipped_last else 0),
+            skipped_last=skipped_last,
+            held_out={mode: losses.losses for mode, losses in found.items()},
+            held_out_errors={mode: losses.known_errors for mode, losses in found.items()},
+            eval_sequences=self.data.eval_sequences,
+            evaluation_share=share,
+            checkpoint=saved,
+            tensorboard=train.tensorboard_dir,
+            ended_early=ran_out,
+        )
 
     def evaluate(self, step: int, sink: Sink, *, whole: bool) -> dict[str, DomainLosses]:
         """Held-out losses in each of the objective's modes.

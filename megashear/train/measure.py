@@ -31,9 +31,10 @@ from megashear.parallel.agree import check_same, raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.shape import read_shape
-from megashear.train.evaluate import STANDARD_ERROR, evaluate_domains
+from megashear.train.evaluate import evaluate_domains
 from megashear.train.inputs import check_vocabulary, held_out_sets
 from megashear.train.objectives import LanguageModelling
+from megashear.train.result import STANDARD_ERROR
 from megashear.train.start import check_no_masks
 
 logger = logging.getLogger(__name__)

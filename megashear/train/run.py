@@ -45,6 +45,7 @@ from megashear.train.loop import GUARD, RunData, Trainer, mask_state
 from megashear.train.memory import tell_memory
 from megashear.train.objectives import LanguageModelling, StructuredPruning
 from megashear.train.optim import apply_flags, build_optimizer, build_schedule
+from megashear.train.result import RunResult
 from megashear.train.seam import (
     check_seam,
     check_then,
@@ -59,14 +60,13 @@ from megashear.train.start import (
     find_start,
     settle,
 )
-from megashear.train.stops import EXIT_STATUS
 
 logger = logging.getLogger(__name__)
 
 
 def prune(
     config: PruneRun, then: PretrainRun | None = None, *, command: Sequence[str] = ()
-) -> dict[str, Any]:
+) -> RunResult:
     """Learn masks and weights together. Collective over the processes torchrun started.
 
     Args:
@@ -76,7 +76,7 @@ def prune(
         command: words of the command line, which checkpoints keep.
 
     Returns:
-        What was reached and where it lies.
+        What was reached.
 
     Raises:
         ValueError: anything a user can mend, found before processes meet where it can be.
@@ -101,23 +101,20 @@ def prune(
         start = settle(start, train, groups, stage=StructuredPruning.stage, check=check)
         trainer = _pruning_trainer(config, start, target, inputs, groups, command)
         reached = trainer.run(start.first_step)
-        reached_end = reached["step"] == train.train_iters and reached["stopped"] is None
-        done = reached_end and not reached[EXIT_STATUS]
+        reached_end = reached.step == train.train_iters and reached.stopped is None
+        done = reached_end and not reached.exit_status
         if behind is not None and not done:
             logger.warning(
                 "pruning ended at step %d of %d: neither the cut nor what --then-pretrain %s "
                 "describes was begun",
-                *(reached["step"], train.train_iters, config.then_pretrain),
+                *(reached.step, train.train_iters, config.then_pretrain),
             )
         if behind is None or not done:
             return reached
         following = behind.take_over(trainer, start, target, groups, command)
         del trainer  # the larger model is not needed any more
         gc.collect()
-        recovered = following.run(0)
-        status = recovered.pop(EXIT_STATUS)
-        del reached[EXIT_STATUS]
-        return {"pruning": reached, "continued pretraining": recovered, EXIT_STATUS: status}
+        return dataclasses.replace(following.run(0), pruning=reached)
 
 
 def check_prune(config: PruneRun, then: PretrainRun | None = None) -> None:
@@ -291,7 +288,7 @@ class _Behind:
         return trainer
 
 
-def pretrain(config: PretrainRun, *, command: Sequence[str] = ()) -> dict[str, Any]:
+def pretrain(config: PretrainRun, *, command: Sequence[str] = ()) -> RunResult:
     """Language modelling from a checkpoint or from fresh weights. Collective over the processes
     torchrun started.
 
@@ -300,7 +297,7 @@ def pretrain(config: PretrainRun, *, command: Sequence[str] = ()) -> dict[str, A
         command: words of the command line, which checkpoints keep.
 
     Returns:
-        What was reached and where it lies.
+        What was reached.
 
     Raises:
         ValueError: anything a user can mend, found before processes meet where it can be.

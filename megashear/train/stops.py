@@ -16,12 +16,8 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What a batch system, a launcher and a keyboard send to end a job."""
-EXIT_STATUS = "exit status"
-"""Key of what the process shall return, in what a run reports."""
 DIVERGED = 4
 """Exit status of a run whose loss or weights are not finite."""
-SKIPPED_LAST = "steps skipped at the end"
-"""Key of how many were, in what a run that has come to its end reports."""
 _OVER = 0.5
 """Request of a rank whose time is over: below every signal's number."""
 REQUESTS = (_OVER, *map(float, SIGNALS))

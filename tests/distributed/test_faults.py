@@ -18,7 +18,7 @@ from megashear.checkpoint.description import read_description
 from megashear.config import PretrainRun, PruneRun
 from megashear.train import loop, objectives, run
 from megashear.train import step as train_step
-from megashear.train.stops import EXIT_STATUS
+from megashear.train.result import RunResult
 from tests import text_run
 from tests.distributed.test_resume import configuration, differences, finished, finished_tensors
 from tests.ranks import run_ranks
@@ -32,16 +32,15 @@ SPLIT = layout(tp=2, pp=2)
 
 def start(
     config: PruneRun | PretrainRun, replicas: int, broken: Callable[[int], None]
-) -> list[dict[str, Any]]:
+) -> list[RunResult]:
     world_size = config.parallel.model_parallel_size * replicas
 
-    def body(rank: int) -> dict[str, Any]:
+    def body(rank: int) -> RunResult:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
         broken(rank)
-        reached: dict[str, Any] = (run.prune if isinstance(config, PruneRun) else run.pretrain)(
+        return (run.prune if isinstance(config, PruneRun) else run.pretrain)(
             config  # type: ignore[arg-type]
         )
-        return reached
 
     return run_ranks(world_size, body)
 
@@ -175,7 +174,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     reached = start(configuration(text, stage, parallel, halves), replicas, signalled)
     # asked for in a step, agreed on in the next one
-    assert {(r["step"], r["stopped"], r[EXIT_STATUS]) for r in reached} == {
+    assert {(r.step, r.stopped, r.exit_status) for r in reached} == {
         (BAD_STEP + 1, "SIGTERM was received", 143)
     }
     resumed = configuration(text, stage, parallel, halves, resume=True)

@@ -207,7 +207,7 @@ def test_a_run_that_ends_while_steps_are_skipped_ends_with_the_code_too(
         )
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             outcome.tell_stop("megashear pretrain", reached, resumes=False)
-        return outcome.status_of(reached), stderr.getvalue()
+        return reached.exit_status, stderr.getvalue()
 
     more = {"save_interval": 1, "keep": 1}
     config = configuration(text, "pretrain", layout(), tmp_path, **more)

@@ -6,12 +6,15 @@ import os
 import re
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megashear.__main__ import main
 from megashear.commands import outcome
 from megashear.files.output import UnwritableError
+from megashear.train.result import RunResult
 
 
 def pressed(text: str = "") -> outcome.Main:
@@ -97,28 +100,39 @@ def test_of_several_ranks_one_speaks(
     assert capsys.readouterr().err == ""
 
 
-STOPPED = {"step": 7, "stopped": "SIGTERM was received", "checkpoint": "saved/iter_0000007"}
-DONE = STOPPED | {"stopped": None}
+STOPPED = RunResult(
+    step=7,
+    stopped="SIGTERM was received",
+    exit_status=143,
+    skipped_last=0,
+    held_out={},
+    held_out_errors={},
+    eval_sequences=8,
+    evaluation_share=0.12345,
+    checkpoint=Path("saved/iter_0000007"),
+    tensorboard=None,
+)
+DONE = replace(STOPPED, stopped=None, exit_status=0)
 
 
 @pytest.mark.parametrize(
-    ("summary", "resumes", "wanted"),
+    ("result", "resumes", "wanted"),
     [
         (STOPPED, True, "saved step 7 in saved/iter_0000007; the same command resumes from it"),
         (STOPPED, False, "iter_0000007; the same command with --resume resumes from it"),
-        ({"pruning": DONE, "continued pretraining": STOPPED}, True, "saved step 7 in saved"),
-        (STOPPED | {"checkpoint": None}, False, "step 7 is not saved, for --save is not given"),
+        (replace(STOPPED, pruning=DONE), True, "saved step 7 in saved"),
+        (replace(STOPPED, checkpoint=None), False, "step 7 is not saved, for --save is not given"),
         (
-            STOPPED | {"held-out loss": {"loss": {"c": 4.5}}},
+            replace(STOPPED, held_out={"loss": {"c": 4.5}}),
             False,
             "step 7, the run's last, is evaluated and in saved/iter_0000007\n",
         ),
     ],
 )
 def test_a_stopped_run_ends_with_what_is_saved(
-    summary: dict[str, object], resumes: bool, wanted: str, capsys: pytest.CaptureFixture[str]
+    result: RunResult, resumes: bool, wanted: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcome.tell_stop("megashear prune", summary, resumes=resumes)
+    outcome.tell_stop("megashear prune", result, resumes=resumes)
     said = capsys.readouterr().err
     assert said.startswith("megashear prune: stopped, for SIGTERM was received; ")
     assert wanted in said
@@ -127,5 +141,5 @@ def test_a_stopped_run_ends_with_what_is_saved(
 
 def test_a_run_that_is_done_ends_without(capsys: pytest.CaptureFixture[str]) -> None:
     outcome.tell_stop("megashear prune", DONE, resumes=True)
-    outcome.tell_stop("megashear prune", {"pruning": DONE, "then": DONE}, resumes=True)
+    outcome.tell_stop("megashear prune", replace(DONE, pruning=DONE), resumes=True)
     assert capsys.readouterr().err == ""
