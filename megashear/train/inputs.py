@@ -27,7 +27,7 @@ from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.mixture import DomainMixture, WhenExhausted, normalise_weights
 from megashear.data.phases import PhasedMixture, Phases, read_phases
 from megashear.data.reference_loss import read_reference
-from megashear.data.reweight import Reweighting, make_policy
+from megashear.data.reweight import SCORES, Reweighting
 from megashear.data.sequences import DomainSequences
 from megashear.data.shares import ShareLimits, Vector, limits_of, weights_of
 from megashear.models.llama import check_layout
@@ -179,11 +179,11 @@ def check_inputs(
                 *(name, 100 * share, data.dominant_share),
             )
     references = _references(data, manifest, is_evaluated=train.eval_interval > 0)
-    policy = make_policy(data.reweight, eta=data.reweight_eta)
     reweighting = None
-    if policy.follows_losses and references is not None:
+    if data.reweight in SCORES and references is not None:
         reweighting = Reweighting(
-            policy=policy,
+            policy=data.reweight,
+            eta=data.reweight_eta,
             references=references,
             domains=manifest.names,
             smoothing=data.reweight_smoothing,
