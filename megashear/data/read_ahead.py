@@ -1,4 +1,4 @@
-"""Reading of sequences, in this process or ahead of time in worker processes."""
+"""Readers of sequences, in this process or ahead of time in worker processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LOOK_S = 5.0
 _FIRST = 100
 """Priority of what is done at the end of a process; torch's own queues have 10 at most."""
 _UNREADABLE = "cannot be read"
-"""Tells an error of reading from one of the processes that read."""
+"""Marks an error of reading; other errors are of the processes that read."""
 
 
 class Request(NamedTuple):
@@ -42,23 +42,24 @@ class Request(NamedTuple):
     """(domain, sample of the domain) of each."""
 
 
-Expect = Callable[[DomainMixture], list[Request]]
-"""Draws a global batch and says what this replica has to read of it; nothing where text ran out."""
+DrawBatch = Callable[[DomainMixture], list[Request]]
+"""Draws a global batch and returns what this replica has to read of it; nothing where text ran
+out."""
 
 
 class Reader(Protocol):
     """Gives the text of requests."""
 
     def read(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
-        """Text of each request, in their order.
+        """Return the text of each request, in their order.
 
         Args:
-            wanted: of one global batch.
-            mixture: as it stands after that batch.
+            wanted: requests of one global batch.
+            mixture: the mixture as it stands after that batch.
         """
 
     def close(self) -> None:
-        """Give back what it holds; reading again takes it anew."""
+        """Free what the reader holds; the next read takes it again."""
 
 
 class SequenceReader(Dataset[Tensor | None]):
@@ -66,7 +67,7 @@ class SequenceReader(Dataset[Tensor | None]):
 
     Args:
         domains: sequences of every domain.
-        with_documents: whether to tell the documents of tokens and labels, too.
+        with_documents: whether to return the documents of tokens and labels, too.
     """
 
     def __init__(self, domains: Sequence[DomainSequences], *, with_documents: bool = False) -> None:
@@ -74,8 +75,8 @@ class SequenceReader(Dataset[Tensor | None]):
         self._with_documents = with_documents
 
     def __getitem__(self, request: Request) -> Tensor | None:
-        """Text of a request, int64 [2, b, s]: tokens and labels; [4, b, s] with the numbers of
-        their documents. None of an empty request.
+        """Return the text of a request: tokens and labels, int64 [2, b, s]; [4, b, s] with the
+        numbers of their documents. None for an empty request.
 
         Raises:
             RuntimeError: a sequence cannot be read; names domain and sample.
@@ -83,7 +84,7 @@ class SequenceReader(Dataset[Tensor | None]):
         if not request.samples:
             return None
         length = self._domains[0].sequence_length
-        # one block of inputs and labels: one tensor to send between processes, and to pin
+        # One block of inputs and labels: one tensor to send between processes, and to pin.
         num_planes = 4 if self._with_documents else 2
         block = torch.empty(num_planes, len(request.samples), length, dtype=torch.int64)
         for row, (number, sample) in enumerate(request.samples):
@@ -103,28 +104,28 @@ class SequenceReader(Dataset[Tensor | None]):
         return block
 
     def read(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
-        """Text of requests, in this process; see ``Reader``."""
+        """Return the text of requests, read in this process; see ``Reader``."""
         return [block for block in map(self.__getitem__, wanted) if block is not None]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
 
-class _Expected:
+class _Forecast:
     """Endless requests for the batches to come, if the weights stay as they are.
 
-    An iterator for the ``DataLoader``, which asks for the next request whenever one was answered.
+    The ``DataLoader`` asks this iterator for the next request whenever one was answered.
     """
 
-    def __init__(self, expect: Expect) -> None:
-        self._expect = expect
+    def __init__(self, draw_batch: DrawBatch) -> None:
+        self._draw_batch = draw_batch
         self._mixture: DomainMixture | None = None
         self._pending: deque[Request] = deque()
         self.issued: deque[Request] = deque()
-        """What was asked for and not answered yet, in order."""
+        """Requests that are not answered yet, in order."""
 
     def restart(self, pending: Sequence[Request], mixture: DomainMixture) -> None:
-        """Ask for ``pending`` next, then for what ``mixture`` will draw."""
+        """Issue ``pending`` next, then what ``mixture`` will draw."""
         self._pending = deque(pending)
         self._mixture = mixture.copy()
 
@@ -134,8 +135,8 @@ class _Expected:
     def __next__(self) -> Request:
         if not self._pending:
             assert self._mixture is not None
-            # an empty request where text ran out: other weights may bring some after all
-            self._pending.extend(self._expect(self._mixture) or [Request(0, ())])
+            # An empty request where text ran out: other weights may bring some after all.
+            self._pending.extend(self._draw_batch(self._mixture) or [Request(0, ())])
         self.issued.append(self._pending.popleft())
         return self.issued[-1]
 
@@ -143,43 +144,43 @@ class _Expected:
 class ReadAhead:
     """Reads the batches to come in worker processes while the model computes.
 
-    What will be drawn is expected, not known: the weights may change. So every request made ahead
-    is compared with what was drawn in the end. Where they differ, the batch is put together from
-    what was read or is on its way, for each domain's samples are drawn in their order whatever the
-    weights are; only what is missing is read then, and what will follow is expected anew. Reading
-    ahead can therefore change the speed and nothing else.
+    What will be drawn is a forecast, for the weights may change. So every request made ahead is
+    compared with what is drawn in the end. Where they differ, the batch is put together from what
+    was read or is on its way, for a domain's samples are drawn in their order whatever the weights
+    are; only missing samples are read then, and the forecast begins anew. Reading ahead can
+    therefore change the speed and nothing else.
 
     The workers are torch's: they end with their parent, however it ends, and one that ends alone
     raises here. They are forked at the first read, so that they share the domains' indices with
-    this process. They ignore the signals that end a job, and multiprocessing's own end of a process
-    sends such a signal and waits: so it has to find them gone, see `_end_at_exit`.
+    this process. They ignore the signals that end a job. When a process ends, multiprocessing sends
+    its children such a signal and waits for them, so they must be gone by then: see `_end_at_exit`.
     """
 
-    def __init__(self, reader: SequenceReader, num_workers: int, expect: Expect) -> None:
-        """Keep all arguments; nothing is started.
+    def __init__(self, reader: SequenceReader, num_workers: int, draw_batch: DrawBatch) -> None:
+        """Keep all arguments and start nothing.
 
         Args:
-            reader: what workers run.
+            reader: runs in the workers.
             num_workers: processes, at least 1. Up to twice as many requests are read ahead.
-            expect: draws a batch from a mixture that is a copy.
+            draw_batch: draws a batch from a copy of the mixture.
         """
         assert num_workers >= 1, num_workers
         self._reader = reader
         self._num_workers = num_workers
-        self._expected = _Expected(expect)
+        self._forecast = _Forecast(draw_batch)
         self._answers: Iterator[npt.NDArray[np.int64] | None] | None = None
         self._workers: list[BaseProcess] = []
 
     def read(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
-        """Text of requests, which waits for what was not read ahead; see ``Reader``.
+        """Return the text of requests, waiting for what was not read ahead; see ``Reader``.
 
         Raises:
             RuntimeError: a sequence cannot be read, or a worker died or cannot be started.
         """
         blocks: list[Tensor] = []
         for number, request in enumerate(wanted):
-            if not self._expected.issued or self._expected.issued[0] != request:
-                return blocks + self._read_unexpected(wanted[number:], mixture)
+            if not self._forecast.issued or self._forecast.issued[0] != request:
+                return blocks + self._read_changed(wanted[number:], mixture)
             _, block = self._next()
             assert block is not None
             blocks.append(block)
@@ -188,23 +189,27 @@ class ReadAhead:
     def close(self) -> None:
         """End the workers; the next read starts others."""
         self._answers = None
-        self._expected.issued.clear()
-        _kill(self._workers)  # one that did not hear of it, for its disk hangs
+        self._forecast.issued.clear()
+        _kill(self._workers)  # a worker whose disk hangs has not heard of it
 
-    def _read_unexpected(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
-        ahead = {sample for request in self._expected.issued for sample in request.samples}
+    def _read_changed(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
+        """Return the text of requests that differ from the forecast."""
+        # What is missing: in equal pieces, two for each worker.
+        ahead = {sample for request in self._forecast.issued for sample in request.samples}
         missing = [s for request in wanted for s in request.samples if s not in ahead]
-        # a piece for each worker's turn
         size = max(1, -(-len(missing) // (2 * self._num_workers)))
         pieces = [Request(0, tuple(missing[at : at + size])) for at in range(0, len(missing), size)]
-        answers = len(self._expected.issued) + len(pieces)
-        self._expected.restart(pieces, mixture)
+        num_answers = len(self._forecast.issued) + len(pieces)
+        # Forecast anew: the pieces, then what follows.
+        self._forecast.restart(pieces, mixture)
         self._start()
+        # Collect answers: what was on its way, then the pieces.
         rows: dict[tuple[int, int], Tensor] = {}
-        for _ in range(answers):
+        for _ in range(num_answers):
             request, block = self._next()
             if block is not None:
                 rows |= zip(request.samples, block.unbind(1))
+        # Put the batch together.
         return [torch.stack([rows[s] for s in request.samples], dim=1) for request in wanted]
 
     def _start(self) -> None:
@@ -216,7 +221,7 @@ class ReadAhead:
                 DataLoader(
                     self._reader,
                     batch_size=None,  # a request is a batch already
-                    sampler=self._expected,  # endless: has no length
+                    sampler=self._forecast,  # endless: has no length
                     num_workers=self._num_workers,
                     collate_fn=_to_send,
                     multiprocessing_context="fork",
@@ -231,29 +236,29 @@ class ReadAhead:
                 f"cannot be started: {error}; give fewer, or 0 to read in the rank itself"
             ) from error
         finally:
-            # of a start that failed half way, too
+            # Also after a start that failed half way.
             self._workers = [p for p in multiprocessing.active_children() if p not in before]
             _end_at_exit(self._workers)
 
     def _next(self) -> tuple[Request, Tensor | None]:
-        """The oldest request that is not answered, and its answer."""
+        """Wait for the answer to the oldest request, and return both."""
         assert self._answers is not None
         try:
             block = next(self._answers)
         except (RuntimeError, OSError, EOFError) as error:
             if _UNREADABLE in str(error):
                 raise
-            # the connection to a dead worker breaks before torch looks after it
+            # The connection to a dead worker breaks before torch looks after it.
             what = str(error) if "worker" in str(error) else f"DataLoader worker lost: {error}"
-            # or torch's handler would say the same once more, anywhere while the caller ends
+            # Else torch's handler would raise once more, anywhere while the caller ends.
             _kill(self._workers)
             raise RuntimeError(
                 f"{what} (a process that reads training sequences ahead; --num-workers 0 reads "
                 f"in the rank itself)"
             ) from error
-        # one block is pinned, and not each of its parts
+        # One block is pinned, not each of its parts.
         answer = None if block is None else device.pinned(torch.from_numpy(block))
-        return self._expected.issued.popleft(), answer
+        return self._forecast.issued.popleft(), answer
 
 
 def _end_with(parent: int, worker: int) -> None:
@@ -271,14 +276,14 @@ def _end_with(parent: int, worker: int) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def make_reader(reader: SequenceReader, num_workers: int, expect: Expect) -> Reader:
-    """A reader with worker processes, or one that reads in this process.
+def make_reader(reader: SequenceReader, num_workers: int, draw_batch: DrawBatch) -> Reader:
+    """Return a reader with worker processes, or one that reads in this process.
 
     Args:
         reader: reads in this process.
-        num_workers: processes that read ahead; 0 reads when asked, and so does a daemonic process,
+        num_workers: processes that read ahead. 0 reads when asked; so does a daemonic process,
             which may have no children.
-        expect: see ``ReadAhead``.
+        draw_batch: see ``ReadAhead``.
 
     Raises:
         ValueError: a negative number of workers.
@@ -287,11 +292,11 @@ def make_reader(reader: SequenceReader, num_workers: int, expect: Expect) -> Rea
         raise ValueError(f"--num-workers is {num_workers}; wanted 0 (read in this process) or more")
     if num_workers == 0 or multiprocessing.current_process().daemon:
         return reader
-    return ReadAhead(reader, num_workers, expect)
+    return ReadAhead(reader, num_workers, draw_batch)
 
 
 def _begin_worker(rank: int, worker: int) -> None:
-    # signals to a whole job are for the ranks, which still read until they have saved
+    # Signals to a whole job are for the ranks, which still read until they have saved.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     _end_with(rank, worker)
@@ -300,14 +305,14 @@ def _begin_worker(rank: int, worker: int) -> None:
 def _end_at_exit(workers: Collection[BaseProcess]) -> None:
     """Have workers killed when this process ends, before multiprocessing waits for them.
 
-    Finalizers run at the end of an interpreter and of a process that multiprocessing started, where
-    functions of `atexit` do not; a forked child does not run those that it inherits.
+    Finalizers run at the end of an interpreter and of a process that multiprocessing started;
+    functions of `atexit` do not run in the latter. A forked child does not run those it inherits.
     """
     Finalize(None, _kill, args=(workers,), exitpriority=_FIRST)
 
 
 def _kill(workers: Collection[BaseProcess]) -> None:
-    # twice: torch's handler raises, once and wherever this is, when it hears of the first one's end
+    # Twice: torch's handler raises once, anywhere in here, when the first worker has ended.
     for _ in range(2):
         with contextlib.suppress(RuntimeError):
             for worker in workers:
@@ -320,7 +325,7 @@ def _kill(workers: Collection[BaseProcess]) -> None:
 def _to_send(block: Any) -> npt.NDArray[np.int64] | None:
     """Turn a block into an array, whose bytes go through the pipe.
 
-    A tensor's file descriptor would, through a socket in a temporary folder that a killed worker
-    leaves behind.
+    A tensor would go as a file descriptor, through a socket in a temporary folder that a killed
+    worker leaves behind.
     """
     return None if block is None else block.numpy()

@@ -489,7 +489,7 @@ def _trainer(
         logger.info("starting from the weights of %s", start.hf or start.checkpoint)
     elif fill:
         logger.info("starting from fresh weights, seed %d", train.seed)
-    loader.tell_plan((train.train_iters - start.first_step) * train.global_batch_size)
+    loader.warn_of_short_domains((train.train_iters - start.first_step) * train.global_batch_size)
     return Trainer(
         shape=start.shape,
         chunks=chunks,

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megashear.data.batch import DocumentBorders
-from megashear.data.loader import DomainSequences, MicroBatch, MixtureLoader
+from megashear.data.batch import DocumentBorders, MicroBatch
+from megashear.data.loader import MixtureLoader
 from megashear.data.mixture import DataExhausted, DomainMixture
+from megashear.data.sequences import DomainSequences
 
 LENGTH = 250  # leaves so few sequences that the run below crosses epochs
 WEIGHTS = [0.5, 0.2, 0.3]
@@ -314,11 +315,11 @@ def test_a_plan_that_wants_more_text_than_there_is_is_told(
     each = loader(data, exhausted=exhausted)
     size = each.domains[2].samples_per_epoch  # weight .3
     with caplog.at_level(logging.WARNING):
-        each.tell_plan(int(size / 0.3))
-        each.tell_plan(12)
+        each.warn_of_short_domains(int(size / 0.3))
+        each.warn_of_short_domains(12)
         assert not [r for r in caplog.records if "numbers" in r.getMessage()]
         caplog.clear()
-        each.tell_plan(int(3 * size / 0.3) + 1)
+        each.warn_of_short_domains(int(3 * size / 0.3) + 1)
     told = [r.getMessage() for r in caplog.records if data.names[2] in r.getMessage()]
     assert len(told) == 1
     assert f"wants 3.0 times its {size} sequences" in told[0]

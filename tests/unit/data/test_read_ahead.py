@@ -18,7 +18,7 @@ import torch
 
 from megashear.data import read_ahead
 from megashear.data.loader import MixtureLoader
-from megashear.data.read_ahead import ReadAhead, _Expected
+from megashear.data.read_ahead import ReadAhead, _Forecast
 from megashear.data.sequences import DomainSequences
 from tests.unit.data.test_loader import OTHER_WEIGHTS, WEIGHTS, loader, rows
 
@@ -53,7 +53,7 @@ def test_weights_count_from_the_very_next_batch(data) -> None:
 def test_a_batch_read_under_old_weights_is_noticed(data, monkeypatch: pytest.MonkeyPatch) -> None:
     def credulous(self: ReadAhead, wanted, mixture) -> list[torch.Tensor]:
         if self._answers is None:
-            self._expected.restart(wanted, mixture)
+            self._forecast.restart(wanted, mixture)
             self._start()
         return [self._next()[1] for _ in wanted]
 
@@ -70,13 +70,13 @@ def test_what_was_read_ahead_under_old_weights_is_used(
     data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    restart = _Expected.restart
+    restart = _Forecast.restart
 
-    def noted(self: _Expected, pending, mixture) -> None:
+    def noted(self: _Forecast, pending, mixture) -> None:
         asked.append(sum(len(request.samples) for request in pending))
         restart(self, pending, mixture)
 
-    monkeypatch.setattr(_Expected, "restart", noted)
+    monkeypatch.setattr(_Forecast, "restart", noted)
     with opened(data, batch=40) as each:
         for _ in range(3):
             each.next_batch()
