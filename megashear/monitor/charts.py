@@ -6,24 +6,24 @@ from collections.abc import Sequence
 
 from megashear.monitor import tags
 
-Layout = dict[str, dict[str, list[str]]]
+Charts = dict[str, dict[str, list[str]]]
 """Tags by chart, by category."""
 
 
 def charts(
-    *, kinds: Sequence[str] = (), domains: Sequence[str] = (), has_references: bool = False
-) -> Layout:
-    """The charts of a run, in the order of the questions that one has.
+    *, domains: Sequence[str] = (), has_references: bool = False, more: Charts | None = None
+) -> Charts:
+    """Return the charts of a run, in the order of the questions that one has.
 
     Charts of one name are the same in every run: TensorBoard shows those that differ beside each
     other.
 
     Args:
-        kinds: of masks; none outside pruning.
         domains: of the mixture.
         has_references: whether losses are compared with references.
+        more: charts of the objective's own.
     """
-    layout: Layout = {
+    found: Charts = {
         "1 does it learn": {
             "loss: training and held-out": [tags.LM_LOSS, tags.EVAL_MEAN_LOSS],
             "held-out loss by domain": [tags.eval_loss(name) for name in domains],
@@ -32,8 +32,41 @@ def charts(
             "skipped steps": [tags.SKIPPED_STEPS],
         }
     }
-    if kinds:
-        layout["2 do the masks reach the target"] = {
+    found["4 what does it read"] = {
+        "weights of the domains": [tags.mixture_weight(name) for name in domains],
+        "epochs of the domains": [tags.mixture_epoch(name) for name in domains],
+    }
+    if has_references:
+        found["4 what does it read"] |= {
+            "excess loss of the domains": [tags.eval_excess(name) for name in domains],
+            **{
+                f"{name}: weight against excess loss": [
+                    tags.mixture_weight(name),
+                    tags.eval_excess(name),
+                ]
+                for name in domains
+            },
+        }
+    found["5 what does it cost"] = {
+        "tokens per second and device": [tags.TOKENS_PER_SECOND_PER_DEVICE],
+        "model FLOPs utilisation": [tags.MODEL_FLOPS_UTILISATION],
+        "seconds of a step, by part": [tags.part_seconds(part) for part in tags.STEP_PARTS],
+        "share of the wall time": [tags.part_share(part) for part in tags.PAUSES],
+        "memory, GB": [tags.MEMORY_ALLOCATED, tags.MEMORY_RESERVED, tags.MEMORY_RESIDENT],
+        "checkpoints, seconds": [tags.SAVE_SECONDS, tags.SAVE_STALL_SECONDS],
+    }
+    found |= more or {}
+    return {question: found[question] for question in sorted(found)}
+
+
+def mask_charts(kinds: Sequence[str]) -> Charts:
+    """Return the charts of masks.
+
+    Args:
+        kinds: of masks.
+    """
+    return {
+        "2 do the masks reach the target": {
             "parameters: expected, actual, target": [
                 tags.EXPECTED_PARAMETERS,
                 tags.ACTUAL_PARAMETERS,
@@ -51,8 +84,8 @@ def charts(
             "gradient norm of the masks": [tags.MASK_GRAD_NORM],
             "linear multipliers": [tags.linear_multiplier(kind) for kind in kinds],
             "quadratic multipliers": [tags.quadratic_multiplier(kind) for kind in kinds],
-        }
-        layout["3 are they settled"] = {
+        },
+        "3 are they settled": {
             "undecided gates, share": [tags.undecided(kind) for kind in kinds],
             "gates that changed side, share": [tags.churn(kind) for kind in kinds],
             "gates that the exact target rounds, share": [tags.rounding(kind) for kind in kinds],
@@ -61,28 +94,5 @@ def charts(
                 tags.EVAL_MEAN_LOSS,
                 tags.EXACT_MEAN_LOSS,
             ],
-        }
-    layout["4 what does it read"] = {
-        "weights of the domains": [tags.mixture_weight(name) for name in domains],
-        "epochs of the domains": [tags.mixture_epoch(name) for name in domains],
+        },
     }
-    if has_references:
-        layout["4 what does it read"] |= {
-            "excess loss of the domains": [tags.eval_excess(name) for name in domains],
-            **{
-                f"{name}: weight against excess loss": [
-                    tags.mixture_weight(name),
-                    tags.eval_excess(name),
-                ]
-                for name in domains
-            },
-        }
-    layout["5 what does it cost"] = {
-        "tokens per second and device": [tags.TOKENS_PER_SECOND_PER_DEVICE],
-        "model FLOPs utilisation": [tags.MODEL_FLOPS_UTILISATION],
-        "seconds of a step, by part": [tags.part_seconds(part) for part in tags.STEP_PARTS],
-        "share of the wall time": [tags.part_share(part) for part in tags.PAUSES],
-        "memory, GB": [tags.MEMORY_ALLOCATED, tags.MEMORY_RESERVED, tags.MEMORY_RESIDENT],
-        "checkpoints, seconds": [tags.SAVE_SECONDS, tags.SAVE_STALL_SECONDS],
-    }
-    return layout

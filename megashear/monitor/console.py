@@ -102,10 +102,8 @@ def format_step(
     grad_norm: float,
     tokens_per_second: float,
     eta_seconds: float | None,
-    penalty: float | None = None,
-    sparsity: Mapping[str, tuple[float, float]] | None = None,
 ) -> str:
-    """Return a line on a step, and a second one on its masks; each fits 100 columns after the time.
+    """Return a line on a step, which fits 100 columns after the time.
 
     Args:
         step: steps done.
@@ -115,8 +113,6 @@ def format_step(
         grad_norm: of the weights, before clipping.
         tokens_per_second: over all devices.
         eta_seconds: time left; None where not known yet.
-        penalty: what the masks' constraint adds to the loss; None outside pruning.
-        sparsity: expected and target sparsity of each mask kind; None outside pruning.
     """
     parts = [
         f"step {step}/{total_steps}",
@@ -126,13 +122,20 @@ def format_step(
         f"{format_count(tokens_per_second)} tok/s",
         f"ETA {format_duration(eta_seconds)}",
     ]
-    line = " | ".join(parts)
-    if penalty is None:
-        return line
+    return " | ".join(parts)
+
+
+def format_masks(penalty: float, sparsity: Mapping[str, tuple[float, float]]) -> str:
+    """Return a line on the masks of a step, which fits 100 columns.
+
+    Args:
+        penalty: what the constraint adds to the loss.
+        sparsity: expected and target sparsity of each kind of mask.
+    """
     kinds = " ".join(
-        f"{kind} {_share(now)}/{_share(goal)}" for kind, (now, goal) in (sparsity or {}).items()
+        f"{kind} {_share(now)}/{_share(goal)}" for kind, (now, goal) in sparsity.items()
     )
-    return f"{line}\n  penalty {penalty:.3f} | sparsity {kinds}"
+    return f"  penalty {penalty:.3f} | sparsity {kinds}"
 
 
 def _share(value: float) -> str:

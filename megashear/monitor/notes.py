@@ -28,6 +28,7 @@ HINTS = """\
 MEANINGS = {
     "train/lm-loss": "Loss on training text, nats per token, mean over the log window; falls, but "
     "rises while pruning closes more and more.",
+    "train/term/<name>": "A further term of the loss on training text, mean over the log window.",
     "train/grad-norm": "Gradient norm of the weights, before clipping.",
     "train/learning-rate": "Learning rate of the weights.",
     "train/skipped-steps": "Steps not taken, for loss or gradient were not finite; 0 is healthy.",

@@ -185,6 +185,11 @@ def part_share(part: str) -> str:
     return f"system/{part}-share"
 
 
+def loss_term(name: str) -> str:
+    """Mean of a term of the loss beside the cross entropy, on training text, without its weight."""
+    return f"train/term/{name}"
+
+
 class TensorBoardSink:
     """Writes to a directory of event files; without a directory it takes all and is still.
 

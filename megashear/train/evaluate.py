@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +14,17 @@ from torch import Tensor
 from megashear.config import DEFAULT_EVAL_SEQUENCES, TrainConfig
 from megashear.data.batch import MicroBatch
 from megashear.data.held_out import HeldOutSet
-from megashear.monitor.console import progress
+from megashear.monitor import tags
+from megashear.monitor.console import format_evaluation, progress
+from megashear.monitor.sinks import Sink
 from megashear.parallel import device
 from megashear.parallel.agree import ordered_sum
 from megashear.parallel.groups import ParallelGroups
 from megashear.planning.time import FORWARD_SHARE
-from megashear.train.objectives import LanguageModelling
+from megashear.train.evaluations import Moment, is_due
+from megashear.train.objectives import Objective
+
+logger = logging.getLogger(__name__)
 
 _SLAB = 16
 """Microbatches handed to the schedule at a time, so that memory does not grow with the set."""
@@ -82,8 +88,101 @@ def subsample_size(train: TrainConfig, *, num_domains: int, num_modes: int) -> i
     return size
 
 
+class HeldOutLosses:
+    """Measures the held-out loss of every domain in each of an objective's modes.
+
+    Args:
+        objective: whose models are evaluated.
+        names: of the domains.
+        held_out: sets of the domains, in the same order.
+        references: loss that each domain should have, nats per token; None where none is known.
+        num_sequences: held-out sequences per domain in an evaluation within the run.
+        train: interval, batch sizes, seed.
+        groups: where this rank stands.
+        beat: is told of every few batches, see `Watchdog`.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        names: Sequence[str],
+        held_out: Sequence[HeldOutSet],
+        references: Sequence[float] | None,
+        num_sequences: int,
+        train: TrainConfig,
+        groups: ParallelGroups,
+        beat: Callable[[str], None] = lambda doing: None,
+    ) -> None:
+        self._objective, self._names = objective, names
+        self._held_out, self._references = held_out, references
+        self._num_sequences, self._train, self._groups = num_sequences, train, groups
+        self._beat = beat
+        self.found: dict[str, DomainLosses] = {}
+        """What the last evaluation found, by mode."""
+
+    def due(self, moment: Moment) -> bool:
+        """Return whether losses are to be measured: at the interval, and at the end."""
+        return moment.is_end or is_due(self._train.eval_interval, moment.step)
+
+    def run(self, moment: Moment, sink: Sink) -> dict[str, float]:
+        """Measure, log a line for each mode, and return points by tag.
+
+        At the end all held-out text is read, else the run's subsample.
+        """
+        most = max(map(len, self._held_out)) if moment.is_end else self._num_sequences
+        # one seed for the whole run, so that losses of different steps compare
+        chosen = [part.subsample(most, self._train.seed) for part in self._held_out]
+        self.found = {
+            mode: evaluate_domains(
+                self._objective,
+                mode,
+                self._names,
+                self._held_out,
+                chosen,
+                self._groups,
+                micro_batch_size=self._train.eval_micro_batch_size or self._train.micro_batch_size,
+                step=moment.step,
+                beat=self._beat,
+            )
+            for mode in self._objective.modes()
+        }
+        for mode, losses in self.found.items():
+            labels = ["all held-out text"] * moment.is_end
+            labels += [label for label in [self._objective.label(mode)] if label]
+            line = format_evaluation(moment.step, losses.losses, errors=losses.errors)
+            logger.info("".join([line, *(f" [{label}]" for label in labels)]))
+        return self._points(moment)
+
+    def not_finite(self) -> str | None:
+        """Return what is not finite in the last evaluation, equal on every rank, or None."""
+        for mode, domains in self.found.items():
+            for name, loss in domains.losses.items():
+                if not math.isfinite(loss):
+                    label = self._objective.label(mode)
+                    under = f" under {label}" if label else ""
+                    return f"the held-out loss of {name} is {loss}{under}"
+        return None
+
+    def _points(self, moment: Moment) -> dict[str, float]:
+        first = next(iter(self.found.values()))
+        if moment.is_end:
+            # tags of their own: other text than the curve's would put a step at its end
+            points = {tags.full_loss(name): loss for name, loss in first.losses.items()}
+            return points | {tags.FULL_MEAN_LOSS: first.mean}
+        points = {tags.eval_loss(name): loss for name, loss in first.losses.items()}
+        points[tags.EVAL_MEAN_LOSS] = first.mean
+        points |= {tags.eval_error(name): error for name, error in first.errors.items()}
+        points[tags.EVAL_MEAN_ERROR] = first.mean_error
+        if self._references is not None:
+            for (name, loss), reference in zip(first.losses.items(), self._references):
+                points[tags.eval_excess(name)] = loss - reference
+        return points | self._objective.mode_points(
+            {mode: losses.mean for mode, losses in self.found.items()}
+        )
+
+
 def evaluate_domains(
-    objective: LanguageModelling,
+    objective: Objective,
     mode: str,
     names: Sequence[str],
     held_out: Sequence[HeldOutSet],
@@ -111,15 +210,16 @@ def evaluate_domains(
     per_pass = micro_batch_size * groups.data_size
     total = sum(-(-len(indices) // per_pass) for indices in chosen)  # microbatches
     what = f"evaluation ({mode})" if step is None else f"evaluation at step {step} ({mode})"
-    objective.begin_evaluation(mode)
-    with progress(total, rank=groups.rank, desc=what, unit="batch", leave=False) as bar:
+    with (
+        objective.evaluating(mode) as measure,
+        progress(total, rank=groups.rank, desc=what, unit="batch", leave=False) as bar,
+    ):
         for slab in _slabs(held_out, chosen, groups, micro_batch_size):
             beat(what)
-            for found in objective.evaluate(mode, slab):
+            for found in measure(slab):
                 terms = sums_of_sequences(found.sums, found.counts)
                 sums.index_add_(0, found.domains.to(sums.device), terms)
             bar.update(min(len(slab), total - bar.n))
-    objective.end_evaluation()
     # only last stages measured; tensor ranks of a stage measured the same
     (sums,) = ordered_sum([sums], groups.pipeline)
     (sums,) = ordered_sum([sums], groups.data)

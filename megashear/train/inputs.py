@@ -35,8 +35,8 @@ from megashear.monitor.sinks import check_sinks
 from megashear.parallel import cpu_megatron
 from megashear.shape import ModelShape
 from megashear.train.evaluate import subsample_size
-from megashear.train.objectives import modes_of_evaluation
 from megashear.train.optim import check_schedule
+from megashear.train.pruning import modes_of_evaluation
 from megashear.train.start import Start
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from megashear.parallel.groups import ParallelGroups
 from megashear.planning.memory import Memory, evaluation_memory, fullest_stage
 from megashear.planning.work import GIB, Work
 from megashear.shape import ModelShape
-from megashear.train.objectives import LanguageModelling, StructuredPruning
+from megashear.train.objectives import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -18,13 +18,10 @@ logger = logging.getLogger(__name__)
 def tell_memory(
     config: PruneRun | PretrainRun,
     shape: ModelShape,
-    objective: LanguageModelling,
+    objective: Objective,
     groups: ParallelGroups,
 ) -> None:
     """Log what the fullest rank will hold, as `megashear plan` counts it, and what is left out."""
-    masks, streams = frozenset[str](), 1
-    if isinstance(objective, StructuredPruning):
-        masks, streams = frozenset(objective.masks.parts), objective.config.mask_noise_streams
     work = Work(
         shape=shape,
         parallel=config.parallel,
@@ -33,8 +30,7 @@ def tell_memory(
         micro_batch_size=config.train.micro_batch_size,
         num_microbatches=config.train.num_microbatches(groups.data_size),
         data_size=groups.data_size,
-        masks=masks,
-        noise_streams=streams,
+        **objective.planned(),
     )
     stage, memory = fullest_stage(work)
     when = ""
@@ -44,7 +40,7 @@ def tell_memory(
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.parts().items() if size)
     logger.info(
         "a rank of stage %d is planned to hold most, %.2f GiB at its fullest%s: %s%s",
-        *(stage, memory.total / GIB, when, parts, _not_counted(config, objective)),
+        *(stage, memory.total / GIB, when, parts, _not_counted(config)),
     )
 
 
@@ -56,10 +52,10 @@ def _evaluations(config: PruneRun | PretrainRun, work: Work) -> Iterator[tuple[i
         yield stage, evaluation_memory(work, stage, micro_batch_size=size)
 
 
-def _not_counted(config: PruneRun | PretrainRun, objective: LanguageModelling) -> str:
-    """What is set and no part of the plan; pruning's layers are always the local ones."""
+def _not_counted(config: PruneRun | PretrainRun) -> str:
+    """Return what is set and no part of the plan."""
     model = config.model
-    foreign = model.transformer_impl != "local" and not isinstance(objective, StructuredPruning)
+    foreign = model.transformer_impl != "local"
     found = ["--reset-attention-mask"] * model.reset_attention_mask
     found += [f"--transformer-impl {model.transformer_impl}"] * foreign
     return f"; not counted: {', '.join(found)}" if found else ""

@@ -1,343 +1,160 @@
-"""What a step minimises: language modelling alone, or with masks and their constraint."""
+"""What a run minimises, and all that the loop asks of it: it answers for itself."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megashear.config import MaskConfig
+from megashear.checkpoint.store import MaskState
 from megashear.data.batch import MicroBatch
-from megashear.masks.census import Census, GateSides, take_census, target_sizes
-from megashear.masks.constraint import SparsityConstraint
-from megashear.masks.gates import scores
-from megashear.masks.kinds import HIDDEN, KINDS
-from megashear.masks.mask_set import MaskSet, exact_gates, expected_gates
-from megashear.masks.optimizer import MaskOptimizer
-from megashear.masks.targets import target_units, whole_parts
-from megashear.models.binding import MaskBinding
-from megashear.models.kept import KeptUnits
-from megashear.models.llama import own_layers
-from megashear.models.parts import own_parts
-from megashear.parallel.groups import ParallelGroups
-from megashear.shape import ModelShape
+from megashear.monitor.charts import Charts
+from megashear.train.evaluations import Evaluation
 from megashear.train.schedule import SequenceLosses, run_schedule
+from megashear.train.terms import CrossEntropy, LossTerm
 
-EXPECTED, EXACT, RELAXED = "expected", "exact", "relaxed"
-"""Modes of an evaluation while masks are learned: as many gates closed as the masks expect, as
-many as the target wants, and gates sampled as in training."""
+Evaluate = Callable[[Sequence[MicroBatch]], list[SequenceLosses]]
+"""Measures held-out microbatches: their losses on the last stage, none on others."""
 
-
-MASKS = "masks"
-"""Name of the norm of the gradients of log_alpha and multipliers."""
-NO_STEP = -1
-"""Step of the noise of relaxed masks in evaluations; no training step draws it."""
+LOSS = "loss"
+"""Mode of an evaluation of the model as it is."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MaskMetrics:
-    """Where masks and constraint stood in a step."""
-
-    penalty: float
-    """What the constraint added to the loss."""
-    grad_norm: float
-    """Of log_alpha and multipliers together, before clipping."""
-    learning_rate: float
-    expected: dict[str, float] = field(default_factory=dict)
-    """Expected sparsity by kind, mean over rows."""
-    target: dict[str, float] = field(default_factory=dict)
-    """Target sparsity of this step by kind."""
-    lambda1: dict[str, float] = field(default_factory=dict)
-    lambda2: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskSurvey:
-    """Where the masks stood at an evaluation; equal on every rank."""
-
-    log_alpha: dict[str, Tensor]
-    """Whole, by kind, [num_rows, num_units]."""
-    kept: KeptUnits
-    """What deterministic gates in expected mode keep, which evaluation measures."""
-    chances: KeptUnits
-    """The chance of every unit to be kept."""
-    census: dict[str, Census]
-    target_sizes: dict[str, float]
-    """Units that a row shall leave open, by kind, at the step that was taken last."""
-    changed: dict[str, int]
-    """Gates that changed side since the last survey, by kind."""
-
-
-class LanguageModelling:
-    """Cross entropy of the next token.
+class Objective:
+    """What is minimised: terms of a loss, and whatever a subclass learns beside the weights.
 
     Args:
         chunks: this rank's model chunks, wrapped for data parallelism.
+        terms: terms of the loss; the cross entropy of the next token unless given.
     """
 
-    stage = "pretrain"
-    """What a checkpoint of such a run is called."""
+    stage = ""
+    """What a checkpoint of such a run says that it is of."""
 
-    def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        *,
+        terms: Sequence[LossTerm] | None = None,
+    ) -> None:
         self.chunks = list(chunks)
+        self.terms = [CrossEntropy()] if terms is None else list(terms)
+        assert len({term.name for term in self.terms}) == len(self.terms), "terms have names"
+
+    # a step
 
     def forward_backward(self, batches: Sequence[MicroBatch], step: int) -> list[SequenceLosses]:
         """Add the gradients of one step. Collective over the world.
 
         Args:
             batches: this replica's microbatches.
-            step: from 0.
+            step: counted from 0.
 
         Returns:
             Losses per microbatch on the last stage; none on others.
         """
-        return run_schedule(self.chunks, batches, forward_only=False)
+        return run_schedule(
+            self.chunks, batches, forward_only=False, terms=self.terms_of(batches, step)
+        )
+
+    def terms_of(self, batches: Sequence[MicroBatch], step: int) -> list[tuple[LossTerm, float]]:
+        """Prepare the terms of a step, and return each with its weight."""
+        for term in self.terms:
+            term.prepare(batches, step)
+        return [(term, term.weight_at(step)) for term in self.terms]
+
+    @property
+    def further_terms(self) -> list[str]:
+        """Names of the terms beside the cross entropy, which is measured in any case."""
+        return [term.name for term in self.terms if not isinstance(term, CrossEntropy)]
 
     def norms(self) -> dict[str, float]:
         """Return norms of the gradients that the weights' optimizer does not know, by what they are
-        of: none here. Called once a step, before `update`."""
+        of. Called once a step, before :meth:`update`."""
         return {}
 
     def update(self, step: int, schedule_fraction: float, *, skip: bool) -> None:
-        """Step whatever the weights' optimizer does not know: nothing here."""
-
-    def evaluation_modes(self) -> list[str]:
-        """Names of the models to evaluate, the one that steers the mixture first."""
-        return ["loss"]
-
-    def evaluate(self, mode: str, batches: Sequence[MicroBatch]) -> list[SequenceLosses]:
-        """Losses of held-out microbatches. Collective over the replica's model group."""
-        return run_schedule(self.chunks, batches, forward_only=True)
-
-    def begin_evaluation(self, mode: str) -> None:
-        """Prepare the model for evaluations in ``mode``."""
-
-    def end_evaluation(self) -> None:
-        """Undo :meth:`begin_evaluation`."""
-
-
-class StructuredPruning(LanguageModelling):
-    """Cross entropy under sampled masks, plus the Lagrangian that draws them to the target.
-
-    Args:
-        chunks: this rank's masked chunks, wrapped for data parallelism.
-        groups: where this rank stands.
-        source: shape of the model.
-        target: shape to end with.
-        config: warm-up, rates, noise streams.
-        seed: of the noise.
-        global_batch_size: sequences per step, over all replicas.
-        sequence_parallel: see MaskBinding.
-        clip_grad: largest norm of the masks' gradients.
-        betas: of the masks' Adam.
-        eps: of the masks' Adam.
-
-    Raises:
-        ValueError: no masks lead from source to target.
-    """
-
-    stage = "prune"
-
-    def __init__(
-        self,
-        chunks: Sequence[DistributedDataParallel],
-        groups: ParallelGroups,
-        *,
-        source: ModelShape,
-        target: ModelShape,
-        config: MaskConfig,
-        seed: int,
-        global_batch_size: int,
-        sequence_parallel: bool,
-        clip_grad: float = 1.0,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-    ) -> None:
-        super().__init__(chunks)
-        self.source, self.target = source, target
-        self.config = config
-        self.seed = seed
-        self.global_batch_size = global_batch_size
-        self.clip_grad = clip_grad
-        self.targets = target_units(source, target)
-        parts = own_parts(whole_parts(source, target), own_layers(chunks), groups)
-        self.masks = MaskSet(parts)
-        self.constraint = SparsityConstraint(
-            parts,
-            self.targets,
-            warmup_steps=config.sparsity_warmup_iters,
-            lambda2_max=config.lambda2_max,
-            force=config.force_lambda2_max,
-        )
-        self.optimizer = MaskOptimizer(self.masks, self.constraint, betas=betas, eps=eps)
-        self.sides = GateSides(parts)
-        self.binding = MaskBinding(
-            chunks, self.masks, source, groups, sequence_parallel=sequence_parallel
-        )
-        self._penalty = torch.zeros((), dtype=torch.float64)
-        self._closed: dict[str, Tensor] = {}
-        self._norm, self._scale = 0.0, 1.0
-        self.metrics: MaskMetrics | None = None
-        """Of the last step."""
-
-    def forward_backward(self, batches: Sequence[MicroBatch], step: int) -> list[SequenceLosses]:
-        """Add the gradients of weights, log_alpha and multipliers. Collective over the world.
-
-        Raises:
-            ValueError: on every rank, if the masks leave no hidden dimension open.
-        """
-        streams = [self.stream_of(batch) for batch in batches]
-        kinds = self._kinds(streams)
-        gates = self._sample(step, kinds)
-        self.optimizer.zero_grad()
-        self.binding.bind({stream: gates[stream] for stream in sorted(set(streams))}, streams)
-        losses = run_schedule(
-            self.chunks,
-            batches,
-            forward_only=False,
-            streams=streams,
-            select=self.binding.select,
-        )
-        # A GPU still works off what the schedule launched, and the gates' gradients make the host
-        # wait for it: the host does before them what does not need them.
-        self.masks.draw_ahead(seed=self.seed, step=step + 1, kinds=kinds)
-        own = self.masks.closed_sums()
-        self.binding.backward()
-        self.binding.release()
-        # after the mean over replicas, who all add the same penalty
-        self._closed = self.binding.whole_closed_sums(own)
-        self._penalty = self.constraint.penalty(own, self._closed, step)
-        self._penalty.backward()
-        return losses
-
-    def _kinds(self, own: Collection[int]) -> dict[int, Collection[str]]:
-        """Return the kinds of mask that a step samples, by noise stream of the global batch."""
-        # hidden of other replicas' streams too: a rank that raised for its own would be alone
-        return {
-            stream: KINDS if stream in own else (HIDDEN,)
-            for stream in range(self.config.mask_noise_streams)
-        }
-
-    def _sample(
-        self, step: int, kinds: Mapping[int, Collection[str]]
-    ) -> dict[int, dict[str, Tensor]]:
-        gates = {}
-        for stream, wanted in kinds.items():
-            gates[stream] = self.masks.sample(
-                seed=self.seed, step=step, stream=stream, kinds=wanted
-            )
-            whose = f"step {step + 1}: every hidden gate of noise stream {stream}"
-            _check_hidden(gates[stream], whose)
-        return gates
-
-    def stream_of(self, batch: MicroBatch) -> int:
-        """Noise stream of a microbatch: sample i of B belongs to stream i K // B."""
-        streams = batch.positions * self.config.mask_noise_streams // self.global_batch_size
-        assert bool((streams == streams[0]).all()), "a microbatch lies inside one stream"
-        return int(streams[0])
-
-    def norms(self) -> dict[str, float]:
-        """Return the norm of the gradients of log_alpha and multipliers together, before clipping.
-
-        Collective over the replica's model group and the pipeline group; once a step.
-        """
-        self._norm, self._scale = self.binding.clip(self.optimizer, self.clip_grad)
-        return {MASKS: self._norm}
-
-    def update(self, step: int, schedule_fraction: float, *, skip: bool) -> None:
-        """Step log_alpha and the multipliers, clipped by what `norms` found.
+        """Step whatever the weights' optimizer does not know.
 
         Args:
-            step: from 0.
+            step: counted from 0.
             schedule_fraction: the weights' rate over its peak, this step.
-            skip: leave them where they are.
+            skip: leave everything where it is.
         """
-        lr = self.config.mask_lr * schedule_fraction
-        self.metrics = MaskMetrics(
-            penalty=self._penalty.item(),
-            grad_norm=self._norm,
-            learning_rate=lr,
-            expected=self.constraint.expected_sparsity(self._closed),
-            target=self.constraint.target_at(step),
-            lambda1={kind: value.item() for kind, value in self.constraint.lambda1.items()},
-            lambda2={kind: value.item() for kind, value in self.constraint.lambda2.items()},
-        )
-        if not skip:
-            self.optimizer.step(lr, grad_scale=self._scale)
 
-    def evaluation_modes(self) -> list[str]:
-        """List the modes of :func:`modes_of_evaluation`."""
-        return modes_of_evaluation(self.config)
+    # reports
 
-    def begin_evaluation(self, mode: str) -> None:
-        """Bind the gates of ``mode``. Collective over the replica's model group."""
-        if mode == RELAXED:
-            # one draw for the whole run, so that what moves between evaluations is the masks
-            gates = self.masks.sample(seed=self.seed, step=NO_STEP, stream=0)
-            _check_hidden(gates, "evaluation under relaxed masks: every hidden gate")
-            self.binding.bind({0: {kind: z.detach() for kind, z in gates.items()}})
-            return
-        whole = self.binding.gather_log_alpha()
-        found = exact_gates(whole, self.targets) if mode == EXACT else expected_gates(whole)
-        self.binding.bind({0: self.binding.slice_gates(found)})
+    def points(self) -> dict[str, float]:
+        """Return the objective's own numbers of the last step, by tag."""
+        return {}
 
-    def evaluate(self, mode: str, batches: Sequence[MicroBatch]) -> list[SequenceLosses]:
-        """Losses under the bound gates. Collective over the replica's model group."""
-        return run_schedule(
-            self.chunks,
-            batches,
-            forward_only=True,
-            streams=[0] * len(batches),
-            select=self.binding.select,
-        )
+    def line(self) -> str | None:
+        """Return a line of the log on the last step, below the loop's; None for none."""
+        return None
 
-    def end_evaluation(self) -> None:
-        """Release the gates."""
-        self.binding.release()
+    def charts(self) -> Charts:
+        """Return the charts of the objective's own tags."""
+        return {}
 
-    def survey(self, step: int) -> MaskSurvey:
-        """Look at all masks, and remember on which side each gate stands.
+    # evaluation
 
-        Collective over the replica's model group and the pipeline group.
+    def modes(self) -> list[str]:
+        """Return names of the models to evaluate; the loss of the first steers the mixture."""
+        return [LOSS]
+
+    @contextlib.contextmanager
+    def evaluating(self, mode: str) -> Iterator[Evaluate]:
+        """Prepare the model for evaluations in ``mode``, and give what evaluates it.
+
+        Collective over the replica's model group.
+        """
+        yield lambda batches: run_schedule(self.chunks, batches, forward_only=True)
+
+    def mode_points(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return points of what modes say beside each other, by tag.
 
         Args:
-            step: steps done.
+            means: mean held-out loss of each mode.
         """
-        whole = self.binding.gather_log_alpha()
-        gates = expected_gates(whole)
-        own = self.sides.changed(self.binding.slice_gates(gates))
-        changed = self.binding.whole_closed_sums(own)
-        chances = {kind: scores(log_alpha) for kind, log_alpha in whole.items()}
-        return MaskSurvey(
-            log_alpha=whole,
-            kept=KeptUnits.of(gates, self.source),
-            chances=KeptUnits.expected(chances, self.source),
-            census=take_census(whole, self.targets),
-            target_sizes=target_sizes(self.constraint, max(0, step - 1)),
-            changed={kind: round(float(rows.sum())) for kind, rows in changed.items()},
-        )
+        return {}
 
-    def replicated_tensors(self) -> dict[str, Tensor]:
-        """Return what every rank has a copy of: multipliers, and log_alpha that is not divided."""
-        copies = dict(self.constraint.state_dict())
-        for kind, log_alpha in self.masks.log_alpha.items():
-            if not KINDS[kind].split_over_tensor and not KINDS[kind].split_over_pipeline:
-                copies[f"log_alpha of {kind}"] = log_alpha.detach()
-        return copies
+    def label(self, mode: str) -> str:
+        """Return how a log line names a mode; nothing for the model as it is."""
+        return ""
+
+    def evaluations(self, interval: int) -> list[Evaluation]:
+        """Return what is to be looked at beside held-out losses.
+
+        Args:
+            interval: steps between evaluations within the run; 0 for none.
+        """
+        return []
+
+    # state
+
+    def state(self) -> MaskState | None:
+        """Return the tensors that a checkpoint keeps beside weights and their optimizer."""
+        return None
+
+    def details(self) -> dict[str, Any]:
+        """Return plain values that a checkpoint keeps of the objective, fit for JSON."""
+        return {}
+
+    def replicated(self) -> dict[str, Tensor]:
+        """Return what every rank has a copy of, by name; copies are compared at evaluations."""
+        return {}
+
+    # planning
+
+    def planned(self) -> dict[str, Any]:
+        """Return fields of `planning.work.Work` that the objective adds."""
+        return {}
 
 
-def _check_hidden(gates: Mapping[str, Tensor], whose: str) -> None:
-    if HIDDEN in gates and not gates[HIDDEN].any():
-        raise ValueError(
-            f"{whose} is closed, so no norm is defined; raise --target-hidden-size or lower "
-            f"--mask-lr"
-        )
+class LanguageModelling(Objective):
+    """Cross entropy of the next token, or other terms, without masks."""
 
-
-def modes_of_evaluation(masks: MaskConfig) -> list[str]:
-    """List the masks that an evaluation binds one after the other: expected-size ones, which steer
-    the mixture, exact-size ones, which are cut, and on request those that training samples."""
-    return [EXPECTED, EXACT, *([RELAXED] if masks.eval_relaxed_masks else [])]
+    stage = "pretrain"

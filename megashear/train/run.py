@@ -14,7 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megashear.checkpoint.description import ENVIRONMENT, Description, holds_iterations
 from megashear.checkpoint.hold import held_together
-from megashear.checkpoint.store import load_run, load_weights
+from megashear.checkpoint.store import load_weights
 from megashear.config import PretrainRun, PruneRun, TrainConfig
 from megashear.conversion.sharded_hf import load_hf
 from megashear.data.batch import DocumentBorders
@@ -35,16 +35,19 @@ from megashear.train.environment import environment
 from megashear.train.guard import StepGuard
 from megashear.train.in_flight import Optimized, cut_in_flight
 from megashear.train.inputs import (
+    EVAL_SEQUENCES,
     Inputs,
     check_inputs,
     check_vocabulary,
     held_out_sets,
     training_sequences,
 )
-from megashear.train.loop import GUARD, RunData, Trainer, mask_state
+from megashear.train.loop import Trainer
 from megashear.train.memory import tell_memory
-from megashear.train.objectives import LanguageModelling, StructuredPruning
+from megashear.train.mixing import RunData
+from megashear.train.objectives import LOSS, LanguageModelling, Objective
 from megashear.train.optim import apply_flags, build_optimizer, build_schedule
+from megashear.train.pruning import EXACT, StructuredPruning
 from megashear.train.result import RunResult
 from megashear.train.seam import (
     check_seam,
@@ -60,6 +63,8 @@ from megashear.train.start import (
     find_start,
     settle,
 )
+from megashear.train.state import GUARD, LOADER, REWEIGHTING, SCHEDULER, RunState, Stateful
+from megashear.train.step import TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +252,7 @@ class _Behind:
         held_out = held_out_sets(self.inputs.manifest, config.train.seq_length, config.model)
         size = self.inputs.eval_sequences
         masked = losses_at_seam(
-            objective, "exact", held_out, config.train, groups, num_sequences=size
+            objective, EXACT, held_out, config.train, groups, num_sequences=size
         )
         whole = objective.binding.gather_log_alpha()
         counts = take_census(whole, objective.targets)
@@ -282,7 +287,7 @@ class _Behind:
             exact_gates(whole, objective.targets),
         )
         smaller = losses_at_seam(
-            trainer.objective, "loss", held_out, config.train, new_groups, num_sequences=size
+            trainer.objective, LOSS, held_out, config.train, new_groups, num_sequences=size
         )
         check_seam(masked, smaller, bf16=config.model.bf16)
         return trainer
@@ -402,7 +407,7 @@ _OF_SCHEDULE = (
 def _trainer(
     config: PruneRun | PretrainRun,
     start: Start,
-    objective: LanguageModelling,
+    objective: Objective,
     inputs: Inputs,
     groups: ParallelGroups,
     details: dict[str, Any],
@@ -463,24 +468,28 @@ def _trainer(
         is_read=groups.is_first_stage or groups.is_last_stage or borders.part_attention,
     )
     guard = StepGuard(train)
+    parts: dict[str, Stateful] = {SCHEDULER: schedule, LOADER: loader, GUARD: guard}
+    if inputs.reweighting is not None:
+        parts[REWEIGHTING] = inputs.reweighting
+    state = RunState(
+        shape=start.shape,
+        chunks=chunks,
+        optimizer=optimizer,
+        objective=objective,
+        groups=groups,
+        parts=parts,
+        facts=details
+        | {
+            "run": dataclasses.asdict(config),
+            ENVIRONMENT: environment(groups.world_size, command),
+            EVAL_SEQUENCES: inputs.eval_sequences,
+        }
+        | (start.description.hf_config if start.description else {}),
+        counts=lambda: {"consumed_samples": loader.consumed_samples},
+        token_ids=start.description.token_ids if start.description else {},
+    )
     if start.continues:
-        assert start.checkpoint is not None
-        description = load_run(
-            start.checkpoint, chunks, optimizer, groups, masks=mask_state(objective)
-        )
-        if GUARD in description.details:  # older releases took every step
-            guard.load_state_dict(description.details[GUARD])
-        saved_rate = _rate(optimizer)
-        apply_flags(optimizer, config.optimizer)
-        schedule.load_state_dict(description.details["scheduler"])
-        _tell_rate(description, config, saved_rate, _rate(optimizer))
-        loader.load_state_dict(description.details["loader"])
-        if inputs.reweighting is not None:
-            inputs.reweighting.load_state_dict(description.details.get("reweighting", {}))
-        if config.data.domain_weights:
-            logger.info("--domain-weights are the saved run's from here on, not the flag's")
-        _tell_batch(description, train)
-        logger.info("continuing %s at step %d", start.checkpoint, description.iteration)
+        _resume(state, start, config)
     elif fill and (start.checkpoint is not None or start.hf is not None):
         if start.hf is not None:
             load_hf(start.hf, chunks, groups, optimizer)
@@ -491,11 +500,16 @@ def _trainer(
         logger.info("starting from fresh weights, seed %d", train.seed)
     loader.warn_of_short_domains((train.train_iters - start.first_step) * train.global_batch_size)
     return Trainer(
-        shape=start.shape,
-        chunks=chunks,
-        objective=objective,
-        optimizer=optimizer,
-        schedule=schedule,
+        train_step=TrainStep(
+            chunks=chunks,
+            objective=objective,
+            optimizer=optimizer,
+            schedule=schedule,
+            peak_lr=config.optimizer.lr,
+            groups=groups,
+            guard=guard,
+        ),
+        state=state,
         data=RunData(
             manifest=manifest,
             loader=loader,
@@ -505,22 +519,26 @@ def _trainer(
             phase_changes=inputs.changes(train, start),
             eval_sequences=inputs.eval_sequences,
         ),
-        groups=groups,
         train=train,
-        optimizer_config=config.optimizer,
-        details=details
-        | {
-            "run": dataclasses.asdict(config),
-            ENVIRONMENT: environment(groups.world_size, command),
-        }
-        | (start.description.hf_config if start.description else {}),
-        token_ids=start.description.token_ids if start.description else {},
         tokenizer=_tokenizer(start, manifest),
-        guard=guard,
         watchdog=watch(groups.rank, groups.world_size, 60 * train.distributed_timeout_minutes),
         source=start.checkpoint,
         bf16=config.model.bf16,
     )
+
+
+def _resume(state: RunState, start: Start, config: PruneRun | PretrainRun) -> None:
+    """Fill a run from its checkpoint, and log what flags change. Collective over the world."""
+    assert start.checkpoint is not None
+    description = state.load_tensors(start.checkpoint)
+    saved_rate = _rate(state.optimizer)
+    apply_flags(state.optimizer, config.optimizer)
+    state.load_parts(description)
+    _tell_rate(description, config, saved_rate, _rate(state.optimizer))
+    if config.data.domain_weights:
+        logger.info("--domain-weights are the saved run's from here on, not the flag's")
+    _tell_batch(description, config.train)
+    logger.info("continuing %s at step %d", start.checkpoint, description.iteration)
 
 
 def _tokenizer(start: Start, manifest: DataManifest) -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from megashear.data.batch import MicroBatch
 from megashear.models.core import document_mask
+from megashear.models.llama import unwrap
 from megashear.parallel import device
+from megashear.train.terms import CrossEntropy, LossTerm
 
 Select = Callable[[torch.nn.Module, int], Tensor]
 """Chooses the noise stream of a chunk's next microbatch; MaskBinding.select."""
@@ -27,6 +30,12 @@ class SequenceLosses(NamedTuple):
     """Counted tokens of each sequence, [b]."""
     domains: Tensor
     """Domain of each sequence, int64 [b], on the host."""
+    terms: Mapping[str, Tensor] = MappingProxyType({})
+    """Sums of each further term of the loss over the counted tokens of each sequence, [b]."""
+
+
+LANGUAGE_MODELLING = ((CrossEntropy(), 1.0),)
+"""Terms and weights of a loss that is the cross entropy alone."""
 
 
 def run_schedule(
@@ -36,11 +45,13 @@ def run_schedule(
     forward_only: bool,
     streams: Sequence[int] | None = None,
     select: Select | None = None,
+    terms: Sequence[tuple[LossTerm, float]] = LANGUAGE_MODELLING,
 ) -> list[SequenceLosses]:
     """Run every microbatch forward, and backward unless ``forward_only``.
 
     Collective over the replica's model group, and over the data group when gradients are reduced.
-    The loss of a microbatch is the mean over its counted tokens, that of the step their mean.
+    The loss of a microbatch is the sum of its terms' means over counted tokens, times their
+    weights; the loss of the step is the mean over microbatches.
 
     Args:
         chunks: this rank's model chunks, wrapped for data parallelism.
@@ -48,6 +59,8 @@ def run_schedule(
         forward_only: whether to leave gradients alone.
         streams: noise stream of each microbatch, where ``select`` is given.
         select: called before a chunk runs a microbatch.
+        terms: terms of the loss, each with its weight at this step. Where one reads logits, the
+            cross entropy is taken of a copy of them.
 
     Returns:
         One entry per microbatch on the last stage, none on others.
@@ -57,9 +70,11 @@ def run_schedule(
         pending: Iterator[tuple[MicroBatch, int]], chunk: torch.nn.Module
     ) -> tuple[Tensor, Any]:
         batch, stream = next(pending)
-        per_token = run_chunk(chunk, batch, stream=stream, select=select)
-        return per_token, partial(_loss, batch)  # last stage: cross entropy [b, s]
+        output = run_chunk(chunk, batch, stream=stream, select=select, with_labels=not reads_logits)
+        # last stage: cross entropy [b, s], or logits [b, s, vocab/tp]
+        return output, partial(_loss, chunk if reads_logits else None, batch, terms)
 
+    reads_logits = any(term.needs_logits for term, _ in terms)
     pairs = list(zip(batches, streams if streams is not None else [0] * len(batches)))
     size, length = batches[0].tokens.shape
     # megatron-core's forward_only leaves autograd on, and with it every activation in memory
@@ -112,8 +127,37 @@ def run_chunk(
     return output
 
 
-def _loss(batch: MicroBatch, per_token: Tensor) -> tuple[Tensor, SequenceLosses]:
-    mask = batch.loss_mask.to(per_token.device, non_blocking=True)
-    sums, counts = (per_token * mask).sum(dim=1), mask.sum(dim=1)  # [b]
-    loss = sums.sum() / counts.sum().clamp(min=1.0)
-    return loss, SequenceLosses(sums.detach(), counts, batch.domains)
+def _loss(
+    chunk: torch.nn.Module | None,
+    batch: MicroBatch,
+    terms: Sequence[tuple[LossTerm, float]],
+    output: Tensor,
+) -> tuple[Tensor, SequenceLosses]:
+    """Return the loss of a microbatch, and what was measured.
+
+    Args:
+        chunk: the last one, where ``output`` is its logits; None where it is the cross entropy.
+        batch: the microbatch.
+        terms: terms of the loss, each with its weight.
+        output: cross entropy [b, s], or logits [b, s, vocab/tp].
+    """
+    cross_entropy, logits = output, None
+    if chunk is not None:
+        logits = output
+        labels = batch.labels.to(output.device, non_blocking=True)
+        # a copy, for its gradient is written over the logits that it is taken of
+        own = logits.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        cross_entropy = unwrap(chunk).compute_language_model_loss(labels, own)
+    mask = batch.loss_mask.to(output.device, non_blocking=True)
+    sums, counts = (cross_entropy * mask).sum(dim=1), mask.sum(dim=1)  # [b]
+    total, further = None, {}
+    for term, weight in terms:
+        added = sums
+        if not isinstance(term, CrossEntropy):
+            added = (term.per_token(batch, cross_entropy, logits) * mask).sum(dim=1)
+            further[term.name] = added.detach()
+        added = added.sum() if weight == 1.0 else weight * added.sum()
+        total = added if total is None else total + added
+    assert total is not None, "a loss has terms"
+    loss = total / counts.sum().clamp(min=1.0)
+    return loss, SequenceLosses(sums.detach(), counts, batch.domains, further)

@@ -12,7 +12,7 @@ from megashear.config import PretrainRun, PruneRun, TrainConfig
 from megashear.data.held_out import HeldOutSet
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.evaluate import evaluate_domains
-from megashear.train.objectives import LanguageModelling
+from megashear.train.objectives import Objective
 from megashear.train.start import check_events
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def resuming(train: TrainConfig) -> TrainConfig:
 
 
 def losses_at_seam(
-    objective: LanguageModelling,
+    objective: Objective,
     mode: str,
     held_out: Sequence[HeldOutSet],
     train: TrainConfig,

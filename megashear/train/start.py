@@ -32,7 +32,7 @@ from megashear.models import loadable
 from megashear.parallel.agree import raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
-from megashear.train.objectives import StructuredPruning
+from megashear.train.pruning import StructuredPruning
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from megashear.parallel import device
 from megashear.parallel.agree import flat_all_reduce
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.guard import StepGuard
-from megashear.train.objectives import LanguageModelling
+from megashear.train.objectives import Objective
 from megashear.train.optim import ready_gradients, schedule_fraction, step_with_norm
 from megashear.train.schedule import SequenceLosses
 from megashear.train.stops import REQUESTS
@@ -54,7 +54,7 @@ class TrainStep:
 
     chunks: Sequence[DistributedDataParallel]
     """This rank's model chunks."""
-    objective: LanguageModelling
+    objective: Objective
     """What is minimised."""
     optimizer: MegatronOptimizer
     """Of the weights."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from megashear.checkpoint import saver
 from megashear.files import integrity
-from megashear.train import loop, start
+from megashear.train import checkpoints, loop, start
 
 PHASES = (
     "start",
@@ -59,15 +59,15 @@ class Reporter:
         """Wrap the functions that phases are made of, in this process."""
         self._file = os.open(self.pipe, os.O_WRONLY)
         self.tell("+start")
-        self._wrap(loop.Trainer, "_step", "training")
-        self._wrap(loop.Trainer, "evaluate", "evaluation")
+        self._wrap(loop._Run, "_train_one_step", "training")
+        self._wrap(loop._Run, "evaluate", "evaluation")
         self._wrap(saver.ShardedWrite, "write", "weights")
         self._wrap(integrity, "write", "checksums")
         self._wrap(Path, "rename", "rename", only=_makes_visible)
         self._wrap(saver, "name_latest", "latest")
         self._wrap(start, "name_latest", "latest")  # a resumed run names what it goes on from
         self._wrap(saver, "forget_older", "deletion")
-        self._wrap(loop, "amend_description", "last losses", only=lambda *_: self.rank == 0)
+        self._wrap(checkpoints, "amend_description", "last losses", only=lambda *_: self.rank == 0)
         run = loop.Trainer.run
 
         @functools.wraps(run)

@@ -15,8 +15,8 @@ from megashear.masks.targets import whole_parts
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.guard import StepGuard
-from megashear.train.objectives import StructuredPruning
 from megashear.train.optim import build_optimizer, build_schedule
+from megashear.train.pruning import StructuredPruning
 from megashear.train.step import TrainStep
 from tests.live import fill
 from tests.ranks import run_ranks

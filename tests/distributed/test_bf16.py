@@ -12,8 +12,8 @@ from megashear.models.llama import build_llama, unwrap
 from megashear.parallel.agree import assert_replicated
 from megashear.parallel.groups import ParallelGroups
 from megashear.train.guard import StepGuard
-from megashear.train.objectives import StructuredPruning
 from megashear.train.optim import build_optimizer, build_schedule
+from megashear.train.pruning import StructuredPruning
 from megashear.train.step import TrainStep
 from tests.distributed.pruning_run import OPTIMIZER, half_open_masks
 from tests.live import fill
@@ -69,7 +69,7 @@ def prune(parallel: ParallelConfig, model: ModelConfig) -> list[float]:
         )
         losses = [step(train_step, objective, number) for number in range(STEPS)]
         check_formats(chunks, objective, model)
-        assert_replicated(objective.replicated_tensors(), "masks")
+        assert_replicated(objective.replicated(), "masks")
         return losses
 
     return [loss for losses in run_ranks(parallel.model_parallel_size, body) for loss in losses]

@@ -10,7 +10,7 @@ from megashear.masks.mask_set import MaskSet
 from megashear.masks.targets import whole_parts
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
-from megashear.train.objectives import StructuredPruning
+from megashear.train.pruning import StructuredPruning
 from tests.ranks import run_ranks
 from tests.tiny import BATCH, SOURCE, TARGET, layout, microbatches
 

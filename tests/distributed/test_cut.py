@@ -23,9 +23,8 @@ from megashear.masks.targets import target_units, whole_parts
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
-from megashear.train.loop import mask_state
-from megashear.train.objectives import StructuredPruning
 from megashear.train.optim import build_optimizer
+from megashear.train.pruning import EXACT, StructuredPruning
 from tests import reference_llama
 from tests.distributed.masked_model import by_megatron_name, own_logits, whole_logits
 from tests.families import FAMILIES
@@ -170,24 +169,17 @@ def prune_half_way(
         sequence_parallel=False,
     )
     fill(objective.masks.state_dict(), objective.binding.slice_gates(half_open(source, target)))
-    masks = mask_state(objective)
-    assert masks is not None
-    extents = {kind: list(part.extents) for kind, part in masks.masks.parts.items()}
-    details = {
-        "target_shape": target.to_dict(),
-        "mask_extents": extents,
-        "mask_optimizer_steps": masks.optimizer.num_steps,
-    }
+    details = {"target_shape": target.to_dict(), **objective.details()}
     save_run(
         saved,
         Description(shape=source, iteration=ITERATION, stage=objective.stage, details=details),
         chunks,
         build_optimizer(chunks, OptimizerConfig(), bf16=False),
         groups,
-        masks=masks,
+        masks=objective.state(),
     )
-    objective.begin_evaluation("exact")
-    logits = own_logits(chunks, microbatches(0), select=objective.binding.select)
+    with objective.evaluating(EXACT):
+        logits = own_logits(chunks, microbatches(0), select=objective.binding.select)
     return {"tensor_rank": groups.tensor_rank, "logits": logits}
 
 

@@ -16,7 +16,8 @@ import torch
 
 from megashear.checkpoint.description import read_description
 from megashear.config import PretrainRun, PruneRun
-from megashear.train import loop, objectives, run
+from megashear.models.llama import unwrap
+from megashear.train import loop, objectives, pruning, run
 from megashear.train import step as train_step
 from megashear.train.result import RunResult
 from tests import text_run
@@ -59,7 +60,7 @@ def spoil_loss(steps: range) -> Callable[[int], None]:
                 calls[0] += 1
             return losses
 
-        objectives.run_schedule = run_schedule
+        objectives.run_schedule = pruning.run_schedule = run_schedule
 
     return broken
 
@@ -200,7 +201,7 @@ def test_copies_that_drift_are_noticed(
             original(optimizer, norm)
             calls[0] += 1
             if calls[0] == 1 and rank == 1:
-                named = dict(loop.unwrap(chunks[0]).named_parameters())
+                named = dict(unwrap(chunks[0]).named_parameters())
                 with torch.no_grad():
                     one = named[parameter].view(-1)[:1]
                     one.copy_(torch.nextafter(one, torch.tensor([9.0])))  # the last bit

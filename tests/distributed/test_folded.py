@@ -18,8 +18,8 @@ from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelC
 from megashear.models import fold, folded
 from megashear.models.llama import build_llama, gather_weights, unwrap
 from megashear.parallel.groups import ParallelGroups
-from megashear.train.objectives import EXPECTED, StructuredPruning
 from megashear.train.optim import build_optimizer, ready_gradients, step_with_norm
+from megashear.train.pruning import EXPECTED, StructuredPruning
 from megashear.train.schedule import run_chunk
 from tests.distributed.pruning_run import half_open_masks
 from tests.distributed.test_masked_model import (
@@ -141,10 +141,8 @@ class Pruning:
 
     def evaluate(self) -> list[float]:
         """Losses of another batch under expected gates."""
-        self.objective.begin_evaluation(EXPECTED)
-        losses = self.objective.evaluate(EXPECTED, self.batches(9))
-        self.objective.end_evaluation()
-        return [float(loss.sums) for loss in losses]
+        with self.objective.evaluating(EXPECTED) as measure:
+            return [float(loss.sums) for loss in measure(self.batches(9))]
 
 
 def given(grad: Tensor | None) -> Tensor:
@@ -177,11 +175,10 @@ def test_a_bound_model_keeps_its_names_and_its_weights() -> None:
                 assert after[name][:2] == (number, place), name
                 assert torch.equal(after[name][2], weight), name
 
-        pruning.objective.begin_evaluation(EXPECTED)
-        pruning.objective.evaluate(EXPECTED, pruning.batches(0))
-        assert any("weight" in vars(module) for module in modules)
-        check()
-        pruning.objective.end_evaluation()
+        with pruning.objective.evaluating(EXPECTED) as measure:
+            measure(pruning.batches(0))
+            assert any("weight" in vars(module) for module in modules)
+            check()
         pruning.train(0)
         check()
         for module in modules:

@@ -17,7 +17,7 @@ from megashear.models.core import RMSNorm
 from megashear.models.fold import unit_values
 from megashear.models.llama import unwrap
 from megashear.shape import ModelShape
-from megashear.train.objectives import StructuredPruning
+from megashear.train.pruning import StructuredPruning
 from tests.distributed.pruning_run import Snapshot, run
 from tests.tiny import layout, relative_error
 

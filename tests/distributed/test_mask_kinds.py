@@ -24,7 +24,7 @@ from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.planning.jobs import PRUNING, make_plans
 from megashear.shape import ModelShape
-from megashear.train.objectives import EXACT, EXPECTED, NO_STEP, RELAXED, StructuredPruning
+from megashear.train.pruning import EXACT, EXPECTED, NO_STEP, RELAXED, StructuredPruning
 from tests import reference_llama
 from tests.distributed.masked_model import by_megatron_name, whole_rows
 from tests.live import fill
@@ -237,10 +237,9 @@ def own_figures_of(objective: StructuredPruning) -> dict[str, Any]:
     }
     # the multipliers begin at 0, so what log_alpha has is the gradient of the loss alone
     mask_grads = {kind: mask.grad for kind, mask in objective.masks.log_alpha.items()}
-    for mode in objective.evaluation_modes():
-        objective.begin_evaluation(mode)
-        of_mode = objective.evaluate(mode, batches)
-        objective.end_evaluation()
+    for mode in objective.modes():
+        with objective.evaluating(mode) as measure:
+            of_mode = measure(batches)
         if of_mode:
             losses[mode] = torch.cat([part.sums.detach() for part in of_mode])
     return {

@@ -26,7 +26,7 @@ from megashear.monitor.mask_pictures import mask_pictures
 from megashear.report.kept import MaskReading
 from megashear.report.mask_map import cells
 from megashear.shape import ModelShape
-from megashear.train.objectives import RELAXED
+from megashear.train.pruning import RELAXED
 from tests import text_run
 from tests.distributed.test_resume import HALF, WHOLE, configuration, finished_tensors, start
 from tests.text_run import TextRun

@@ -10,7 +10,7 @@ import torch
 
 from megashear.config import ParallelConfig
 from megashear.masks import mask_set
-from megashear.train.objectives import StructuredPruning
+from megashear.train.pruning import StructuredPruning
 from tests.distributed.pruning_run import Snapshot, run
 from tests.tiny import layout
 

@@ -10,7 +10,7 @@ import pytest
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
 from megashear.config import ParallelConfig
-from megashear.train import loop
+from megashear.train import checkpoints, loop
 from tests.distributed.test_distributed_optimizer import MASK_MOMENTS, NORM_ORDER, errors
 from tests.distributed.test_resume import Finished, configuration, differences, finished, start
 from tests.text_run import TextRun
@@ -89,7 +89,7 @@ def reduced_early() -> None:
 
 
 def no_gathering() -> None:
-    loop.gather_weights = lambda chunks: None
+    loop.gather_weights = checkpoints.gather_weights = lambda chunks: None
 
 
 def test_weights_that_were_not_gathered_are_noticed(runs: Runs) -> None:

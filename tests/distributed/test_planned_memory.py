@@ -22,8 +22,9 @@ from megashear.planning.time import Cluster, step_time
 from megashear.planning.work import Work
 from megashear.shape import ModelShape
 from megashear.train.guard import StepGuard
-from megashear.train.objectives import LanguageModelling, StructuredPruning
+from megashear.train.objectives import LanguageModelling
 from megashear.train.optim import build_optimizer, build_schedule
+from megashear.train.pruning import StructuredPruning
 from megashear.train.step import TrainStep
 from tests.live_bytes import LiveBytes, SavedBytes, SentBytes
 from tests.ranks import run_ranks
@@ -257,14 +258,13 @@ def measured_here(case: Case, *, counts_sent: bool) -> dict[str, Any]:
             train_step.apply(losses, 0)
     wide = dataclasses.replace(case, micro_batch_size=EVALUATED)
     held_out = [batch(wide, number, 0) for number in range(case.microbatches)]
-    mode = objective.evaluation_modes()[0]
-    objective.begin_evaluation(mode)
+    mode = objective.modes()[0]
     peaks = []
-    for _ in range(3):  # gloo's threads now and then let go of a tensor late
-        with LiveBytes([*known, *folded]) as evaluation:
-            objective.evaluate(mode, held_out)
-        peaks.append(evaluation.peak)
-    objective.end_evaluation()
+    with objective.evaluating(mode) as measure:
+        for _ in range(3):  # gloo's threads now and then let go of a tensor late
+            with LiveBytes([*known, *folded]) as evaluation:
+                measure(held_out)
+            peaks.append(evaluation.peak)
     return {
         "evaluation": min(peaks),
         "parameters": sum(p.numel() for p in parameters),

@@ -18,7 +18,7 @@ from megashear.checkpoint.description import latest_iteration
 from megashear.commands import outcome
 from megashear.commands.outcome import user_errors
 from megashear.config import PretrainRun, PruneRun
-from megashear.train import loop, run
+from megashear.train import checkpoints, run
 from megashear.train import step as train_step
 from megashear.train.stops import DIVERGED
 from tests.distributed.test_resume import WHOLE, configuration, differences, finished
@@ -120,7 +120,7 @@ def test_a_run_that_trusts_every_checkpoint_loses_the_good_one(
 ) -> None:
     def trusting(rank: int) -> None:
         steps_that_spoil(GOOD + 1, far_away)
-        loop.Trainer._newest_good = lambda self, step: step  # type: ignore[method-assign]
+        checkpoints.RunCheckpoints._newest_good = lambda self, step: step  # type: ignore[method-assign]
 
     more = {"save_interval": 1, "keep": 1, "max_skipped_steps": 1}
     config = configuration(text, "pretrain", SPLIT, tmp_path, **more)
@@ -170,7 +170,7 @@ def test_a_checkpoint_that_is_spoiled_is_refused_with_the_way_to_an_older_one(
 ) -> None:
     def broken(rank: int) -> None:
         steps_that_spoil(GOOD, one_number)
-        loop.not_finite_anywhere = lambda state: None  # as before saves were looked at
+        checkpoints.not_finite_anywhere = lambda state: None  # as before saves were looked at
 
     more = {"save_interval": 1, "exit_interval": GOOD}
     assert ended(configuration(text, "pretrain", SPLIT, tmp_path, **more), broken)[0] == 0

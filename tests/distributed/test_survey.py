@@ -16,8 +16,9 @@ from megashear.models.llama import build_llama
 from megashear.monitor import tags
 from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
-from megashear.train.objectives import RELAXED, StructuredPruning
-from megashear.train.watch import cost_points, survey_points
+from megashear.train.points import cost_points
+from megashear.train.pruning import RELAXED, StructuredPruning
+from megashear.train.survey import survey_points
 from tests.distributed.pruning_run import half_open_masks
 from tests.live import fill
 from tests.ranks import run_ranks
@@ -128,10 +129,9 @@ def relaxed_losses(parallel: ParallelConfig) -> list[float]:
         objective = objective_of(parallel, ParallelGroups.create(parallel))
         fill(objective.masks.state_dict(), objective.binding.slice_gates(half_open_masks(PAIR)))
         found = []
-        for mode in objective.evaluation_modes():
-            objective.begin_evaluation(mode)
-            losses = objective.evaluate(mode, microbatches(0))
-            objective.end_evaluation()
+        for mode in objective.modes():
+            with objective.evaluating(mode) as measure:
+                losses = measure(microbatches(0))
             found.append(sum(float(part.sums.sum()) for part in losses))
         return found
 
@@ -153,8 +153,9 @@ def test_relaxed_masks_without_a_hidden_dimension_are_refused_on_every_rank() ->
         objective = objective_of(parallel, ParallelGroups.create(parallel))
         with torch.no_grad():
             objective.masks.log_alpha["hidden"].fill_(-40.0)
-        with pytest.raises(ValueError, match="relaxed masks: every hidden gate is closed") as error:
-            objective.begin_evaluation(RELAXED)
+        wanted = "relaxed masks: every hidden gate is closed"
+        with pytest.raises(ValueError, match=wanted) as error, objective.evaluating(RELAXED):
+            pass
         return str(error.value)
 
     assert len(set(run_ranks(2, body))) == 1

@@ -20,7 +20,7 @@ from megashear.config import ModelConfig
 from megashear.files import integrity
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
-from megashear.train import loop
+from megashear.train import checkpoints, loop
 from megashear.train.schedule import run_schedule
 from tests.distributed.test_resume import WHOLE, configuration, start
 from tests.ranks import run_ranks
@@ -30,14 +30,14 @@ from tests.tiny import SOURCE, layout, microbatches
 
 def test_the_last_step_is_saved_before_the_long_evaluation(text: TextRun, tmp_path: Path) -> None:
     def cut_off() -> None:
-        evaluate = loop.Trainer.evaluate
+        evaluate = loop._Run.evaluate
 
-        def until_the_limit(trainer: loop.Trainer, *args: object, whole: bool) -> object:
-            if whole:
+        def until_the_limit(run: loop._Run, *, is_end: bool) -> None:
+            if is_end:
                 raise TimeoutError("time limit")
-            return evaluate(trainer, *args, whole=whole)  # type: ignore[arg-type]
+            evaluate(run, is_end=is_end)
 
-        loop.Trainer.evaluate = until_the_limit  # type: ignore[assignment,method-assign]
+        loop._Run.evaluate = until_the_limit  # type: ignore[method-assign]
 
     with pytest.raises(AssertionError, match="TimeoutError: time limit"):
         start(configuration(text, "prune", layout(), tmp_path), 1, cut_off)
@@ -59,15 +59,15 @@ def test_a_job_that_saves_when_it_is_stopped_deletes_what_keep_has_too_many(
     text: TextRun, tmp_path: Path, broken: bool
 ) -> None:
     def forgetful() -> None:
-        save = loop.Saver.save
+        save = checkpoints.Saver.save
 
-        def after_deletions(saver: loop.Saver, *args: Any, **more: Any) -> Any:
+        def after_deletions(saver: checkpoints.Saver, *args: Any, **more: Any) -> Any:
             saver.finish()  # a run that is stopped does not wait for them
             return save(saver, *args, **more)
 
-        loop.Saver.save = after_deletions  # type: ignore[method-assign]
+        checkpoints.Saver.save = after_deletions  # type: ignore[method-assign]
         if broken:  # the process knows only what it has saved itself
-            loop.Trainer._is_ours = lambda self, checkpoint: False  # type: ignore[method-assign]
+            checkpoints.RunCheckpoints._is_ours = lambda self, checkpoint: False  # type: ignore[method-assign]
 
     config = configuration(text, "pretrain", layout(), tmp_path, keep=1, exit_interval=1)
     for resume in (False, True, True):

@@ -61,8 +61,8 @@ from megashear.planning.hardware import gpu_of_device
 from megashear.planning.memory import fullest_stage
 from megashear.shape import PRESETS, ModelShape
 from megashear.train.in_flight import Optimized, cut_in_flight
-from megashear.train.objectives import EXACT, StructuredPruning
 from megashear.train.optim import build_optimizer
+from megashear.train.pruning import EXACT, StructuredPruning
 from megashear.train.schedule import run_chunk
 from megashear.train.seam import SEAM_BF16
 
@@ -243,15 +243,13 @@ def _masked_logits(step: OurStep) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits under the target's gates, and these whole."""
     objective = step.objective
     assert isinstance(objective, StructuredPruning)
-    objective.begin_evaluation(EXACT)
-    with torch.no_grad():
+    with objective.evaluating(EXACT), torch.no_grad():
         logits = run_chunk(
             step.chunks[0],
             step.batches[0],
             select=objective.binding.select,
             with_labels=False,
         )
-    objective.end_evaluation()
     return logits, exact_gates(objective.binding.gather_log_alpha(), objective.targets)
 
 

@@ -42,8 +42,9 @@ from megashear.planning.memory import rank_memory
 from megashear.planning.work import GIB, Work
 from megashear.shape import PRESETS, ModelShape, read_shape
 from megashear.train.guard import StepGuard
-from megashear.train.objectives import LanguageModelling, StructuredPruning
+from megashear.train.objectives import LanguageModelling, Objective
 from megashear.train.optim import build_optimizer, build_schedule
+from megashear.train.pruning import StructuredPruning
 from megashear.train.step import TrainStep
 
 PROG = "tools/benchmarks/memory.py"
@@ -117,7 +118,7 @@ def allocated(
         bf16=work.model.bf16,
         sharded=work.parallel.use_distributed_optimizer,
     )
-    objective = LanguageModelling(chunks)
+    objective: Objective = LanguageModelling(chunks)
     if target is not None:
         objective = StructuredPruning(
             chunks,

@@ -28,13 +28,12 @@ from megashear.masks.mask_set import expected_gates
 from megashear.masks.targets import target_units, whole_parts
 from megashear.models.kept import KeptUnits
 from megashear.monitor import tags
-from megashear.monitor.charts import charts
+from megashear.monitor.charts import charts, mask_charts
 from megashear.monitor.sinks import Sinks, open_sinks
 from megashear.monitor.step_clock import StepClock
 from megashear.parallel import device
 from megashear.shape import PRESETS, ModelShape, read_shape
-from megashear.train.objectives import MaskSurvey
-from megashear.train.watch import show_masks, survey_points
+from megashear.train.survey import MaskSurvey, show_masks, survey_points
 
 _, COMPUTE, COMMUNICATION, _ = tags.STEP_PARTS
 DOMAINS = [f"domain{number}" for number in range(7)]
@@ -68,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             first_step=0,
             config={},
             layout=charts(
-                kinds=list(target_units(source, target)), domains=DOMAINS, has_references=True
+                domains=DOMAINS,
+                has_references=True,
+                more=mask_charts(list(target_units(source, target))),
             ),
         )
         rounds = measure(ways(source, target, sinks, waits=args.waits), args.rounds)

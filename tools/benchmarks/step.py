@@ -41,7 +41,7 @@ from megashear.models.llama import names_in_whole, unwrap
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.shape import PRESETS, ModelShape
-from megashear.train.objectives import StructuredPruning
+from megashear.train.pruning import StructuredPruning
 
 UNMASKED, AGAIN, MASKED = "unmasked", "unmasked again", "masked"
 PLAIN, PLAIN_DEFAULT = "transformers, fused AdamW", "transformers, default AdamW"

@@ -23,8 +23,9 @@ from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train.guard import StepGuard
-from megashear.train.objectives import LanguageModelling, StructuredPruning
+from megashear.train.objectives import LanguageModelling, Objective
 from megashear.train.optim import build_optimizer, build_schedule
+from megashear.train.pruning import StructuredPruning
 from megashear.train.step import TrainStep
 
 SEED = 1234
@@ -166,7 +167,7 @@ class OurStep:
         variant: Variant = "local",
     ) -> None:
         self.chunks = build_llama(work.shape, groups, parallel, model, variant=variant, seed=SEED)
-        objective = LanguageModelling(self.chunks)
+        objective: Objective = LanguageModelling(self.chunks)
         if target is not None:
             batch = work.micro_batch_size * work.num_microbatches * groups.data_size
             objective = StructuredPruning(
@@ -207,7 +208,7 @@ class OurStep:
             self.loss = float(last.sums.sum() / last.counts.sum())
 
     @property
-    def objective(self) -> LanguageModelling:
+    def objective(self) -> Objective:
         """What is minimised."""
         return self.train_step.objective
 
@@ -243,7 +244,7 @@ class OurStep:
             parts.watch(objective, "update", "masks: update")
 
 
-def _open_some(objective: LanguageModelling) -> None:
+def _open_some(objective: Objective) -> None:
     """Masks as they are in the middle of a run: gates closed, open and between."""
     assert isinstance(objective, StructuredPruning)
     generator = torch.Generator().manual_seed(SEED)

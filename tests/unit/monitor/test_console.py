@@ -11,6 +11,7 @@ from megashear.monitor.console import (
     format_count,
     format_duration,
     format_evaluation,
+    format_masks,
     format_step,
     progress,
 )
@@ -30,38 +31,38 @@ def _restore_logging() -> Iterator[None]:
     logger.handlers[:] = handlers
 
 
-def test_a_pruning_step_has_a_line_of_its_own_for_masks() -> None:
+def test_a_step_is_one_line() -> None:
     line = format_step(
         120,
         3200,
         loss=2.1141,
-        penalty=0.0123,
         learning_rate=9.8e-5,
         grad_norm=0.912,
         tokens_per_second=41_234,
-        sparsity={"hidden": (0.3121, 0.375), "head": (0.1, 0.25)},
         eta_seconds=3753,
     )
     assert line == (
-        "step 120/3200 | loss 2.114 | lr 9.8e-5 | grad 0.91 | 41.2 k tok/s | ETA 1:02:33\n"
-        "  penalty 0.012 | sparsity hidden .312/.375 head .100/.250"
+        "step 120/3200 | loss 2.114 | lr 9.8e-5 | grad 0.91 | 41.2 k tok/s | ETA 1:02:33"
     )
+
+
+def test_masks_have_a_line_of_their_own() -> None:
+    line = format_masks(0.0123, {"hidden": (0.3121, 0.375), "head": (0.1, 0.25)})
+    assert line == "  penalty 0.012 | sparsity hidden .312/.375 head .100/.250"
 
 
 def test_the_lines_of_a_long_pruning_run_fit_100_columns() -> None:
     kinds = ("hidden", "head", "intermediate", "layer")
-    line = format_step(
+    first = format_step(
         48_000,
         48_000,
         loss=2.1141,
-        penalty=-10.0123,
         learning_rate=9.8e-5,
         grad_norm=0.912,
         tokens_per_second=1_234_000,
-        sparsity=dict.fromkeys(kinds, (0.3121, 0.375)),
         eta_seconds=4 * 86400 - 1,
     )
-    first, second = line.splitlines()
+    second = format_masks(-10.0123, dict.fromkeys(kinds, (0.3121, 0.375)))
     assert len("03:01:30 INFO " + first) <= 100
     assert len(second) <= 100
     longer = format_step(
@@ -70,7 +71,7 @@ def test_the_lines_of_a_long_pruning_run_fit_100_columns() -> None:
     assert len("03:01:30 INFO " + longer) > 100  # numbers are never cut
 
 
-def test_a_pretraining_step_says_nothing_of_masks() -> None:
+def test_what_is_not_known_yet_is_a_question_mark() -> None:
     line = format_step(
         1, 2, loss=1, learning_rate=0, grad_norm=0, tokens_per_second=0, eta_seconds=None
     )

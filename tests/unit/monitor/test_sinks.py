@@ -24,8 +24,8 @@ from megashear.models.kept import KeptUnits
 from megashear.monitor import sinks
 from megashear.monitor.sinks import JsonLinesSink, Sinks, check_sinks, open_sinks
 from megashear.monitor.tags import TensorBoardSink
-from megashear.train import watch
-from megashear.train.objectives import MaskSurvey
+from megashear.train import survey as surveys
+from megashear.train.survey import MaskSurvey
 from tests.text_run import scalars
 from tests.tiny import SOURCE
 
@@ -192,7 +192,7 @@ def test_masks_that_cannot_be_drawn_end_no_run(
     def broken(*args: object, **more: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(watch, "mask_pictures", broken)
+    monkeypatch.setattr(surveys, "mask_pictures", broken)
     survey = MaskSurvey(
         kept=KeptUnits.of({}, SOURCE),
         chances=KeptUnits.expected({}, SOURCE),
@@ -202,7 +202,7 @@ def test_masks_that_cannot_be_drawn_end_no_run(
         target_sizes={},
     )
     sink = Sinks([TensorBoardSink(tmp_path)])
-    watch.show_masks(sink, 3, survey, {}, {})
+    surveys.show_masks(sink, 3, survey, {}, {})
     sink.close()
     assert "step 3: masks are not drawn: MemoryError: no room" in caplog.text
 

@@ -13,7 +13,8 @@ from megashear.planning.memory import fullest_stage, rank_memory
 from megashear.planning.work import Work
 from megashear.shape import PRESETS
 from megashear.train.memory import tell_memory
-from megashear.train.objectives import LanguageModelling, StructuredPruning
+from megashear.train.objectives import LanguageModelling
+from megashear.train.pruning import StructuredPruning
 from tests.tiny import layout
 
 

@@ -7,7 +7,7 @@ import pytest
 from megashear.monitor import tags
 from megashear.parallel import device
 from megashear.shape import PRESETS
-from megashear.train.watch import utilisation_points
+from megashear.train.points import utilisation_points
 
 
 @pytest.mark.parametrize(
