@@ -231,6 +231,7 @@ def test_every_tag_of_tensorboard_is_explained() -> None:
         *(getattr(tags, name)("<kind>") for name in of_kind),
         *(getattr(tags, name)("<domain>") for name in of_domain),
         tags.full_loss("<domain>"),
+        tags.loss_term("<name>"),
         tags.part_seconds("<part>"),
         *(tags.part_share(part) for part in tags.PAUSES),
     ]

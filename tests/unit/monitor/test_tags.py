@@ -134,6 +134,7 @@ def test_every_tag_is_in_a_section() -> None:
         tags.rounding,
         tags.mask_image,
         tags.log_alpha,
+        tags.loss_term,
         tags.part_seconds,
         tags.part_share,
     )
