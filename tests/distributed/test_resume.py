@@ -36,6 +36,7 @@ from megashear.files import integrity
 from megashear.masks.kinds import KINDS
 from megashear.masks.mask_set import expected_gates
 from megashear.train import run
+from megashear.train import state as run_state
 from tests import text_run
 from tests.iterations import copy_iteration
 from tests.ranks import run_ranks
@@ -162,7 +163,7 @@ def disturb_generators() -> None:
         random.seed(987)
         return description
 
-    run.load_run = disturbing
+    run_state.load_run = disturbing
 
 
 def test_no_generator_needs_to_be_saved(runs: Runs, tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def forget_weight_moments() -> None:
             state["exp_avg_sq"].zero_()
         return description
 
-    run.load_run = forgetful  # type: ignore[assignment]
+    run_state.load_run = forgetful  # type: ignore[assignment]
 
 
 def forget_masks(pick: Callable[[store.MaskState], dict[str, Tensor]]) -> Callable[[], None]:
