@@ -1,1 +1,1 @@
-"""LLaMA on megatron-core, plain or masked, and the table of its weights."""
+"""LLaMA on megatron-core, plain or on folded weights, and the table of its weights."""

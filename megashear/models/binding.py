@@ -1,4 +1,4 @@
-"""MaskBinding: hands sampled gates to the model and makes their gradients whole."""
+"""MaskBinding: gives sampled gates to the model and makes their gradients whole."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from megashear.shape import ModelShape
 
 
 class MaskBinding:
-    """Hands sampled gates to the model and brings their gradients home.
+    """Gives sampled gates to the model and takes their gradients into log_alpha.
 
-    Gradient boundary: the model folds copies of the gates into its weights. After a stream's last
-    microbatch it has their gradients, which :meth:`backward` makes whole inside the replica and
-    takes into log_alpha once a step.
+    The gradient boundary: the model folds detached copies of the gates into its weights. After the
+    last microbatch of a noise stream it has the gradients of these copies. Once a step `backward`
+    makes them whole inside the replica and takes them into log_alpha.
 
     Args:
         chunks: this rank's model chunks, wrapped or not, of the local spec.
-        masks: this rank's masks, of :func:`own_parts`.
+        masks: the masks of the parts that `parts.own_parts` returns for this rank.
         shape: of the whole model.
         groups: where this rank stands.
         sequence_parallel: whether tensor ranks see their own parts of the sequence.
@@ -54,10 +54,10 @@ class MaskBinding:
         """Give the model the gates of the coming step or evaluation.
 
         Args:
-            sampled: for each noise stream that this replica's samples use, gates by kind,
-                [own rows, own units], on the host; differentiable if :meth:`backward` follows.
-            streams: of every microbatch that goes backward before the gates are released, in the
-                order in which they go backward.
+            sampled: for each noise stream of this replica's samples, the gates by kind,
+                [own rows, own units], on the host; differentiable if `backward` follows.
+            streams: the noise stream of every microbatch that goes backward before the gates are
+                released, in the order in which they go backward.
         """
         self._sampled = {stream: dict(gates) for stream, gates in sampled.items()}
         self._model.bind(self._sampled, streams)
@@ -70,6 +70,7 @@ class MaskBinding:
         Returns:
             By stream and kind, shaped like the gates; equal on ranks that hold the same gates.
         """
+        # add up over ranks that hold copies
         gradients = self._model.gradients()
         held = [(stream, kind) for stream, of_kind in gradients.items() for kind in of_kind]
         for split, group in (
@@ -88,6 +89,7 @@ class MaskBinding:
         Collective over the tensor, pipeline and data groups. The mean over streams and replicas
         comes after the chain rule, because each stream has its own noise.
         """
+        # from gates into log_alpha
         gradients = self.whole_gradients()
         for stream, gates in self._sampled.items():
             torch.autograd.backward(list(gates.values()), [gradients[stream][k] for k in gates])
@@ -95,8 +97,8 @@ class MaskBinding:
         for kind, log_alpha in self.masks.log_alpha.items():
             assert log_alpha.grad is not None
             grads[kind] = log_alpha.grad
-        # What ranks of one replica hold copies of is added in one order everywhere; the slices,
-        # most of the numbers, are held by the ranks of one data group alone.
+        # Mean over replicas. Masks that ranks of one replica hold copies of are added in one order
+        # everywhere. Slices, most of the numbers, are held by the ranks of one data group alone.
         copied = [kind for kind in grads if kind not in SPLIT_OVER_TENSOR]
         sliced = [kind for kind in grads if kind in SPLIT_OVER_TENSOR]
         sums = dict(zip(copied, ordered_sum([grads[k] for k in copied], self.groups.data)))
@@ -105,12 +107,12 @@ class MaskBinding:
             self.masks.log_alpha[kind].grad = total / self.groups.data_size
 
     def whole_closed_sums(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Expected closed units of every whole row, from what each rank holds.
+        """Return the expected closed units of every whole row.
 
         Collective over the replica's model group and the pipeline group.
 
         Args:
-            own: :meth:`MaskSet.closed_sums`, [own rows] per kind.
+            own: this rank's sums, `MaskSet.closed_sums`, [own rows] per kind.
 
         Returns:
             Detached, float64, [num_rows] per kind; equal on every rank.
@@ -121,8 +123,8 @@ class MaskBinding:
             rows = torch.zeros(part.num_rows, dtype=torch.float64)
             rows[list(part.rows)] = sums.detach().double()
             whole[kind] = rows
-        # Each value crosses exactly the ranks that hold different parts of it: summed over the
-        # whole model group, layer would count tp times and hidden tp * pp times.
+        # Each sum is over exactly the ranks that hold different parts. Summed over the whole model
+        # group, layer would count tp times and hidden tp * pp times.
         for kinds, group in self._owners():
             named = [kind for kind in whole if kind in kinds]
             reduced = ordered_sum([whole[kind] for kind in named], group)
@@ -130,9 +132,9 @@ class MaskBinding:
         return whole
 
     def clip(self, optimizer: MaskOptimizer, max_norm: float) -> tuple[float, float]:
-        """Norm of the gradients of all masks and multipliers, each gate counted once.
+        """Return the norm of the gradients of all masks and multipliers, and a factor to clip it.
 
-        Collective over the replica's model group and the pipeline group.
+        Each gate counts once. Collective over the replica's model group and the pipeline group.
 
         Returns:
             The norm, and the factor that brings it to at most ``max_norm``.
@@ -146,10 +148,10 @@ class MaskBinding:
         return norm, clip_factor(norm, max_norm)
 
     def gather_log_alpha(self) -> dict[str, Tensor]:
-        """Whole log_alpha of every kind, [num_rows, num_units], on every rank.
+        """Return the whole log_alpha of every kind, [num_rows, num_units], on every rank.
 
-        Collective over the replica's model group. For evaluations and checkpoints' readers: the k
-        smallest gates are those of the whole row.
+        Evaluations and the cut need it, because the k smallest gates are those of a whole row.
+        Collective over the replica's model group.
         """
         held = {
             kind: (part.rows, tuple(part.units), self.masks.log_alpha[kind].detach().numpy())
@@ -167,14 +169,14 @@ class MaskBinding:
         return whole
 
     def slice_gates(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of whole gates, [own rows, own units] per kind."""
+        """Return this rank's part of whole gates, [own rows, own units] per kind."""
         return {
             kind: whole[kind][list(part.rows)][:, list(part.units)]
             for kind, part in self.masks.parts.items()
         }
 
     def _owners(self) -> list[tuple[frozenset[str], torch.distributed.ProcessGroup]]:
-        """Kinds with the ranks that hold different parts of them; hidden is whole everywhere."""
+        """Return kinds, and the ranks that hold different parts of them; all ranks hold hidden."""
         return [
             (SPLIT_OVER_TENSOR & SPLIT_OVER_PIPELINE, self.groups.model),
             (SPLIT_OVER_PIPELINE - SPLIT_OVER_TENSOR, self.groups.pipeline),

@@ -1,4 +1,4 @@
-"""The parts of a LLaMA that run on any device: attention, SwiGLU, RMSNorm, rotary, padding."""
+"""Parts of a LLaMA that run on any device: attention, SwiGLU, RMSNorm, rotary table, padding."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from megashear.shape import ModelShape
 class RotaryAttention(SelfAttention):
     """Self-attention whose core attention turns queries and keys.
 
-    megatron-core's own turning, without Transformer Engine's kernel, makes the cosines again for
-    every layer and copies queries and keys three times over.
+    Without Transformer Engine's kernel, megatron-core would compute the cosines anew for every
+    layer and copy queries and keys three times.
     """
 
     def forward(
         self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any
     ) -> Any:
-        """Attend as ``SelfAttention`` does; ``rotary_pos_emb`` is of `RotaryTable`."""
+        """Attend as ``SelfAttention`` does, with the angles ``rotary_pos_emb`` of `RotaryTable`."""
         self.core_attention.rotary = rotary_pos_emb
         return super().forward(hidden_states, *args, rotary_pos_emb=None, **kwargs)
 
@@ -36,11 +36,11 @@ class RotaryAttention(SelfAttention):
 class CausalAttention(MegatronModule):
     """Causal scaled-dot-product attention over this rank's heads, through torch's kernels.
 
-    megatron-core's own core attention materialises the scores, [s, s] per head.
+    The core attention of megatron-core would materialise the scores, [s, s] per head.
     """
 
     rotary: Tensor | None = None
-    """Cosines and sines to turn queries and keys by, of `RotaryTable`; None leaves them."""
+    """Cosines and sines that turn queries and keys, from `RotaryTable`; None turns nothing."""
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class CausalAttention(MegatronModule):
             query: [s, b, heads/tp, d].
             key: [s, b, groups/tp, d].
             value: as ``key``.
-            attention_mask: what may be attended to, see :func:`document_mask`; None is everything
-                before.
+            attention_mask: which tokens attend to which, see `document_mask`; None is plain causal
+                attention.
 
         Returns:
             Context, [s, b, heads/tp * d].
@@ -79,12 +79,12 @@ class CausalAttention(MegatronModule):
         if self.rotary is not None:
             cos, sin = self.rotary.chunk(2, dim=-1)
             query, key = (kernels.rotate(x, cos, sin) for x in (query, key))
-        # As `kernels.rotate` lays out the others; and a copy, for a view would keep all that the
-        # projection gave until the backward pass.
+        # In the memory layout that `kernels.rotate` returns. A copy, because a view would keep the
+        # whole output of the projection until the backward pass.
         value = value.transpose(0, 1).contiguous().transpose(0, 1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
         if attention_mask is not None:
-            # on CUDA no kernel takes both a mask and groups without materialising the scores
+            # no CUDA kernel takes both a mask and grouped queries without materialising scores
             k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         context = F.scaled_dot_product_attention(
             q,
@@ -99,17 +99,17 @@ class CausalAttention(MegatronModule):
 
 
 def document_mask(documents: Tensor) -> Tensor:
-    """Say which tokens attend to which, where documents packed into a sequence are kept apart.
+    """Return which tokens attend to which, where documents of one sequence are kept apart.
 
-    Made once for a microbatch and shared by the layers that it passes: s^2 bytes a sequence.
-    (On a GPU, kernels for sequences of varying length would need none of it.)
+    The mask is made once for a microbatch and takes s^2 bytes a sequence; all layers share it.
+    (On a GPU, kernels for sequences of varying length would need no mask.)
 
     Args:
         documents: number of the document of each token, [b, s].
 
     Returns:
-        bool [b, 1, s, s], true where a query (row) sees a key (column): of its own document, and
-        not behind it.
+        bool [b, 1, s, s], true where a query (row) sees a key (column) of its own document and not
+        after it.
     """
     same = documents[:, :, None] == documents[:, None, :]
     return same.tril()[:, None]
@@ -119,8 +119,7 @@ class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, aware of sequence parallelism."""
 
     num_open: Tensor | None = None
-    """How many hidden dimensions are open where masks close some, float32 [], see
-    `kernels.rms_norm`; None for all."""
+    """Number of open hidden dimensions, float32 [], see `kernels.rms_norm`; None where all are."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
@@ -128,30 +127,31 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # each tensor rank norms its own part of the sequence: Megatron sums such gradients
+        # with sequence parallelism each tensor rank norms its own part of the sequence, and
+        # megatron-core sums gradients that have this mark
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Norm ``x``, [..., hidden_size]; the mean square is taken in float32."""
+        """Return ``x``, [..., hidden_size], normed; the mean square is taken in float32."""
         return kernels.rms_norm(x, self.weight, self.eps, self.num_open)
 
 
 class SwiGLU(MegatronModule):
     """Activation of the MLP, silu(gate) * up.
 
-    It takes the place that megatron-core keeps for Transformer Engine's activations.
+    It is given to megatron-core as an activation of Transformer Engine would be.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn gate and up side by side, [s, b, 2 * ffn/tp], into [s, b, ffn/tp]."""
+        """Return silu(gate) * up, [s, b, ffn/tp]; ``x`` has gate beside up, [s, b, 2 * ffn/tp]."""
         return kernels.swiglu(x)
 
 
 class RotaryTable(RotaryEmbedding):
-    """Cosines and sines of all angles, made once for a sequence length.
+    """Cosines and sines of all angles, computed once for a sequence length.
 
     Args:
-        shape: of the model.
+        shape: the model.
         to: device of the table.
     """
 
@@ -160,13 +160,13 @@ class RotaryTable(RotaryEmbedding):
         self.inv_freq = rotary_frequencies(shape).to(to)
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
-        """Cosines, then sines: float32 [s, 1, 1, d]."""
+        """Return cosines, then sines: float32 [s, 1, 1, d]."""
         angles = self.get_freqs_non_repeated(max_seq_len, offset)  # [s, d/2]
         return torch.cat((angles.cos(), angles.sin()), dim=-1)[:, None, None, :]
 
 
 def rotary_frequencies(shape: ModelShape) -> Tensor:
-    """Angle per position of every pair of head dimensions, radians, float32, [d/2].
+    """Return the angle per position of every pair of head dimensions, radians, float32 [d/2].
 
     Source: Su et al. 2021 (arXiv:2104.09864); for stretched tables transformers
     `modeling_rope_utils`, types "linear" and "llama3".
@@ -178,8 +178,8 @@ def rotary_frequencies(shape: ModelShape) -> Tensor:
         return plain
     if scaling.kind == "linear":
         return plain / scaling.factor
-    # waves that fit into the original context at least high_freq_factor times are kept, those
-    # that fit less than low_freq_factor times are stretched, and those between are blended
+    # A wave that fits into the original context at least high_freq_factor times is kept, one that
+    # fits less than low_freq_factor times is stretched, and between the two they are blended.
     turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0.0, 1.0)
@@ -189,18 +189,18 @@ def rotary_frequencies(shape: ModelShape) -> Tensor:
 class VocabularyPadding:
     """Forward hook of the output layer that keeps padding rows out of the softmax.
 
-    With them in it, the loss would depend on how many a layout needs. A logit of minus infinity
-    has probability 0 and gradient 0, so padding rows also stay as they are.
+    Otherwise the loss would depend on the number of padding rows, which differs between layouts. A
+    logit of minus infinity has probability 0 and gradient 0, so padding rows never change.
 
     Args:
-        num_own: rows of this rank's slice that are tokens; those after them are padding.
+        num_own: rows of this rank's slice that are tokens; rows after them are padding.
     """
 
     def __init__(self, num_own: int) -> None:
         self.num_own = num_own
 
     def __call__(self, module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-        """Close the padding's logits in ``output``, ([s, b, vocab/tp], bias), in place."""
+        """Set the padding's logits in ``output``, ([s, b, vocab/tp], bias), to minus infinity."""
         logits, bias = output
         logits[..., self.num_own :] = -math.inf
         return logits, bias

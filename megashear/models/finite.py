@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 _LOOKED_AT_ONCE = 2**24
-"""Values of a tensor with a number that is not finite, looked through at a time."""
+"""Values that are searched at a time, in a tensor with a number that is not finite."""
 
 
 class NonFiniteNumber(NamedTuple):
-    """Where a number is not finite, and what it is."""
+    """A number that is not finite, and its place."""
 
     name: str
-    """Of the tensor."""
+    """Name of the tensor."""
     place: tuple[int, ...]
     """Index of the number in the whole tensor, from 0."""
     value: float
@@ -30,16 +30,17 @@ class NonFiniteNumber(NamedTuple):
 def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> NonFiniteNumber | None:
     """Find the first number that is NaN or infinite; None where all are finite.
 
-    Each tensor is read once where it lies, and nothing as large as it is made.
+    Each tensor is read where it lies, and no copy as large as a tensor is made.
 
     Args:
-        named: tensors by the name to report, of any device and number format; integers are finite.
+        named: tensors and the names to report, on any device, in any number format; integers are
+            finite.
     """
     for name, tensor in named:
         tensor = tensor.detach()
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        # NaN and infinities both come through the least and the largest number
+        # NaN and infinities show in the smallest or the largest number
         if all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):
             continue
         flat = tensor.reshape(-1)
@@ -52,7 +53,7 @@ def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> NonFiniteNumber | N
 
 
 def _unravel(at: int, extents: Sequence[int]) -> tuple[int, ...]:
-    """Turn a place in the flat tensor into an index."""
+    """Return the index in a tensor of a place in its flattened form."""
     place: list[int] = []
     for extent in reversed(extents):
         at, index = divmod(at, extent)

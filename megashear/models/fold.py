@@ -1,8 +1,8 @@
 """Masks as factors on the rows and columns of weights: W' = r * W * c, and its gradients.
 
-Every gate of a mask multiplies a row or a column of a weight; which kinds multiply which axis is in
-the weight table (`weight_table.Weight.folds`). Training, evaluation under masks and both cuts fold
-by the functions of this module, whole weights or a rank's shards of them.
+Every gate of a mask multiplies a row or a column of a weight. The weight table says which kinds
+multiply which axis (`weight_table.Weight.folds`). Training, evaluation under masks and both cuts
+fold whole weights, or a rank's shards of them, with the functions of this module.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from megashear.shape import ModelShape
 
 
 class Factors:
-    """What gates multiply into the axes of weights.
+    """The factors that gates make for the axes of weights.
 
     Args:
-        gates: by kind, of whole masks or of one rank's part of them, as `unit_values` takes them.
-        shape: of the whole model.
-        num_layers: layers of the gates.
+        gates: gates by kind, of whole masks or of one rank's part, as `unit_values` takes them.
+        shape: the whole model.
+        num_layers: layers that the gates are for.
     """
 
     def __init__(self, gates: Mapping[str, Tensor], shape: ModelShape, *, num_layers: int) -> None:
@@ -38,11 +38,11 @@ class Factors:
         """Return the factors of an axis for all layers.
 
         Args:
-            kinds: what the weight table folds into the axis.
+            kinds: kinds that the weight table folds into the axis.
 
         Returns:
-            [L, n], or [1, n] where they are the same in every layer; n is the axis' length, or 1
-            where they are the same along it. None where no gate of ``kinds`` is there.
+            [L, n], or [1, n] where all layers have the same factors; n is the length of the axis,
+            or 1 where all its places have the same factor. None where ``kinds`` has no gates.
         """
         if kinds not in self._stacked:
             values = [self._along_axis(kind) for kind in kinds if kind in self._of]
@@ -53,15 +53,15 @@ class Factors:
         """Return the factor of each axis of one weight, [n] or [1].
 
         Args:
-            folds: of the weight's row of the table.
-            layer: the weight's, counted among the gates' layers; None outside the layers.
+            folds: `Weight.folds` of the weight's row in the table.
+            layer: the weight's layer, counted among the layers of the gates; None outside layers.
         """
         return [None if each is None else pick(each, layer) for each in map(self.stacked, folds)]
 
     def _along_axis(self, name: str) -> Tensor:
-        """Return the values of a kind's units, each as often as it has places on its axis."""
+        """Return the values of a kind's units, each repeated over its places on the axis."""
         kind, values = KINDS[name], self._of[name]
-        if kind.axis is None:  # of layers, one for a whole axis: [L, 1]
+        if kind.axis is None:  # a layer's factor is one for a whole axis: [L, 1]
             return values.T
         width = kind.unit_width(self._shape)
         return values if width == 1 else values.repeat_interleave(width, dim=1)
@@ -70,17 +70,17 @@ class Factors:
 def unit_values(
     gates: Mapping[str, Tensor], shape: ModelShape, num_layers: int
 ) -> dict[str, Tensor]:
-    """Return what gates make of every unit: its own gate, times that of the unit it is part of.
+    """Return the value of every unit: its own gate, times the gate of the unit it is part of.
 
     Args:
-        gates: by kind, of whole masks or of one rank's part of them: hidden [1, h], layer [1, L],
-            head [L, H], group [L, G], intermediate [L, I]. With grouped queries head may come as
+        gates: gates by kind, of whole masks or of one rank's part: hidden [1, h], layer [1, L],
+            head [L, H], group [L, G], intermediate [L, I]. With grouped queries head may also be
             [L * G, H/G], a row for each key/value head. An absent kind is fully open.
-        shape: of the whole model.
+        shape: the whole model.
         num_layers: L.
 
     Returns:
-        By kind, shaped as the gates, head [L, H] always; only kinds that some gate acts on.
+        Values by kind, shaped as the gates, head always [L, H]. Only kinds that a gate acts on.
     """
     values = {}
     for name, kind in KINDS.items():
@@ -96,7 +96,7 @@ def unit_values(
 
 
 def pick(stacked: Tensor, layer: int | None) -> Tensor:
-    """Return one layer's row of what `Factors.stacked` gives: a view."""
+    """Return one layer's row of ``stacked``, which `Factors.stacked` made: a view."""
     return stacked[0 if layer is None or len(stacked) == 1 else layer]
 
 
@@ -108,20 +108,21 @@ def fold(
 
     Args:
         weight: a matrix or a vector, of any precision.
-        factors: of each axis, float32 [n] or [1]; None leaves an axis as it is.
-        power: of the factors.
-        out: what to write to, shaped like ``weight``; a new tensor typed like it unless given.
+        factors: the factor of each axis, float32 [n] or [1]; None leaves an axis as it is.
+        power: exponent of the factors.
+        out: the tensor to write, shaped like ``weight``; a new one, typed like ``weight``, if None.
 
     Returns:
         ``out``.
     """
+    # compiled: one pass
     out = torch.empty_like(weight) if out is None else out
     given = [each if each is None or power == 1 else each**power for each in factors]
     if weight.dim() == 2 and _is_compiled(weight):
         rows, columns = _for_all(weight, given)
         _fold_matrix(weight, rows, columns, out)
         return out
-    # as the weight broadcasts: [m, 1] for rows, [n] for columns
+    # Else by torch's operators. Factors are shaped to broadcast: [m, 1] for rows, [n] for columns.
     shaped = [
         each if axis == weight.dim() - 1 else each[:, None]
         for axis, each in enumerate(given)
@@ -144,17 +145,17 @@ def unfold(
     factors: Sequence[Tensor | None],
     gradients: Sequence[Tensor | None],
 ) -> None:
-    """Turn the gradient of a folded weight into that of the weight, and add that of its factors.
+    """Turn the gradient of a folded weight into gradients of the weight and of its factors.
 
-    With W'_ij = r_i W_ij c_j and G its gradient, W's is r_i c_j G_ij, that of r_i is
-    sum_j W_ij c_j G_ij and that of c_j is sum_i W_ij r_i G_ij: by the chain rule.
+    W'_ij is r_i W_ij c_j. Let G be its gradient. By the chain rule the gradient of W_ij is
+    r_i c_j G_ij, that of r_i is sum_j W_ij c_j G_ij, and that of c_j is sum_i W_ij r_i G_ij.
 
     Args:
         raw: G, float32; overwritten with the gradient of the weight.
         weight: W, of any precision.
-        factors: as `fold` took them.
-        gradients: for each axis what to add the factor's gradient to, shaped like the factor; None
-            leaves it out.
+        factors: the factors that `fold` was given.
+        gradients: for each axis the tensor to which the factor's gradient is added, shaped like the
+            factor; None where it is not wanted.
     """
     if weight.dim() == 1:
         (factor,), (total,) = factors, gradients
@@ -175,12 +176,12 @@ def unfold(
 
 
 def _is_compiled(weight: Tensor) -> bool:
-    """Tell whether kernels are compiled for where a weight lies: cuts fold on the host."""
+    """Return whether kernels are compiled for the device of a weight; cuts fold on the host."""
     return kernel_choice.compiles_kernels() and weight.device == device.device()
 
 
 def _for_all(weight: Tensor, factors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Return a factor for every index of each axis, so that the compiler sees one case alone."""
+    """Return a factor for every index of each axis, so that the compiler sees only one case."""
     rows, columns = (
         torch.ones(n, device=weight.device) if each is None else each.expand(n).contiguous()
         for n, each in zip(weight.shape, factors)
@@ -204,14 +205,17 @@ def _unfold_matrix(
 
 
 _BLOCK = 1 << 17
-"""Elements of a block of rows on a CPU: with its product and its weight it stays in a cache."""
+"""Elements of a block of rows on a CPU; block, product and weight together fit into a cache."""
 
 
 def _unfold_blocks(
     raw: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Do as `_unfold_matrix`, by torch's own operators, each of which goes through its tensors."""
-    # a GPU has no such cache, and every block would be six kernels more
+    """Do what `_unfold_matrix` does, with torch's own operators and a block of rows at a time.
+
+    Each operator reads and writes all its tensors, and a block stays in the cache between them.
+    """
+    # a GPU has no such cache, and every block would cost six kernels
     height = len(raw) if raw.is_cuda else max(1, _BLOCK // weight.size(1))
     of_rows: list[Tensor] = []
     columns = None if columns is None else columns.expand_as(raw[0])

@@ -1,4 +1,4 @@
-"""Number formats that weights are stored in, and what each weight of a model is in."""
+"""Number formats in which weights are stored."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-"""Types that weights are stored in, by the name a user gives."""
+"""Types in which weights are stored, by the name that a user gives."""
 NOT_FINITE = (
     "a model with such a weight gives no loss: download the weights again, or use an older copy of "
     "them"
 )
-"""What a weight that is not finite means, and the way out."""
+"""Consequence of a weight that is not finite, and the way out, for messages."""
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """The number format of a name a user gave; None, "as is", stays None.
+    """Return the number format that a user named; None, "as is", stays None.
 
     Raises:
         ValueError: ``name`` is no key of `DTYPES`.
@@ -37,18 +37,18 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """The name a user gives to a number format: "bfloat16"."""
+    """Return the name that a user gives to a number format, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtypes_of(weights: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """Number format of every weight by name; what is on disk (``weights.dtypes``) is not read."""
+    """Return the number format of every weight by name; weights on disk are not read."""
     known: Mapping[str, torch.dtype] | None = getattr(weights, "dtypes", None)
     return {name: weight.dtype for name, weight in weights.items()} if known is None else {**known}
 
 
 def stored_bytes(dtypes: Mapping[str, torch.dtype], shape: ModelShape) -> int:
-    """Bytes of a model's weights in the given formats, by Hugging Face name."""
+    """Return the bytes of a model's weights; ``dtypes`` is by Hugging Face name."""
     return sum(
         dtypes[name].itemsize * torch.Size(extents).numel()
         for name, extents in weight_table.hf_shapes(shape).items()
@@ -56,15 +56,15 @@ def stored_bytes(dtypes: Mapping[str, torch.dtype], shape: ModelShape) -> int:
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Return the narrowest number format that keeps every value of the given ones."""
+    """Return the narrowest number format that holds every value of the given formats."""
     return functools.reduce(torch.promote_types, dtypes)
 
 
 def rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round a weight to the number format that it is stored in.
+    """Return a weight rounded to the number format in which it is stored.
 
     Raises:
-        ValueError: a finite value is beyond what the format holds.
+        ValueError: a finite value is too large for the format.
     """
     weight = weight.detach().cpu()
     result = weight.to(dtype)

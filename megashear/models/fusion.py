@@ -1,4 +1,4 @@
-"""Elementwise functions as few kernels on a GPU, by torch.compile; as they are written on a CPU."""
+"""Elementwise functions in few kernels on a GPU, by torch.compile; on a CPU they run as written."""
 
 from __future__ import annotations
 
@@ -19,33 +19,32 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 _TILE = 16
-"""Numbers beside each other that the compiler may count on in every row. A GPU's thread reads 8 of
-them at once, where Triton knows that what it reads begins at a multiple of 16."""
+"""Numbers by which the length of a row is known to be divisible. A GPU's thread reads 8 numbers at
+once where Triton knows that they begin at a multiple of 16."""
 
 
 def fused(function: Callable[P, T]) -> Callable[P, T]:
-    """Have ``function`` compiled, once, where `kernel_choice.compiles_kernels` says so.
+    """Return ``function``, compiled where `kernel_choice.compiles_kernels` says so.
 
-    Each of torch's operators reads and writes all of its tensors, so on a GPU, whose products are
-    fast, a chain of them takes as long as several products; compiled it is one pass, and one more
-    for a sum over tokens. On a CPU the chain is short beside the products, and a compiler need not
-    be there.
+    Each of torch's operators reads and writes all of its tensors. On a GPU, where products are
+    fast, a chain of operators takes as long as several products. Compiled it is one pass, and one
+    more for a sum over tokens. On a CPU the chain takes little time beside the products, and there
+    may be no compiler.
 
-    torch.compile makes another graph for whatever differs from call to call and was not left open,
-    and none beyond `torch._dynamo.config.recompile_limit`, which is 8: from there on the function
-    runs as it is written, which the log reports. Here all is left open that differs in a run: a
-    function has one graph for each precision, before and after the cut. (Rows whose length 16 does
-    not divide have one of their own: without tiles each number would be found by a division, and
-    read and written alone.)
+    torch.compile makes another graph for everything that differs between calls and was not declared
+    to differ, up to `torch._dynamo.config.recompile_limit`, which is 8. After that the function
+    runs as it is written, and the log reports it. Here everything that differs within a run is
+    declared, so a function has one graph for each precision, before and after the cut. (Rows whose
+    length is not divisible by 16 have another one: without tiles each number would be found by a
+    division, and read and written alone.)
 
     Args:
-        function: of tensors, integers and numbers, given by place; returns new tensors or writes to
-            its arguments. Nothing in it depends on values. It sees no gradients and makes none,
-            which is left to another function. What would make a second graph is kept out of its
-            arguments: tensors are contiguous and keep their number of dimensions, tokens are one
-            dimension (a microbatch of one sequence would be a size of 1), no size or integer is 1
-            in some calls, a number that is no integer is the same in all, and None stands for
-            nothing.
+        function: a function of tensors, integers and floats, given by position, that returns new
+            tensors or writes to its arguments. Its steps depend on no values. It sees and makes no
+            gradients. Its arguments must not differ in a way that needs another graph: tensors are
+            contiguous and keep their number of dimensions, tokens are one dimension (a microbatch
+            of one sequence would have a size of 1), no size or integer is 1 in some calls only, a
+            float is the same in all calls, and no argument is None.
     """
 
     def traced(*args: Any) -> T:
@@ -53,7 +52,7 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
             complain()
         return function(*map(_untile, args))  # type: ignore[call-arg]
 
-    # torch counts graphs by code, which the functions of all calls of `fused` would share
+    # torch counts graphs by code object, which all calls of `fused` would otherwise share
     traced.__code__ = traced.__code__.replace(co_name=function.__name__)
 
     @functools.cache
@@ -72,11 +71,11 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        assert not kwargs, "arguments are given by place"
+        assert not kwargs, "arguments are given by position"
         with torch.no_grad():
             if kernel_choice.compiles_kernels():
-                # sizes that are equal in the first call are not equal in all; set in every call, as
-                # each thread has settings of its own, and autograd one for the backward pass
+                # Sizes that are equal in the first call may differ in others. Set in every call,
+                # because each thread has its own settings, and autograd has a thread.
                 torch.fx.experimental._config.use_duck_shape = False
                 return compiled()(*map(_tile, args))
             return function(*args, **kwargs)
@@ -85,7 +84,7 @@ def fused(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _options() -> dict[str, Any]:
-    """Return what inductor is told: not to let sizes decide which sums are one pass."""
+    """Return options of inductor: sizes must not decide which sums are one pass."""
     from torch._inductor import config
 
     wanted = {"triton.mix_order_reduction": False}
@@ -93,12 +92,12 @@ def _options() -> dict[str, Any]:
 
 
 def _tile(x: Any) -> Any:
-    """Return a tensor as torch.compile is to see it: sizes are open, rows are tiles."""
+    """Return a tensor as torch.compile gets it: sizes may differ, rows are tiles."""
     if not isinstance(x, Tensor):
         return x
     x = x.detach()
     if x.storage_offset():
-        # as memory of its own: where it begins in a larger one is in the graph, and 0 another graph
+        # as memory of its own: an offset into other memory is part of the graph, and 0 is another
         x = from_dlpack(to_dlpack(x))
     if x.dim() > 1 and x.size(-1) % _TILE == 0:
         x = x.unflatten(-1, (-1, _TILE))

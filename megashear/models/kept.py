@@ -1,4 +1,4 @@
-"""Which units of a model the gates keep, and how many parameters that leaves."""
+"""Which units of a model the gates keep, and the number of parameters that this leaves."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from megashear.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class KeptUnits:
-    """What is kept of a model, unit by unit: True, or the chance that it is.
+    """The units of a model that gates keep: True or False for each unit, or the chance to be kept.
 
-    A unit is kept with all that it stands in: a head goes with its key/value head, and heads and
-    neurons go with their layer, however open their own gates are.
+    A unit is pruned with the unit that it is part of: a query head with its key/value head, and
+    heads and neurons with their layer, however open their own gates are.
     """
 
     source: ModelShape
-    """The model as it is now."""
+    """Shape of the model that is pruned."""
     units: Mapping[str, Tensor]
-    """By kind of mask, [L, units of a layer], or [1, units] of a kind that no layer has its own of:
-    every head in its layer's row, grouped or not."""
+    """A value for each unit by kind of mask: [L, units of a layer], or [1, units] for kinds whose
+    units belong to no layer. Heads are in the row of their layer, grouped or not."""
 
     @classmethod
     def of(cls, gates: Mapping[str, Tensor], source: ModelShape) -> KeptUnits:
-        """Return what deterministic gates keep, as booleans.
+        """Return the units that deterministic gates keep, as booleans.
 
         Args:
             gates: whole gates by kind, [num_rows, num_units], 0 where closed; an absent kind keeps
-                all. With grouped queries head comes as [L * G, H/G].
-            source: the model they are of.
+                all its units. With grouped queries head is [L * G, H/G].
+            source: shape of the masked model.
         """
         found = cls.expected({kind: (gate != 0).double() for kind, gate in gates.items()}, source)
         return cls(source=source, units={kind: kept != 0 for kind, kept in found.units.items()})
@@ -47,8 +47,8 @@ class KeptUnits:
         """Return the chance of every unit to be kept, float64, where gates open independently.
 
         Args:
-            chances: of each gate to be open, shaped like the gates of `of`.
-            source: the model they are of.
+            chances: the chance of each gate to be open, shaped like the gates of `of`.
+            source: shape of the masked model.
         """
         given = {kind: chance.double() for kind, chance in chances.items()}
         values = unit_values(given, source, source.num_layers)
@@ -77,13 +77,13 @@ class KeptUnits:
         return self.units[kind].reshape(-1, KINDS[kind].row_length(self.source, self.source))
 
     def num_params(self) -> int:
-        """Return the parameters of what is kept, rows of all layers as they are, equal or not."""
+        """Return the number of parameters kept; layers may keep different numbers of units."""
         return round(self.expected_params())
 
     def expected_params(self, wanted: str = ".*") -> float:
-        """Return the parameters of what is kept, where that is a chance the expected number.
+        """Return the number of parameters kept, or its expectation where units are chances.
 
-        A product of sums: outer products of the chances would take gigabytes at 7B.
+        It is a sum of products of sums: outer products of chances would take gigabytes at 7B.
 
         Args:
             wanted: pattern of the Hugging Face names of the weights to count.
@@ -104,13 +104,13 @@ class KeptUnits:
                 row = layer if layer is not None and kind.per_layer else 0
                 size *= lengths[kind.name][row] * kind.unit_width(self.source)
                 has_units |= kind.per_layer
-            if layer is not None and not has_units:  # units of the layer have it already
+            if layer is not None and not has_units:  # units of a layer have its value in them
                 size *= layers[layer]
             total += size
         return total
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the numbers of the kept units, from 0, for JSON, by layer that is kept."""
+        """Return the numbers, from 0, of the kept units by kept layer, for JSON."""
 
         def numbers(row: Tensor) -> list[int]:
             found: list[int] = row.nonzero().flatten().tolist()

@@ -1,7 +1,7 @@
-"""Elementwise parts of a layer as single nodes of autograd: each keeps its input alone for its
-backward pass, which torch's own operators, one node each, would keep several times over.
+"""Elementwise parts of a layer, each a single node of autograd that keeps only its input.
 
-Arithmetic is float32 whatever the activation's precision, and the result is rounded once.
+torch's own operators, each a node of its own, would keep several tensors as large as the input.
+Arithmetic is float32 whatever the precision of activations, and the result is rounded once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megashear.parallel import kernel_choice
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """Compute silu(gate) * up.
+    """Return silu(gate) * up.
 
     Args:
         x: gate and up side by side, [..., 2 * ffn/tp].
@@ -30,14 +30,14 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, num_open: Tensor | None = None) -> Tensor:
-    """Compute x / sqrt(sum(x^2) / h' + eps) * weight over the last dimension.
+    """Return x / sqrt(sum(x^2) / h' + eps) * weight over the last dimension.
 
-    Where masks close hidden dimensions, ``x`` is exactly 0 there, so that with h' of h open this is
-    the norm that the cut model takes of what it keeps. The host never reads h': it may be another
-    one in every step without a wait and without another kernel.
+    ``x`` is exactly 0 in hidden dimensions that masks close. So, with h' of h dimensions open, this
+    is the norm of the cut model. The host never reads h', which may differ in every step without a
+    wait and without another kernel.
 
-    On CUDA the norm over all dimensions is torch's fused kernel, and the one over the open is ours,
-    compiled. On a CPU both are ours.
+    On CUDA the norm over all dimensions is torch's fused kernel, and the norm over the open ones is
+    ours, compiled. On a CPU both are ours.
 
     Args:
         x: [..., h].
@@ -58,20 +58,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, num_open: Tensor | None = No
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + d/2}) of a head by its angle at this place of the sequence.
+    """Return ``x`` with each pair (x_i, x_{i + d/2}) of a head turned by its angle at its position.
 
     Args:
         x: [s, b, heads/tp, d].
-        cos: of the angles, [s, 1, 1, d/2].
-        sin: as ``cos``.
+        cos: cosines of the angles, [s, 1, 1, d/2].
+        sin: sines of the angles, [s, 1, 1, d/2].
 
     Returns:
-        [s, b, heads/tp, d]. On a CPU sequences lie in memory one behind the other: attention reads
-        them a fifth faster so than one token of each in turn, as they lie where this is compiled.
+        [s, b, heads/tp, d]. On a CPU each sequence is contiguous in memory, which attention reads a
+        fifth faster. Where this is compiled, tokens of all sequences alternate.
 
-    Source: Su et al. 2021 (arXiv:2104.09864), halves instead of neighbours as LLaMA has them.
+    Source: Su et al. 2021 (arXiv:2104.09864), halves instead of neighbours, as in LLaMA.
     """
-    output: Tensor = _Rotate.apply(x, cos, sin)
+    output: Tensor = _Rotation.apply(x, cos, sin)
     return output
 
 
@@ -106,13 +106,13 @@ def _activation_gradient(dy: Tensor, x: Tensor) -> Tensor:
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     if torch.compiler.is_compiling():
-        # the compiler makes one pass of this, and of writes to parts of a tensor several
+        # the compiler makes one pass of this, but several of writes to parts of a tensor
         dup, dgate = dy * silu, dy * up * (sigmoid + silu * (1 - sigmoid))
         return torch.stack((dgate.to(x.dtype), dup.to(x.dtype)), dim=1)
     dx = torch.empty_like(x)
     dgate, dup = dx.unbind(1)
     torch.mul(dy, silu, out=dup)
-    # silu' = sigmoid + silu * (1 - sigmoid); both are overwritten, they are no longer needed
+    # silu' = sigmoid + silu * (1 - sigmoid); silu is overwritten, since it is no longer needed
     slope = silu.addcmul_(silu, sigmoid, value=-1.0).add_(sigmoid).mul_(dy)
     torch.mul(slope, up, out=dgate)
     return dx
@@ -135,9 +135,9 @@ class _RMSNorm(torch.autograd.Function):
 
 @fused
 def _norm(x: Tensor, weight: Tensor, eps: float, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the normed tokens, and what each was scaled by, float32 [tokens, 1]."""
+    """Return the normed tokens, and the factor of each token, float32 [tokens, 1]."""
     wide = x.float()
-    # in the order of torch's own norm, for the same bits
+    # in the order of operations of torch's own norm, for equal bits
     scale = wide.pow(2).sum(dim=-1, keepdim=True).div_(count).add_(eps).rsqrt_()
     return (wide * scale).mul_(weight).to(x.dtype), scale
 
@@ -156,7 +156,7 @@ def _norm_gradients(
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
@@ -171,7 +171,7 @@ class _Rotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        # in the strides of the sines, for others are another graph
+        # with the strides of ``sin``: other strides would need another graph
         back = torch.neg(sin, out=torch.empty_strided(sin.shape, sin.stride(), device=sin.device))
         if kernel_choice.compiles_kernels():
             return _turn_compiled(dy, cos, back), None, None
@@ -181,7 +181,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn_into(turned: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Write ``x``, turned by the angles, to ``turned``."""
+    """Write ``x``, turned by its angles, to ``turned``."""
     first, second = x.float().chunk(2, dim=-1)
     a, b = turned.chunk(2, dim=-1)
     if a.dtype == torch.float32:
@@ -193,14 +193,18 @@ def _turn_into(turned: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def _turn_compiled(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn [s, b, heads/tp, d], each row where it lies, which is seldom behind the one before it:
-    queries, keys and values of a token are one product."""
+    """Return ``x``, [s, b, heads/tp, d], turned by its angles, without a copy of ``x`` first.
+
+    Its rows are seldom contiguous, because queries, keys and values of a token are one product.
+    """
+    # rows at equal distances
     heads, half = x.size(1) * x.size(2), x.size(3) // 2
-    if heads == 1:  # twice, for a size of 1 would be another graph; of one head it is a small copy
+    if heads == 1:  # doubled, since a size of 1 needs another graph; one head is a small copy
         x = x.expand(-1, -1, 2, -1)
     rows = x.flatten(0, 2)  # [s * b * heads/tp, d], a view where rows are equally far apart
     if rows.stride(1) != 1 or rows.stride(0) % half:
         rows = rows.contiguous()
+    # two flat views
     distance = rows.stride(0)
     extent = (len(rows) - 1) * distance + half
     first, second = (
@@ -215,15 +219,15 @@ def _turn_compiled(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _turn_rows(
     first: Tensor, second: Tensor, cos: Tensor, sin: Tensor, rows: int, distance: int
 ) -> Tensor:
-    """Turn by the angles.
+    """Return rows turned by their angles.
 
     Args:
-        first: memory from the first half of the first row on.
-        second: from its second half on.
+        first: flat memory that begins with the first half of the first row.
+        second: flat memory that begins with the second half of the first row.
         cos: [s, d/2].
-        sin: as ``cos``.
-        rows: b * heads/tp, of each place of the sequence.
-        distance: of a row from the next, in halves.
+        sin: [s, d/2].
+        rows: rows of each position of the sequence, b * heads/tp.
+        distance: distance from one row to the next, in halves of a row.
 
     Returns:
         [s, b * heads/tp, 2, d/2].
@@ -231,16 +235,16 @@ def _turn_rows(
     a, b = (_apart(half, cos, rows, distance) for half in (first, second))
     cos, sin = cos[:, None], sin[:, None]
     turned = a * cos - b * sin, b * cos + a * sin
-    # rounded before it is stacked, which is another pass otherwise
+    # rounded before stacking: to round afterwards would be another pass
     return torch.stack([half.to(first.dtype) for half in turned], dim=2)
 
 
 def _apart(half: Tensor, cos: Tensor, rows: int, distance: int) -> Tensor:
-    """Return float32 [s, rows, d/2] of what lies ``distance`` halves apart."""
+    """Return halves of rows, ``distance`` halves apart in memory, as float32 [s, rows, d/2]."""
     tokens, width = cos.shape
     distance = distance * width
     apart = half.as_strided((tokens, rows, width), (rows * distance, distance, 1))
-    # before anything else: all others ask whether it is contiguous, and make two graphs of that
+    # first of all operations: any other would make two graphs, contiguous or not
     return apart.clone(memory_format=torch.contiguous_format).float()
 
 

@@ -1,4 +1,4 @@
-"""build_llama: this rank's chunks of a LLaMA as megatron-core GPTModels."""
+"""Builds this rank's chunks of a LLaMA as GPTModels of megatron-core."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-"""What has a row for every token, by its name in a GPTModel."""
+"""Names in a GPTModel of the two matrices with a row for every token."""
 
 _STAGE_SEED = 100
 """Distance between the seeds of neighbouring stages. Source: Megatron-LM's initialisation."""
@@ -34,12 +34,12 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, *, role: str = "mo
     """Refuse a shape that the layout cannot divide.
 
     Args:
-        shape: what is to be divided.
+        shape: the shape to divide.
         parallel: the layout.
-        role: what the shape is, for the message: model, source, target.
+        role: the shape's role for the message: model, source, target.
 
     Raises:
-        ValueError: names the extent, the size that does not divide it and sizes that do.
+        ValueError: with the extent, the size that does not divide it, and sizes that do.
     """
     shape.check_division(
         tensor=parallel.tensor_model_parallel_size,
@@ -57,7 +57,7 @@ def transformer_config(
     variant: Variant,
     init_method_std: float = 0.02,
 ) -> TransformerConfig:
-    """megatron-core's configuration of a LLaMA of this shape, layout and kind of layers."""
+    """Return megatron-core's configuration of a LLaMA of this shape, layout and kind of layers."""
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     recompute = model.recompute_granularity
@@ -72,21 +72,22 @@ def transformer_config(
         layernorm_epsilon=shape.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
-        # the place of Transformer Engine's activations, which SwiGLU of ours takes
+        # makes megatron-core call our SwiGLU as it would call Transformer Engine's activations
         use_te_activation_func=variant != "transformer_engine",
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
-        # also makes megatron-core sum the gradients of these norms over tensor ranks, each of
-        # which sees its own heads alone
+        # also makes megatron-core sum the gradients of these norms over tensor ranks, because each
+        # of them sees only its own heads
         qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # fused kernels that need Apex or Transformer Engine are not assumed
+        # no fused kernels that need Apex or Transformer Engine
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        # into DDP's buffer at once; Transformer Engine, Apex or `kernel_choice.add_product`
+        # gradients of weights go straight into DDP's buffer, by Transformer Engine, Apex or
+        # `kernel_choice.add_product`
         gradient_accumulation_fusion=True,
         persist_layer_norm=False,
         use_cpu_initialization=not device.has_cuda(),
@@ -133,16 +134,16 @@ def build_llama(
 ) -> list[DistributedDataParallel]:
     """Build this rank's chunks, wrapped for data parallelism. Collective over the world.
 
-    The wrapper allocates the gradients; to evaluate only, :func:`build_chunks` does without.
+    The wrapper allocates the gradients. `build_chunks` does not, for evaluations.
 
     Args:
         shape: the whole model.
         groups: where this rank stands.
         parallel: the layout.
         model: precision, recompute.
-        variant: kind of layers; masks want local ones.
+        variant: kind of layers; masks need local ones.
         init_method_std: standard deviation of fresh weights.
-        seed: of fresh weights.
+        seed: seed of fresh weights.
 
     Returns:
         One chunk, or one per virtual stage.
@@ -172,14 +173,14 @@ def build_llama(
             config=config,
             ddp_config=ddp,
             module=chunk,
-            # later chunks of an interleaved schedule reduce while earlier ones still compute;
-            # cutting them up gains nothing. Source: Megatron-LM's get_model.
+            # Later chunks of an interleaved schedule reduce while earlier ones still compute, so
+            # buckets would gain nothing. Source: Megatron-LM's get_model.
             disable_bucketing=number > 0,
         )
         for number, chunk in enumerate(chunks)
     ]
     for chunk in wrapped:
-        # fresh weights that the layout replicates must be the same in every replica
+        # fresh weights must be equal in every replica
         chunk.broadcast_params()
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = (
@@ -198,9 +199,9 @@ def build_chunks(
     init_method_std: float = 0.02,
     seed: int = 1234,
 ) -> list[torch.nn.Module]:
-    """This rank's chunks without gradients' memory; arguments and errors of :func:`build_llama`."""
+    """Build this rank's chunks without memory for gradients; see `build_llama`."""
     check_layout(shape, parallel)
-    # each stage draws its own layers; tensor ranks of a stage draw the same and keep their slice
+    # each stage draws its own layers; tensor ranks of a stage draw alike and keep their slices
     device.seed_model_parallel(seed + _STAGE_SEED * groups.pipeline_rank)
     config = transformer_config(
         shape, parallel, model, variant=variant, init_method_std=init_method_std
@@ -212,11 +213,12 @@ def build_chunks(
 
 
 def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Bring the weights that other replicas stepped here, where a forward pass of training would.
+    """Gather the weights that other replicas stepped, without a forward pass of training.
 
-    Collective over the data group under --overlap-param-gather, else nothing: megatron-core has
-    gathered them in the step. Whoever reads weights after a step, other than in the next step's
-    forward pass, calls it first: megatron-core would evaluate and save the old ones in silence.
+    Whoever reads weights after a step, other than in the next step's forward pass, must call this
+    first: megatron-core would evaluate and save old weights without an error. Collective over the
+    data group under --overlap-param-gather. Otherwise the step has gathered them, and this does
+    nothing.
     """
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
@@ -237,9 +239,9 @@ def own_layers(chunks: Sequence[torch.nn.Module]) -> tuple[int, ...]:
 
 
 def names_in_whole(gpt: GPTModel, shape: ModelShape) -> dict[str, str]:
-    """Return by the name of each parameter of a chunk its name in the weight table.
+    """Return for the name of each parameter of a chunk its name in the weight table.
 
-    Layers have global numbers there, and the last stage's copy of a tied embedding is the
+    The table numbers layers globally, and it names the last stage's copy of a tied embedding as the
     embedding.
     """
     numbers = {str(n): str(layer.layer_number - 1) for n, layer in enumerate(gpt.decoder.layers)}
@@ -257,7 +259,7 @@ class Llama(GPTModel):
     """GPTModel with the cross entropy of `cross_entropy`."""
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross entropy of each token, float32 [b, s].
+        """Return the cross entropy of each token, float32 [b, s].
 
         Args:
             labels: int64 [b, s].
@@ -290,7 +292,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     if variant == "transformer_engine":
-        # megatron-core stretches tables of one kind only, and with constants of its own
+        # megatron-core stretches only one kind of table, and with its own constants
         gpt.rotary_pos_emb.inv_freq = rotary_frequencies(shape).to(device.device())
     else:
         gpt.rotary_pos_emb = RotaryTable(shape, device.device())
@@ -304,7 +306,7 @@ def _build_chunk(
 
 
 def _close_padding(gpt: GPTModel, num_own: int) -> None:
-    """Make the padding rows of this rank zeros that no loss depends on."""
+    """Set the padding rows of this rank to zero, and keep them out of the loss."""
     with torch.no_grad():
         for name, weight in gpt.named_parameters():
             if name in (EMBEDDING, OUTPUT):

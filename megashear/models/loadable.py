@@ -1,4 +1,4 @@
-"""Which shapes stock runtimes load from a Hugging Face directory, and which shapes near them do."""
+"""Which shapes stock runtimes load from a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megashear.shape import Family, ModelShape
 logger = logging.getLogger(__name__)
 
 HEADS_DIVIDE_HIDDEN: frozenset[Family] = frozenset({"llama"})
-"""Families of which transformers from release 5 refuses a hidden size that is not a multiple of the
-heads, ``head_dim`` or not. Source: LlamaConfig.validate_architecture; the configurations of the
-other families have no such check (`tests/unit/models/test_loadable.py` asks them)."""
+"""Families whose hidden size must be a multiple of the heads, in transformers from release 5,
+whether ``head_dim`` is given or not. Source: LlamaConfig.validate_architecture. The configurations
+of other families have no such check (`tests/unit/models/test_loadable.py` tries them)."""
 
 
 def why_refused(shape: ModelShape) -> str | None:
-    """Return why transformers refuses to load a model of this shape; None where it loads it."""
+    """Return why transformers refuses to load a model of this shape, or None where it loads it."""
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     if shape.family not in HEADS_DIVIDE_HIDDEN or hidden % heads == 0:
         return None
@@ -27,12 +27,12 @@ def why_refused(shape: ModelShape) -> str | None:
 
 
 def check_target(target: ModelShape, source: ModelShape, *, force: bool) -> None:
-    """Refuse to work towards a model that no stock runtime would load.
+    """Refuse a target that no stock runtime would load.
 
     Args:
-        target: shape to end with.
-        source: shape to start from.
-        force: warn instead.
+        target: shape after pruning.
+        source: shape before pruning.
+        force: warn instead of refusing.
 
     Raises:
         ValueError: with the nearest targets that load.
@@ -68,7 +68,7 @@ def warn(shape: ModelShape, of_what: str = "") -> None:
 def _nearest(target: ModelShape, source: ModelShape) -> str:
     """Return the flags of the nearest hidden sizes and numbers of heads that load."""
     hidden, heads = target.hidden_size, target.num_attention_heads
-    # as many query heads for each key/value head; without grouped queries both go together
+    # the ratio of query heads to key/value heads stays; without grouped queries it is 1
     groups = 1 if source.heads_per_group == 1 else target.num_query_groups
     most = groups * source.heads_per_group if groups > 1 else source.num_attention_heads
     ways = {

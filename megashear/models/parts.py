@@ -1,4 +1,4 @@
-"""Which rows and units of the masks a rank holds: those that gate its weights."""
+"""Which rows and units of the masks a rank holds: those whose gates act on its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def own_parts(
     """Return the parts of whole masks that this rank holds, by kind.
 
     Args:
-        whole: every kind to be pruned, whole.
+        whole: whole parts of all kinds of mask.
         layers: this rank's layers, global numbers from 0, rising.
         groups: where this rank stands.
     """

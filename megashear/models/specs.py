@@ -22,8 +22,8 @@ from megashear.models.core import CausalAttention, RMSNorm, RotaryAttention, Swi
 
 Variant = Literal["local", "transformer_engine"]
 
-# Transformer Engine fuses each norm with the linear after it and checkpoints under these names, as
-# Megatron-LM does: with them a checkpoint of one variant loads into another.
+# Transformer Engine fuses each norm with the linear after it and so names norms in checkpoints, as
+# does Megatron-LM. With these names a checkpoint of one variant loads into the other.
 _CHECKPOINT_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -33,10 +33,10 @@ _CHECKPOINT_NAMES = {
 def block_spec(
     config: TransformerConfig, variant: Variant, *, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """Return what one model chunk of this rank is built from.
+    """Return the spec of one model chunk of this rank.
 
     Args:
-        config: says how many layers the chunk has.
+        config: megatron-core's configuration, from which the number of layers follows.
         variant: kind of layers; local ones while masks learn.
         vp_stage: number of the chunk under the interleaved schedule.
     """
@@ -62,7 +62,7 @@ def _layer_spec(qk_layernorm: bool) -> ModuleSpec:
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    # MLP itself, not a subclass: TransformerLayer passes the tensor group to that class only
+    # MLP itself and no subclass: TransformerLayer passes the tensor group only to this class
     mlp = MLPSubmodules(
         linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear
     )

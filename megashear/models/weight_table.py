@@ -1,4 +1,4 @@
-"""The table: every weight's Hugging Face name, Megatron name, axes, and where masks fold."""
+"""The weight table: every weight's Hugging Face name, Megatron name, axes, and masks folded in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AXES: dict[str, Callable[[ModelShape], int]] = {
     "head_dim": lambda shape: shape.head_dim,
     **{axis: kind.axis_length for axis, kind in ON_AXIS.items()},
 }
-"""Length of each named axis of a weight, in a model of a given shape."""
+"""Length of each named axis of a weight in a model of a given shape."""
 SPLIT_AXES = frozenset(
     {"vocab", *(axis for axis, kind in ON_AXIS.items() if kind.split_over_tensor)}
 )
@@ -30,21 +30,21 @@ SPLIT_AXES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One Hugging Face weight: where it lives and how masks act on it."""
+    """One Hugging Face weight: its name, its axes, and the masks that act on it."""
 
     hf_name: str
-    """Name in a Hugging Face directory, with ``{layer}`` if every layer has one."""
+    """Name in a Hugging Face directory, with ``{layer}`` if every layer has such a weight."""
     axes: tuple[str, ...]
-    """Keys of `AXES`; the cut keeps the open units of each."""
+    """Its axes, keys of `AXES`; the cut keeps the open units of each."""
     folds: tuple[tuple[str, ...], ...]
-    """Per axis, names of `masks.kinds` whose gates are multiplied into it; a kind brings along the
-    gates of the kind it is `within`.
+    """For each axis, the kinds of `masks.kinds` whose gates are multiplied into it. A kind includes
+    the gates of the kind that it is `within`.
 
     Source: docs/algorithm.md section 3.
     """
 
     def extents(self, shape: ModelShape) -> tuple[int, ...]:
-        """Lengths of the axes in a model of ``shape``."""
+        """Return the lengths of the axes in a model of ``shape``."""
         return tuple(AXES[axis](shape) for axis in self.axes)
 
 
@@ -61,10 +61,10 @@ class MegatronTensor:
     """One Megatron parameter and the Hugging Face weights it is made of, in order."""
 
     name: str
-    """Name in the GPTModel of an unfused spec, with ``{layer}`` if every layer has one."""
+    """Name in the GPTModel of the local spec, with ``{layer}`` if every layer has one."""
     key: str
-    """Key in a checkpoint. Layers are stacked along an axis put before the others, and norms
-    carry the names Transformer Engine gives them, so that either spec loads either."""
+    """Key in a checkpoint. Layers are stacked along an additional first axis. Norms have the names
+    that Transformer Engine gives them, so that checkpoints load into either spec."""
     parts: tuple[Weight, ...]
     """The weights, in the order in which `fusion` names them."""
     fusion: Fusion = Fusion.NONE
@@ -72,16 +72,16 @@ class MegatronTensor:
 
     @property
     def per_layer(self) -> bool:
-        """Whether every layer has one."""
+        """Whether every layer has such a parameter."""
         return "{layer}" in self.name
 
     def extents(self, shape: ModelShape) -> tuple[int, ...]:
-        """Shape of the whole parameter of one layer, as no tensor parallelism splits it."""
+        """Return the shape of the whole parameter of one layer, before tensor ranks divide it."""
         rows = sum(part.extents(shape)[0] for part in self.parts)
         return (rows, *self.parts[0].extents(shape)[1:])
 
     def stored_extents(self, shape: ModelShape) -> tuple[int, ...]:
-        """Global shape in a checkpoint: [L, ...] for what every layer has."""
+        """Return the global shape in a checkpoint: [L, ...] for what every layer has."""
         return (shape.num_layers,) * self.per_layer + self.extents(shape)
 
 
@@ -90,12 +90,12 @@ def _plain(hf_name: str, name: str, key: str, axes: str, *folds: tuple[str, ...]
 
 
 def _input(name: str, axis: str) -> Weight:
-    # Reads the stream behind a norm, which carries z_hidden already: nothing to fold.
+    # Its input comes from a norm, into which z_hidden is folded: nothing to fold here.
     return Weight(f"model.layers.{{layer}}.{name}.weight", (axis, "hidden"), ((), ()))
 
 
 def _bias(name: str, axis: str) -> Weight:
-    # Goes with the rows of its weight.
+    # It is cut with the rows of its weight.
     return Weight(f"model.layers.{{layer}}.{name}.bias", (axis,), ((),))
 
 
@@ -123,7 +123,7 @@ _QKV = MegatronTensor(
     (
         _input("self_attn.q_proj", "query"),
         _input("self_attn.k_proj", "key_value"),
-        _input("self_attn.v_proj", "key_value"),  # shared by its group's heads: no fold
+        _input("self_attn.v_proj", "key_value"),  # shared by the heads of its group: no fold
     ),
     Fusion.QKV,
 )
@@ -137,7 +137,8 @@ _QKV_BIAS = MegatronTensor(
     ),
     Fusion.QKV,
 )
-# Shared by all heads and as wide as one, which masks do not change: neither folded nor cut.
+# All heads share them, and they are as wide as one head, which masks never change: neither folded
+# nor cut.
 _QK_NORMS = tuple(
     _plain(
         f"model.layers.{{layer}}.self_attn.{of}_norm.weight",
@@ -179,7 +180,7 @@ _REST_OF_LAYER = (
     ),
 )
 _FINAL_NORM = ("model.norm", "decoder.final_layernorm", "decoder.final_layernorm.weight")
-# Not folded: the final norm carries z_hidden, and z squared is not the model that was trained.
+# Nothing is folded: z_hidden is in the final norm, and twice it would be another model.
 _OUTPUT = _plain(
     "lm_head.weight", "output_layer.weight", "output_layer.weight", "vocab hidden", (), ()
 )
@@ -188,9 +189,9 @@ _OUTPUT = _plain(
 def table(shape: ModelShape) -> tuple[MegatronTensor, ...]:
     """Return the parameters of a model of ``shape``, in the order of a Hugging Face file.
 
-    Which rows there are depends on what the shape says of biases, norms and tied embeddings, not
-    on its extents. A tied output layer has no row of its own: its matrix is the embedding's, which
-    carries z_hidden already, and so the final norm in front of it must not.
+    Which rows there are depends on biases, norms and tied embeddings of the shape, not on its
+    extents. A tied output layer has no row of its own: its matrix is the embedding, into which
+    z_hidden is folded already, and so z_hidden must not be folded into the final norm.
 
     Source: transformers `LlamaForCausalLM` and its kin; megatron-core 0.16 `GPTModel`;
     docs/algorithm.md section 3.
@@ -212,17 +213,17 @@ def _table(qkv_bias: bool, qk_norm: bool, tied: bool) -> tuple[MegatronTensor, .
 
 
 VOCABULARY = (_EMBEDDING.key, _OUTPUT.key)
-"""Keys of what has a row for every token, which runs pad until tensor ranks divide it."""
+"""Keys of the matrices with a row for every token; runs pad them until tensor ranks divide them."""
 
 NOT_WEIGHTS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
-"""Names tolerated in a Hugging Face file and ignored: rotary tables that old releases of
-transformers stored, which config.json gives as well."""
+"""Names that are ignored in a Hugging Face file: rotary tables that old releases of transformers
+stored, and that follow from config.json."""
 
 
 def tensors(shape: ModelShape) -> Iterator[tuple[MegatronTensor, int | None]]:
-    """Yield every Megatron parameter of a model with its layer (None where there is one in all).
+    """Yield every Megatron parameter of a model with its layer, or None outside layers.
 
-    In the order of a Hugging Face file: embedding, layer by layer, final norm, output layer.
+    The order is that of a Hugging Face file: embedding, layer by layer, final norm, output layer.
     """
     rows = table(shape)
     by_layer = [row for row in rows if row.per_layer]
@@ -240,7 +241,7 @@ def weights(shape: ModelShape) -> Iterator[tuple[str, Weight, int | None]]:
 
 
 def owners(shape: ModelShape) -> dict[str, tuple[MegatronTensor, int | None]]:
-    """Map every Hugging Face weight's name to the Megatron parameter it is in, and its layer."""
+    """Return for every Hugging Face weight's name the Megatron parameter with it, and the layer."""
     return {
         part.hf_name.format(layer=layer): (row, layer)
         for row, layer in tensors(shape)
@@ -249,9 +250,9 @@ def owners(shape: ModelShape) -> dict[str, tuple[MegatronTensor, int | None]]:
 
 
 def shape_of_shard(shape: ModelShape, tensor_size: int) -> ModelShape:
-    """Return the extents of what one tensor rank holds.
+    """Return the extents that one tensor rank holds.
 
-    A shard of a fused weight is the fused shards.
+    A shard of a fused weight consists of its weights' shards, fused.
     """
     kinds = (KINDS[name] for name in SPLIT_OVER_TENSOR)
     own: dict[str, Any] = {kind.extent: kind.size(shape) // tensor_size for kind in kinds}
@@ -270,25 +271,25 @@ def own_vocab_size(shape: ModelShape, tensor_size: int, tensor_rank: int) -> int
 
 
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Shape of every Hugging Face weight by name; their sizes add up to ``num_params()``."""
+    """Return every Hugging Face weight's shape by name; sizes add up to ``num_params()``."""
     return {name: weight.extents(shape) for name, weight, _ in weights(shape)}
 
 
 def checkpoint_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Global shape of every tensor of a Megatron checkpoint by its key."""
+    """Return the global shape of every tensor of a Megatron checkpoint by key."""
     return {row.key: row.stored_extents(shape) for row in table(shape)}
 
 
 def fuse(row: MegatronTensor, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    """Make a whole Megatron parameter from its Hugging Face weights, bit by bit.
+    """Return a whole Megatron parameter made of its Hugging Face weights, bit by bit.
 
     Args:
-        row: the parameter.
+        row: the parameter's row of the table.
         parts: its weights in the order of ``row.parts``, shaped as in a model of ``shape``.
         shape: extents of the model.
 
     Returns:
-        The parameter, shape ``row.extents(shape)``.
+        The parameter, shaped ``row.extents(shape)``.
     """
     if row.fusion is Fusion.NONE:
         return parts[0]
@@ -299,7 +300,7 @@ def fuse(row: MegatronTensor, parts: Sequence[Tensor], shape: ModelShape) -> Ten
 
 
 def split(row: MegatronTensor, whole: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
-    """Take a whole Megatron parameter apart: the inverse of `fuse`, bit by bit.
+    """Return the Hugging Face weights of a whole Megatron parameter: the inverse of `fuse`.
 
     Returns:
         Contiguous tensors in the order of ``row.parts``.
@@ -316,12 +317,14 @@ def split(row: MegatronTensor, whole: Tensor, shape: ModelShape) -> tuple[Tensor
 
 
 def check_names(found: Collection[str], shape: ModelShape, where: str) -> None:
-    """Hold the names of Hugging Face weights to the table; `NOT_WEIGHTS` are passed over.
+    """Refuse names of Hugging Face weights that are not those of the table.
+
+    Names of `NOT_WEIGHTS` are ignored.
 
     Args:
         found: the names.
-        shape: extents the model should have.
-        where: what the weights belong to, for the message ("HF checkpoint DIR").
+        shape: extents that the model should have.
+        where: owner of the weights, for the message ("HF checkpoint DIR").
 
     Raises:
         ValueError: names are missing or unknown; all are listed.
@@ -331,7 +334,7 @@ def check_names(found: Collection[str], shape: ModelShape, where: str) -> None:
 
 
 def check_hf(found: Mapping[str, Sequence[int]], shape: ModelShape, where: str) -> None:
-    """Hold Hugging Face weights, their shapes by name, to the table; as `check_names`, and more.
+    """Refuse names and shapes of Hugging Face weights that are not those of the table.
 
     Raises:
         ValueError: names are missing or unknown, all listed; or a shape differs, with its name,
@@ -342,20 +345,20 @@ def check_hf(found: Mapping[str, Sequence[int]], shape: ModelShape, where: str) 
 
 
 def check_stored(found: Mapping[str, Sequence[int]], shape: ModelShape, where: str) -> None:
-    """Hold the tensors of a Megatron checkpoint, global shapes by key, to the table.
+    """Refuse keys and global shapes of a Megatron checkpoint that are not those of the table.
 
     Raises:
-        ValueError: as `check_hf`.
+        ValueError: keys are missing or unknown, all listed; or a shape differs.
     """
     _check_names(found, checkpoint_shapes(shape), where, "tensors")
     _check_shapes(found, checkpoint_shapes(shape), where)
 
 
 def check_extents(name: str, found: Sequence[int], wanted: Sequence[int], where: str) -> None:
-    """Hold one tensor's shape to the one wanted.
+    """Refuse a tensor of another shape than the one wanted.
 
     Raises:
-        ValueError: they differ; both are in the message.
+        ValueError: with both shapes.
     """
     if tuple(found) != tuple(wanted):
         raise ValueError(
@@ -369,7 +372,7 @@ _WRAPPERS = {
     "_orig_mod.": "torch.compile",
     "_fsdp_wrapped_module.": "FSDP",
 }
-"""What wraps a model, by the beginning that it gives to every name."""
+"""Wrappers of a model by the prefix that they give to every name."""
 
 
 def _check_names(found: Collection[str], wanted: Collection[str], where: str, things: str) -> None:
@@ -397,7 +400,7 @@ def _check_shapes(
 
 
 def _list(names: Collection[str]) -> str:
-    """Join all names in natural order: layer 2 before layer 10."""
+    """Return all names joined in natural order: layer 2 before layer 10."""
     return ", ".join(
         sorted(names, key=lambda n: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", n)])
     )

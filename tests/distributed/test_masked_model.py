@@ -117,7 +117,7 @@ def test_an_embedding_left_unfolded_is_noticed() -> None:
     def broken() -> None:
         enter = folded._FoldedWeight.enter
 
-        def enter_others(weight: folded._FoldedWeight, stream: folded._Stream) -> None:
+        def enter_others(weight: folded._FoldedWeight, stream: folded._NoiseStream) -> None:
             if not isinstance(weight._module, VocabParallelEmbedding):
                 enter(weight, stream)
             weight.check_done = lambda: None  # type: ignore[method-assign]
