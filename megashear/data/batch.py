@@ -21,20 +21,20 @@ class MicroBatch:
     labels: Tensor
     """The token after each input, int64 [b, s]."""
     loss_mask: Tensor
-    """1 where a label counts, 0 in sequences that only fill up a batch; float32 [b, s]."""
+    """1 where a label counts, 0 in sequences that only fill a batch; float32 [b, s]."""
     domains: Tensor
     """Domain of each sequence, int64 [b]."""
     documents: Tensor | None = None
-    """Number of the document that each input belongs to, counted in its sequence, int64 [b, s];
-    None where attention runs through document borders."""
+    """Number of the document of each input, counted within its sequence, int64 [b, s]; None where
+    attention runs through document borders."""
     positions: Tensor
-    """Place of each sequence in the global batch (in an evaluation: among the chosen sequences;
-    filling ones go on counting behind them), int64 [b]."""
+    """Place of each sequence in the global batch, int64 [b]. In an evaluation: its place among the
+    chosen sequences, with sequences that only fill a batch counted after them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentBorders:
-    """What the borders of documents packed into a sequence mean; nothing, by default."""
+    """Meaning of the borders of documents packed into a sequence; by default they have none."""
 
     part_attention: bool = False
     """No token attends to another document."""
@@ -43,7 +43,7 @@ class DocumentBorders:
 
     @classmethod
     def of(cls, model: ModelConfig) -> DocumentBorders:
-        """As the flags say."""
+        """Return the meaning that the flags give."""
         return cls(part_attention=model.reset_attention_mask, mask_loss=model.eod_mask_loss)
 
     @property
@@ -62,17 +62,17 @@ def micro_batch(
     borders: DocumentBorders,
     documents: tuple[Tensor, Tensor] | None = None,
 ) -> MicroBatch:
-    """A microbatch of sequences.
+    """Make a microbatch of sequences.
 
     Args:
         tokens: input ids, int64 [b, s].
         labels: the token after each, int64 [b, s].
         domains: domain of each sequence.
         positions: place of each sequence in the global batch.
-        num_counted: sequences whose labels count; those behind them only fill up.
+        num_counted: sequences whose labels count; those after them only fill the batch.
         borders: what document borders mean.
-        documents: numbers of the documents of tokens and of labels, int64 [b, s] each, where
-            ``borders`` are read.
+        documents: numbers of the documents of tokens and of labels, int64 [b, s] each; needed
+            where ``borders`` are read.
     """
     assert (documents is not None) == borders.are_read
     loss_mask = torch.ones(labels.shape)  # [b, s]

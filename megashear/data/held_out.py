@@ -1,4 +1,4 @@
-"""Held-out sequences of one domain, and a fixed selection of them for evaluations."""
+"""Held-out sequences of one domain, and a fixed choice of them for evaluations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megashear.data.sequences import num_sequences, open_text
 
 
 class HeldOutSet:
-    """Held-out text of a domain, cut in its own order into sequences that share a border token."""
+    """Held-out text of a domain, cut in file order into sequences that share a border token."""
 
     def __init__(
         self,
@@ -27,10 +27,10 @@ class HeldOutSet:
         """Open a held-out set.
 
         Args:
-            prefix: path of its ``.bin`` and ``.idx``, without these endings.
+            prefix: path of the ``.bin`` and ``.idx`` files, without these endings.
             sequence_length: tokens that the model sees of a sequence.
             domain_index: place of the domain among the domains.
-            borders: what document borders mean in its batches; nothing unless given.
+            borders: meaning of document borders in the batches; none unless given.
 
         Raises:
             ValueError: no such files, or less text than one sequence.
@@ -53,7 +53,7 @@ class HeldOutSet:
         return self._length
 
     def __getitem__(self, index: int) -> Tensor:
-        """Tokens of a sequence, int64 [sequence_length + 1]."""
+        """Return the tokens of a sequence, int64 [sequence_length + 1]."""
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)} in {self.name}")
         # Documents lie back to back in the file, so the cut needs no index.
@@ -66,9 +66,9 @@ class HeldOutSet:
         return torch.from_numpy(tokens.astype(np.int64))
 
     def documents(self, index: int) -> Tensor:
-        """Number of the document that each token of a sequence belongs to, shaped like it.
+        """Return the number of the document of each token of a sequence, shaped like it.
 
-        Counted in the sequence, rising; borders are those that the ``.idx`` knows.
+        Documents are counted from 0 within the sequence, by the borders in the ``.idx``.
         """
         stored, start = self._text.index, index * self.sequence_length
         places = np.arange(start, start + self.sequence_length + 1) * stored.dtype_size  # bytes
@@ -76,9 +76,9 @@ class HeldOutSet:
         return torch.from_numpy(numbers - numbers[0])
 
     def subsample(self, num_sequences: int, seed: int) -> list[int]:
-        """Indices of ``num_sequences`` sequences, or of all where there are no more; sorted.
+        """Choose ``num_sequences`` sequences, or all if there are fewer; return sorted indices.
 
-        The same ones for the same ``seed``, so that losses of different steps compare.
+        One ``seed`` always gives the same choice, so that losses of different steps compare.
         """
         if num_sequences < 1:
             raise ValueError(f"{num_sequences} held-out sequences asked for; wanted at least 1")
@@ -92,11 +92,11 @@ class HeldOutSet:
         data_parallel_rank: int,
         data_parallel_size: int,
     ) -> Iterator[MicroBatch]:
-        """This replica's microbatches of the chosen sequences.
+        """Yield this replica's microbatches of the chosen sequences.
 
         Every replica gets the same number of microbatches of one shape, for replicas and pipeline
-        stages run in step; sequences of token 0 with a loss mask of 0 fill them up. Microbatches
-        are dealt to the replicas in turn.
+        stages run in step; sequences of token 0 with a loss mask of 0 fill the last ones. Replicas
+        take microbatches in turn.
         """
         assert micro_batch_size >= 1, micro_batch_size
         assert 0 <= data_parallel_rank < data_parallel_size, (
@@ -124,5 +124,5 @@ class HeldOutSet:
 
 
 def _parts(text: Tensor) -> tuple[Tensor, Tensor]:
-    """What belongs to inputs and what to labels, [b, s] each."""
+    """Return the part of the inputs and the part of the labels, [b, s] each."""
     return text[:, :-1].contiguous(), text[:, 1:].contiguous()

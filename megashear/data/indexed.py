@@ -1,9 +1,9 @@
-"""Megatron's ``.bin/.idx`` files, written and read without holding what grows with the data.
+"""Megatron's ``.bin/.idx`` files, written and read in memory that does not grow with the data.
 
 megatron-core's own builder keeps a list of every document in memory, some 100 bytes each; at a
-billion documents that is more than a machine has. The bytes written here are the builder's
-(tests/unit/data/test_indexed.py compares them). Nor is megatron-core imported: processes that
-tokenise would take seconds and hundreds of megabytes each to load it.
+billion documents that is more than a machine has. This module writes the same bytes
+(tests/unit/data/test_indexed.py compares them). It does not import megatron-core, which would cost
+each process that tokenises seconds and hundreds of megabytes.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ TOKEN_TYPES: dict[int, type[np.integer]] = {
 UINT16_BELOW = 65500
 """Vocabularies smaller than this are stored in two bytes. Source: DType.optimal_dtype."""
 BLOCK = 1 << 18
-"""Index entries read or written at a time: 2 MiB of pointers."""
+"""Number of index entries read or written at a time: 2 MiB of pointers."""
 
 
 class IndexedText(NamedTuple):
-    """What the header of an ``.idx`` says, held against the sizes of both files."""
+    """Header of an ``.idx``, checked against the sizes of both files."""
 
     prefix: Path
     dtype: type[np.integer]
     num_sequences: int
     num_borders: int
-    """One more than there are documents."""
+    """Number of documents plus one."""
     num_tokens: int
 
 
 def token_dtype(vocab_size: int) -> str:
-    """Name of the numpy type in which Megatron stores tokens of a vocabulary."""
+    """Return the name of the numpy type in which Megatron stores tokens of a vocabulary."""
     return "uint16" if vocab_size < UINT16_BELOW else "int32"
 
 
 def write_index(index: Path, lengths: Path, dtype: str) -> None:
-    """Write an ``.idx`` of one sequence a document, whole or not at all.
+    """Write an ``.idx`` of one sequence per document, whole or not at all.
 
     Args:
         index: file to write; it is on the disk when this returns.
-        lengths: raw int32, tokens of each document in order.
+        lengths: file of raw int32, the number of tokens of each document in order.
         dtype: numpy type of the tokens in the ``.bin``.
     """
     count = lengths.stat().st_size // 4
@@ -86,11 +86,13 @@ def write_index(index: Path, lengths: Path, dtype: str) -> None:
 
 
 def check_pair(prefix: Path) -> IndexedText:
-    """What ``prefix``.bin and .idx hold; reads a few bytes of the index, whatever its size.
+    """Check ``prefix``.bin and .idx and return what they hold.
+
+    Reads a few bytes of the index, whatever its size.
 
     Raises:
-        ValueError: one is missing, the ``.idx`` is none, or the two do not belong together: cut
-            short, or of different runs.
+        ValueError: a file is missing, the ``.idx`` is not an index, or the two do not belong
+            together: one was cut short, or they are of different runs.
     """
     index, text = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for file, other in ((index, text), (text, index)):
@@ -167,7 +169,7 @@ def read_documents(prefix: Path) -> Iterator[npt.NDArray[np.integer]]:
 
 
 def _check_border_ends(stream: BinaryIO, index: Path, sequences: int, borders: int) -> None:
-    """Refuse documents that leave sequences out: their text would be missing without a word."""
+    """Refuse documents that leave sequences out, for their text would silently be missing."""
     if not borders and not sequences:
         return
     ends = []
@@ -186,7 +188,7 @@ def _check_border_ends(stream: BinaryIO, index: Path, sequences: int, borders: i
 
 
 def _check_entries(text: IndexedText) -> None:
-    """Hold every length, place and border of an index against those before it."""
+    """Check every length, place and border of an index against those before it."""
     index, count = Path(f"{text.prefix}.idx"), text.num_sequences
     item = np.dtype(text.dtype).itemsize
     with index.open("rb") as lengths_at, index.open("rb") as rest:
@@ -218,7 +220,7 @@ def _check_entries(text: IndexedText) -> None:
 
 
 def _first(wrong: npt.NDArray[np.bool_]) -> int | None:
-    """Return the place of the first True, None where there is none."""
+    """Return the place of the first True; None where there is none."""
     return int(wrong.argmax()) if wrong.any() else None
 
 
@@ -236,7 +238,7 @@ def _header_fields(header: bytes) -> tuple[int, int, int, int]:
 def _blocks(
     stream: BinaryIO, dtype: np.dtype[np.signedinteger], count: int
 ) -> Iterator[npt.NDArray[np.signedinteger]]:
-    """The next ``count`` numbers of a stream, some at a time."""
+    """Yield the next ``count`` numbers of a stream, ``BLOCK`` at a time."""
     for first in range(0, count, BLOCK):
         size = min(BLOCK, count - first)
         yield np.frombuffer(stream.read(size * dtype.itemsize), dtype=dtype)

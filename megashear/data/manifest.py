@@ -1,4 +1,4 @@
-"""What a directory of tokenised domains holds, as its manifest.json says."""
+"""The manifest of a directory of tokenised domains."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from megashear.data.indexed import check_pair
 from megashear.files import durable
 from megashear.files.regular import inside
 from megashear.files.structured import check_fields, read_json_object
-from megashear.tokenizer.models import Tokenizer
 
 FORMAT = "megashear-data-1"
-"""Names the layout of the directory; another layout gets another name."""
+"""Name of the directory's format; a changed format gets another name."""
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 HELD_OUT_SUFFIX = "_heldout"
@@ -39,21 +38,21 @@ class DomainCounts:
     source_bytes: int
     """Size of the input files as they lay on the disk, bytes."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Documents left out, by reason."""
+    """Number of documents left out, by reason."""
     text_bytes: int = 0
-    """Size of the texts that were tokenised, bytes of UTF-8; 0 where the input were tokens."""
+    """Size of the texts that were tokenised, bytes of UTF-8; 0 where the input was tokens."""
     pretokenised_documents: int = 0
-    """Documents, or chunks of fixed size, that came as tokens; BOS and EOS are theirs."""
+    """Documents, or chunks of fixed size, that came as tokens; no BOS or EOS was added to them."""
     lone_surrogates: int = 0
-    """Halves of surrogate pairs in the texts, which were replaced by U+FFFD."""
+    """Halves of surrogate pairs in the texts; each was replaced by U+FFFD."""
     largest_id: int | None = None
-    """Largest id on both sides; None in manifests that do not know."""
+    """Largest id in training and held-out text; None in manifests of earlier versions."""
     largest_id_at: str = ""
-    """File and token, from 0, where it is first."""
+    """File and number of the token, from 0, where the largest id is first."""
 
     @property
     def bytes_per_token(self) -> float | None:
-        """UTF-8 bytes of text that a token stands for; None where the input were tokens."""
+        """Bytes of UTF-8 text per token; None where the input was tokens."""
         if not self.text_bytes or self.pretokenised_documents:
             return None
         return self.text_bytes / (self.tokens + self.held_out_tokens)
@@ -64,23 +63,23 @@ class DataManifest:
     """Tokenised domains in a directory: one ``.bin/.idx`` to train on and one held out for each."""
 
     directory: Path
-    """Where the files lie."""
+    """Directory that holds the files."""
     domains: tuple[DomainCounts, ...]
     """Domains in the order of every vector over domains: weights, losses, references."""
     vocab_size: int
-    """Ids are below this."""
+    """Number of ids of the tokenizer; every id is below it."""
     bos_id: int | None
-    """Begins every document if ``prepend_bos``."""
+    """Id that begins every document if ``prepend_bos``."""
     eos_id: int | None
-    """Ends every document if ``append_eod``."""
+    """Id that ends every document if ``append_eod``."""
     prepend_bos: bool
-    """Documents begin with BOS."""
+    """Whether documents begin with BOS."""
     append_eod: bool
-    """Documents end with EOS."""
+    """Whether documents end with EOS."""
     held_out_fraction: float
-    """Share of documents held out, as asked for."""
+    """Share of documents to hold out, as asked for."""
     json_key: str
-    """Key the text came from."""
+    """Key of the text in the input."""
     dtype: str
     """Numpy type of the stored tokens."""
     tokenizer_fingerprint: str
@@ -93,29 +92,29 @@ class DataManifest:
 
     @property
     def tokenizer_directory(self) -> Path:
-        """Copy of the tokenizer, for ``load_tokenizer`` and for exported models."""
+        """Directory of the tokenizer's copy, for ``load_tokenizer`` and for exported models."""
         return self.directory / TOKENIZER_FOLDER
 
     def prefix(self, name: str) -> Path:
-        """Path of a domain's training text, without ``.bin`` and ``.idx``."""
+        """Return the path of a domain's training text, without ``.bin`` and ``.idx``."""
         return self.directory / name
 
     def held_out_prefix(self, name: str) -> Path:
-        """Path of a domain's held-out text, without ``.bin`` and ``.idx``."""
+        """Return the path of a domain's held-out text, without ``.bin`` and ``.idx``."""
         return self.directory / f"{name}{HELD_OUT_SUFFIX}"
 
     def moved(self, directory: Path) -> DataManifest:
-        """The same data, lying in ``directory``."""
+        """Return a manifest of the same data after a move to ``directory``."""
         return replace(self, directory=directory)
 
     def check_vocab(self, model_vocab_size: int) -> None:
         """Refuse a model that has no embedding for some of the ids.
 
-        Preprocessing looked at every id, so the files need not be read.
+        Preprocessing noted the largest id, so the files need not be read.
 
         Raises:
             ValueError: an id of the data is beyond the model's vocabulary, or, where the manifest
-                does not know the largest id, the tokenizer's vocabulary is larger than the model's.
+                has no largest id, the tokenizer's vocabulary is larger than the model's.
         """
         for domain in self.domains:
             if domain.largest_id is not None and domain.largest_id >= model_vocab_size:
@@ -132,20 +131,6 @@ class DataManifest:
                 f"{model_vocab_size}; preprocess again with the tokenizer of the model"
             )
 
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Refuse a tokenizer other than the one the data were made with.
-
-        Raises:
-            ValueError: the fingerprints differ.
-        """
-        if tokenizer.fingerprint != self.tokenizer_fingerprint:
-            raise ValueError(
-                f"{self.directory} was tokenised with another tokenizer (sha256 "
-                f"{self.tokenizer_fingerprint[:12]}) than {tokenizer.path} (sha256 "
-                f"{tokenizer.fingerprint[:12]}); use {self.tokenizer_directory}, or preprocess "
-                f"again"
-            )
-
     def write(self) -> None:
         """Write manifest.json into the directory."""
         content: dict[str, Any] = {"format": FORMAT, **asdict(self)}
@@ -154,7 +139,7 @@ class DataManifest:
 
 
 def read_manifest(directory: str | Path) -> DataManifest:
-    """The manifest of a directory that ``megashear preprocess`` wrote.
+    """Read the manifest of a directory that ``megashear preprocess`` wrote.
 
     Raises:
         ValueError: the directory has no manifest of this format, or a domain's file is missing
@@ -193,24 +178,27 @@ def _domain_counts(content: dict[str, Any]) -> DomainCounts:
 
 
 def _what_is_there(directory: Path) -> str:
-    """Why a directory has no manifest, and what to do."""
+    """Return why a directory has no manifest, and what to do."""
     unfinished = directory.with_name(directory.name + ".tmp")
     if not directory.exists() and unfinished.is_dir():
         return (
             f"it does not exist, but {unfinished} does: preprocessing was interrupted; give the "
-            f"same `megashear preprocess` again, which goes on from there"
+            f"same `megashear preprocess` again, which resumes there"
         )
     if any(directory.glob("*.bin")):
         return (
             f"it has no {MANIFEST_NAME}, though it has .bin files; data that Megatron-LM "
-            f"tokenised are taken over with `megashear preprocess --input {directory}`, which "
-            f"checks their ids and splits held-out sets off"
+            f"tokenised are imported with `megashear preprocess --input {directory}`, which checks "
+            f"the ids and splits off held-out sets"
         )
     return f"it has no {MANIFEST_NAME}; make one with `megashear preprocess`"
 
 
 def _check_sizes(manifest: DataManifest) -> None:
-    """A copy that was cut short reads as text up to the cut, so it is found here or never."""
+    """Refuse files of another size than noted.
+
+    A copy that was cut short reads as text up to the cut, so it is found here or never.
+    """
     for domain in manifest.domains:
         for prefix, tokens in (
             (manifest.prefix(domain.name), domain.tokens),

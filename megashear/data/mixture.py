@@ -1,4 +1,4 @@
-"""Which domain the next sample comes from, under weights that change."""
+"""Choice of the domain that the next sample comes from, under weights that change."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 SUM_TOLERANCE = 1e-6
-"""How far from 1 a sum of weights may lie: what writing them with seven decimals leaves."""
+"""Largest distance of a sum of weights from 1: what seven decimals per weight can leave."""
 
 
 class MixtureState(TypedDict):
-    """A mixture as plain numbers; floats survive repr and JSON bit for bit."""
+    """State of a mixture as plain numbers; floats survive repr and JSON bit for bit."""
 
     weights: list[float]
     owed: list[float]
@@ -23,15 +23,15 @@ class MixtureState(TypedDict):
 
 
 WhenExhausted = Literal["repeat", "redistribute", "stop"]
-"""What happens to a domain whose text was read once: it is read again in another order, its share
-goes to the others, or nothing more is drawn."""
+"""Fate of a domain whose text was read once: the text is read again in another order, the domain's
+share goes to the others, or nothing more is drawn."""
 
 
 class DataExhausted(Exception):  # noqa: N818  # an end, not an error
     """No further sample can be drawn.
 
     Attributes:
-        domain: the one that is owed the next sample and has none left; None where all are read.
+        domain: domain that is owed the next sample and has none left; None where all are read.
         sample: number of the sample that could not be drawn, over all domains, from 0.
     """
 
@@ -50,9 +50,9 @@ class DomainMixture:
     choice, none is more than 1/2 + ... + 1/D behind. A domain of weight 0 from the start is never
     drawn.
 
-    Where exhausted domains hand over their share, the invariant goes on to hold for the others,
-    with the same D: an exhausted domain is owed nothing more, and what it was owed (less than 1.6
-    samples of 7 domains) is levelled out over the others: a surplus raises those owed least, a
+    Where exhausted domains hand over their share, the invariant still holds for the others, with
+    the same D: an exhausted domain is owed nothing more, and what it was owed (less than 1.6
+    samples for 7 domains) is levelled out over the others: a surplus raises those owed least, a
     deficit lowers those owed most. Levelling keeps every sum of the k largest below its bound, for
     these bounds are concave in k.
     """
@@ -69,7 +69,7 @@ class DomainMixture:
         Args:
             weights: share of each domain; see ``normalise_weights``.
             available: samples that each domain has; needed unless domains repeat.
-            when_exhausted: what happens once a domain has given them all.
+            when_exhausted: what happens once all samples of a domain are drawn.
         """
         assert (available is None) == (when_exhausted == "repeat")
         self.owed = np.zeros(len(weights))  # samples promised minus samples drawn; sums to 0
@@ -81,18 +81,18 @@ class DomainMixture:
 
     @property
     def num_drawn(self) -> int:
-        """Samples drawn so far, over all domains."""
+        """Number of samples drawn so far, over all domains."""
         return int(self.drawn.sum())
 
     @property
     def exhausted(self) -> npt.NDArray[np.bool_]:
-        """Which domains have no sample left; none where domains repeat."""
+        """True for each domain that has no sample left; all False where domains repeat."""
         if self._available is None:
             return np.zeros(len(self.owed), dtype=np.bool_)
         return self.drawn >= self._available
 
     def set_weights(self, weights: Sequence[float] | npt.NDArray[np.float64]) -> None:
-        """Take the next samples in other proportions; what is owed and drawn stays.
+        """Take the next samples in other proportions; keep what is owed and drawn.
 
         Raises:
             ValueError: see ``normalise_weights``.
@@ -104,7 +104,7 @@ class DomainMixture:
         """Return (domain, index within the domain) of the next sample.
 
         Raises:
-            DataExhausted: there is none; the mixture stays as it is.
+            DataExhausted: there is no next sample; the mixture is unchanged.
         """
         if self._available is not None and not self.shares.any():
             raise DataExhausted(None, self.num_drawn)
@@ -123,8 +123,8 @@ class DomainMixture:
     def _share_out(self) -> None:
         """Set the shares in which samples are promised from here on."""
         self.shares = self.weights
-        """Weights of what is drawn: those of the domains with text, in proportion; sums to 1, or to
-        0 where there is none."""
+        """Weights of the domains that have text left, in proportion; they sum to 1, or to 0 where
+        no domain has any."""
         out = self.exhausted
         if self.when_exhausted != "redistribute" or not out.any():
             return
@@ -137,11 +137,11 @@ class DomainMixture:
             self.owed[left] = levelled(self.owed[left], residue)
 
     def copy(self) -> DomainMixture:
-        """Another mixture that stands where this one does."""
+        """Return a copy, which draws on independently."""
         return copy.deepcopy(self)
 
     def state_dict(self) -> MixtureState:
-        """All there is to the mixture: three numbers a domain."""
+        """Return the whole state: three numbers per domain."""
         return {
             "weights": self.weights.tolist(),
             "owed": self.owed.tolist(),
@@ -149,10 +149,10 @@ class DomainMixture:
         }
 
     def load_state_dict(self, state: MixtureState | Mapping[str, list[float]]) -> None:
-        """Go on where the mixture that gave ``state`` stood.
+        """Resume where the mixture that gave ``state`` stood.
 
         Raises:
-            ValueError: the state is of another number of domains.
+            ValueError: the state has another number of domains.
         """
         found = {key: len(state[key]) for key in ("weights", "owed", "drawn")}
         if set(found.values()) != {len(self.owed)}:
@@ -160,7 +160,7 @@ class DomainMixture:
                 f"the saved mixture has {found['weights']} domains, this run has "
                 f"{len(self.owed)}; resume with the domains of the saved run"
             )
-        # Checked, then taken as they are: dividing by the sum again could change the last bit.
+        # Checked, then taken unchanged: dividing by the sum again could change the last bit.
         normalise_weights(state["weights"], len(self.owed))
         self.weights = np.array(state["weights"], dtype=np.float64)
         self.owed = np.array(state["owed"], dtype=np.float64)
@@ -169,11 +169,11 @@ class DomainMixture:
 
 
 def levelled(fills: npt.NDArray[np.float64], amount: float) -> npt.NDArray[np.float64]:
-    """Pour an amount into cups so that the lowest rise to one level; a negative one lowers the
+    """Pour an amount into cups so that the lowest rise to one level; a negative amount lowers the
     highest."""
     sign = 1.0 if amount >= 0 else -1.0
     rising = np.sort(sign * fills)
-    # the level that the n lowest would reach alone falls with n until the next is above it
+    # The level that the n lowest would reach alone falls with n until the next cup is above it.
     levels = (rising.cumsum() + abs(amount)) / np.arange(1, len(fills) + 1)
     poured: npt.NDArray[np.float64] = sign * np.maximum(sign * fills, levels.min())
     return poured
@@ -182,10 +182,10 @@ def levelled(fills: npt.NDArray[np.float64], amount: float) -> npt.NDArray[np.fl
 def normalise_weights(
     weights: Sequence[float] | npt.NDArray[np.float64], num_domains: int
 ) -> npt.NDArray[np.float64]:
-    """Weights as float64 that sum to 1.
+    """Return weights as float64 that sum to 1.
 
     Raises:
-        ValueError: they are not ``num_domains`` finite numbers >= 0 whose sum is 1 to 1e-6.
+        ValueError: the weights are not ``num_domains`` finite numbers >= 0 with a sum of 1 to 1e-6.
     """
     values = np.array(weights, dtype=np.float64)
     if values.shape != (num_domains,) or not num_domains:

@@ -1,4 +1,4 @@
-"""Phases: weights of the domains that change at samples settled before the run."""
+"""Phases: weights of the domains that change at samples fixed before the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megashear.files.structured import read_yaml
 logger = logging.getLogger(__name__)
 
 STARTS = ("start_step", "start_sample", "start_token")
-"""Keys that say where a phase begins; all phases of a file use the same one."""
+"""Keys that say where a phase begins; all phases of a file use the same key."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,25 +25,25 @@ class Phases:
     """Weights that hold from where a phase begins until the next one does."""
 
     unit: str
-    """One of ``STARTS``: what ``starts`` count, over all replicas."""
+    """One of ``STARTS``: the unit of ``starts``, over all replicas."""
     starts: tuple[int, ...]
-    """Where each phase begins; the first at 0, and rising."""
+    """Beginning of each phase: 0, then rising."""
     weights: tuple[Vector, ...]
     """Weights of each phase."""
 
     def changes(
         self, *, seq_length: int, global_batch_size: int, first_step: int, first_sample: int
     ) -> dict[int, Vector]:
-        """Weights by the number of the sample from which they hold, the present phase's first.
+        """Return weights by the first sample they hold for, from the present phase on.
 
-        A phase that starts at a token starts with the first sample that lies wholly behind it.
+        A phase that starts at a token starts with the first sample that lies wholly after it.
 
         Args:
             seq_length: tokens per sample.
             global_batch_size: samples per step, from here on.
             first_step: steps done.
-            first_sample: samples drawn so far; with the batch size of now, ``start_step`` counts on
-                from here, whatever it was before.
+            first_sample: samples drawn so far. Later steps are counted from here with the present
+                batch size, whatever it was before.
         """
         found = {}
         for start, weights in zip(self.starts, self.weights):
@@ -53,15 +53,15 @@ class Phases:
                 sample = -(-start // seq_length)
             else:
                 sample = start
-            found[max(sample, first_sample)] = weights  # of those that began, the last one holds
+            found[max(sample, first_sample)] = weights  # of the phases that began, the last holds
         return found
 
 
 class PhasedMixture(DomainMixture):
     """A mixture whose weights are those of the phase that a sample's number falls in.
 
-    The number of samples drawn is part of the mixture's state, so that a resumed run is in the
-    right phase, and however far ahead a loader draws, the change falls on the promised sample.
+    The number of samples drawn is part of the mixture's state, so a resumed run is in the right
+    phase, and the change falls on the promised sample however far ahead a loader draws.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PhasedMixture(DomainMixture):
         available: Sequence[int] | None = None,
         when_exhausted: WhenExhausted = "repeat",
     ) -> None:
-        """Take weights by first sample; the least of these numbers is where drawing begins.
+        """Take weights by the first sample of each phase; drawing begins at the least of these.
 
         The other arguments are those of DomainMixture.
         """
@@ -90,7 +90,7 @@ class PhasedMixture(DomainMixture):
         return drawn
 
     def load_state_dict(self, state: Any) -> None:
-        """See DomainMixture; the weights are the phase's, not the state's."""
+        """Resume as DomainMixture does, but with the weights of the phase, not of the state."""
         super().load_state_dict(state)
         self._place = self.num_drawn
         phase = bisect.bisect_right(self._samples, self._place) - 1
@@ -98,7 +98,7 @@ class PhasedMixture(DomainMixture):
 
 
 def read_phases(path: str | Path, domains: Sequence[str], limits: ShareLimits) -> Phases:
-    """Phases from a YAML file: a list of ``{start_...: number, weights: {domain: weight}}``.
+    """Read phases from a YAML list of ``{start_...: number, weights: {domain: weight}}``.
 
     Raises:
         ValueError: the file is missing or holds something else, phases overlap or do not begin at
@@ -155,7 +155,7 @@ def _weights(found: object, where: str, domains: Sequence[str], limits: ShareLim
 
 
 def _whole(value: object, what: str) -> int:
-    """A whole number, also where it is written 2e9, which YAML reads as a float or as text."""
+    """Return a whole number, also from 2e9, which YAML reads as a float or as text."""
     try:
         number = float(value) if isinstance(value, int | float | str) else math.nan
     except ValueError:

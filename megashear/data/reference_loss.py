@@ -1,4 +1,4 @@
-"""What each domain's loss should be: published, fitted over source sizes, or read from a file."""
+"""What each domain's loss should be: fitted over model sizes, or read from a file."""
 
 from __future__ import annotations
 
@@ -19,54 +19,22 @@ from megashear.files.structured import read_yaml
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED_DOMAINS = ("cc", "github", "book", "stackexchange", "wiki", "arxiv", "c4")
-"""The seven RedPajama domains, in the order of the tables below."""
-
-REFERENCE_LOSSES: Mapping[str, tuple[float, ...]] = MappingProxyType(
-    {
-        "1.3B": (1.9643, 0.7459, 2.1393, 1.6117, 1.7590, 1.4449, 2.1251),
-        "2.7B": (1.8712, 0.6883, 2.0325, 1.5353, 1.6297, 1.3560, 2.0328),
-        "370M": (2.1401, 0.8694, 2.3625, 1.7791, 2.0470, 1.6637, 2.3139),
-    }
-)
-"""Reference loss of each domain by target, nats per token, for LLaMA-2-7B as the source.
-
-Source: Xia et al. 2023 (arXiv:2310.06694), its public implementation.
-"""
-
-TARGET_SIZES: Mapping[str, int] = MappingProxyType(
-    {"1.3B": 1_345_423_360, "2.7B": 2_701_560_320, "370M": 373_867_520}
-)
-"""Parameters of the targets of ``REFERENCE_LOSSES``."""
-
-SOURCE_LOSSES: Mapping[int, tuple[float, ...]] = MappingProxyType(
-    {
-        6_738_415_616: (1.7520, 0.6216, 1.9063, 1.4482, 1.4844, 1.2637, 1.9219),
-        13_015_864_320: (1.6680, 0.5791, 1.8242, 1.3936, 1.3945, 1.2109, 1.8486),
-        68_976_648_192: (1.4621, 0.4890, 1.6450, 1.2805, 1.2118, 1.1148, 1.6848),
-    }
-)
-"""Held-out loss of LLaMA-2 in each domain by number of parameters, nats per token.
-
-Source: as ``REFERENCE_LOSSES``, which are fitted through these.
-"""
-
 EXPONENT_RANGE = (-4.0, 4.0)
-"""Exponents b that a fit may find; published ones for language models lie near 0.05 to 0.5, and one
-that is not above 0 is warned of."""
+"""Exponents b that a fit may find. Published ones for language models lie near 0.05 to 0.5; an
+exponent of 0 or less gives a warning."""
 HALVINGS = 70
-"""Halvings of the bracket around b, which leave less than float64 resolves."""
+"""Halvings of the bracket around b; it is then narrower than float64 resolves."""
 GRID = 401
-"""Exponents among which a fit through more than three models looks for the best first."""
+"""Number of exponents that a fit through more than three models tries first."""
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Ratio of the golden section."""
 
 SEQUENCE_LENGTH = "sequence length"
-"""Key of the tokens per sequence in what `megashear evaluate --output` wrote."""
+"""Key under which ``megashear evaluate --output`` writes the tokens per sequence."""
 MEASURED = "held-out loss"
 """Key under which ``megashear evaluate`` writes the losses it measured, by domain."""
 PARAMETERS = "parameters"
-"""Key under which it writes the size of the model."""
+"""Key under which ``megashear evaluate`` writes the size of the model."""
 REFERENCE = "reference loss"
 """Key under which ``megashear reference-loss`` writes what each domain's loss should be."""
 
@@ -77,7 +45,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "own-loss": "the loss of the smallest model as it is",
     }
 )
-"""How references come about, by the name that ``--method`` takes."""
+"""Meaning of each name that ``--method`` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,35 +53,35 @@ class Model:
     """Losses of one model."""
 
     name: str
-    """Where they come from."""
+    """File or directory that the losses come from."""
     parameters: int
-    """Of the whole model, embeddings included."""
+    """Parameters of the whole model, embeddings included."""
     losses: Mapping[str, float]
     """Loss by domain, nats per token."""
     sequence_length: int | None = None
-    """Tokens per sequence of the evaluation, where it is known."""
+    """Tokens per sequence of the evaluation; None where unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingLaw:
-    """L(N) = a N^-b + c, as L(N) = loss - slope * (1 - (N / size)^-b) / b, which also serves where
-    b is near 0 and a and c are not finite."""
+    """The law L(N) = a N^-b + c, kept as L(N) = loss - slope * (1 - (N / size)^-b) / b, which also
+    holds where b is near 0 and a and c are not finite."""
 
     size: float
-    """A number of parameters."""
+    """Number of parameters at which ``loss`` and ``slope`` are taken."""
     loss: float
-    """L there, nats per token."""
+    """L(size), nats per token."""
     slope: float
-    """-dL / d ln N there."""
+    """-dL / d ln N at ``size``."""
     b: float
-    """Exponent."""
+    """Exponent b."""
     residual: float
-    """Largest distance of a loss that was given from the law, nats per token."""
+    """Largest distance between the law and a loss it was fitted to, nats per token."""
     remarks: tuple[str, ...]
-    """What is wrong with it; nothing where it can be trusted as far as a law can."""
+    """Reasons to distrust the law; empty where there are none."""
 
     def __call__(self, size: float) -> float:
-        """Loss of a model of ``size`` parameters, nats per token."""
+        """Return the loss of a model of ``size`` parameters, nats per token."""
         return self.loss - self.slope * float(_fall(np.log(size / self.size), self.b))
 
     @property
@@ -123,17 +91,17 @@ class ScalingLaw:
 
     @property
     def c(self) -> float:
-        """Loss that no size goes below."""
+        """Loss of an infinitely large model."""
         return self.loss - self.slope / self.b if self.b else -math.inf
 
 
 def fit_scaling_law(sizes: Sequence[int], losses: Sequence[float]) -> ScalingLaw:
     """Fit L(N) = a N^-b + c through the losses of one domain at two or more model sizes.
 
-    Three losses are met exactly; to more, the law with the least squares is fitted. Two leave one
-    of the three unknown open, and c = 0 is taken: through LLaMA-2's two smaller models that comes
-    within 0.042 of the published references for 1.3 B parameters in every domain, where the smaller
-    model's own losses are up to 0.275 off and b = 0.336 with c fitted up to 0.092.
+    The law goes exactly through three losses; more are fitted by least squares. Two losses do not
+    settle three unknowns, so c = 0 is taken: through LLaMA-2's two smaller models that comes within
+    0.042 of the published references for 1.3 B parameters in every domain. The smaller model's own
+    losses are up to 0.275 off, and a law with b = 0.336 and c fitted up to 0.092.
 
     Args:
         sizes: parameters of two or more models.
@@ -141,7 +109,7 @@ def fit_scaling_law(sizes: Sequence[int], losses: Sequence[float]) -> ScalingLaw
 
     Raises:
         ValueError: fewer than two different sizes, a size twice, or losses that do not fall with
-            size, so that no law meets them.
+            size, so that no law fits.
 
     Source: the form is Hoffmann et al. 2022 (arXiv:2203.15556), without its term in the data.
     """
@@ -187,7 +155,7 @@ def _remarks(law: ScalingLaw, *, num_models: int) -> Iterator[str]:
 
 
 def _fall(log_size: npt.NDArray[np.float64], b: float) -> npt.NDArray[np.float64]:
-    """(1 - e^(-b x)) / b at x = ``log_size``; x itself at b = 0."""
+    """Return (1 - e^(-b x)) / b at x = ``log_size``; x itself at b = 0."""
     fall: npt.NDArray[np.float64] = -np.expm1(-b * log_size) / b if b else log_size
     return fall
 
@@ -205,8 +173,10 @@ def _through_two(log_size: npt.NDArray[np.float64], loss: npt.NDArray[np.float64
 
 def _through_three(log_size: npt.NDArray[np.float64], loss: npt.NDArray[np.float64]) -> Line:
     def ratio(b: float) -> float:
-        """Of the falls to the largest and to the middle size: it knows neither a nor c, and sinks
-        as b grows, so that b is its one root."""
+        """Return the fall of the loss to the largest size divided by that to the middle size.
+
+        The ratio depends on neither a nor c, and falls as b grows, so one b gives the wanted one.
+        """
         middle, largest = _fall(log_size[1:], b)
         return float(largest / middle)
 
@@ -224,7 +194,7 @@ def _through_three(log_size: npt.NDArray[np.float64], loss: npt.NDArray[np.float
 
 
 def _through_many(log_size: npt.NDArray[np.float64], loss: npt.NDArray[np.float64]) -> Line:
-    """Least squares: given b the law is a line in its fall, so that b alone is searched."""
+    """Fit by least squares: given b, the law is a line in its fall, so only b is searched."""
 
     def line(b: float) -> tuple[float, Line]:
         fall = _fall(log_size, b)
@@ -246,16 +216,16 @@ def _through_many(log_size: npt.NDArray[np.float64], loss: npt.NDArray[np.float6
 
 
 def find_references(models: Sequence[Model], *, method: str, params: int | None) -> dict[str, Any]:
-    """What ``megashear reference-loss`` writes: references, and how they came about.
+    """Return what ``megashear reference-loss`` writes: references, and how they were found.
 
     Args:
         models: one or more.
-        method: of ``METHODS``, or ``auto`` for the first that has enough models.
-        params: parameters of what the model shall become; wanted by the two laws.
+        method: a name in ``METHODS``, or ``auto`` for the first that has enough models.
+        params: parameters of the target; the two laws need them.
 
     Raises:
         ValueError: models of different domains or the same size, too few of them, no target, or
-            losses that no law meets.
+            losses that no law fits.
     """
     models = sorted(models, key=lambda model: model.parameters)
     domains = list(models[0].losses)
@@ -328,7 +298,7 @@ def _check_models(models: Sequence[Model], domains: Sequence[str]) -> None:
 
 
 def read_models(files: Sequence[str | Path]) -> list[Model]:
-    """Models from files that ``megashear evaluate --output`` wrote, or YAML tables of
+    """Read models from files that ``megashear evaluate --output`` wrote, or from YAML tables of
     ``parameters: {domain: loss}``.
 
     Raises:
@@ -371,11 +341,11 @@ def read_models(files: Sequence[str | Path]) -> list[Model]:
 def read_reference(
     source: str | Path | Mapping[str, float], domains: Sequence[str]
 ) -> npt.NDArray[np.float64]:
-    """Reference losses in the order of ``domains``.
+    """Return reference losses in the order of ``domains``.
 
     Args:
-        source: loss by domain, nats per token, or a YAML or JSON file that holds just that, or
-            what ``megashear reference-loss`` or ``megashear evaluate --output`` wrote.
+        source: loss by domain, nats per token; or a YAML or JSON file that holds these, or that
+            ``megashear reference-loss`` or ``megashear evaluate --output`` wrote.
         domains: names of the domains of the data.
 
     Raises:
@@ -410,7 +380,7 @@ def _check_loss(value: object, name: str, where: str) -> None:
 
 
 MOST_LOSS = 100.0
-"""Nats per token: to guess among all ids that 32 bits can name costs 22."""
+"""Largest loss accepted, nats per token; a guess among all 32-bit ids costs 22."""
 
 
 def _read_mapping(path: Path) -> Mapping[str, float]:

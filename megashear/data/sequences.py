@@ -1,4 +1,4 @@
-"""Training sequences of one domain, any number of epochs, by their number."""
+"""Training sequences of one domain, numbered through any number of epochs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from torch import Tensor
 
 
 class DomainSequences:
-    """Sequences of one domain: sample n of an endless row of epochs.
+    """Sequences of one domain, as the samples of an endless row of epochs.
 
     Documents are packed back to back, as Megatron-LM packs them: each epoch shuffles the documents,
     cuts their text into sequences that share their border token (every token but the first is a
-    label once; less than one sequence is left over), and shuffles the sequences. What sample n is
-    depends on the text, the sequence length, and (seed, domain, n) alone.
+    label once; less than one sequence is left over), and shuffles the sequences. Sample n depends
+    on the text, the sequence length, and (seed, domain, n) alone.
 
     Each epoch is a ``GPTDataset`` of one epoch, held in memory: built with an empty cache path, it
     writes no files, so ranks need neither wait for one another nor race, and it needs no process
-    group. Its one-epoch index takes 4 bytes a document and 12 bytes a sequence.
+    group. Its one-epoch index takes 4 bytes per document and 12 bytes per sequence.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class DomainSequences:
         Args:
             prefix: path of the domain's ``.bin`` and ``.idx``, without these endings.
             sequence_length: tokens that the model sees of a sequence.
-            seed: of all shuffling, >= 0.
+            seed: seed of all shuffling, >= 0.
             domain_index: place of the domain among the domains.
 
         Raises:
-            ValueError: no such files, or less text than one sequence.
+            ValueError: the files do not exist or have less text than one sequence.
         """
         if seed < 0:
             raise ValueError(f"--seed is {seed}; wanted an integer >= 0")
@@ -61,21 +61,22 @@ class DomainSequences:
         )
         """Sequences of one epoch."""
         self.origin = (0, 0)
-        """A sample that begins an epoch, and that epoch; samples before it are none of this."""
+        """Number of a sample that begins an epoch, and number of that epoch. Samples before it were
+        drawn at another sequence length and cannot be read."""
         self._epoch = -1
         self._sequences: GPTDataset | None = None
 
     def __getitem__(self, sample: int) -> Tensor:
-        """Tokens of a sample, int64 [sequence_length + 1]; any number >= 0 is one."""
+        """Return the tokens of a sample, int64 [sequence_length + 1]; any number >= 0 is valid."""
         epoch, place = self.place(sample)
-        # Its __getitem__ would also make masks and positions, which nobody asks for.
+        # GPTDataset's __getitem__ would also make masks and positions, which nobody uses.
         text, _ = self._of_epoch(epoch)._query_document_sample_shuffle_indices(place)
         return torch.from_numpy(text)
 
     def documents(self, sample: int) -> Tensor:
-        """Number of the document that each token of a sample belongs to, int64, shaped like it.
+        """Return the number of the document of each token of a sample, int64, shaped like it.
 
-        Counted in the sample, rising; borders are those that the ``.idx`` knows.
+        Documents are counted from 0 within the sample, by the borders in the ``.idx``.
         """
         epoch, place = self.place(sample)
         packed = self._of_epoch(epoch)
@@ -92,19 +93,19 @@ class DomainSequences:
         self._of_epoch(self.place(sample)[0])
 
     def place(self, sample: int) -> tuple[int, int]:
-        """Epoch of a sample, and its place in it."""
+        """Return the epoch of a sample, and its place in that epoch."""
         first, epoch = self.origin
         assert sample >= first, (sample, first)
         later, place = divmod(sample - first, self.samples_per_epoch)
         return epoch + later, place
 
     def epochs(self, num_drawn: int) -> float:
-        """Epochs read when ``num_drawn`` samples are drawn, 1.5 for one and a half."""
+        """Return the epochs read once ``num_drawn`` samples are drawn, 1.5 for one and a half."""
         first, epoch = self.origin
         return epoch + (num_drawn - first) / self.samples_per_epoch
 
     def _of_epoch(self, epoch: int) -> GPTDataset:
-        """Sequences of one epoch; the last asked for is kept."""
+        """Return the sequences of one epoch; the latest epoch asked for is kept."""
         if self._sequences is None or epoch != self._epoch:
             self._sequences = self._build(epoch)
             self._epoch = epoch
@@ -134,7 +135,7 @@ class DomainSequences:
 
 
 def open_text(prefix: str | Path) -> IndexedDataset:
-    """Memory-mapped documents of ``prefix``.bin and .idx.
+    """Open the documents of ``prefix``.bin and .idx, memory-mapped.
 
     Raises:
         ValueError: one of the files is missing, or they do not belong together.
@@ -159,16 +160,16 @@ def open_text(prefix: str | Path) -> IndexedDataset:
 def num_sequences(
     prefix: str | Path, num_tokens: int, sequence_length: int, *, way_out: str
 ) -> int:
-    """Sequences that a text makes, neighbours sharing their border token.
+    """Return the number of sequences in a text, where neighbours share their border token.
 
     Args:
         prefix: path of the text, for the message.
-        num_tokens: its tokens.
+        num_tokens: tokens of the text.
         sequence_length: tokens that the model sees of a sequence.
-        way_out: what to do about a text too short, besides shorter sequences.
+        way_out: for the message, what to do about too short a text besides shorter sequences.
 
     Raises:
-        ValueError: not one.
+        ValueError: the text has less than one sequence.
     """
     if sequence_length < 1:
         raise ValueError(f"--seq-length is {sequence_length}; wanted at least 1 token")
@@ -183,21 +184,21 @@ def num_sequences(
 
 @dataclass(frozen=True)
 class _NoTokenizer:
-    """What GPTDataset asks its tokenizer for, of text that needs no tokenizer any more."""
+    """Tokenizer for a GPTDataset whose text is tokenised already."""
 
     vocab_size: None = None  # the type of the stored tokens is read from the .idx
     pad: int = -1  # no token is padding: every label counts
-    eod: int = -2  # not looked at, for positions and attention run through documents
+    eod: int = -2  # not used, for positions and attention run through documents
 
     @property
     def unique_identifiers(self) -> dict[str, Any]:
-        """Would name cached files."""
+        """Return no names: no file is cached."""
         return {}
 
 
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
-    """Keeps GPTDataset from warning that it saves no files, which is what it is asked for."""
+    """Keep GPTDataset from warning that it saves no files, which is intended."""
     theirs = logging.getLogger(GPTDataset.__module__)
     level = theirs.level
     theirs.setLevel(logging.ERROR)

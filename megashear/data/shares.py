@@ -1,4 +1,4 @@
-"""Shares of the mixture as flags give them, by order or by name, and their floors and caps."""
+"""Shares of the mixture as flags give them, by order or by name; floors and caps of shares."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ Vector = npt.NDArray[np.float64]
 """One number for each domain."""
 
 ROUNDING = 1e-12
-"""How far floors and caps may miss a sum of 1, as seven caps of 1/7 do."""
+"""Distance from 1 that sums of floors and caps may have, as that of seven caps of 1/7 has."""
 
 
 def unknown_domain(name: object, domains: Sequence[str]) -> str:
-    """What to say of a name that is none of ``domains``, with the nearest that is."""
+    """Return a message for a name that is not in ``domains``, with the nearest name that is."""
     nearest = difflib.get_close_matches(str(name), domains, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return f"no domain {name!r}; {hint}the data have {list(domains)}"
 
 
 def weights_of(words: Sequence[float | str], domains: Sequence[str], *, flag: str) -> list[float]:
-    """Weights in the order of the domains.
+    """Return weights in the order of the domains.
 
     Args:
-        words: a number for each domain in their order, or ``name=number`` for each in any order.
+        words: a number for each domain in order, or ``name=number`` for each in any order.
         domains: names of the domains of the data.
         flag: what the user typed before the words, for messages.
 
     Raises:
-        ValueError: names and bare numbers mixed, a name that is no domain or there twice, a domain
-            left out, or something that is no number. How many numbers there are and what they sum
-            to is ``normalise_weights``'s to say.
+        ValueError: names and bare numbers are mixed, a name is unknown or given twice, a domain is
+            left out, or a word is not a number. ``normalise_weights`` checks the count and the sum
+            of bare numbers.
     """
     plain, named = _split(words, domains, flag)
     if not named:
@@ -65,11 +65,11 @@ class ShareLimits:
 
     @property
     def bind(self) -> bool:
-        """Whether they can change anything."""
+        """Whether the limits can change any weights."""
         return bool((self.floors > 0).any() or (self.caps < 1).any())
 
     def violations(self, weights: Vector, domains: Sequence[str]) -> list[str]:
-        """A remark on each domain whose weight is below its floor or above its cap."""
+        """Return a remark for each domain whose weight is below its floor or above its cap."""
         return [
             f"{name} {weight:.6g} is {'below' if weight < floor else 'above'} "
             f"{floor if weight < floor else cap:.6g}"
@@ -78,21 +78,21 @@ class ShareLimits:
         ]
 
     def project(self, weights: Vector) -> Vector:
-        """The nearest weights within the limits; theirs sum to 1 and domains between their limits
-        keep their proportions.
+        """Return the nearest weights within the limits; they sum to 1, and domains between their
+        limits keep their proportions.
 
         Nearest in relative entropy: w_i = clip(s * weights_i, floor_i, cap_i) with the one s that
         makes the sum 1, found exactly, for the sum is piecewise linear in s. Where all weights
-        above 0 are at their caps and leave some over, domains of weight 0 divide it evenly. A sum
-        of 1 is exact in float64 unless floors or caps alone fill it.
+        above 0 are at their caps and leave a rest, domains of weight 0 divide the rest evenly. The
+        sum of 1 is exact in float64 unless floors or caps alone fill it.
 
         Args:
             weights: >= 0, sum to 1.
         """
         floors, caps = self.floors, self.caps
-        # below the smallest normal number a weight cannot be scaled to its floor
+        # Below the smallest normal number a weight cannot be scaled to its floor.
         positive = weights >= np.finfo(np.float64).tiny
-        # what is left for those that s moves
+        # What is left for the domains that s moves.
         room = 1.0 - math.fsum(floors[~positive])
         new = floors.copy()
         if math.fsum(caps[positive]) <= room:
@@ -104,8 +104,8 @@ class ShareLimits:
                 )
         else:
             new[positive] = _scaled(weights[positive], floors[positive], caps[positive], room)
-        # The last bits go to the domain farthest from its limits: dividing by the sum, as one
-        # would, lifts others over their caps.
+        # The last bits go to the domain farthest from its limits: dividing by the sum instead
+        # would lift others over their caps.
         slack = np.minimum(new - floors, caps - new)
         widest = int(slack.argmax())
         if slack[widest] > ROUNDING:
@@ -117,12 +117,12 @@ class ShareLimits:
 def limits_of(
     floors: Sequence[float | str], caps: Sequence[float | str], domains: Sequence[str]
 ) -> ShareLimits:
-    """Limits as ``--domain-floor`` and ``--domain-cap`` give them.
+    """Return the limits that ``--domain-floor`` and ``--domain-cap`` give.
 
     Args:
-        floors: ``name=share`` of some domains, and at most one bare number for all others; 0 where
-            nothing is said.
-        caps: the same; 1 where nothing is said.
+        floors: ``name=share`` of some domains, and at most one bare number for all others; without
+            one, 0 for all others.
+        caps: written like floors; without a bare number, 1 for all other domains.
         domains: names of the domains of the data.
 
     Raises:
@@ -170,7 +170,7 @@ def _limits(
 def _split(
     words: Sequence[float | str], domains: Sequence[str], flag: str
 ) -> tuple[list[float], dict[str, float]]:
-    """Bare numbers, and numbers by domain."""
+    """Split words into bare numbers, and numbers by domain."""
     plain: list[float] = []
     named: dict[str, float] = {}
     for word in words:
@@ -196,14 +196,14 @@ def _split(
 
 
 def _scaled(weights: Vector, floors: Vector, caps: Vector, total: float) -> Vector:
-    """clip(s * weights, floors, caps) for the s with which it sums to ``total``; weights > 0."""
+    """Return clip(s * weights, floors, caps) with the s that makes its sum ``total``."""
     breaks = np.unique(np.concatenate([floors / weights, caps / weights]))
 
     def clipped(s: float) -> Vector:
         values: Vector = np.clip(s * weights, floors, caps)
         return values
 
-    # the sum rises with s, and is linear between two breaks: the last one that is not too much
+    # The sum rises with s, linearly between two breaks: take the last break that is not too much.
     low = max((s for s in breaks if math.fsum(clipped(s)) <= total), default=0.0)
     high = min((s for s in breaks if s > low), default=math.inf)
     at_floor, at_cap = floors / weights >= high, caps / weights <= low

@@ -15,7 +15,7 @@ import yaml
 from megashear.__main__ import COMMANDS, main
 from megashear.commands.settings import build, settings_of
 from megashear.config import PlanConfig, PretrainRun, PruneRun, check_streams
-from megashear.data.reference_loss import PUBLISHED_DOMAINS, REFERENCE_LOSSES, read_reference
+from megashear.data.reference_loss import read_reference
 from megashear.masks.target_flags import target_shape
 from megashear.masks.targets import whole_parts
 from megashear.models.llama import check_layout
@@ -24,6 +24,7 @@ from megashear.planning.memory import checkpoint_bytes
 from megashear.planning.tables import Plan
 from megashear.shape import PRESETS, ModelShape
 from megashear.train.start import check_target_layout
+from tests.published_losses import PUBLISHED_DOMAINS, REFERENCE_LOSSES
 from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megashear.data.batch import DocumentBorders
-from megashear.data.loader import HeldOutSet
+from megashear.data.held_out import HeldOutSet
 
 LENGTH = 16
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from megashear.config import DataConfig
 from megashear.data import reweight as module
-from megashear.data.reference_loss import PUBLISHED_DOMAINS, REFERENCE_LOSSES
 from megashear.data.reweight import SCORES, Reweighting
 from megashear.data.shares import limits_of
+from tests.published_losses import PUBLISHED_DOMAINS, REFERENCE_LOSSES
 
 START = [0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15]
 LOSSES = [2.6087, 1.3485, 2.7958, 2.2459, 2.3096, 2.0712, 2.7889]

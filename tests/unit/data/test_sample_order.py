@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megashear.data.loader import LoaderState, MixtureLoader
+from megashear.data.loader import MixtureLoader
+from megashear.data.loader_state import LoaderState
 from megashear.data.mixture import DomainMixture
 from megashear.data.sequences import DomainSequences
 from tests.unit.data.test_mixture import ROUNDING, harmonic, weights_of

@@ -276,12 +276,6 @@ def test_manifests_of_before_fall_back_on_the_tokenizer(untouched) -> None:
         data.check_vocab(299)
 
 
-def test_another_tokenizer_is_refused(data, sentencepiece_file, hugging_face_file) -> None:
-    data.check_tokenizer(load_tokenizer(sentencepiece_file))
-    with pytest.raises(ValueError, match=r"with another tokenizer .*preprocess again"):
-        data.check_tokenizer(load_tokenizer(hugging_face_file))
-
-
 def test_directories_of_something_else_are_refused(tokenise, texts, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"is not a megashear data directory.*preprocess"):
         read_manifest(tmp_path)
