@@ -1,1 +1,1 @@
-"""The mathematics of learned masks: no torch.distributed, no megatron."""
+"""The mathematics of learned masks, without torch.distributed and megatron-core."""

@@ -1,4 +1,4 @@
-"""Where the gates of a run stand: how many stay, how many are undecided, how many changed side."""
+"""Counts of a run's gates: how many are open, how many are undecided, how many changed side."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from megashear.masks.mask_set import exact_gates, expected_gates
 from megashear.masks.targets import MaskPart
 
 UNDECIDED = (0.1, 0.9)
-"""Chances to be open between which a gate counts as undecided, neither bound included. The lower
-clamp of log_alpha gives 0.047, so that .05 would leave out hardly more than the gates on it."""
+"""A gate is undecided if its chance to be open lies between these bounds. The lower clamp of
+log_alpha gives a chance of 0.047, so 0.05 would leave out little more than gates at the clamp."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Census:
-    """Where the gates of one kind stand, and how far from a shape that can be cut.
+    """Counts of the gates of one kind, which say how far they are from a shape that can be cut.
 
-    Two modes are compared. Expected mode opens as many gates of a row as it is expected to open:
-    what the masks ask for, which training evaluates. Exact mode opens the target's number in every
-    row: what is cut.
+    Two modes are compared. Expected mode opens as many gates of a row as the row is expected to
+    open, and training evaluates it. Exact mode opens the target's number in every row, and the cut
+    keeps these.
     """
 
     kind: str
@@ -35,32 +35,32 @@ class Census:
     target: int
     """Units to keep in each row."""
     fewest_open: int
-    """Open gates of the row that keeps fewest, expected mode."""
+    """Open gates of the row with the fewest, expected mode."""
     most_open: int
-    """Open gates of the row that keeps most, expected mode."""
+    """Open gates of the row with the most, expected mode."""
     actual_open: float
-    """Open gates of a row, expected mode, mean over rows."""
+    """Mean over rows of the open gates of a row, expected mode."""
     num_changed: int
-    """Gates open in one of the two modes and closed in the other."""
+    """Gates that are open in one of the two modes and closed in the other."""
     num_undecided: int
     """Gates whose chance to be open lies between the bounds of ``UNDECIDED``."""
     expected_open: float
-    """Sum of a row's chances to be open, mean over rows."""
+    """Mean over rows of the sum of a row's chances to be open."""
 
     @property
     def num_gates(self) -> int:
-        """Return the gates of the kind, in all rows."""
+        """Return the number of gates of the kind, in all rows."""
         return self.num_rows * self.num_units
 
 
 def take_census(
     whole_log_alpha: Mapping[str, Tensor], targets: Mapping[str, int]
 ) -> dict[str, Census]:
-    """Count the gates of every kind.
+    """Return the counts of the gates of every kind.
 
     Args:
         whole_log_alpha: **whole** masks by kind, [num_rows, num_units].
-        targets: units to leave open in each row, by the same kinds.
+        targets: units to leave open in each row, for the same kinds.
     """
     exact, expected = exact_gates(whole_log_alpha, targets), expected_gates(whole_log_alpha)
     counted = {}
@@ -86,10 +86,10 @@ def take_census(
 
 
 def target_sizes(constraint: SparsityConstraint, step: int) -> dict[str, float]:
-    """Units that a row shall leave open at a step, by kind; no whole numbers in the warm-up.
+    """Return the units that a row shall leave open at a step, by kind, fractions in the warm-up.
 
     Args:
-        constraint: of the run.
+        constraint: the run's constraint.
         step: training step, from 0.
     """
     return {
@@ -99,12 +99,12 @@ def target_sizes(constraint: SparsityConstraint, step: int) -> dict[str, float]:
 
 
 class GateSides:
-    """On which side each gate of this process stood when it was last looked at.
+    """The side, open or closed, of each gate of this process when it was last looked at.
 
-    Before the first look all are open, as a run begins.
+    Before the first look all gates are open, as when a run begins.
 
     Args:
-        parts: what this process holds, by kind.
+        parts: the parts that this process holds, by kind.
     """
 
     def __init__(self, parts: Mapping[str, MaskPart]) -> None:
@@ -114,14 +114,14 @@ class GateSides:
         }  # [own rows, own units]
 
     def changed(self, own_gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gates that changed side since the last look, and remember the new sides.
+        """Count the gates that changed side since the last look, and remember the new sides.
 
         Args:
             own_gates: deterministic gates of this process by kind, [own rows, own units].
 
         Returns:
-            Number in each row by kind, float64 [own rows]; summed over the shards of a row they
-            give the whole row's.
+            Number of changes in each row by kind, float64 [own rows]. The sum over the shards of a
+            row is the number of the whole row.
         """
         counts = {}
         for kind, before in self._is_open.items():
@@ -131,5 +131,5 @@ class GateSides:
         return counts
 
     def state_dict(self) -> dict[str, Tensor]:
-        """1 for open and 0 for closed by kind, uint8 [own rows, own units]: the live tensors."""
+        """Return 1 for open and 0 for closed by kind, uint8 [own rows, own units]: live tensors."""
         return dict(self._is_open)

@@ -1,4 +1,4 @@
-"""Lagrangian of expected against target sizes, with a warm-up of the target."""
+"""The constraint that holds expected sizes to target sizes, with a warm-up of the target."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from megashear.masks.kinds import KINDS
 from megashear.masks.targets import MaskPart, target_flag
 
 LEAST_LAMBDA2_MAX = 100.0
-"""Smallest bound of lambda2 that still holds the constraint; 10 was seen to lose control."""
+"""Smallest bound of lambda2 that holds the constraint; a bound of 10 was seen to lose control."""
 
 
 class SparsityConstraint:
     """Holds each kind's expected sparsity to its target with a pair of multipliers.
 
-    Every process keeps all multipliers and computes the same penalty from the same whole sums, so
-    they stay equal everywhere without communication.
+    Every process has all multipliers and computes the same penalty from the same whole sums, so
+    multipliers stay equal everywhere without communication.
 
     Args:
-        parts: what this process holds, by kind.
-        targets: units to leave open, by kind: the kinds of ``parts``.
-        warmup_steps: steps over which the target sparsity grows from 0; 0 asks for it at once.
-        lambda2_max: bound of the quadratic multipliers, which otherwise only ever grow; ``None``
-            for no bound.
+        parts: the parts that this process holds, by kind.
+        targets: units to leave open in a row, for the kinds of ``parts``.
+        warmup_steps: steps over which the target sparsity grows from 0; 0 for no warm-up.
+        lambda2_max: bound of the quadratic multipliers, which without one only grow; ``None`` for
+            no bound.
         force: accept a ``lambda2_max`` below ``LEAST_LAMBDA2_MAX``.
-        dtype: of the multipliers, float32 as in the reference; float64 is for comparing layouts.
+        dtype: type of the multipliers, float32 as in the reference; float64 to compare layouts.
 
     Raises:
-        ValueError: a target that the clamp of log_alpha puts out of reach, or a bound too low to
+        ValueError: the clamp of log_alpha makes a target unreachable, or the bound is too low to
             hold the constraint.
 
     Source: Sheared LLaMA (arXiv:2310.06694), section 2.1. Deviations: sums in float64, bounded
@@ -67,29 +67,29 @@ class SparsityConstraint:
         self.lambda2: dict[str, nn.Parameter] = self._multipliers(dtype)
 
     def target_at(self, step: int) -> dict[str, float]:
-        """Target sparsity by kind at ``step`` (from 0), fraction of a row's units."""
+        """Return the target sparsity by kind at ``step`` (from 0), a fraction of a row's units."""
         grown = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         return {kind: target * grown for kind, target in self.targets.items()}
 
     def penalty(
         self, own_sums: Mapping[str, Tensor], whole_sums: Mapping[str, Tensor], step: int
     ) -> Tensor:
-        """What to add to the loss, the same number on every process.
+        """Return the penalty to add to the loss, the same number on every process.
 
-        Its gradient is this process's exact share for the log_alpha behind ``own_sums``, and the
-        whole gradient for the multipliers, without a differentiable collective: the value of each
-        row comes from ``whole_sums``, its slope from ``own_sums``.
+        No differentiable collective is needed: the value of each row comes from ``whole_sums``, its
+        slope from ``own_sums``. The gradient of the log_alpha in ``own_sums`` is exactly this
+        process's share, and the gradient of the multipliers is whole.
 
         Args:
             own_sums: expected closed units held here by kind, float64 [own rows], differentiable,
-                from :meth:`MaskSet.closed_sums`.
-            whole_sums: the same summed over all shards, float64 [num_rows], row order; in one
-                process ``own_sums`` itself.
+                from `MaskSet.closed_sums`.
+            whole_sums: expected closed units of whole rows, float64 [num_rows]: ``own_sums`` summed
+                over all shards, and in one process ``own_sums`` itself.
             step: training step, from 0.
 
         Returns:
             float64 scalar: sum over kinds of the mean over all rows of
-            lambda1 (s - t) + lambda2 (s - t)**2, s a row's sparsity and t the target's.
+            lambda1 (s - t) + lambda2 (s - t)**2, with s the sparsity of a row and t the target.
         """
         targets = self.target_at(step)
         total = torch.zeros((), dtype=torch.float64)
@@ -104,7 +104,7 @@ class SparsityConstraint:
         return total
 
     def expected_sparsity(self, whole_sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Mean over all rows of the fraction of units expected to be closed, by kind.
+        """Return the mean over all rows of the expected fraction of closed units, by kind.
 
         Args:
             whole_sums: expected closed units of whole rows by kind, [num_rows].
@@ -120,11 +120,11 @@ class SparsityConstraint:
         yield from self.lambda2.values()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the multipliers as ``lambda1.<kind>`` and ``lambda2.<kind>``: live tensors."""
+        """Return the live tensors of the multipliers, ``lambda1.<kind>`` and ``lambda2.<kind>``."""
         return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the multipliers by ``lambda1.<kind>`` and ``lambda2.<kind>``."""
+        """Return the multipliers by the names ``lambda1.<kind>`` and ``lambda2.<kind>``."""
         first = {f"lambda1.{kind}": parameter for kind, parameter in self.lambda1.items()}
         return first | {f"lambda2.{kind}": parameter for kind, parameter in self.lambda2.items()}
 

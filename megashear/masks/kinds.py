@@ -1,4 +1,4 @@
-"""The table: every kind of mask, the units it prunes, who holds its gates, its words for people."""
+"""The table of kinds of mask: the units of each, who holds its gates, and its words for people."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ class Kind:
     """A kind of mask: one gate for each of its units, in rows that are pruned to equal counts."""
 
     name: str
-    """Stands in checkpoints, in TensorBoard's tags, and in the key of the noise."""
+    """Its name in checkpoints, in TensorBoard tags, and in the key of the noise."""
     unit: str
-    """What people call one of its units; several have an s."""
+    """Word for one of its units; the plural adds an s."""
     extent: str
-    """The extent of :class:`ModelShape` that it lowers: how many units a model, or a layer, has."""
+    """Extent of `ModelShape` that it lowers: the number of units in a model, or in a layer."""
     per_layer: bool = False
-    """Whether every layer has units, and rows, of its own; else one row has the whole model's."""
+    """Whether every layer has its own units and rows; else one row has the units of the model."""
     within: str | None = None
-    """Kind whose units hold this kind's, as key/value heads hold query heads. With several in each
-    (grouped queries), rows are those of the outer units and both kinds have masks; with one in
-    each, this kind's gate prunes both."""
+    """Kind whose units contain this kind's units, as key/value heads contain query heads. If each
+    contains several (grouped queries), both kinds have masks, and this kind has a row for each
+    outer unit. If each contains one, only this kind has a mask, which prunes both."""
     split_over_tensor: bool = False
-    """Whether tensor ranks divide it, with its weights: the units of a row, or whole rows where a
-    layer has several."""
+    """Whether tensor ranks divide the mask as they divide its weights: the units of a row, or whole
+    rows where a layer has several."""
     split_over_pipeline: bool = False
-    """Whether pipeline stages divide it, with their layers: rows, or units that are layers."""
+    """Whether pipeline stages divide the mask as they divide layers: by rows, or by units."""
     axis: str | None = None
-    """Axis of weights that its units lie along, which the cut shortens (the weight table's `AXES`);
-    None for whole weights. Where its gates are multiplied in is said by `Weight.folds`."""
+    """Axis of weights along which its units lie, a key of the weight table's `AXES`, which the cut
+    shortens; None if its units are whole weights. `Weight.folds` says where gates are folded in."""
     width: str | None = None
-    """Extent that says how many places of the axis a unit takes; one unless given."""
+    """Extent that is the number of places of a unit on the axis; one place if None."""
     crowded: bool = False
-    """Whether it has thousands of units, of which pictures show neighbours together."""
+    """Whether it has thousands of units, so that pictures put neighbours together."""
 
     @property
     def units(self) -> str:
-        """Return what people call several of its units."""
+        """Return the word for several of its units."""
         return f"{self.unit}s"
 
     def size(self, shape: ModelShape) -> int:
-        """Return its units in a model, or in each layer if they have units of their own."""
+        """Return the number of its units in a model, or in each layer if layers have their own."""
         found: int = getattr(shape, self.extent)
         return found
 
     def unit_width(self, shape: ModelShape) -> int:
-        """Return the places that one unit takes of `axis`."""
+        """Return the number of places that one unit takes on `axis`."""
         found: int = 1 if self.width is None else getattr(shape, self.width)
         return found
 
@@ -62,29 +62,29 @@ class Kind:
         return shape.num_layers if self.per_layer else 1, self.size(shape)
 
     def num_gates(self, shape: ModelShape) -> int:
-        """Return its gates in a model, all rows together."""
+        """Return the number of its gates in a model, in all rows."""
         rows, units = self.extents(shape)
         return rows * units
 
     def outer(self, source: ModelShape) -> Kind | None:
-        """Return the kind whose units hold several of this one's each, in a model that has such."""
+        """Return the kind whose units each contain several of this kind's units, or None."""
         if self.within is None:
             return None
         outer = KINDS[self.within]
         return outer if outer.size(source) < self.size(source) else None
 
     def pruned_by(self, source: ModelShape) -> Kind:
-        """Return the kind whose mask prunes its units: another where the two are one unit."""
+        """Return the kind whose mask prunes this kind's units: another one if both are one unit."""
         inside = (kind for kind in KINDS.values() if kind.within == self.name)
         return next((kind for kind in inside if kind.outer(source) is None), self)
 
     def rows_per_layer(self, source: ModelShape) -> int:
-        """Return the rows of its mask in each layer of a model; 1 where a row is no layer's."""
+        """Return the number of rows of its mask in a layer; 1 if rows do not belong to layers."""
         outer = self.outer(source)
         return 1 if outer is None else outer.size(source)
 
     def row_length(self, shape: ModelShape, source: ModelShape) -> int:
-        """Return the units of ``shape`` in a row, where rows are those of masks on ``source``."""
+        """Return the units of ``shape`` in a row, with rows as masks on ``source`` have them."""
         outer = self.outer(source)
         return self.size(shape) // (1 if outer is None else outer.size(shape))
 
@@ -129,7 +129,7 @@ KINDS = {
         Kind(name=LAYER, unit="layer", extent="num_layers", split_over_pipeline=True),
     )
 }
-"""Kinds of mask by name, in the order in which every process goes through them."""
+"""Kinds of mask by name, in the order in which every process handles them."""
 
 SPLIT_OVER_TENSOR = frozenset(name for name, kind in KINDS.items() if kind.split_over_tensor)
 """Kinds that tensor ranks divide."""
@@ -138,9 +138,9 @@ SPLIT_OVER_PIPELINE = frozenset(name for name, kind in KINDS.items() if kind.spl
 EXTENTS = tuple(kind.extent for kind in KINDS.values())
 """Extents of a model that masks lower."""
 ON_AXIS = {kind.axis: kind for kind in KINDS.values() if kind.axis is not None}
-"""The kind whose units lie along an axis of weights."""
+"""The kind of mask whose units lie along an axis of weights, by axis."""
 
 
 def kinds_of(source: ModelShape) -> list[Kind]:
-    """Return the kinds that have masks of their own; without grouped queries ``group`` has none."""
+    """Return the kinds that have masks; without grouped queries ``group`` has none."""
     return [kind for kind in KINDS.values() if kind.pruned_by(source) is kind]

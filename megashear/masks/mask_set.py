@@ -1,4 +1,4 @@
-"""log_alpha of this process's rows and slices, and the gates it gives."""
+"""MaskSet: log_alpha of this process, and the gates that it gives."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from megashear.masks.targets import MaskPart
 
 
 class MaskSet:
-    """The learned locations of the gates whose weights this process holds.
+    """log_alpha of the gates whose weights this process holds.
 
-    Everything lives on the CPU: masks are tiny, and the host must know how many gates are open
+    Everything is on the CPU: masks are tiny, and the host must know the number of open gates
     without waiting for a device.
 
     Args:
-        parts: what this process holds, by kind.
-        dtype: of log_alpha. Training uses float32; float64 is for comparing shards with the
-            whole beyond float32's rounding.
+        parts: the parts that this process holds, by kind.
+        dtype: type of log_alpha, float32 in training; float64 to compare shards with the whole
+            beyond the rounding of float32.
     """
 
     def __init__(
@@ -46,15 +46,15 @@ class MaskSet:
         self._ahead: dict[tuple[int, int, int, str], Tensor] = {}
 
     def draw_ahead(self, *, seed: int, step: int, kinds: Mapping[int, Collection[str]]) -> None:
-        """Draw noise that :meth:`sample` will be asked for, while the device works.
+        """Draw the noise that `sample` will need, while the device works.
 
-        Most of a sample's cost is its noise, which no learning changes. What was drawn by an
-        earlier call is dropped; noise that was not drawn ahead is drawn by :meth:`sample`.
+        Most of the cost of a sample is its noise, which does not depend on what is learned. Noise
+        of an earlier call is dropped. `sample` draws the noise that was not drawn ahead.
 
         Args:
             seed: the run's seed.
             step: training step, from 0.
-            kinds: kinds of mask that will be sampled, by noise stream.
+            kinds: kinds of mask to be sampled, by noise stream.
         """
         self._ahead = {
             (seed, step, stream, kind): self._noise(kind, seed=seed, step=step, stream=stream)
@@ -72,10 +72,10 @@ class MaskSet:
             seed: the run's seed.
             step: training step, from 0.
             stream: noise stream, from 0.
-            kinds: which kinds of mask.
+            kinds: kinds of mask to sample.
 
         Returns:
-            z by kind, [own rows, own units]: the same gates that any other layout samples.
+            z by kind, [own rows, own units]. Every layout samples the same gates.
         """
         gates = {}
         for kind, log_alpha in self.log_alpha.items():
@@ -95,31 +95,31 @@ class MaskSet:
         return logistic_noise(torch.stack(rows) if rows else torch.empty(0, len(part.units)))
 
     def closed_sums(self) -> dict[str, Tensor]:
-        """Expected number of closed units among those held here, differentiable.
+        """Return the expected number of closed units among those held here, differentiable.
 
         Returns:
-            By kind, float64 [own rows]. Summed over the shards of a row they give the whole
-            row's number, which :meth:`SparsityConstraint.penalty` wants beside them.
+            Sums by kind, float64 [own rows]. Their sum over the shards of a row is the number of
+            the whole row; `SparsityConstraint.penalty` takes both.
         """
         return {kind: closed_sums(log_alpha) for kind, log_alpha in self.log_alpha.items()}
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """log_alpha of every kind, in the order of ``KINDS``."""
+        """Yield log_alpha of every kind, in the order of ``KINDS``."""
         return iter(self.log_alpha.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """log_alpha by kind, [own rows, own units]: the live tensors, not copies."""
+        """Return log_alpha by kind, [own rows, own units]: the live tensors, not copies."""
         return {kind: log_alpha.detach() for kind, log_alpha in self.log_alpha.items()}
 
 
 def exact_gates(
     whole_log_alpha: Mapping[str, Tensor], targets: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Deterministic gates that leave exactly the target number of units open in every row.
+    """Return deterministic gates with exactly the target number of open units in every row.
 
     Args:
         whole_log_alpha: **whole** masks by kind, [num_rows, num_units].
-        targets: units to leave open, by kind, as `targets.target_units` gives them.
+        targets: units to leave open in a row, by kind, from `targets.target_units`.
 
     Returns:
         Gates by kind, [num_rows, num_units].
@@ -134,7 +134,7 @@ def exact_gates(
 
 
 def expected_gates(whole_log_alpha: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Deterministic gates that close as many units of a row as it is expected to close.
+    """Return deterministic gates that close as many units of a row as it is expected to close.
 
     Args:
         whole_log_alpha: **whole** masks by kind, [num_rows, num_units].

@@ -10,20 +10,20 @@ from megashear.masks.gates import LOG_ALPHA_MAX, LOG_ALPHA_MIN
 from megashear.masks.mask_set import MaskSet
 
 MULTIPLIERS = "multipliers"
-"""Name under which :meth:`MaskOptimizer.grad_square_sums` reports all multipliers together."""
+"""Name of all multipliers together in `MaskOptimizer.grad_square_sums`."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MaskOptimizer:
-    """Steps the masks against the penalty's multipliers: a minimum against a maximum.
+    """Steps masks downhill and multipliers uphill, with one Adam.
 
     Args:
-        mask_set: its log_alpha descends, and is clamped after each step. The clamp is on the
-            master itself: the reference clamps a copy, and its masters wind up.
-        constraint: its multipliers ascend; lambda2 is held within [0, lambda2_max].
+        mask_set: masks whose log_alpha descends and is clamped after each step. The master itself
+            is clamped: the reference clamps a copy, and its masters wind up.
+        constraint: constraint whose multipliers ascend; lambda2 is clamped to [0, lambda2_max].
         betas: decay rates of Adam's two moments, per step.
-        eps: added to the root of the second moment.
+        eps: number added to the root of the second moment.
 
     Source: reference implementation of Sheared LLaMA (arXiv:2310.06694), with the clamp moved.
     """
@@ -40,8 +40,8 @@ class MaskOptimizer:
         self._multipliers: dict[str, nn.Parameter] = constraint.named_parameters()
         self._lambda2 = list(constraint.lambda2.values())
         self._lambda2_max = constraint.lambda2_max
-        # One Adam for both sides, so that step count and learning rate cannot drift apart; step()
-        # turns the multipliers' sign.
+        # One Adam for both, so that step counts and learning rates cannot drift apart. step()
+        # negates the gradients of multipliers.
         self._adam = torch.optim.Adam(
             [
                 {"params": list(self._log_alpha.values())},
@@ -52,20 +52,21 @@ class MaskOptimizer:
             eps=eps,
             foreach=False,
         )
-        # Adam makes its state at the first step; a checkpoint wants it before.
+        # Adam makes its state at the first step, and a checkpoint needs it before.
         for parameter in self._named_parameters().values():
             self._adam.state[parameter] = {"step": torch.tensor(0.0)} | {
                 moment: torch.zeros_like(parameter, requires_grad=False) for moment in _MOMENTS
             }
 
     def step(self, lr: float, *, grad_scale: float = 1.0) -> None:
-        """Take one step with the gradients at hand, and clamp.
+        """Take one step with the present gradients, and clamp.
 
-        Uses the gradients up: afterwards they are scaled, and those of the multipliers negated.
+        Afterwards gradients cannot be used again: they are scaled, and those of multipliers are
+        negated.
 
         Args:
-            lr: learning rate of log_alpha and multipliers, the scheduler's value.
-            grad_scale: factor on all gradients, from :func:`clip_factor`.
+            lr: learning rate of log_alpha and multipliers, from the schedule.
+            grad_scale: factor on all gradients, from `clip_factor`.
         """
         for name, parameter in self._named_parameters().items():
             assert parameter.grad is not None, f"{name} has no gradient; was the penalty added?"
@@ -84,10 +85,10 @@ class MaskOptimizer:
         self._adam.zero_grad(set_to_none=True)
 
     def grad_square_sums(self) -> dict[str, Tensor]:
-        """Squared gradient norms of what is held here, for one clip norm over all of it.
+        """Return squared gradient norms of what is held here, to form one clip norm.
 
-        The caller sums each kind over the shards that hold different parts of it, and only those,
-        so that a replicated mask counts once; then adds up the kinds.
+        The caller sums each kind over exactly the shards that hold different parts of it, so that a
+        replicated mask counts once, and then adds up the kinds.
 
         Returns:
             float64 scalars: one for log_alpha of each kind, and ``MULTIPLIERS`` for all
@@ -99,7 +100,7 @@ class MaskOptimizer:
 
     @property
     def num_steps(self) -> int:
-        """Steps taken, which Adam's bias correction needs; saved beside the tensors."""
+        """Return the number of steps taken, which Adam's bias correction needs."""
         return int(next(iter(self._adam.state.values()))["step"])
 
     @num_steps.setter
@@ -108,12 +109,12 @@ class MaskOptimizer:
             state["step"].fill_(float(num_steps))
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Adam's moments: the live tensors, not copies.
+        """Return Adam's moments: the live tensors, not copies.
 
         Returns:
-            ``<kind>.exp_avg`` and ``<kind>.exp_avg_sq`` shaped like log_alpha, and sharded like
-            it; ``lambda1.<kind>.exp_avg`` and so on for the multipliers, scalars. With
-            :attr:`num_steps` this is all there is to resume.
+            ``<kind>.exp_avg`` and ``<kind>.exp_avg_sq``, shaped and sharded like log_alpha, and
+            ``lambda1.<kind>.exp_avg`` and so on for the multipliers, scalars. These and `num_steps`
+            are all that a resume needs.
         """
         return {
             f"{name}.{moment}": self._adam.state[parameter][moment]
@@ -126,18 +127,17 @@ class MaskOptimizer:
 
 
 def clip_factor(total_norm: float, max_norm: float = 1.0) -> float:
-    """Factor on all gradients that brings their norm down to ``max_norm``, at most 1.
+    """Return the factor on all gradients, at most 1, that brings their norm to ``max_norm``.
 
     Args:
-        total_norm: norm over log_alpha of all shards and the multipliers.
-        max_norm: the largest norm left unscaled.
+        total_norm: norm of the gradients of all log_alpha, over shards, and all multipliers.
+        max_norm: the largest norm that is not scaled.
 
     Source: torch.nn.utils.clip_grad_norm_, and Megatron's clipping, with their 1e-6.
     """
     factor = max_norm / (total_norm + 1e-6)
-    return (
-        1.0 if factor > 1.0 else factor
-    )  # not min(), which would hide a norm that is not a number
+    # not min(), which would hide a norm that is not a number
+    return 1.0 if factor > 1.0 else factor
 
 
 def _grad_square_sum(parameter: nn.Parameter) -> Tensor:

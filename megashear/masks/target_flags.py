@@ -1,4 +1,4 @@
-"""The shape that --target and the --target-* flags ask for."""
+"""The shape that --target and the --target-* flags describe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megashear.shape import PRESETS, ModelShape, read_extents
 
 
 def target_shape(asked: TargetConfig, source: ModelShape) -> ModelShape:
-    """Return the shape that the flags ask for; what they leave out stays as in the source.
+    """Return the shape that the flags describe; extents that they leave out are the source's.
 
     Raises:
         ValueError: an unknown preset, no file of extents, or extents that do not belong together.
@@ -35,7 +35,7 @@ def nearest_multiples(value: int, step: int, most: int) -> str:
 def _named_extents(name: str) -> dict[str, Any]:
     """Return the extents of a preset, or those that a JSON file has."""
     if name in PRESETS:
-        # a preset stands for its extents: the rest is what the source is
+        # of a preset only extents count: the rest is as in the source
         return {e: getattr(PRESETS[name], e) for e in (*EXTENTS, "head_dim")}
     if not Path(name).exists():
         raise ValueError(
@@ -46,14 +46,14 @@ def _named_extents(name: str) -> dict[str, Any]:
 
 
 def _target_heads(asked: TargetConfig, source: ModelShape) -> tuple[int | None, int | None]:
-    """Query heads and key/value heads that the flags ask for; None stays as in the source."""
+    """Return the query heads and key/value heads of the target; None as in the source."""
     heads, groups = asked.target_num_attention_heads, asked.target_num_query_groups
     each = source.heads_per_group
     if heads is None:
-        # a key/value head goes with all its query heads
+        # a key/value head is pruned with all its query heads
         return None if groups is None else groups * each, groups
     if groups is None:
-        # the one query head of a key/value head goes with it; of several, some go and it stays
+        # a key/value head with one query head is pruned with it; one with several is kept
         groups = heads if each == 1 else source.num_query_groups
     if heads > 0 and groups > 0 and heads % groups:
         others = [
@@ -61,13 +61,13 @@ def _target_heads(asked: TargetConfig, source: ModelShape) -> tuple[int | None, 
             for n in range(1, source.num_query_groups + 1)
             if heads % n == 0 and heads // n <= each
         ]
-        stay = "" if asked.target_num_query_groups else " (all stay unless it is given)"
+        kept = "" if asked.target_num_query_groups else " (all are kept unless it is given)"
         instead = ""
         if others:
-            instead = f"; {heads} goes with --target-num-query-groups {' or '.join(others)}"
+            instead = f"; {heads} fits --target-num-query-groups {' or '.join(others)}"
         raise ValueError(
             f"--target-num-attention-heads {heads} is not a multiple of --target-num-query-groups "
-            f"{groups}{stay}, and every key/value head serves the same number of query heads; the "
+            f"{groups}{kept}, and every key/value head serves the same number of query heads; the "
             f"nearest --target-num-attention-heads is "
             f"{nearest_multiples(heads, groups, groups * each)}{instead}"
         )

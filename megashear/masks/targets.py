@@ -1,4 +1,4 @@
-"""Which kinds of mask lead from a source shape to a target shape."""
+"""The masks that lead from a source shape to a target shape."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from megashear.shape import ModelShape
 UNMASKED = tuple(
     field.name
     for field in fields(ModelShape)
-    # how long its sequences may be is no part of what a model computes
+    # the longest sequence is no part of what a model computes
     if field.name not in (*EXTENTS, "max_position_embeddings")
 )
-"""What a cut model has in common with its source, because no mask changes it."""
+"""Fields that a cut model has in common with its source, because no mask changes them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskPart:
-    """The rows and units of one kind's whole log_alpha [num_rows, num_units] held here.
+    """The rows and units of one kind's whole log_alpha, [num_rows, num_units], that are held here.
 
-    Rows are those of :class:`Kind`: one for the model, or one per layer, but under grouped queries
-    the units of ``head`` are the query heads of one key/value head, and its rows count these, layer
-    by layer. With virtual pipeline stages neither rows nor units need be contiguous.
+    A kind has one row for the model or one row per layer. With grouped queries ``head`` has a row
+    for each key/value head, layer by layer, with its query heads as units. With virtual pipeline
+    stages rows and units may have gaps.
     """
 
     kind: str
@@ -33,11 +33,11 @@ class MaskPart:
     num_units: int
     """Units in a whole row."""
     rows: tuple[int, ...]
-    """Rows held here, whole mask's numbers, rising."""
+    """Rows held here, by their numbers in the whole mask, rising."""
     units: tuple[int, ...] | range
-    """Units held here, of each row held, whole row's numbers, rising."""
+    """Units held here of each row, by their numbers in the whole row, rising."""
     rows_per_layer: int = 1
-    """Rows of each layer: key/value heads G for ``head`` with grouped queries."""
+    """Rows of each layer: G for ``head`` with grouped queries."""
 
     def __post_init__(self) -> None:
         assert self.kind in KINDS, f"unknown kind of mask {self.kind!r}"
@@ -52,36 +52,36 @@ class MaskPart:
 
     @property
     def extents(self) -> tuple[int, ...]:
-        """The whole log_alpha as a checkpoint has it: [num_rows, num_units], or [L, G, H/G]."""
+        """Return the shape of the whole log_alpha in a checkpoint, [rows, units] or [L, G, H/G]."""
         if self.rows_per_layer == 1:
             return self.num_rows, self.num_units
         return self.num_rows // self.rows_per_layer, self.rows_per_layer, self.num_units
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """List layers whose rows or units are held here, rising; of a kind that stages divide."""
+        """Return the layers, rising, with rows or units held here, if stages divide the kind."""
         if not KINDS[self.kind].per_layer:
             return tuple(self.units)
         return tuple(sorted({row // self.rows_per_layer for row in self.rows}))
 
     @property
     def num_layers(self) -> int:
-        """Count the layers of the whole mask, of a kind that stages divide."""
+        """Return the number of layers of the whole mask, if stages divide the kind."""
         return self.extents[0] if KINDS[self.kind].per_layer else self.num_units
 
 
 def whole_parts(source: ModelShape, target: ModelShape) -> dict[str, MaskPart]:
-    """Return the masks to learn on the way from ``source`` to ``target``, held by one process.
+    """Return the whole masks to learn in order to prune ``source`` to ``target``.
 
-    A kind exists only where the target is smaller: its sparsity cannot fall to 0, so its
-    multipliers would grow without end. Attention has ``head`` masks over all heads of a layer
-    without grouped queries. With them it has two kinds: ``group`` (a key/value head with its query
-    heads) and ``head`` (the query heads of one key/value head, a row for each), so that every
-    key/value head of the target serves the same number of query heads.
+    A kind exists only where the target is smaller: otherwise, because its sparsity cannot fall to
+    0, its multipliers would grow without end. Without grouped queries, attention has ``head`` masks
+    over all heads of a layer. With them it has two kinds, so that every key/value head of the
+    target serves the same number of query heads: ``group`` (a key/value head with its query heads)
+    and ``head`` (the query heads of one key/value head, in a row).
 
     Args:
         source: the model to prune.
-        target: the model to end with.
+        target: the model after pruning.
 
     Returns:
         Whole parts by kind, in the order of ``KINDS``.
@@ -107,9 +107,7 @@ def whole_parts(source: ModelShape, target: ModelShape) -> dict[str, MaskPart]:
 
 
 def target_units(source: ModelShape, target: ModelShape) -> dict[str, int]:
-    """Count the units that stay open in each row, by kind of mask, in the order of ``KINDS``.
-
-    Has the same kinds as :func:`whole_parts`.
+    """Return the units that stay open in each row by kind, for the kinds of `whole_parts`.
 
     Raises:
         ValueError: no set of masks leads from ``source`` to ``target``.
@@ -130,7 +128,7 @@ def target_units(source: ModelShape, target: ModelShape) -> dict[str, int]:
 
 
 def target_flag(extent: str) -> str:
-    """Return the flag that sets an extent of the target, as typed."""
+    """Return the flag that sets an extent of the target, as a user types it."""
     return "--target-" + extent.replace("_", "-")
 
 

@@ -179,13 +179,13 @@ def test_a_layout_that_does_not_divide(
             {"target_num_attention_heads": 3},
             "--target-num-attention-heads 3 is not a multiple of --target-num-query-groups 2, and "
             "every key/value head serves the same number of query heads; the nearest "
-            "--target-num-attention-heads is 2 or 4; 3 goes with --target-num-query-groups 3",
+            "--target-num-attention-heads is 2 or 4; 3 fits --target-num-query-groups 3",
         ),
         (
             {"target_num_attention_heads": 6, "target_num_query_groups": None},
-            "6 is not a multiple of --target-num-query-groups 4 (all stay unless it is given), and "
-            "every key/value head serves the same number of query heads; the nearest "
-            "--target-num-attention-heads is 4 or 8; 6 goes with --target-num-query-groups 3",
+            "6 is not a multiple of --target-num-query-groups 4 (all are kept unless it is given), "
+            "and every key/value head serves the same number of query heads; the nearest "
+            "--target-num-attention-heads is 4 or 8; 6 fits --target-num-query-groups 3",
         ),
         (
             {"target_ffn_hidden_size": 2},

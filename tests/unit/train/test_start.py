@@ -53,17 +53,17 @@ def test_heads_and_groups_that_flags_ask_for(
         (
             {"num_attention_heads": 20},
             r"--target-num-attention-heads 20 is not a multiple of --target-num-query-groups 8 "
-            r"\(all stay unless it is given\), .*the nearest --target-num-attention-heads is 16 or "
-            r"24; 20 goes with --target-num-query-groups 5$",
+            r"\(all are kept unless it is given\), .*the nearest --target-num-attention-heads is "
+            r"16 or 24; 20 fits --target-num-query-groups 5$",
         ),
         (
             {"num_attention_heads": 13},
             r"13 is not a multiple of --target-num-query-groups 8 .* is 8 or 16$",  # 13 is a prime
         ),
-        ({"num_attention_heads": 7}, r"the nearest --target-num-attention-heads is 8; 7 goes with"),
+        ({"num_attention_heads": 7}, r"the nearest --target-num-attention-heads is 8; 7 fits"),
         (
             {"num_attention_heads": 12, "num_query_groups": 5},
-            r"12 is not a multiple of --target-num-query-groups 5, .* is 10 or 15; 12 goes with "
+            r"12 is not a multiple of --target-num-query-groups 5, .* is 10 or 15; 12 fits "
             r"--target-num-query-groups 3 or 4 or 6$",
         ),
         ({"num_attention_heads": 25, "num_query_groups": 6}, r"heads is 24$"),
