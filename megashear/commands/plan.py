@@ -1,4 +1,4 @@
-"""Say which layouts fit, how long a run takes and what it costs, before any GPU is asked for."""
+"""Print which layouts fit, how long a run takes and what it costs, without a GPU."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Run = TypeVar("Run", PruneRun, PretrainRun)
 
 @user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
-    """Run the command on the arguments after its name; the exit status."""
+    """Run the command on the arguments after its name, and return the exit status."""
     config = _parse(argv)
     refuse_torchrun(PROG)
     prune, pretrain, source, target = _read(config)
-    # Here, not above: torch takes seconds that --help should not.
+    # imported here, because torch takes seconds, which --help should not
     from megashear.planning.jobs import make_plans
     from megashear.planning.tables import as_dict, lines
 
@@ -56,7 +56,7 @@ def _read(
     """Return the two recipes, the model's shape and the target's.
 
     Raises:
-        ValueError: anything a user can mend.
+        ValueError: a file or flag is wrong.
     """
     prune = _recipe(PruneRun, config.prune_config, "--prune-config")
     pretrain = _recipe(PretrainRun, config.pretrain_config, "--pretrain-config")
@@ -71,10 +71,10 @@ def _read(
 
 
 def _recipe(run: type[Run], file: str | None, flag: str) -> Run | None:
-    """Read the run that a YAML file describes, as `prune` and `pretrain` read it."""
+    """Return the run that a YAML file describes, as `prune` and `pretrain` read it."""
     if file is None:
         return None
-    # a recipe leaves to the command line where the text is, and a plan reads none
+    # a recipe may leave the place of its text to the command line, and a plan needs none
     words = [CONFIG.flag, file, "--data-path", "-"]
     try:
         found = parse(run, words, prog=f"{PROG} {flag}", description="")
@@ -88,7 +88,7 @@ def _recipe(run: type[Run], file: str | None, flag: str) -> Run | None:
 
 
 def _model(name: str) -> ModelShape:
-    """Return the shape of what --model names."""
+    """Return the shape of the model that --model names."""
     if not Path(name).is_dir():
         return read_shape(name, flag="--model")
     from megashear.conversion import hf_config
@@ -101,7 +101,7 @@ def _model(name: str) -> ModelShape:
 
 
 def _target(config: PlanConfig, prune: PruneRun | None, source: ModelShape) -> ModelShape | None:
-    """What the flags ask for, and what they leave to the recipe; None where nothing is pruned."""
+    """Return the target that flags, or else the recipe, describe; None where nothing is pruned."""
     from megashear.masks.target_flags import target_shape
     from megashear.models import loadable
 

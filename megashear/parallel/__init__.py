@@ -1,1 +1,1 @@
-"""Ranks, groups and devices: the only package that knows them."""
+"""Ranks, groups and devices: only this package knows them."""

@@ -1,4 +1,4 @@
-"""How ranks come to the same values: flat reductions, broadcasts, agreement on errors."""
+"""Communication of equal values: flat reductions, broadcasts, agreement on errors."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def flat_all_reduce(
     """Reduce several tensors of one dtype in one call. Collective over ``group``.
 
     Args:
-        tensors: same dtype, shapes and order on every rank; left as they are.
+        tensors: tensors with the same dtype, shapes and order on every rank; they do not change.
         group: the ranks whose values are combined.
-        op: sum unless given.
+        op: the operation.
 
     Returns:
-        The reduced tensors, where ``tensors`` were (host or device), equal on every rank.
+        The reduced tensors, on the devices of ``tensors``, equal on every rank.
     """
     if not tensors:
         return []
     if dist.get_world_size(group) == 1:
         return [tensor.detach().clone() for tensor in tensors]
-    # nccl moves device memory only
+    # on the device, because nccl cannot send from the host
     flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(_on(group, tensors[0]))
     dist.all_reduce(flat, op=op, group=group)
     pieces = flat.split([tensor.numel() for tensor in tensors])
@@ -41,18 +41,18 @@ def flat_all_reduce(
 
 
 def ordered_sum(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-    """Sum small tensors in rank order, bit-equal whatever group computes it. Collective over
-    ``group``.
+    """Sum small tensors in rank order. Collective over ``group``.
 
-    An all-reduce is equal on the ranks of its own group; two groups that reduce the same numbers
-    may add them in another order, and copies that follow from them would drift apart.
+    Sums are bit-equal in all groups that add the same numbers. An all-reduce is equal only on the
+    ranks of one group: two groups may add in another order, and copies that follow from the sums
+    would drift apart.
 
     Args:
-        tensors: as for :func:`flat_all_reduce`; every rank's copy crosses the network.
+        tensors: as for `flat_all_reduce`; the tensors of every rank cross the network.
         group: the ranks whose values are added.
 
     Returns:
-        The sums, where ``tensors`` were.
+        The sums, on the devices of ``tensors``.
     """
     if not tensors or dist.get_world_size(group) == 1:
         return [tensor.detach().clone() for tensor in tensors]
@@ -67,14 +67,14 @@ def ordered_sum(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Ten
 
 
 def check_same(values: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    """Refuse to go on where ranks start from different things. Collective over ``group``.
+    """Refuse values that differ between ranks. Collective over ``group``.
 
     Args:
-        values: what must be equal on all ranks, by the name to print.
-        group: the world unless given.
+        values: values that must be equal on all ranks, by the name to print.
+        group: the ranks, the world if None.
 
     Raises:
-        ValueError: on every rank alike, naming the first difference.
+        ValueError: on every rank alike, with the first difference.
     """
     everyone = gather_objects(dict(values), group)
     for name in values:
@@ -87,21 +87,21 @@ def check_same(values: Mapping[str, Any], group: dist.ProcessGroup | None = None
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """The value of every rank, in rank order. Collective over ``group``, the world if None."""
+    """Return all ranks' values in rank order. Collective over ``group``, the world if None."""
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
 def broadcast_object(value: Any, source: int, group: dist.ProcessGroup | None = None) -> Any:
-    """Return the value that global rank ``source`` holds. Collective over ``group``."""
+    """Return the value of global rank ``source``. Collective over ``group``, the world if None."""
     box = [value]
     dist.broadcast_object_list(box, src=source, group=group)
     return box[0]
 
 
 def gather_tensors(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """The tensors of all ranks, of one shape, in rank order. Collective over ``group``."""
+    """Return the tensors of all ranks, of one shape, in rank order. Collective over ``group``."""
     if dist.get_world_size(group) == 1:
         return [tensor.detach()]
     own = tensor.detach().to(_on(group, tensor)).contiguous()
@@ -113,19 +113,19 @@ def gather_tensors(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 def broadcast_tensor(
     tensor: Tensor | None, extents: Sequence[int], source: int, group: dist.ProcessGroup
 ) -> Tensor:
-    """The float32 tensor of one rank on all of them. Collective over ``group``.
+    """Return the float32 tensor of one rank on all ranks. Collective over ``group``.
 
     Args:
-        tensor: the source's; others' are not looked at.
-        extents: its shape, which every rank knows.
+        tensor: the tensor, on the source; ignored on other ranks.
+        extents: its shape, on every rank.
         source: rank within ``group``.
-        group: the ranks that need it.
+        group: the ranks that need the tensor.
     """
     if dist.get_world_size(group) == 1:
         assert tensor is not None
         return tensor.detach()
     if dist.get_rank(group) == source:
-        assert tensor is not None, "the source has it"
+        assert tensor is not None, "the source has the tensor"
         assert tensor.dtype == torch.float32, "sent as float32"
         buffer = tensor.detach().to(device.device()).contiguous()
     else:
@@ -141,11 +141,11 @@ def assert_replicated(
 
     Args:
         named: tensors by the name to print; the same names on every rank.
-        where: what holds them, for the message.
-        group: the ranks that hold copies, the world unless given.
+        where: place of the check, for the message.
+        group: the ranks that hold copies, the world if None.
 
     Raises:
-        RuntimeError: on every rank alike, naming the first tensor that differs.
+        RuntimeError: on every rank alike, with the first tensor that differs.
     """
     digests = {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in named.items()}
     everyone = gather_objects(digests, group)
@@ -162,20 +162,20 @@ def assert_replicated(
 def assert_same_bits(
     named: Mapping[str, Tensor], where: str, group: dist.ProcessGroup, what: str
 ) -> None:
-    """As `assert_replicated` for tensors too large to hash on the host: their bits are summed.
+    """Check that copies of large tensors are bit-equal on every rank. Collective over ``group``.
 
-    Each tensor is read once where it lies and 16 bytes of it cross the network; a change of one
-    element always shows, several that cancel out in both of two sums do not. Collective over
-    ``group``.
+    Two sums over the bits of each tensor are compared: `assert_replicated` would take too long to
+    hash them on the host. Each tensor is read once, where it is, and 16 bytes of it cross the
+    network. A change of one element always shows; several changes that cancel in both sums do not.
 
     Args:
         named: tensors by the name to print; the same names on every rank.
-        where: what holds them, for the message.
+        where: place of the check, for the message.
         group: the ranks that hold copies.
-        what: what the ranks of the group are, for the message ("data-parallel").
+        what: kind of the group's ranks, for the message ("data-parallel").
 
     Raises:
-        RuntimeError: on every rank of the group alike, naming the first tensor that differs.
+        RuntimeError: on every rank of the group alike, with the first tensor that differs.
     """
     if not named or dist.get_world_size(group) == 1:
         return
@@ -194,13 +194,13 @@ def assert_same_bits(
 
 @contextlib.contextmanager
 def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Run a block without collectives; if it fails on any rank, fail on all of them.
+    """Run a block without collectives, and if it fails on any rank, fail on all ranks.
 
-    Collective over ``group`` (the world unless given): a rank that raised alone would leave the
-    others waiting in their next collective.
+    If one rank alone raised an error, the others would wait for it in their next collective.
+    Collective over ``group``, the world if None.
 
     Raises:
-        ValueError: on ranks that did not fail themselves, with the first failing rank's message.
+        ValueError: on ranks where the block did not fail, with the message of the first that did.
     """
     error: Exception | None = None
     try:
@@ -220,12 +220,15 @@ def _on(group: dist.ProcessGroup, tensor: Tensor) -> torch.device:
 
 
 def _bit_sums(tensor: Tensor) -> Tensor:
-    """Two int64 sums over the bits of a tensor, which wrap around: of words and of odd multiples
-    of them by place, so that elements that changed places show."""
+    """Return two int64 sums over the words of a tensor's bits, modulo 2^64.
+
+    The first is a plain sum. The second multiplies each word by an odd number that depends on its
+    place, so that exchanged elements show.
+    """
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().contiguous().reshape(-1).view(words)
     plain = bits.sum(dtype=torch.int64)
-    # rows of a power of two keep the weights of places small and the temporary memory bounded
+    # pieces bound the temporary memory, and keep the multipliers of places small
     pieces = bits.split(_PIECE)
     place = torch.arange(1, 2 * _PIECE, 2, device=bits.device, dtype=torch.int64)
     weighted = torch.zeros((), dtype=torch.int64, device=bits.device)
@@ -235,7 +238,7 @@ def _bit_sums(tensor: Tensor) -> Tensor:
 
 
 _PIECE = 1 << 20
-"""Elements that are multiplied at a time."""
+"""Elements that are multiplied at a time, a power of two."""
 
 
 def _bytes(tensor: Tensor) -> bytes:

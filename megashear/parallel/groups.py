@@ -1,4 +1,4 @@
-"""ParallelGroups: where this process stands; the one reader of megatron.core.parallel_state."""
+"""ParallelGroups: ranks and groups of this process; only this reads megatron-core's state."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megashear.config import ParallelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelGroups:
-    """Ranks, sizes and process groups of one process, fixed for the run."""
+    """Ranks, sizes and process groups of one process, constant over a run."""
 
     rank: int
-    """Number of this process among all."""
+    """Number of this process in the world."""
     world_size: int
     """Number of processes."""
     tensor_rank: int
@@ -23,7 +23,7 @@ class ParallelGroups:
     pipeline_rank: int
     pipeline_size: int
     virtual_size: int
-    """Model chunks per pipeline rank; 1 without interleaving."""
+    """Model chunks of a stage; 1 without interleaving."""
     data_rank: int
     """Number of this process's replica."""
     data_size: int
@@ -33,12 +33,12 @@ class ParallelGroups:
     tensor: dist.ProcessGroup = field(repr=False)
     pipeline: dist.ProcessGroup = field(repr=False)
     model: dist.ProcessGroup = field(repr=False)
-    """All processes of this replica: tensor times pipeline."""
+    """All processes of this replica, tensor ranks of all stages."""
     data: dist.ProcessGroup = field(repr=False)
 
     @classmethod
     def create(cls, parallel: ParallelConfig) -> ParallelGroups:
-        """Divide the processes of an initialised torch.distributed. Collective over the world.
+        """Divide the processes of an open torch.distributed. Collective over the world.
 
         Raises:
             ValueError: the world size does not fit the layout.
@@ -71,15 +71,15 @@ class ParallelGroups:
         )
 
     def destroy(self) -> None:
-        """Forget the groups, so that others can be created in this process."""
+        """Destroy the groups, so that this process can create others."""
         parallel_state.destroy_model_parallel()
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this process holds the embedding."""
+        """Return whether this process is in the first stage, which holds the embedding."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this process holds the output layer, and so computes losses."""
+        """Return whether this process is in the last stage, which computes losses."""
         return self.pipeline_rank == self.pipeline_size - 1

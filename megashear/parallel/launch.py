@@ -27,21 +27,21 @@ logger = logging.getLogger(__name__)
 def distributed(
     parallel: ParallelConfig, model: ModelConfig, *, timeout_s: float = 600.0
 ) -> Iterator[ParallelGroups]:
-    """Join the processes that torchrun started, or be the only one, and divide them.
+    """Join the processes that torchrun started, or be the only one, and divide them into groups.
 
-    Everything that the configuration and the environment alone can get wrong is refused before
-    processes meet. Collective over the world.
+    Errors in the configuration and in the environment are raised before processes meet. Collective
+    over the world.
 
     Args:
-        parallel: how to divide the processes.
-        model: checked against the device.
-        timeout_s: seconds after which a collective that some rank does not enter fails.
+        parallel: the layout.
+        model: settings that the device must support.
+        timeout_s: seconds after which a collective fails if a rank does not enter it.
 
     Raises:
-        ValueError: layout, device or settings do not fit; the same on every rank.
-        RuntimeError: megatron-core is missing or of another version.
+        ValueError: layout, device or settings do not fit; on every rank alike.
+        RuntimeError: megatron-core is missing or has another version.
     """
-    # set by srun for each of its steps, not in a batch script around it
+    # refuse; srun sets this variable for each of its steps, not for the batch script around them
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise ValueError(
             f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks that do not know of each "
@@ -51,10 +51,12 @@ def distributed(
     parallel.data_parallel_size(world_size)
     cpu_megatron.install()
     device.check_settings(parallel, model)
+    # prepare the device
     device.select(int(os.environ.get("LOCAL_RANK", "0")))
     device.keep_memory()
     if model.deterministic_mode:
         kernel_choice.use_deterministic_kernels()
+    # meet
     with process_group(timeout_s=timeout_s):
         groups = ParallelGroups.create(parallel)
         _choose_kernels(model)
@@ -78,9 +80,9 @@ def distributed(
 
 
 def _choose_kernels(model: ModelConfig) -> None:
-    """Have elementwise functions compiled where every rank can. Collective over the world."""
+    """Compile elementwise functions if every rank can. Collective over the world."""
     if model.deterministic_mode:
-        # each process's compiler may choose another order of sums
+        # the compilers of two processes may choose different orders of sums
         kernel_choice.choose_kernels(compiled=False)
         return
     obstacles = gather_objects(kernel_choice.compile_obstacle())
@@ -95,29 +97,29 @@ def _choose_kernels(model: ModelConfig) -> None:
 
 
 def recorded(main: Callable[[], int]) -> int:
-    """Run a process of torchrun; an error's traceback is in the agent's report of the failure."""
+    """Run ``main`` as a process of torchrun, whose report of a failure will have the traceback."""
     status = record(main)()
-    # `record` swallows SystemExit(0), of --help and --dry-run; an error it raises again
+    # `record` returns None for SystemExit(0) of --help and --dry-run, and raises errors again
     return 0 if status is None else status
 
 
 def fresh_store(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> dist.Store:
-    """A part of the launcher's store that holds nothing of an earlier attempt.
+    """Return a part of torchrun's store that holds nothing of an earlier attempt.
 
-    torchrun keeps one store over restarts and, since release 2.5, no prefix of its own for each:
-    a restarted rank may read where a process that is gone was to be found, and fail to connect.
-    Counts of restarts differ between hosts and cannot tell attempts apart. So every rank leaves a
-    new mark, rank 0 calls the marks it finds, and when all ranks have heard their own, the call's
-    name is the prefix.
+    torchrun keeps one store over restarts and, since torch 2.5, gives attempts no prefix. So a
+    restarted rank may read the address of a process that has ended, and fail to connect. Counts of
+    restarts differ between hosts and cannot distinguish attempts. Therefore every rank writes a new
+    mark. Rank 0 writes a call with the marks that it finds and a new name. When all ranks have
+    answered a call that has their marks, its name is the prefix.
 
     Args:
-        store: torchrun's.
-        rank: of this process.
+        store: the store of torchrun.
+        rank: number of this process.
         world_size: number of processes.
-        timeout_s: seconds to wait for the others.
+        timeout_s: seconds to wait for other ranks.
 
     Raises:
-        RuntimeError: not all came in time; rank 0 names those that did not.
+        RuntimeError: some ranks did not come in time; rank 0 names them.
 
     Source: https://github.com/pytorch/pytorch/issues/135712
     """
@@ -149,7 +151,7 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout_s: float)
 
 
 def _read(store: dist.Store, keys: list[str]) -> list[str]:
-    """Values of keys, "" where there is none yet; does not wait."""
+    """Return the values of keys, "" for keys that are not there yet, without waiting."""
     return [store.get(key).decode() if store.check([key]) else "" for key in keys]
 
 
@@ -158,9 +160,9 @@ _MEETING = "megashear/meeting"
 
 @contextlib.contextmanager
 def process_group(*, timeout_s: float = 600.0) -> Iterator[None]:
-    """Hold torch.distributed open: torchrun's processes, or a private group of one.
+    """Open torch.distributed for the block: with the processes of torchrun, or with this one alone.
 
-    A process group that is open already is used and left open.
+    If a process group is open already, it is used and stays open.
     """
     if dist.is_initialized():
         yield
@@ -174,11 +176,11 @@ def process_group(*, timeout_s: float = 600.0) -> Iterator[None]:
             device.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout
         )
         yield
-        # not after an error: tearing nccl down waits for peers that wait for this rank, and
-        # torchrun ends them only once this process is gone
+        # Not after an error: destroying a group of nccl waits for peers that wait for this rank,
+        # and torchrun ends them only after this process has ended.
         dist.destroy_process_group()
     else:
-        # alone: meet oneself, so that no port can be taken
+        # without a port, which another process may have taken
         with _own_store(device.backend()) as store:
             dist.init_process_group(
                 device.backend(), store=store, rank=0, world_size=1, timeout=timeout
@@ -191,9 +193,9 @@ def process_group(*, timeout_s: float = 600.0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_store(backend: str) -> Iterator[dist.Store]:
-    """Yield where one process meets itself: in memory under gloo, where no file stays behind."""
+    """Yield a store for one process: in memory under gloo, so that no file is left."""
     if backend == "gloo":
         yield dist.HashStore()
-    else:  # nccl was never tried in memory
+    else:  # nccl has not been tried with a store in memory
         with tempfile.TemporaryDirectory(prefix="megashear-") as folder:
             yield dist.FileStore(f"{folder}/store", 1)

@@ -1,4 +1,4 @@
-"""A rank that makes no progress ends the job, and is named."""
+"""Ends a job in which a rank makes no progress, and names the rank."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ EXIT_HUNG = 70
 
 _KEY = "megashear/hung"
 _SLACK_S = 1.0
-"""Seconds that the last questions may take."""
+"""Seconds that the last calls of the store may take."""
 _WAITING = (
     os.path.join("torch", "distributed", ""),
-    # where the host waits for a device that may wait for another rank
+    # the host waits for a device, which may wait for another rank
     os.path.join("torch", "cuda", ""),
-    # waits for a neighbour's message in a method that has no frame of its own
+    # waits for a message of another stage in a method that has no frame of its own
     os.path.join("pipeline_parallel", "p2p_communication.py"),
 )
-"""Parts of the path of a frame in which a rank waits for others."""
+"""Parts of paths of frames in which a rank waits for others."""
 _LAUNCHER = os.path.join("torch", "distributed", "elastic", "")
-"""Frames that the launcher puts around a whole run."""
+"""Part of paths of the launcher's frames, which are around a whole run."""
 
 
 class Watchdog:
-    """Ends this process when nothing was reported for too long.
+    """Ends this process when it has reported no progress for too long.
 
-    All ranks of a job that hangs stop making progress together: one does not come, the others wait
-    for it in a collective. So each tells the others, through the store they met by, where it
-    stands; those that wait for nobody are named, with their traceback, on every rank's stderr.
+    All ranks of a job that hangs stop together: one does not come, and the others wait for it in a
+    collective. Then each rank writes to a store what it does and whether it waits. Ranks that wait
+    for no other are named, with their tracebacks, on the stderr of every rank.
 
     Args:
-        store: that the ranks met by.
-        rank: of this process.
+        store: a store that all ranks share.
+        rank: number of this process.
         world_size: number of processes.
-        timeout_s: seconds without a `beat` that make a rank hung.
+        timeout_s: seconds without a `beat` after which a rank counts as hung.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
@@ -60,11 +60,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, doing: str) -> None:
-        """Say that progress is made, and what comes next ("step 12")."""
+        """Report progress, and what the rank does next ("step 12")."""
         self._beat = (time.monotonic(), doing)
 
     def __enter__(self) -> Watchdog:
-        self.beat("starting")  # what came between making and entering it is not watched
+        self.beat("starting")  # time between making and entering the watchdog does not count
         self._thread.start()
         return self
 
@@ -78,7 +78,7 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        # a tenth: late by no more than that, and idle the rest of the time
+        # a tenth of the time limit is the most that this notices late
         pause = min(self.timeout_s / 10, 10.0)
         while not self._ended.wait(pause):
             since, doing = self._beat
@@ -104,23 +104,23 @@ class Watchdog:
                 f"at:\n{theirs['stack']}"
             )
         print(where, file=sys.stderr, flush=True)
-        # not sys.exit: the main thread would go on waiting
+        # not sys.exit: the main thread would not end
         os._exit(EXIT_HUNG)
 
     def _ask(
         self, own: dict[str, object]
     ) -> tuple[list[tuple[int, dict[str, object]]], str | None]:
-        """What `_find_hung` found, or why it could not."""
+        """Return the hung ranks that `_find_hung` found, or why it failed."""
         found: list[list[tuple[int, dict[str, object]]]] = []
         errors: list[str] = []
 
         def ask() -> None:
             try:
                 found.append(self._find_hung(own))
-            except Exception as error:  # the store's host may be what is gone
+            except Exception as error:  # the host of the store may be down
                 errors.append(str(error))
 
-        # beside: where the network is gone, a call of the store does not come back
+        # in a thread: without a network a call of the store may never return
         asking = threading.Thread(target=ask, name="asks where the others are", daemon=True)
         asking.start()
         asking.join(self._patience_s() + _SLACK_S)
@@ -130,12 +130,14 @@ class Watchdog:
         return [], next(iter(errors), unheard)
 
     def _patience_s(self) -> float:
-        """Seconds in which all ranks that live notice, too: their clocks started at their last
-        beats, which lie no further apart than this."""
+        """Return the seconds in which all other ranks that run will have noticed a hang.
+
+        Their clocks started at their last beats, which are not farther apart than this.
+        """
         return self.timeout_s / 2 + 2
 
     def _find_hung(self, own: dict[str, object]) -> list[tuple[int, dict[str, object]]]:
-        """Ranks that do not answer in time to say that they wait, or say that they do not."""
+        """Return the ranks that do not answer in time, or answer that they wait for no other."""
         self.store.set(f"{_KEY}/{self.rank}", json.dumps(own))
         deadline = time.monotonic() + self._patience_s()
         found: dict[int, dict[str, object]] = {}
@@ -154,14 +156,14 @@ class Watchdog:
 
 
 def collective_timeout_s(minutes: float) -> float:
-    """Seconds that a collective waits for a rank: more than the watchdog, which can say who."""
+    """Return the time limit of collectives: more than that of the watchdog, which names ranks."""
     return 90 * minutes + 30
 
 
-def watch(rank: int, world_size: int, timeout_s: float) -> Watchdog:
-    """A watchdog that asks the other ranks through the launcher's store. Collective over the world.
+def make_watchdog(rank: int, world_size: int, timeout_s: float) -> Watchdog:
+    """Return a watchdog that shares the launcher's store. Collective over the world.
 
-    Alone, or where no launcher says how to meet, it knows this process only.
+    Without a launcher, and for a process that is alone, the watchdog knows only this process.
     """
     host = os.environ.get("MASTER_ADDR")
     if world_size == 1 or host is None:
@@ -172,7 +174,7 @@ def watch(rank: int, world_size: int, timeout_s: float) -> Watchdog:
         is_master=False,
         timeout=datetime.timedelta(seconds=30),
     )
-    # the launcher's store outlives a restart, and earlier ranks' answers are not these ranks'
+    # the launcher's store outlives restarts, and answers of an earlier attempt do not count
     name = broadcast_object(uuid.uuid4().hex, source=0)
     return Watchdog(dist.PrefixStore(name, store), rank, world_size, timeout_s)
 

@@ -1,1 +1,1 @@
-"""What a run will need: memory, time, layouts; arithmetic only."""
+"""Plans of runs: memory, time and layouts, by arithmetic alone."""

@@ -1,4 +1,4 @@
-"""Bytes that passes keep, and need for a moment, as the pipeline's schedule goes through them."""
+"""Bytes that passes keep or need for a moment, in the order of the pipeline's schedule."""
 
 from __future__ import annotations
 
@@ -10,52 +10,52 @@ from megashear.planning.work import FLOAT32, Work
 
 Direction = Literal["forward", "backward"]
 
-# What a forward pass keeps. Tokens t of a microbatch, t' of them on this rank outside attention
-# and MLP; e bytes an element; widths q, k, i of this rank's queries, keys and neurons; h hidden.
-# Masks add nothing: they are multiplied into weights.
+# What a forward pass keeps. A microbatch has t tokens, an element e bytes. q, k and i are widths of
+# this rank's queries, keys and neurons. Masks add nothing: they are folded into weights.
 
 
 def _residual(work: Work) -> int:
-    """Return the bytes of the residual stream once."""
+    """Return the bytes of the residual stream at one place of the model."""
     return work.element * work.own_tokens * work.shape.hidden_size
 
 
 def _norm(work: Work) -> int:
-    """Kept by one norm: its input, and the inverse root mean square."""
+    """Return the bytes that one norm keeps: its input, and the inverse root mean square."""
     return _residual(work) + FLOAT32 * work.own_tokens
 
 
 def attention_kept(work: Work) -> int:
-    """Bytes that one layer's attention keeps for its backward pass, with the norm before it."""
+    """Return the bytes that one layer's attention and the norm before it keep."""
     shape, e, t = work.shape, work.element, work.tokens
     q, k = work.own_query, work.own_key
     kept = _norm(work) + _residual(work)  # the norm's output is the input of the projection
-    kept += e * t * (q + 2 * k)  # turned queries and keys, and values copied out of what came
-    kept += e * t * q + FLOAT32 * t * shape.num_attention_heads // work.tensor  # flash: out, lse
+    kept += e * t * (q + 2 * k)  # turned queries and keys, and a copy of the values
+    # context, and the logarithm of the softmax's sum, of the flash kernel
+    kept += e * t * q + FLOAT32 * t * shape.num_attention_heads // work.tensor
     if shape.qk_norm:
         kept += FLOAT32 * t * (shape.num_attention_heads + shape.num_query_groups) // work.tensor
-        # what the projection gave, whole, because keys are a view of it
+        # the projection's output, whole, because keys are a view of it
         kept += e * t * (q + 2 * k)
-        # queries of several heads a group are copied out of it
+        # with several query heads a group, a copy of the queries
         kept += e * t * q if shape.heads_per_group > 1 else 0
     return kept
 
 
 def mlp_kept(work: Work) -> int:
-    """Bytes that one layer's MLP keeps for its backward pass, with the norm before it."""
+    """Return the bytes that one layer's MLP and the norm before it keep."""
     gate_up_and_product = 3 * work.element * work.tokens * work.own_ffn
     return _norm(work) + _residual(work) + gate_up_and_product
 
 
 def loss_kept(work: Work) -> int:
-    """Bytes that final norm, output layer and cross entropy keep: logits, and a few numbers a token
-    (largest logit, factor, loss, whether it counts; the label, and whether it is this rank's)."""
+    """Return the bytes that final norm, output layer and cross entropy keep."""
+    # a token has largest logit, factor, loss and weight; its label, and whether it is this rank's
     logits = work.element * work.tokens * work.own_vocab
     return _norm(work) + _residual(work) + logits + (4 * FLOAT32 + 8 + 1) * work.tokens
 
 
 def _layers_kept(work: Work) -> int:
-    """Kept by the layers of one chunk."""
+    """Return the bytes that the layers of one chunk keep."""
     layer, layers = attention_kept(work) + mlp_kept(work), work.chunk_layers
     if work.model.recompute_granularity is None:
         return layers * layer
@@ -73,55 +73,58 @@ def _chunk_kept(work: Work, *, first: bool, last: bool) -> int:
 
 
 def _run_again(work: Work, *, last: bool) -> int:
-    """Kept beside the rest when a chunk's layers go backward: less the loss, which is through, and
-    with what the first of them keep that are run again."""
+    """Return the bytes kept, over those of the forward pass, when layers begin to go backward.
+
+    The loss no longer keeps its bytes, and the first layers that are run again keep theirs.
+    """
     extra = -loss_kept(work) if last else 0
     model = work.model
     if model.recompute_granularity is not None:
         again = min(model.recompute_num_layers, work.chunk_layers)
         if model.recompute_method == "block":
-            again = int(again == work.chunk_layers)  # one at a time, after those kept whole
-        # the input that the first of them begins with is kept already
+            again = int(again == work.chunk_layers)  # one at a time, after layers that are kept
+        # the input of the first of them is kept already
         extra += again * (attention_kept(work) + mlp_kept(work)) - bool(again) * _residual(work)
     return extra
 
 
-# What a pass needs for a moment beside what it keeps.
+# What a pass needs for a moment, besides what it keeps.
 
 
 def _layer_backward(work: Work) -> int:
-    """Most that the backward pass of the layer at the end of a chunk needs at once."""
+    """Return the most bytes that the backward pass of a layer needs at once."""
     e, t, i, hidden = work.element, work.tokens, work.own_ffn, work.shape.hidden_size
-    # The activation, as torch's single operators have it: its input's gradient, sigmoid and silu of
-    # the gate; under bfloat16 float32 copies of its input and of its output's gradient. The
-    # projection behind it is through.
+    # The activation, with torch's single operators: gradient of its input, sigmoid and silu of the
+    # gate; under bfloat16 float32 copies of its input and of its output's gradient. The projection
+    # after it has gone backward.
     each = 2 * e + 8 + (12 if work.model.bf16 else 0)
     activation = t * i * each + _residual(work)
     gathered = e * t * hidden if work.parallel.sequence_parallel else 0
-    # the projection: gradients of its input and, twice, of its weight
+    # The projection: gradient of its input, and of its weight twice.
     projection = e * t * i + 2 * e * i * hidden + gathered + 2 * _residual(work)
     return max(activation, projection)
 
 
 def _chunk_moment(work: Work, *, first: bool, last: bool) -> int:
-    """Most that passes of a chunk need beside what one microbatch keeps."""
+    """Return the most bytes that passes of a chunk need besides what one microbatch keeps."""
     e, hidden, vocab = work.element, work.shape.hidden_size, work.own_vocab
     moments = [_layer_backward(work) + _run_again(work, last=last)]
     if last:
-        # The output layer's gradient. That of the logits lies where they lay, and what passes
-        # through float32 on the way is bounded: models/cross_entropy.py. Where padding is closed
-        # behind the output layer autograd copies it.
+        # Gradient of the output layer. That of the logits is written over them, and little of it
+        # is float32 at a time (models/cross_entropy.py). Where a hook closes padding, autograd
+        # copies it.
         padded = work.tensor * vocab != work.shape.vocab_size
         copied = work.element * work.tokens * vocab if padded else 0
         moments.append(e * vocab * hidden + _residual(work) + copied)
     if first:
-        # a dense gradient of the whole embedding, when all else of the microbatch is free
+        # a dense gradient of the whole embedding, when the rest of the microbatch is free
         moments.append(e * vocab * hidden - _chunk_kept(work, first=first, last=last))
     return max(0, *moments)
 
 
 def in_flight(work: Work, stage: int) -> tuple[int, int]:
-    """Bytes kept when most microbatches are in flight, and bytes at the fullest moment."""
+    """Return the bytes kept when most microbatches are in flight, and at the fullest moment."""
+    # bytes of each chunk
     kept, again, moment = [], [], []
     for chunk in range(work.virtual):
         place = {
@@ -131,8 +134,8 @@ def in_flight(work: Work, stage: int) -> tuple[int, int]:
         kept.append(_chunk_kept(work, **place))
         again.append(max(0, _run_again(work, last=place["last"])))
         moment.append(_chunk_moment(work, **place))
+    # run the schedule; more microbatches than these add no more in flight
     live = most = peak = 0
-    # more microbatches than these add no more in flight
     enough = replace(work, num_microbatches=min(work.num_microbatches, 4 * work.pipeline))
     for direction, chunk in schedule(enough, stage):
         if direction == "forward":
@@ -146,12 +149,12 @@ def in_flight(work: Work, stage: int) -> tuple[int, int]:
 
 
 def streams_under_way(work: Work, stage: int) -> list[int]:
-    """Return for each chunk the noise streams that are between their first pass and their last."""
+    """Return for each chunk the most noise streams between their first pass and their last."""
     most = [1] * work.virtual
     if work.own_streams == 1:
         return most
     each = work.num_microbatches * work.data_size // work.noise_streams  # microbatches of a stream
-    # what the first microbatches of replicas have in front of them of their own stream
+    # microbatches of its stream that come before a replica's first one
     for begin in {replica * work.num_microbatches % each for replica in range(work.data_size)}:
         newest, oldest = [begin - 1] * work.virtual, [begin] * work.virtual
         for direction, chunk in schedule(work, stage):
@@ -161,12 +164,12 @@ def streams_under_way(work: Work, stage: int) -> list[int]:
 
 
 def _rotary_table(work: Work) -> int:
-    """Cosines and sines of all positions, which every layer keeps, once."""
+    """Return the bytes of cosines and sines of all positions, which layers share."""
     return FLOAT32 * work.seq_length * work.shape.head_dim
 
 
 def _throughout(work: Work) -> int:
-    """There while a schedule runs."""
+    """Return the bytes that last while a schedule runs."""
     lasting = _rotary_table(work)
     if work.parallel.sequence_parallel:
         lasting += work.element * work.tokens * work.shape.hidden_size  # gathered inputs, reused
@@ -176,28 +179,29 @@ def _throughout(work: Work) -> int:
 
 
 def forward_only(work: Work, stage: int) -> int:
-    """Bytes at the fullest moment of a forward pass that keeps nothing for a backward one."""
+    """Return the bytes at the fullest moment of a forward pass without a backward pass."""
     # only bfloat16 is copied to float32 and back
     copy, back = (FLOAT32, work.element) if work.model.bf16 else (0, 0)
     # gate and up with their copies, and their product
     activation = (2 * (work.element + copy) + FLOAT32 + back) * work.own_ffn
     logits = work.element * work.own_vocab if stage == work.pipeline - 1 else 0
-    # beside them a layer's input, its norm's output, and the chunk's input, which its caller holds
+    # and a layer's input, its norm's output, and the chunk's input, which its caller holds
     return work.tokens * max(activation, logits) + 3 * _residual(work) + _throughout(work)
 
 
 def schedule(work: Work, stage: int) -> Iterator[tuple[Direction, int]]:
-    """Passes of a stage's chunks in the order of 1F1B, plain or interleaved.
+    """Yield the passes of a stage's chunks in the order of 1F1B, plain or interleaved.
 
     Source: megatron-core 0.16.1, `pipeline_parallel.schedules`: `get_pp_rank_microbatches` and
     `get_schedule_table`.
     """
     pipeline, virtual = work.pipeline, work.virtual
     total = work.num_microbatches * virtual
-    behind = pipeline - stage - 1
-    ahead = behind if virtual == 1 else 2 * behind + (virtual - 1) * pipeline
+    # forward passes before the first backward pass
+    later = pipeline - stage - 1
+    ahead = later if virtual == 1 else 2 * later + (virtual - 1) * pipeline
     ahead = min(total, ahead if pipeline > 1 else 0)
-    # microbatches go through a chunk in groups of as many as there are stages
+    # microbatches pass a chunk in groups, each as many as there are stages
     forward = [number // pipeline % virtual for number in range(total)]
     for chunk in forward[:ahead]:
         yield "forward", chunk

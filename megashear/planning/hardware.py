@@ -1,4 +1,4 @@
-"""What GPUs have: memory, arithmetic, links."""
+"""Memory, arithmetic and links of GPUs."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import re
 from dataclasses import dataclass
 
 GB = 10**9
-"""Bytes of a GB, of which links are sold so many a second."""
+"""Bytes of a GB, the unit of link speeds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One kind of GPU in the server it is usually sold in."""
+    """One kind of GPU in the server in which it is usually sold."""
 
     name: str
     memory_gib: float
-    """What torch finds, GiB, rounded down."""
+    """Memory that torch finds, GiB, rounded down."""
     peak_flops: float
-    """Dense bfloat16 arithmetic, FLOP/s."""
+    """Peak of dense bfloat16 arithmetic, FLOP/s."""
     node_link: float
-    """To the other GPUs of its node, bytes a second in each direction."""
+    """Speed of its link to other GPUs of the node, bytes a second in each direction."""
     network: float
-    """To other nodes, bytes a second in each direction, its share of the node's adapters."""
+    """Its share of the speed of the node's adapters, bytes a second in each direction."""
 
 
 _KINDS = (
@@ -47,21 +47,20 @@ GPUS: dict[str, Gpu] = {
     )
     for name, memory, tera, link, network in _KINDS
 }
-"""By name; the SXM or HGX variant where there are several.
+"""Kinds of GPU by name, the SXM or HGX variant where there are several.
 
 Source: NVIDIA's data sheets of A100, A800, H100, H800, H200, HGX B200 and L40S. Arithmetic is
-without sparsity, half of what the sheets print where they count it. NVLink is half of the total
-they print, which counts both directions; L40S has PCIe 4.0 x16. Between nodes: 200 Gbit/s a GPU as
-in DGX A100, 400 as in DGX H100 and DGX B200, and 100 assumed beside L40S. Memory is what torch
-reports on such a GPU when it runs out of it, less than the name says."""
+without sparsity, half of the printed number where that includes it. NVLink is half of the printed
+total, which counts both directions; L40S has PCIe 4.0 x16. Between nodes a GPU has 200 Gbit/s as in
+DGX A100, 400 as in DGX H100 and DGX B200, and for L40S 100 are assumed. Memory is the number that
+torch reports when such a GPU runs out of it, which is less than the name says."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return the kind of GPU of this name, in whatever case; its beginning will do where no other
-    kind begins so.
+    """Return the kind of GPU with this name, in upper or lower case, or with this unique beginning.
 
     Raises:
-        ValueError: none is called so, or several are; names them, or the nearest and all there are.
+        ValueError: no kind fits, with the nearest and all kinds; or several do, with these.
     """
     by_upper = {known.upper(): gpu for known, gpu in GPUS.items()}
     if name.upper() in by_upper:
@@ -79,11 +78,11 @@ def find_gpu(name: str) -> Gpu:
 
 
 def gpu_of_device(device_name: str) -> Gpu | None:
-    """The kind of GPU that a device is, by the name that its driver gives it.
+    """Return the kind of a GPU by the name that its driver gives it.
 
-    None where the kind is not known, or where it is a card with other arithmetic than the SXM
-    module of its kind (PCIe, NVL), or a slice of one (MIG). Where memory distinguishes two of a
-    kind, the first: their arithmetic is the same.
+    Return None for an unknown kind, for a card with other arithmetic than the SXM module of its
+    kind (PCIe, NVL), and for a slice of a GPU (MIG). Of two kinds that differ only in memory return
+    the first, because their arithmetic is equal.
     """
     words = re.findall(r"[A-Z0-9]+", device_name.upper())
     if "MIG" in words:

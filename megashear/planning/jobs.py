@@ -1,4 +1,4 @@
-"""What a plan is asked for: pruning, continued pretraining, and what runs them."""
+"""The jobs of a plan, pruning and continued pretraining, from flags and recipes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megashear.shape import ModelShape
 PRUNING = "pruning"
 CONTINUED = "continued pretraining"
 MASKED_MODES = 2
-"""Passes that a pruning run makes over its held-out text: masks as expected, and as cut."""
+"""Passes of a pruning run over its held-out text: with expected masks, and with exact masks."""
 BITS = 8
 """Bits of a byte."""
 PUBLISHED_DOMAINS = 7
@@ -56,8 +56,8 @@ PUBLISHED_PRETRAIN = PretrainRun(
         keep=2,
     ),
 )
-"""What is planned where neither flags nor a recipe say otherwise: Sheared LLaMA's recipe, as in
-examples/llama2_7b_to_2.7b."""
+"""The recipe of Sheared LLaMA, as in examples/llama2_7b_to_2.7b, which is planned where neither
+flags nor a recipe say otherwise."""
 
 
 def make_plans(
@@ -68,17 +68,17 @@ def make_plans(
     prune: PruneRun | None = None,
     pretrain: PretrainRun | None = None,
 ) -> list[Plan]:
-    """Return plans of pruning ``source`` to ``target`` and of training that on.
+    """Return a plan of pruning ``source`` to ``target``, and one of pretraining the result.
 
     Args:
-        config: what was asked for.
-        source: the model there is.
-        target: what it shall become; None plans for training ``source`` alone.
+        config: flags of the plan.
+        source: the model to prune.
+        target: the model after pruning; None plans only for pretraining ``source``.
         prune: the run that --prune-config describes.
         pretrain: the run that --pretrain-config describes.
 
     Raises:
-        ValueError: an unknown GPU, a target that no masks lead to, or nothing that divides or fits.
+        ValueError: the GPU is unknown, no masks lead to the target, or no layout divides or fits.
     """
     gpu = find_gpu(config.gpu)
     network = config.network_gbit
@@ -109,7 +109,7 @@ def make_plans(
 
 
 def _fixed(config: PlanConfig, run: PruneRun | PretrainRun | None) -> Choices:
-    """Return the layout that flags choose, or else a recipe."""
+    """Return the layout that flags choose, or else that of a recipe."""
     recompute = None
     if config.recompute_granularity is not None:
         recompute = ModelConfig(
@@ -132,7 +132,7 @@ def _fixed(config: PlanConfig, run: PruneRun | PretrainRun | None) -> Choices:
 
 def _pruning(config: PlanConfig, source: ModelShape, target: ModelShape, run: PruneRun) -> Job:
     parts = whole_parts(source, target)
-    # refuses a sparsity that masks do not reach; the warm-up has no part in that
+    # refuses a sparsity that masks do not reach, whatever the warm-up
     SparsityConstraint(parts, target_units(source, target), warmup_steps=1)
     return Job(
         name=PRUNING,
@@ -179,15 +179,17 @@ def _reads(
     recipe: str | None,
     modes: int,
 ) -> dict[str, Any]:
-    """What a job trains on and evaluates: as flags of the plan say, or else as the run does.
+    """Return the fields of a job for the text that it trains on and evaluates.
+
+    Flags of the plan count first, then the run.
 
     Args:
         config: flags of the plan.
         run: the recipe, or the published one.
         shape: the model.
-        prefix: what flags of this job begin with.
+        prefix: beginning of this job's flags.
         recipe: the recipe's file, if one was named.
-        modes: how often an evaluation reads its text.
+        modes: passes of an evaluation over its text.
     """
     train = run.train
 

@@ -1,4 +1,4 @@
-"""How so many GPUs divide a job: every layout, with its memory and time."""
+"""Layouts of a job on a number of GPUs, with memory and time of each."""
 
 from __future__ import annotations
 
@@ -22,70 +22,70 @@ from megashear.planning.work import GIB, Work
 from megashear.shape import ModelShape
 
 MOST_CHUNKS = 8
-"""Virtual stages tried; each makes a microbatch cross the pipeline once more."""
+"""Most virtual stages tried; with each a microbatch passes the pipeline once more."""
 MOST_SEQUENCES = 16
 """Largest microbatch tried, sequences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """Pruning, or continued pretraining: what is to be trained, and on how much."""
+    """Pruning, or continued pretraining: the model, and the text to train it on."""
 
     name: str
-    """For messages: pruning, continued pretraining."""
+    """Name for messages: pruning, continued pretraining."""
     batch_flag: str
-    """What its user calls the global batch."""
+    """Flag or key with which the user sets the global batch."""
     shape: ModelShape
     masks: frozenset[str]
     """Kinds of mask."""
     target: ModelShape | None = None
-    """What pruning ends with."""
+    """Model after pruning."""
     tokens: float
-    """To train on."""
+    """Tokens to train on."""
     global_batch_size: int
-    """Sequences."""
+    """Sequences of a global batch."""
     seq_length: int
     """Tokens per sequence."""
     noise_streams: int
     mfu: float
     """Share of the peak that is reached while computing."""
     held_out_per_step: float = 0.0
-    """Sequences that evaluations read, forward only, for each step."""
+    """Sequences that evaluations read, forward only, per training step."""
     save_interval: int = 0
     """Steps between checkpoints; 0 saves at the end only."""
     keep: int = 0
-    """Checkpoints that are kept; 0 for all."""
+    """Checkpoints to keep; 0 for all."""
 
     @property
     def steps(self) -> int:
-        """Optimizer steps."""
+        """Return the number of optimizer steps."""
         return math.ceil(self.tokens / (self.global_batch_size * self.seq_length))
 
     @property
     def saves(self) -> int:
-        """Checkpoints that the run writes."""
+        """Return the number of checkpoints that the run writes."""
         return math.ceil(self.steps / self.save_interval) if self.save_interval else 1
 
     @property
     def saves_on_disk(self) -> int:
-        """Checkpoints there at most at once: one more than are kept, while the next is written."""
+        """Return the most checkpoints at once: those kept, and the next while it is written."""
         return min(self.saves, self.keep + 1) if self.keep else self.saves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choices:
-    """What the user has chosen; None leaves it open."""
+    """Choices of the user; None leaves one open."""
 
     tensor: int | None = None
     pipeline: int | None = None
     virtual: int | None = None
     micro_batch_size: int | None = None
     parallel: ParallelConfig | None = None
-    """All of a recipe's layout, with sequence parallelism, the distributed optimizer, overlaps."""
+    """A recipe's whole layout, with sequence parallelism, distributed optimizer and overlaps."""
     model: ModelConfig | None = None
-    """What is run again in the backward pass, and nothing else."""
+    """Recompute settings; other fields do not count."""
     way_out: str = "leaving the layout open"
-    """What frees the choice."""
+    """How the user opens the choices again, for messages."""
 
     @classmethod
     def of_run(cls, run: PruneRun | PretrainRun) -> Choices:
@@ -102,27 +102,27 @@ class Choices:
 
     @property
     def is_open(self) -> bool:
-        """Whether nothing was chosen."""
+        """Whether the user has chosen nothing."""
         return self == replace(Choices(), way_out=self.way_out)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A layout of a job, what its fullest ranks hold, and how long a step takes."""
+    """A layout of a job, with the memory of its fullest ranks and the time of a step."""
 
     work: Work
     stage: int
-    """Whose ranks hold most, from 0."""
+    """Stage whose ranks hold most, from 0."""
     memory: Memory
     time: StepTime
 
     @property
     def needed_gib(self) -> float:
-        """Memory of the fullest rank, GiB."""
+        """Return the memory of the fullest rank, GiB."""
         return self.memory.total / GIB
 
     def flags(self, job: Job) -> str:
-        """What `prune` or `pretrain` is started with."""
+        """Return the flags that `prune` or `pretrain` is started with."""
         parallel, model = self.work.parallel, self.work.model
         words = [f"--tensor-model-parallel-size {self.work.tensor}"]
         if parallel.sequence_parallel:
@@ -151,12 +151,12 @@ class Candidate:
 
 
 class DivisionError(ValueError):
-    """The GPUs cannot be divided so; says why in the words of the run."""
+    """A division of GPUs that a run would refuse, with the message of the run."""
 
     def __init__(self, message: str, passed: int) -> None:
         super().__init__(message)
         self.passed = passed
-        """Checks before it that were passed."""
+        """Number of checks that this division passed before it failed one."""
 
 
 def divisions(
@@ -165,10 +165,10 @@ def divisions(
     """Yield every division of the GPUs that the job's shape and batch allow, without recompute.
 
     Args:
-        job: what is trained.
-        cluster: what there is.
-        chosen: what the user has chosen.
-        refused: gets why the others are none.
+        job: the job.
+        cluster: the GPUs.
+        chosen: choices of the user.
+        refused: a list that collects the errors of divisions that are refused.
     """
     for tensor in _choices(chosen.tensor, _divisors(cluster.gpus_per_node)):
         for pipeline in _choices(chosen.pipeline, _divisors(job.shape.num_layers)):
@@ -203,12 +203,12 @@ def division(
 ) -> Work:
     """Return one division of the GPUs.
 
-    The sequence is split over tensor ranks wherever there are any, for the work outside attention
-    and MLP is then split too; optimizer state is shared, and communication overlapped, wherever
-    there are replicas; unless the user has ``chosen`` all of that.
+    Unless the user has ``chosen`` otherwise, every division with tensor ranks has sequence
+    parallelism, which also divides the work outside attention and MLP. Every division with replicas
+    has the distributed optimizer and overlaps communication.
 
     Raises:
-        DivisionError: it is none: in the words of the run that would refuse it.
+        DivisionError: a run would refuse it; with the run's message.
     """
     replicated = num_gpus > tensor * pipeline
     with _check(0, job):
@@ -258,7 +258,7 @@ def division(
 
 @contextlib.contextmanager
 def _check(number: int, job: Job) -> Iterator[None]:
-    """Turn a run's refusal into a plan's, with what the plan calls the global batch."""
+    """Turn the refusal of a run into that of a plan, with the plan's flag of the global batch."""
     try:
         yield
     except ValueError as error:
@@ -268,7 +268,7 @@ def _check(number: int, job: Job) -> Iterator[None]:
 
 def candidate(work: Work, job: Job, cluster: Cluster) -> Candidate:
     """Return a division with its memory and time."""
-    # between the second stage and the last each has fewer microbatches in flight and nothing more
+    # a later stage, up to the last, holds less than the second: fewer microbatches in flight
     stages = sorted({0, min(1, work.pipeline - 1), work.pipeline - 1})
     held = {stage: rank_memory(work, stage) for stage in stages}
     stage = max(held, key=lambda stage: held[stage].total)
@@ -277,8 +277,10 @@ def candidate(work: Work, job: Job, cluster: Cluster) -> Candidate:
 
 
 def recompute_choices(work: Work, chosen: ModelConfig | None = None) -> Iterator[ModelConfig]:
-    """Yield ways to recompute, the cheapest first: none, so many layers of a chunk, all; or the one
-    that was ``chosen``."""
+    """Yield settings of recompute, cheapest first: no layer, some layers of a chunk, all layers.
+
+    If the user has ``chosen`` a setting, yield only that.
+    """
     if chosen is not None:
         yield chosen
         return
@@ -295,7 +297,7 @@ def recompute_choices(work: Work, chosen: ModelConfig | None = None) -> Iterator
 
 
 def _tensor_ranks(target: ModelShape, most: int) -> int | None:
-    """Find the most tensor ranks below ``most`` that divide a target; None if ``most`` does."""
+    """Return the most tensor ranks, up to ``most``, that divide a target; None if ``most`` does."""
     fitting = []
     for tensor in range(1, most + 1):
         with contextlib.suppress(ValueError):
@@ -305,7 +307,7 @@ def _tensor_ranks(target: ModelShape, most: int) -> int | None:
 
 
 def order(found: Candidate) -> tuple[float, int, int, int]:
-    """Sort the fastest first; of equals the largest microbatch, whose products are larger."""
+    """Return a key that sorts the fastest first, of equals that with the largest products."""
     seconds = float(f"{found.time.total:.3g}")  # no estimate is finer than that
     return seconds, -found.work.micro_batch_size, found.work.virtual, found.work.pipeline
 

@@ -18,7 +18,7 @@ BUFFER_ALIGNMENT = 64
 """Elements that each parameter's place in a buffer is rounded up to under the distributed
 optimizer. Source: megatron-core 0.16.1, param_and_grad_buffer."""
 BUCKET_ALIGNMENT = 128
-"""The same for the whole buffer, of which each replica takes an equal share."""
+"""Elements, for each replica, that the whole buffer is rounded up to: replicas share it equally."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,41 +27,41 @@ class Memory:
 
     weights: int
     gradients: int
-    """Float32 under bf16 as well."""
+    """Gradients, float32 under bf16 as well."""
     masters: int
     """Float32 copies of bfloat16 weights."""
     moments: int
     folded: int
-    """Copies of weights that masks are multiplied into, one for each noise stream under way at
-    once; where a replica has several streams, float32 sums of one's gradient as well."""
+    """Folded copies of weights, one for each noise stream that is under way at once; and where a
+    replica has several streams, the gradient of one of them, float32."""
     masks: int
-    """Gates on the device and their gradients; log_alpha and its optimizer lie on the host."""
+    """Gates on the device and their gradients; log_alpha and its optimizer are on the host."""
     activations: int
-    """Kept for backward passes, at the moment when most microbatches are in flight."""
+    """Tensors kept for backward passes when most microbatches are in flight."""
     buffers: int
-    """What a forward or backward pass needs beside them for a moment."""
+    """Tensors that a forward or backward pass needs for a moment besides these."""
 
     @property
     def lasting(self) -> int:
-        """What is there between steps."""
+        """Return the bytes held between steps."""
         return self.weights + self.gradients + self.masters + self.moments + self.folded
 
     @property
     def total(self) -> int:
-        """At the fullest moment of a step."""
+        """Return the bytes at the fullest moment of a step."""
         return self.lasting + self.masks + self.activations + self.buffers
 
     def parts(self) -> dict[str, int]:
-        """Bytes by the name of the part."""
+        """Return the bytes by the name of the part."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def rank_memory(work: Work, stage: int) -> Memory:
-    """What a rank of pipeline stage ``stage`` holds; no optimizer step needs more.
+    """Return what a rank of a stage holds in its passes; no optimizer step needs more.
 
     Args:
         work: the step.
-        stage: from 0.
+        stage: pipeline stage, from 0.
     """
     sizes = list(stage_parameters(work, stage))
     count = sum(sizes)
@@ -88,14 +88,15 @@ def fullest_stage(work: Work) -> tuple[int, Memory]:
 
 
 def evaluation_memory(work: Work, stage: int, *, micro_batch_size: int) -> Memory:
-    """What a rank of ``stage`` holds in an evaluation of so many sequences a forward pass."""
+    """Return what a rank of ``stage`` holds in an evaluation with microbatches of this size."""
     passes = replace(work, micro_batch_size=micro_batch_size)
     return replace(rank_memory(work, stage), activations=0, buffers=forward_only(passes, stage))
 
 
 def checkpoint_bytes(shape: ModelShape, masks: frozenset[str]) -> int:
-    """Return the size on disk of a checkpoint of a bfloat16 run: weights, masters, both moments,
-    and of every gate log_alpha with its moments.
+    """Return the size on disk of a checkpoint of a bfloat16 run.
+
+    It has weights, masters and both moments, and log_alpha with both moments for every gate.
 
     Args:
         shape: the model.
@@ -107,14 +108,14 @@ def checkpoint_bytes(shape: ModelShape, masks: frozenset[str]) -> int:
 
 
 def stage_parameters(work: Work, stage: int) -> Iterator[int]:
-    """Elements of every parameter of a rank of ``stage``, in no order."""
+    """Yield the elements of every parameter of a rank of ``stage``."""
     for _, _, size in _parameters(work, stage):
         yield size
 
 
 def folded_bytes(work: Work, stage: int) -> int:
-    """Return the bytes of what `models.folded` keeps for the weights that masks act on."""
-    # a factor of heads is made of their own gates and of their groups'
+    """Return the bytes that `models.folded` keeps for the weights that masks act on."""
+    # the factor of a head is its own gate times that of its group
     acting = {name for name, kind in KINDS.items() if {name, kind.within} & work.masks}
     copies = streams_under_way(work, stage)
     apart = FLOAT32 if work.own_streams > 1 else 0
@@ -142,7 +143,7 @@ def _parameters(work: Work, stage: int) -> Iterator[tuple[int, weight_table.Mega
 
 
 def _in_buffer(sizes: list[int], replicas: int) -> int:
-    """Elements of the buffer that the distributed optimizer lays parameters out in."""
+    """Return the elements of the buffer in which the distributed optimizer has parameters."""
     end = 0
     for size in sizes:
         end = -(-end // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT + size
@@ -151,7 +152,7 @@ def _in_buffer(sizes: list[int], replicas: int) -> int:
 
 
 def _gates(work: Work) -> int:
-    """Gates of one noise stream on a rank."""
+    """Return the number of gates of one noise stream on a rank."""
     own_layers = replace(work.shape, num_layers=work.chunk_layers * work.virtual)
     kinds = (KINDS[name] for name in work.masks)
     return sum(

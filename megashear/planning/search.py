@@ -1,4 +1,4 @@
-"""The layouts that fit, the fastest first; or what is nearest where none does."""
+"""The layouts that fit, fastest first, or an error with the nearest where none does."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from megashear.planning.time import Cluster
 from megashear.planning.work import GIB, Work
 
 MOST_GPUS = 4096
-"""Up to how many GPUs are looked for where those given do not do."""
+"""Most GPUs that are tried where those given are too few."""
 
 
 class NothingFitsError(ValueError):
-    """No layout divides the job, or none fits; the message says what would."""
+    """Error with a way out: no layout divides the job, or none fits."""
 
 
 def fitting_layouts(
@@ -32,13 +32,13 @@ def fitting_layouts(
     """Return the best layout that fits of each tensor, pipeline and virtual size, fastest first.
 
     Args:
-        job: what is trained.
-        cluster: what there is.
-        chosen: what the user has chosen.
+        job: the job.
+        cluster: the GPUs.
+        chosen: choices of the user.
         reserve_gib: memory of each GPU that tensors may not take, GiB.
 
     Raises:
-        NothingFitsError: none does.
+        NothingFitsError: no layout divides the job, or none fits.
     """
     room = cluster.gpu.memory_gib - reserve_gib
     divided = list(divisions(job, cluster, chosen))
@@ -60,7 +60,7 @@ def fitting_layouts(
 def _first_that_fits(
     work: Work, job: Job, cluster: Cluster, chosen: Choices, room: float
 ) -> Candidate | None:
-    """Return the division with as little recompute as fits; None where none does."""
+    """Return a division with the least recompute that fits, or None."""
     for recompute in recompute_choices(work, chosen.model):
         found = candidate(replace(work, model=recompute), job, cluster)
         if found.needed_gib <= room:
@@ -71,7 +71,7 @@ def _first_that_fits(
 
 
 def _nothing_divides(job: Job, cluster: Cluster, chosen: Choices) -> str:
-    """Why the division that gets farthest is none, and the numbers of GPUs nearest that divide."""
+    """Return why the best division is refused, and the nearest numbers of GPUs that divide."""
     refused: list[DivisionError] = []
     list(divisions(job, cluster, chosen, refused))
     why = max(refused, key=lambda error: error.passed)
@@ -109,7 +109,7 @@ def _nothing_fits(
     divided: list[Work],
     reserve_gib: float,
 ) -> str:
-    """Say by how much the nearest layout is too large, and what would do."""
+    """Return by how much the nearest layout is too large, and ways out, for the message."""
     room = cluster.gpu.memory_gib - reserve_gib
     smallest = (_smallest(work, job, cluster, chosen) for work in divided)
     least = min(smallest, key=lambda found: found.memory.total)
@@ -143,7 +143,7 @@ def _nothing_fits(
 
 
 def _smallest(work: Work, job: Job, cluster: Cluster, chosen: Choices) -> Candidate:
-    """Return a division with every layer recomputed, unless that was chosen otherwise."""
+    """Return a division with every layer recomputed, unless the user has chosen recompute."""
     *_, least = recompute_choices(work, chosen.model)
     return candidate(replace(work, model=least), job, cluster)
 

@@ -1,4 +1,4 @@
-"""A plan as a person reads it, and as a program does."""
+"""A plan as text for people, and as values for programs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ HOUR = 3600.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A job and the layouts that fit, the fastest first."""
+    """A job and the layouts that fit it, fastest first."""
 
     job: Job
     cluster: Cluster
     candidates: Sequence[Candidate]
 
     def evaluation_seconds(self, found: Candidate) -> float:
-        """Seconds of evaluations for each step."""
+        """Return the seconds of evaluations per step."""
         return self.job.held_out_per_step * forward_seconds(found.work, found.time)
 
     def hours(self, found: Candidate) -> float:
-        """Return the hours of the whole job with its evaluations; checkpoints are not counted."""
+        """Return the hours of the whole job with evaluations, but without checkpoints."""
         return self.job.steps * (found.time.total + self.evaluation_seconds(found)) / HOUR
 
     def tokens_per_second(self, found: Candidate) -> float:
@@ -39,13 +39,13 @@ class Plan:
         return batch / found.time.total / self.cluster.num_gpus
 
     def utilisation(self, found: Candidate) -> float:
-        """Share of the peak that the model's arithmetic is of the whole step."""
+        """Return the share of the peak that the model's arithmetic reaches over a whole step."""
         flops = self.job.shape.training_flops(self.job.seq_length)
         return flops * self.tokens_per_second(found) / self.cluster.gpu.peak_flops
 
 
 def disk(job: Job) -> str:
-    """Return what the job's checkpoints take on the disk."""
+    """Return the line about the disk space of the job's checkpoints."""
     size = checkpoint_bytes(job.shape, job.masks) / GB
     kept = f"with --keep {job.keep}" if job.keep else "all kept"
     return (
@@ -55,7 +55,7 @@ def disk(job: Job) -> str:
 
 
 def lines(plan: Plan, *, top: int) -> Iterator[str]:
-    """Write the plan of one job: what is trained, a table of layouts, the first of them in full.
+    """Yield the lines of a job's plan: the job, a table of layouts, and the first layout in full.
 
     Args:
         plan: the job.
@@ -104,7 +104,7 @@ def lines(plan: Plan, *, top: int) -> Iterator[str]:
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """Plain values of every layout, for JSON: bytes, seconds, tokens a second and GPU."""
+    """Return plain values of every layout, for JSON: bytes, seconds, tokens per second and GPU."""
     job = plan.job
     return {
         "steps": job.steps,

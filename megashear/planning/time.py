@@ -1,4 +1,4 @@
-"""How long one step takes, and what crosses which link in it: an estimate, and its parts."""
+"""Estimates of the time of one step, and of the bytes that cross each link in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megashear.planning.memory import stage_parameters
 from megashear.planning.work import FLOAT32, Work
 
 LINK_EFFICIENCY = 0.75
-"""Share of a link's nominal speed that collectives reach. An assumption: NVIDIA's nccl-tests report
+"""Share of a link's nominal speed that collectives are assumed to reach. NVIDIA's nccl-tests report
 all-reduces of large messages at about 230 of 300 GB/s on eight A100."""
 
 FORWARD_SHARE = 1 / 3
@@ -18,41 +18,43 @@ FORWARD_SHARE = 1 / 3
 much (Kaplan et al. 2020, arXiv:2001.08361, section 2.1)."""
 
 BUCKET = 40_000_000
-"""Parameters of a bucket, at least. Source: megatron-core 0.16.1, DistributedDataParallel."""
+"""Least parameters of a bucket. Source: megatron-core 0.16.1, DistributedDataParallel."""
 BUCKET_PER_REPLICA = 1_000_000
-"""And so many for each replica."""
+"""Least parameters of a bucket for each replica."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """How many GPUs of which kind, and how they hang together."""
+    """A number of GPUs of one kind, and the links between them."""
 
     gpu: Gpu
     num_gpus: int
     gpus_per_node: int
     network: float
-    """Between nodes, bytes a second and GPU in each direction."""
+    """Speed between nodes, bytes a second and GPU in each direction."""
 
     def ring(self, size: int, *, apart: int = 1) -> tuple[str, float]:
-        """What a collective's rank sends over: the name of the link, bytes a second.
+        """Return the link over which a rank of a collective sends, and its bytes a second.
 
-        Of a group that crosses nodes NCCL makes as many rings as it has ranks on a node, each
-        through another's adapter, so that a rank sees their sum, up to what the node's own link
-        carries. (NVIDIA/nccl, issue 812: 192 GB/s a GPU on two DGX A100 with eight adapters of 25.)
+        For a group that crosses nodes NCCL makes as many rings as the group has ranks on a node.
+        Each ring uses another adapter, so that a rank sees the sum of them, up to the speed of the
+        node's own link. (NVIDIA/nccl, issue 812: 192 GB/s a GPU on two DGX A100 with eight adapters
+        of 25 GB/s.)
 
         Args:
             size: ranks of the group.
-            apart: from one of its ranks to the next; groups lie side by side in ``size * apart``.
+            apart: distance from one rank of the group to the next; groups alternate within
+                ``size * apart`` ranks.
         """
         span, node = size * apart, self.gpus_per_node
         if self.num_gpus <= node or node % span == 0:
             return "node", self.gpu.node_link * LINK_EFFICIENCY
-        # the least of its ranks on any node: groups begin at multiples of the span
+        # least ranks of the group on any node: groups begin at multiples of the span
         rings = max(1, math.gcd(span, node) // apart)
         return "network", min(self.gpu.node_link, rings * self.network) * LINK_EFFICIENCY
 
     def hop(self) -> tuple[str, float]:
-        """The slowest link between two stages, which send through one adapter."""
+        """Return the slowest link between two stages, which send through one adapter."""
         inside = self.num_gpus <= self.gpus_per_node
         speed = self.gpu.node_link if inside else self.network
         return ("node" if inside else "network"), speed * LINK_EFFICIENCY
@@ -60,50 +62,51 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traffic:
-    """What a GPU sends in one step for one kind of parallelism."""
+    """Traffic of a GPU in one step for one kind of parallelism."""
 
     sent: int
-    """Bytes."""
+    """Bytes that it sends."""
     link: str
-    """node or network."""
+    """Slowest link on the way: node or network."""
     exposed: float
-    """Seconds that nothing is computed meanwhile."""
+    """Seconds in which nothing is computed meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """One optimizer step, seconds by what takes them; they follow each other."""
+    """Seconds of one optimizer step by what takes them, one after the other."""
 
     compute: float
-    """Arithmetic of all microbatches on the slowest stage."""
+    """Seconds of all microbatches' arithmetic on the slowest stage."""
     bubble: float
-    """Stages waiting for the first and the last microbatch."""
+    """Seconds in which stages wait for the first and the last microbatch."""
     tensor: Traffic
     pipeline: Traffic
     data: Traffic
 
     @property
     def total(self) -> float:
-        """Seconds a step."""
+        """Return the seconds of a step."""
         exposed = self.tensor.exposed + self.pipeline.exposed + self.data.exposed
         return self.compute + self.bubble + exposed
 
 
 def step_time(work: Work, cluster: Cluster, *, mfu: float) -> StepTime:
-    """Estimate a step.
+    """Return an estimate of the time of a step.
 
-    A microbatch takes a stage its arithmetic over the peak times ``mfu``, and the communication
-    that no arithmetic hides. The slowest stage sets the pace of m microbatches; (p - 1) / v more
-    go by while the pipeline fills and drains (p stages of v chunks). Gradients are reduced, and
-    weights gathered, after the last one; where they overlap, the last backward and the first
-    forward pass hide as much as they last.
+    The time of a microbatch on a stage is its arithmetic over ``mfu`` times the peak, plus the
+    communication that no arithmetic hides. The slowest stage sets the pace of m microbatches.
+    (p - 1) / v more pass while the pipeline fills and drains (p stages of v chunks). Gradients are
+    reduced, and weights gathered, after the last microbatch. Where they overlap, the last backward
+    pass and the first forward pass hide them as long as these passes last.
 
     Args:
         work: the step.
-        cluster: what runs it.
+        cluster: the GPUs.
         mfu: share of the peak that is reached while computing; recomputed layers, bubble and
-            communication are counted beside it.
+            communication are counted separately.
     """
+    # arithmetic and communication of a microbatch
     speed = cluster.gpu.peak_flops * mfu
     compute = max(_stage_flops(work, stage) for stage in _ends(work)) / speed
     tensor_exposed, tensor_sent = _tensor_bytes(work)
@@ -113,12 +116,14 @@ def step_time(work: Work, cluster: Cluster, *, mfu: float) -> StepTime:
     tensor_time = tensor_exposed / tensor_speed
     pipeline_time = 2 * work.virtual * hop / pipeline_speed
     pace = compute + tensor_time + pipeline_time
+    # gradients and weights of replicas
     count = work.num_microbatches
     reduced, gathered = _data_bytes(work)
     data_link, data_speed = cluster.ring(work.data_size, apart=work.tensor)
     overlap = work.parallel.overlap_grad_reduce, work.parallel.overlap_param_gather
     reducing = _beside(work, reduced / data_speed, pace * 2 / 3, overlaps=overlap[0])
     gathering = _beside(work, gathered / data_speed, pace / 3, overlaps=overlap[1])
+    # the whole step
     tied = _tied_bytes(work)
     return StepTime(
         compute=count * compute,
@@ -127,7 +132,7 @@ def step_time(work: Work, cluster: Cluster, *, mfu: float) -> StepTime:
             sent=round(count * tensor_sent), link=tensor_link, exposed=count * tensor_time
         ),
         pipeline=Traffic(
-            # of two stages each is an end, which sends a chunk's microbatch in one direction only
+            # one of two stages is an end, which sends microbatches of a chunk in one direction
             sent=count * (2 * work.virtual - (work.pipeline == 2)) * hop + tied,
             link=pipeline_link,
             exposed=count * pipeline_time + tied / pipeline_speed,
@@ -141,19 +146,19 @@ def step_time(work: Work, cluster: Cluster, *, mfu: float) -> StepTime:
 
 
 def forward_seconds(work: Work, time: StepTime) -> float:
-    """Seconds that a sequence takes forward only, at the pace of a step: nothing is run again."""
+    """Return the seconds of a sequence's forward pass, at the pace of a step without recompute."""
     sequences = work.num_microbatches * work.micro_batch_size * work.data_size
     whole = 1 + FORWARD_SHARE * _run_again(work)
     return time.total / sequences * FORWARD_SHARE / whole
 
 
 def _ends(work: Work) -> set[int]:
-    """First and last stage: no other has more to do."""
+    """Return the first and the last stage: no other has more to do."""
     return {0, work.pipeline - 1}
 
 
 def _stage_flops(work: Work, stage: int) -> float:
-    """Operations of a microbatch, forward and backward, on a rank of a stage."""
+    """Return the operations of a microbatch, forward and backward, on a rank of a stage."""
     shape, seq = work.shape, work.seq_length
     head = 6 * shape.vocab_size * shape.hidden_size
     layers = shape.training_flops(seq) - head
@@ -165,7 +170,7 @@ def _stage_flops(work: Work, stage: int) -> float:
 
 
 def _run_again(work: Work) -> float:
-    """Share of the layers whose forward pass, a third of a training pass, is run again."""
+    """Return the share of layers that recompute runs again, a third of a training pass each."""
     if work.model.recompute_granularity is None:
         return 0.0
     if work.model.recompute_method == "uniform":
@@ -174,13 +179,14 @@ def _run_again(work: Work) -> float:
 
 
 def _tensor_bytes(work: Work) -> tuple[float, float]:
-    """Bytes that a tensor rank sends for a microbatch by ring: those nothing hides, and all.
+    """Return the bytes that a tensor rank sends for a microbatch: those nothing hides, and all.
 
-    In units of a reduce-scatter or all-gather of [s, b, h]; an all-reduce is two. Forward a layer
-    takes four: what goes into and comes out of attention and MLP. Backward the gradients that go
-    into the column-parallel linears take four, hidden behind the product that gives the weights'
-    gradients; sequence parallelism adds two that nothing hides, where gradients enter the
-    row-parallel linears, and two hidden ones that gather the linears' inputs again.
+    They are counted in units of a reduce-scatter or all-gather of [s, b, h] by ring; an all-reduce
+    is two units. In the forward pass a layer takes four: inputs and outputs of attention and MLP.
+    In the backward pass the gradients of the inputs of column-parallel linears take four, which the
+    products for the weights' gradients hide. Sequence parallelism adds two exposed units, where
+    gradients enter the row-parallel linears, and two hidden units, which gather the inputs of
+    linears again.
     """
     size = work.tensor
     if size == 1:
@@ -189,8 +195,8 @@ def _tensor_bytes(work: Work) -> tuple[float, float]:
     sequence, alone = work.parallel.sequence_parallel, work.pipeline == 1
     exposed = 4 + 4 * _run_again(work) + (2 if sequence else 0)
     layers = work.chunk_layers * work.virtual
-    # The embedding takes two that nothing hides. The output layer takes two that are hidden, and
-    # with sequence parallelism one that is not. Only a stage that is alone has both.
+    # The embedding takes two exposed units. The output layer takes two hidden ones, and with
+    # sequence parallelism one exposed. Only a stage that is alone has both matrices.
     ends_exposed, ends = (3, 5) if sequence else (2, 4)
     if not alone:
         ends_exposed, ends = 2, ends - 2
@@ -202,7 +208,7 @@ def _own_parameters(work: Work) -> int:
 
 
 def _data_bytes(work: Work) -> tuple[int, int]:
-    """Bytes of gradients and of weights that a replica's rank sends in a step, by ring."""
+    """Return the bytes of gradients and of weights that a rank sends to replicas in a step."""
     ring = (work.data_size - 1) / work.data_size
     count = _own_parameters(work)
     if work.parallel.use_distributed_optimizer:
@@ -211,9 +217,9 @@ def _data_bytes(work: Work) -> tuple[int, int]:
 
 
 def _beside(work: Work, seconds: float, computing: float, *, overlaps: bool) -> float:
-    """Seconds of communication that ``computing`` seconds of one microbatch's pass leave over.
+    """Return the seconds of communication that ``computing`` seconds of a pass do not hide.
 
-    What belongs to the last bucket cannot begin before the pass has ended.
+    The communication of the last bucket cannot begin before the pass has ended.
     """
     if not overlaps:
         return seconds
@@ -223,7 +229,7 @@ def _beside(work: Work, seconds: float, computing: float, *, overlaps: bool) -> 
 
 
 def _tied_bytes(work: Work) -> int:
-    """Bytes of the gradient of tied embeddings, which first and last stage add."""
+    """Return the bytes of the gradient of tied embeddings, which first and last stage add."""
     if not work.shape.tied_embeddings or work.pipeline == 1:
         return 0
     return FLOAT32 * work.own_vocab * work.shape.hidden_size

@@ -1,4 +1,4 @@
-"""One training step of a model, and the extents that a layout leaves a rank of it."""
+"""Work: one training step of a model, and the extents that each rank has of it."""
 
 from __future__ import annotations
 
@@ -33,71 +33,71 @@ class Work:
     data_size: int = 1
     """Replicas."""
     masks: frozenset[str] = frozenset()
-    """Kinds of mask, of `masks.kinds.KINDS`; none in continued pretraining."""
+    """Kinds of mask of `masks.kinds.KINDS`; empty in continued pretraining."""
     noise_streams: int = 1
-    """Mask draws of one step, over all replicas."""
+    """Noise streams of one step, over all replicas."""
 
     @property
     def tensor(self) -> int:
-        """Tensor-parallel size."""
+        """Return the tensor-parallel size."""
         return self.parallel.tensor_model_parallel_size
 
     @property
     def pipeline(self) -> int:
-        """Pipeline stages."""
+        """Return the number of pipeline stages."""
         return self.parallel.pipeline_model_parallel_size
 
     @property
     def virtual(self) -> int:
-        """Model chunks of a stage."""
+        """Return the number of model chunks of a stage."""
         return self.parallel.num_virtual_stages_per_pipeline_rank
 
     @property
     def element(self) -> int:
-        """Bytes of a weight and of an activation."""
+        """Return the bytes of an element of weights and activations."""
         return BFLOAT16 if self.model.bf16 else FLOAT32
 
     @property
     def tokens(self) -> int:
-        """Tokens of a microbatch."""
+        """Return the tokens of a microbatch."""
         return self.seq_length * self.micro_batch_size
 
     @property
     def own_tokens(self) -> int:
-        """Tokens of a microbatch that this rank holds outside attention and MLP."""
+        """Return the tokens of a microbatch that a rank holds outside attention and MLP."""
         return self.tokens // (self.tensor if self.parallel.sequence_parallel else 1)
 
     @property
     def own_streams(self) -> int:
-        """Mask draws that a replica holds in one step, at most.
+        """Return the most noise streams of a replica in one step.
 
-        Replicas and streams each divide the batch into equal runs of neighbouring sequences; a
-        replica meets one stream more than it holds whole where its first begins before it.
+        Replicas and streams both divide the batch into equal runs of neighbouring sequences. A
+        replica whose first stream begins in an earlier replica has one stream more.
         """
         streams, replicas = self.noise_streams, self.data_size
         return 1 + -(-(streams - math.gcd(streams, replicas)) // replicas)
 
     @property
     def chunk_layers(self) -> int:
-        """Layers of a model chunk."""
+        """Return the number of layers of a model chunk."""
         return self.shape.num_layers // (self.pipeline * self.virtual)
 
     @property
     def own_vocab(self) -> int:
-        """Rows of the embedding on a tensor rank, with the padding that makes all equal."""
+        """Return the rows of the embedding on a tensor rank, with padding."""
         return padded_vocab_size(self.shape, self.tensor) // self.tensor
 
     @property
     def own_query(self) -> int:
-        """Width of a tensor rank's queries."""
+        """Return the width of a tensor rank's queries."""
         return self.shape.num_attention_heads * self.shape.head_dim // self.tensor
 
     @property
     def own_key(self) -> int:
-        """Width of a tensor rank's keys, and of its values."""
+        """Return the width of a tensor rank's keys, which is that of its values."""
         return self.shape.num_query_groups * self.shape.head_dim // self.tensor
 
     @property
     def own_ffn(self) -> int:
-        """Neurons of a tensor rank."""
+        """Return the number of neurons of a tensor rank."""
         return self.shape.ffn_hidden_size // self.tensor

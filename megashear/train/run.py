@@ -28,7 +28,7 @@ from megashear.models.llama import build_llama
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
-from megashear.parallel.watchdog import collective_timeout_s, watch
+from megashear.parallel.watchdog import collective_timeout_s, make_watchdog
 from megashear.shape import ModelShape, read_shape
 from megashear.tokenizer import tokenizer_files
 from megashear.train.environment import environment
@@ -521,7 +521,9 @@ def _trainer(
         ),
         train=train,
         tokenizer=_tokenizer(start, manifest),
-        watchdog=watch(groups.rank, groups.world_size, 60 * train.distributed_timeout_minutes),
+        watchdog=make_watchdog(
+            groups.rank, groups.world_size, 60 * train.distributed_timeout_minutes
+        ),
         source=start.checkpoint,
         bf16=config.model.bf16,
     )

@@ -14,7 +14,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from megashear.parallel.watchdog import watch
+from megashear.parallel.watchdog import make_watchdog
 
 
 def read_for_ever():
@@ -24,7 +24,7 @@ def read_for_ever():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    with watch(rank, 2, timeout_s=float(sys.argv[1])) as watchdog:
+    with make_watchdog(rank, 2, timeout_s=float(sys.argv[1])) as watchdog:
         for step in range(20):
             watchdog.beat(f"step {step}")
             if rank == 1 and step == 3 and sys.argv[2] == "hang":
