@@ -96,3 +96,11 @@ def mask_charts(kinds: Sequence[str]) -> Charts:
             ],
         },
     }
+
+
+def sections(found: Charts) -> frozenset[str]:
+    """Return the sections of the tags that charts show: ``train``, ``eval`` and the like."""
+    tags_shown = (
+        tag for of_category in found.values() for each in of_category.values() for tag in each
+    )
+    return frozenset(tag.partition("/")[0] for tag in tags_shown)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import yaml
@@ -81,16 +81,16 @@ MEANINGS = {
 
 
 def notes(
-    config: Mapping[str, Any], environment: Mapping[str, Any], *, prunes: bool
+    config: Mapping[str, Any], environment: Mapping[str, Any], *, sections: Collection[str]
 ) -> dict[str, str]:
     """Return the texts of a run by tag, as Markdown.
 
     Args:
         config: settings of the run by group, plain values.
         environment: versions, device, processes and command of this start; empty where not known.
-        prunes: whether there are masks.
+        sections: of the tags that the run writes: ``prune`` where there are masks.
     """
-    told = {tag: text for tag, text in MEANINGS.items() if prunes or not tag.startswith("prune/")}
+    told = {tag: text for tag, text in MEANINGS.items() if tag.partition("/")[0] in sections}
     lines = [f"| `{tag}` | {text} |" for tag, text in told.items()]
     texts = {READING: HINTS, TAGS: "\n".join(["| tag | what it is |", "|---|---|", *lines])}
     flat: dict[str, Any] = {}

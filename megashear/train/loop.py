@@ -16,7 +16,7 @@ from megashear.checkpoint.store import weight_not_finite
 from megashear.config import TrainConfig
 from megashear.models.llama import gather_weights
 from megashear.monitor import tags
-from megashear.monitor.charts import charts
+from megashear.monitor.charts import charts, sections
 from megashear.monitor.console import progress
 from megashear.monitor.notes import notes
 from megashear.monitor.sinks import Sinks, open_sinks
@@ -123,16 +123,16 @@ class Trainer:
     def _sinks(self, first_step: int) -> Sinks:
         if self.groups.rank != 0:
             return Sinks()
-        own = self.objective.charts()
-        layout = charts(
+        found = charts(
             domains=self.data.manifest.names,
             has_references=self.data.references is not None,
-            more=own,
+            more=self.objective.charts(),
         )
         # steps done are the x axis: this process writes from the next one on
         run = self.state.facts.get("run", {})
-        texts = notes(run, self.state.facts.get(ENVIRONMENT, {}), prunes=bool(own))
-        return open_sinks(self.train, first_step=first_step, config=run, layout=layout, texts=texts)
+        environment = self.state.facts.get(ENVIRONMENT, {})
+        texts = notes(run, environment, sections=sections(found))
+        return open_sinks(self.train, first_step=first_step, config=run, layout=found, texts=texts)
 
 
 class _Run:
@@ -155,7 +155,13 @@ class _Run:
         sinks: Sinks,
     ) -> None:
         self.trainer, self.train, self.data = trainer, trainer.train, trainer.data
-        self.step, self.last, self.first = first_step, trainer.train.train_iters, first_step
+        self.step, self.last = first_step, trainer.train.train_iters
+        self.request = 0.0
+        """To stop, as ranks agreed on it after the last step."""
+        self.stop: str | None = None
+        """Why the run is stopped."""
+        self.ran_out: str | None = None
+        """Which text ran out."""
         self.stops, self.checkpoints, self.sinks = stops, checkpoints, sinks
         self.groups = trainer.groups
         self.guard = trainer.train_step.guard
@@ -187,44 +193,18 @@ class _Run:
 
     def to_the_end(self) -> RunResult:
         """Train, and evaluate, log and save in between. Collective over the world."""
-        if self.step == 0:  # whoever resumes a run has written them
-            self.mixing.log(self.step, always=True)
-        stop, request = None, 0.0
-        # asked before each step, so that all ranks end together where text runs out
-        ran_out = self._ran_out()
-        bar = progress(
-            self.last, rank=self.groups.rank, initial=self.first, desc=self.trainer.objective.stage
-        )
-        with bar:
-            while self.step < self.last and ran_out is None and stop is None:
-                request = self._train_one_step()
-                bar.update()
-                self._evaluate_if_due()
-                # after all that moves weights: a phase, text that ran out, an evaluation
-                self.mixing.log(self.step, always=self._is_logged(self.step))
-                stop = self.stops.reason(request, self.step)
-                self._save_if_due(stops=stop is not None)
-                if stop is None:
-                    ran_out = self._ran_out()
-        if stop is not None:
-            logger.info("step %d: stopping, for %s", self.step, stop)
+        self._train()
         self.data.loader.close()
         evaluating = self.meter.share(EVALUATION)
-        if ran_out is not None:
-            self._end_early(ran_out)
-        found: dict[str, DomainLosses] = {}
-        skipped = 0
-        if self.step == self.last or ran_out is not None:
-            found = self._end()
-            # whoever continues after this run must hear of a signal that came meanwhile
-            _, request = self.trainer.train_step.agree([], self.stops.request())
-            stop = self.stops.reason(request, None)
-            self.checkpoints.close()
-            skipped = self.guard.not_finite
+        if self.ran_out is not None:
+            self._end_early(self.ran_out)
+        ended = self.step == self.last or self.ran_out is not None
+        found = self._end() if ended else {}
+        skipped = self.guard.not_finite if ended else 0
         return RunResult(
             step=self.step,
-            stopped=stop,
-            exit_status=exit_status(request) or (DIVERGED if skipped else 0),
+            stopped=self.stop,
+            exit_status=exit_status(self.request) or (DIVERGED if skipped else 0),
             skipped_last=skipped,
             held_out={mode: losses.losses for mode, losses in found.items()},
             held_out_errors={mode: losses.known_errors for mode, losses in found.items()},
@@ -232,8 +212,31 @@ class _Run:
             evaluation_share=evaluating,
             checkpoint=self.checkpoints.last,
             tensorboard=self.train.tensorboard_dir,
-            ended_early=ran_out,
+            ended_early=self.ran_out,
         )
+
+    def _train(self) -> None:
+        """Make steps until the last one, a stop, or the end of the text."""
+        if self.step == 0:  # a run that is resumed has written them
+            self.mixing.log(self.step, always=True)
+        stage = self.trainer.objective.stage
+        bar = progress(self.last, rank=self.groups.rank, initial=self.step, desc=stage)
+        with bar:
+            while self.step < self.last and self.stop is None and not self._runs_out():
+                self.request = self._train_one_step()
+                bar.update()
+                self._evaluate_if_due()
+                # after all that moves weights: a phase, text that ran out, an evaluation
+                self.mixing.log(self.step, always=self._is_logged(self.step))
+                self.stop = self.stops.reason(self.request, self.step)
+                self._save_if_due(stops=self.stop is not None)
+        if self.stop is not None:
+            logger.info("step %d: stopping, for %s", self.step, self.stop)
+
+    def _runs_out(self) -> bool:
+        """Return whether no text is left for the next step, equal on every rank."""
+        self.ran_out = self.data.loader.ran_out()
+        return self.ran_out is not None
 
     def evaluate(self, *, is_end: bool) -> None:
         """Run the evaluations that are due, and write their points.
@@ -339,10 +342,11 @@ class _Run:
         if (bad := self.held_out.not_finite()) is not None:
             raise self.checkpoints.diverged(f"step {self.step}: {bad}", self.step)
         self.checkpoints.finish(self.step, found)
+        # whatever continues after this run must know of a signal that came meanwhile
+        _, self.request = self.trainer.train_step.agree([], self.stops.request())
+        self.stop = self.stops.reason(self.request, None)
+        self.checkpoints.close()
         return found
-
-    def _ran_out(self) -> str | None:
-        return self.data.loader.ran_out() if self.step < self.last else None
 
     def _is_logged(self, step: int) -> bool:
         return is_due(self.train.log_interval, step) or step == self.last

@@ -24,18 +24,18 @@ def test_every_tag_of_the_docs_has_a_meaning_and_no_other() -> None:
 
 
 def test_settings_are_a_file_for_config() -> None:
-    texts = notes(CONFIG, STARTED, prunes=True)
+    texts = notes(CONFIG, STARTED, sections=("prune", "train"))
     settings = yaml.safe_load(textwrap.dedent(texts[SETTINGS]))
     assert settings == {"lr": 1e-4, "data_path": ["a b", "c"], "then_pretrain": None}
     assert "command: prune --save 'a b'" in texts[ENVIRONMENT]
     assert "Smoothing" in HINTS
     assert "Colours" in HINTS
-    assert ENVIRONMENT not in notes(CONFIG, {}, prunes=True)
+    assert ENVIRONMENT not in notes(CONFIG, {}, sections=("prune", "train"))
 
 
 def test_only_tags_of_the_run_are_told_of() -> None:
-    assert "`prune/churn/<kind>`" in notes(CONFIG, {}, prunes=True)[TAGS]
-    assert "prune/" not in notes(CONFIG, {}, prunes=False)[TAGS]
+    assert "`prune/churn/<kind>`" in notes(CONFIG, {}, sections=("prune", "train"))[TAGS]
+    assert "prune/" not in notes(CONFIG, {}, sections=("train",))[TAGS]
 
 
 def test_texts_are_read_back_and_those_of_a_second_start_beside_them(tmp_path: Path) -> None:
