@@ -32,7 +32,7 @@ _SLAB = 16
 
 @dataclass(frozen=True, kw_only=True)
 class DomainLosses:
-    """What an evaluation found."""
+    """Held-out losses that an evaluation found."""
 
     losses: dict[str, float]
     """Cross entropy per token by domain, nats."""
@@ -58,12 +58,12 @@ class DomainLosses:
 
 
 def subsample_size(train: TrainConfig, *, num_domains: int, num_modes: int) -> int:
-    """Held-out sequences per domain in an evaluation within the run.
+    """Return how many held-out sequences of a domain an evaluation within the run reads.
 
     Args:
-        train: whose --eval-sequences, --eval-tokens or --eval-share says it.
+        train: has --eval-sequences, --eval-tokens or --eval-share.
         num_domains: domains that an evaluation reads.
-        num_modes: how often it reads them, one forward pass each.
+        num_modes: times that an evaluation reads them, one forward pass each.
 
     Raises:
         ValueError: the share does not pay for one sequence of each domain.
@@ -74,7 +74,7 @@ def subsample_size(train: TrainConfig, *, num_domains: int, num_modes: int) -> i
         return train.eval_sequences or DEFAULT_EVAL_SEQUENCES
     evaluations = train.train_iters // train.eval_interval if train.eval_interval else 0
     if not evaluations:
-        return 1  # of which none is made
+        return 1  # no evaluation is made
     trained = train.train_iters * train.global_batch_size  # sequences, forward and backward
     cost = evaluations * num_modes * num_domains * FORWARD_SHARE  # of one sequence a domain
     size = math.floor(train.eval_share * trained / cost)
@@ -196,15 +196,15 @@ def evaluate_domains(
     """Evaluate the chosen sequences of every domain. Collective over the world.
 
     Args:
-        objective: whose model is evaluated.
-        mode: of its evaluation modes.
+        objective: has the model.
+        mode: one of the objective's modes.
         names: of the domains.
         held_out: sets of the domains, in the same order.
         chosen: indices of sequences of each set, equal on every rank.
         groups: where this rank stands.
         micro_batch_size: sequences per forward pass.
         step: steps done, shown beside the progress bar.
-        beat: told of every few batches, see `Watchdog`.
+        beat: is told of every few batches, see `Watchdog`.
     """
     sums = torch.zeros(len(names), _NUM_SUMS, dtype=torch.float64, device=device.device())
     per_pass = micro_batch_size * groups.data_size
@@ -236,7 +236,7 @@ _NUM_SUMS = 6
 
 
 def sums_of_sequences(losses: Tensor, counts: Tensor) -> Tensor:
-    """What is added up over the sequences of a domain, float64 [b, 6].
+    """Return what is added up over the sequences of a domain, float64 [b, 6].
 
     Args:
         losses: cross entropy summed over the tokens of each sequence, nats, [b].
@@ -250,12 +250,11 @@ def sums_of_sequences(losses: Tensor, counts: Tensor) -> Tensor:
 
 
 def ratio_and_error(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Token-weighted mean loss r = sum x / sum n of each domain, and its standard error.
+    """Return the token-weighted mean loss r = sum x / sum n of each domain, and its standard error.
 
-    Tokens of a sequence are not independent, so that sequences are what is counted: the error is
-    that of a ratio of two sums over k sequences,
-    sqrt(k / (k - 1) * sum (x - r n)^2) / sum n. It is that of the loss over all text of the
-    domain's kind, whatever share of the held-out text was read.
+    Tokens of a sequence are not independent, so sequences are counted: the error is that of a ratio
+    of two sums over k sequences, sqrt(k / (k - 1) * sum (x - r n)^2) / sum n. The error holds for
+    the loss over all text of the domain's kind, whatever share of the held-out text was read.
 
     Args:
         sums: of ``sums_of_sequences`` over each domain, [domains, 6].

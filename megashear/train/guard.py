@@ -1,4 +1,4 @@
-"""Which steps are not taken: losses or gradients that are not finite, and spikes."""
+"""Judge which steps are taken: not those whose loss or gradients are not finite, nor spikes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WARM_UP = 10
 
 @dataclass
 class StepGuard:
-    """Judges steps before weights move; what it knows is part of a checkpoint.
+    """Judges steps before weights move; its state is part of every checkpoint.
 
     Every rank runs the same guard on the same numbers, so all skip the same steps.
 
@@ -34,13 +34,15 @@ class StepGuard:
     in_a_row: int = 0
     """Steps skipped since the last one taken."""
     not_finite: int = 0
-    """Of these, steps of this process that were not finite, since the last loss that was; no part
-    of a checkpoint: who starts again has seen how the run ended."""
+    """Steps of this process that were not finite, since the last one that was. No checkpoint
+    keeps the number: whoever starts again has seen how the run ended."""
     mean_loss: float = 0.0
+    """Running mean of the losses of steps taken, nats per token."""
     num_losses: int = 0
+    """Losses in the running mean."""
 
     def judge(self, loss: float, norms: Mapping[str, float]) -> str | None:
-        """Why a step must not be taken; None if it may.
+        """Return why a step must not be taken; None if it may.
 
         Args:
             loss: mean over the global batch, nats per token, equal on every rank.
@@ -64,7 +66,7 @@ class StepGuard:
         return self.in_a_row > self.train.max_skipped_steps
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
+        """Return plain values, for a checkpoint."""
         return {
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
@@ -73,7 +75,7 @@ class StepGuard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the guard that gave ``state`` stood."""
+        """Resume where the guard that gave ``state`` stood."""
         self.skipped = int(state["skipped"])
         self.in_a_row = int(state["in_a_row"])
         self.mean_loss = float(state["mean_loss"])

@@ -1,4 +1,4 @@
-"""What the ranks of a run are about to hold, for the log."""
+"""Log what the ranks of a run are about to hold."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tell_memory(
 
 
 def _evaluations(config: PruneRun | PretrainRun, work: Work) -> Iterator[tuple[int, Memory]]:
-    """What each stage holds while it evaluates."""
+    """Yield each stage with what it holds while it evaluates."""
     train = config.train
     size = train.eval_micro_batch_size or train.micro_batch_size
     for stage in range(work.pipeline):

@@ -15,7 +15,7 @@ from megashear.config import OptimizerConfig
 def build_optimizer(
     chunks: Sequence[torch.nn.Module], config: OptimizerConfig, *, bf16: bool, sharded: bool = False
 ) -> MegatronOptimizer:
-    """AdamW over the weights of this rank's chunks; float32 masters under bf16.
+    """Build AdamW over the weights of this rank's chunks, with float32 masters under bf16.
 
     Args:
         chunks: wrapped for data parallelism.
@@ -59,7 +59,9 @@ def _fuse(optimizer: MegatronOptimizer) -> None:
 def build_schedule(
     optimizer: MegatronOptimizer, config: OptimizerConfig, train_iters: int
 ) -> OptimizerParamScheduler:
-    """Warm-up from 0 and decay to the floor, counted in steps; sets the rate of step 0 at once.
+    """Build the schedule: warm-up from 0, decay to the floor, counted in steps.
+
+    The rate of step 0 is set at once.
 
     Raises:
         ValueError: warm-up is not shorter than the decay.
@@ -136,7 +138,7 @@ def check_schedule(config: OptimizerConfig, train_iters: int) -> None:
 
 
 def schedule_fraction(schedule: OptimizerParamScheduler, peak: float) -> float:
-    """The schedule's present value as a fraction of its peak, for the rate of masks."""
+    """Return the schedule's present value as a fraction of its peak, for the rate of masks."""
     return schedule.get_lr({}) / peak
 
 

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megashear.checkpoint.store import MaskState
-from megashear.config import MaskConfig
+from megashear.config import MaskConfig, OptimizerConfig
 from megashear.data.batch import MicroBatch
 from megashear.masks.census import GateSides, take_census, target_sizes
 from megashear.masks.constraint import SparsityConstraint
@@ -49,19 +49,22 @@ NO_STEP = -1
 
 @dataclass(frozen=True, kw_only=True)
 class MaskMetrics:
-    """Where masks and constraint stood in a step."""
+    """Numbers of masks and constraint in a step."""
 
     penalty: float
     """What the constraint added to the loss."""
     grad_norm: float
-    """Of log_alpha and multipliers together, before clipping."""
+    """Gradient norm of log_alpha and multipliers together, before clipping."""
     learning_rate: float
+    """Learning rate of log_alpha and multipliers."""
     expected: dict[str, float] = field(default_factory=dict)
     """Expected sparsity by kind, mean over rows."""
     target: dict[str, float] = field(default_factory=dict)
     """Target sparsity of this step by kind."""
     lambda1: dict[str, float] = field(default_factory=dict)
+    """Linear multiplier by kind."""
     lambda2: dict[str, float] = field(default_factory=dict)
+    """Quadratic multiplier by kind."""
 
 
 class StructuredPruning(Objective):
@@ -76,9 +79,8 @@ class StructuredPruning(Objective):
         seed: of the noise.
         global_batch_size: sequences per step, over all replicas.
         sequence_parallel: see MaskBinding.
-        clip_grad: largest norm of the masks' gradients.
-        betas: of the masks' Adam.
-        eps: of the masks' Adam.
+        adam: betas, epsilon and largest gradient norm of the masks' Adam, as for the weights; the
+            defaults of the flags unless given.
         terms: of the loss, besides the Lagrangian; the cross entropy unless given.
 
     Raises:
@@ -98,9 +100,7 @@ class StructuredPruning(Objective):
         seed: int,
         global_batch_size: int,
         sequence_parallel: bool,
-        clip_grad: float = 1.0,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        adam: OptimizerConfig | None = None,
         terms: Sequence[LossTerm] | None = None,
     ) -> None:
         super().__init__(chunks, terms=terms)
@@ -108,7 +108,8 @@ class StructuredPruning(Objective):
         self.config = config
         self.seed = seed
         self.global_batch_size = global_batch_size
-        self.clip_grad = clip_grad
+        adam = adam or OptimizerConfig()
+        self.clip_grad = adam.clip_grad
         self.targets = target_units(source, target)
         parts = own_parts(whole_parts(source, target), own_layers(chunks), groups)
         self.masks = MaskSet(parts)
@@ -119,7 +120,12 @@ class StructuredPruning(Objective):
             lambda2_max=config.lambda2_max,
             force=config.force_lambda2_max,
         )
-        self.optimizer = MaskOptimizer(self.masks, self.constraint, betas=betas, eps=eps)
+        self.optimizer = MaskOptimizer(
+            self.masks,
+            self.constraint,
+            betas=(adam.adam_beta1, adam.adam_beta2),
+            eps=adam.adam_eps,
+        )
         self.sides = GateSides(parts)
         self.binding = MaskBinding(
             chunks, self.masks, source, groups, sequence_parallel=sequence_parallel

@@ -209,9 +209,7 @@ def _pruning_trainer(
         seed=train.seed,
         global_batch_size=train.global_batch_size,
         sequence_parallel=config.parallel.sequence_parallel,
-        clip_grad=config.optimizer.clip_grad,
-        betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
-        eps=config.optimizer.adam_eps,
+        adam=config.optimizer,
     )
     details = {"target_shape": target.to_dict()}
     return _trainer(config, start, objective, inputs, groups, details, command=command)

@@ -22,7 +22,7 @@ Select = Callable[[torch.nn.Module, int], Tensor]
 
 
 class SequenceLosses(NamedTuple):
-    """What the last stage measured of one microbatch, on the device."""
+    """Losses of one microbatch that the last stage measured, on the device."""
 
     sums: Tensor
     """Cross entropy summed over the counted tokens of each sequence, nats, [b]."""

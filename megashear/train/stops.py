@@ -1,4 +1,4 @@
-"""Why a run ends before its last step: a signal, its time, its interval, numbers not finite."""
+"""Reasons to end a run before its last step: a signal, a time limit, an interval, bad numbers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megashear.config import TrainConfig
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""What a batch system, a launcher and a keyboard send to end a job."""
+"""Signals that a batch system, a launcher and a keyboard send to end a job."""
 DIVERGED = 4
 """Exit status of a run whose loss or weights are not finite."""
 _OVER = 0.5
-"""Request of a rank whose time is over: below every signal's number."""
+"""Request of a rank whose time is over: below every signal's number, so signals count more."""
 REQUESTS = (_OVER, *map(float, SIGNALS))
-"""All that a rank can ask for."""
+"""Requests that a rank can make."""
 
 
 class DivergedError(RuntimeError):
@@ -29,12 +29,12 @@ class DivergedError(RuntimeError):
 
 
 _STARTED = time.monotonic()
-"""When this process began, about: a job's time limit counts what it loads, too."""
+"""When this process began, about: a job's time limit counts loading too."""
 
 
 @dataclass
 class Stops:
-    """What asked this rank to stop; ranks agree on it once a step.
+    """Collects what asks this rank to stop; ranks agree on it once a step.
 
     Args:
         train: the flags.
@@ -48,7 +48,7 @@ class Stops:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals for requests, so that the step is finished and saved."""
+        """Take signals as requests, so that the step is finished and saved."""
         # only the main thread of a process may set handlers
         if not self.train.exit_signal_handler or not _in_main_thread():
             yield
@@ -61,9 +61,9 @@ class Stops:
                 signal.signal(number, handler)
 
     def request(self) -> float:
-        """What this rank asks for after a step; the greatest of all ranks' is what happens.
+        """Return what this rank asks for after a step; ranks then take the greatest request of all.
 
-        Time is read on every rank: clocks differ, and the first to be over counts.
+        Every rank reads its clock: clocks differ, and the first whose time is over counts.
         """
         if self.received:
             return float(self.received)
@@ -72,7 +72,7 @@ class Stops:
         return _OVER if over else 0.0
 
     def reason(self, request: float, step: int | None) -> str | None:
-        """Say why the run ends after ``step`` steps, as agreed; None if it goes on.
+        """Return why the run ends after ``step`` steps, as ranks agreed; None if it continues.
 
         Args:
             request: what ranks agreed on.
@@ -92,7 +92,7 @@ class Stops:
 
 
 def exit_status(request: float) -> int:
-    """What the process returns: 0, or 128 + the signal's number, as a shell would say it."""
+    """Return the exit status of the process: 0, or 128 + the signal's number, as in a shell."""
     return 0 if request in (0.0, _OVER) else 128 + int(request)
 
 

@@ -71,7 +71,7 @@ class SurveyOfMasks:
 
 
 def survey_points(survey: MaskSurvey, target: ModelShape) -> dict[str, float]:
-    """What a survey says in numbers, by tag.
+    """Return the numbers of a survey, by tag.
 
     Args:
         survey: of this evaluation.
@@ -99,14 +99,14 @@ def show_masks(
     parts: Mapping[str, MaskPart],
     targets: Mapping[str, int],
 ) -> None:
-    """Give a sink that takes images a picture and a histogram of every kind of mask.
+    """Give a picture and a histogram of every kind of mask to a sink that takes images.
 
     Args:
         sink: of the rank that writes.
         step: steps done.
         survey: of this evaluation.
-        parts: of this process, by kind; how its rows are counted is looked at alone.
-        targets: units that shall stay in each row, by kind.
+        parts: of this process, by kind; only how rows are counted is read.
+        targets: units that each row shall keep, by kind.
     """
     if not sink.takes_images:
         return
