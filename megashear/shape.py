@@ -1,4 +1,4 @@
-"""Extents of a LLaMA-family model, published presets, parameter counts."""
+"""ModelShape: extents of a model of the LLaMA family, with presets and parameter counts."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from megashear.files.structured import read_json_object
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
-"""Families by the name that transformers gives them (``model_type``)."""
+"""Families by their names in transformers (``model_type``)."""
 
 
 MOST_LAYERS = 2**16
-"""More layers than any model has."""
+"""Bound of the layers, more than any model has."""
 MOST_NUMBER = 1e18
-"""A larger number in a model's description is a mistake; float32 goes to 3e38."""
+"""Bound of numbers in a model's description, for float32 goes to 3e38."""
 
 
 def check_extent(value: object, name: str, place: str = "") -> int:
-    """Return an extent of a model; ``place`` is what messages call it, if not its name.
+    """Return an extent of a model; messages call it ``place``, or else ``name``.
 
     Raises:
-        ValueError: it is no whole number, not positive, or more than any model has.
+        ValueError: the value is no whole number, not positive, or more than any model has.
     """
     most = MOST_LAYERS if name in ("num_layers", "num_hidden_layers") else MOST_EXTENT
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -37,10 +37,10 @@ def check_extent(value: object, name: str, place: str = "") -> int:
 
 
 def check_number(value: object, name: str, place: str = "") -> float:
-    """Return a number of a model's description; ``place`` is what messages call it.
+    """Return a number of a model's description; messages call it ``place``, or else ``name``.
 
     Raises:
-        ValueError: it is no number, not positive, not finite, or larger than `MOST_NUMBER`.
+        ValueError: the value is no number, not positive, not finite, or above `MOST_NUMBER`.
     """
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"{place or name} is {value!r}; it must be a positive number")
@@ -51,23 +51,23 @@ def check_number(value: object, name: str, place: str = "") -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
-    """How the rotary table of a longer context is made from that of a shorter one.
+    """How the rotary table of a short context is stretched for a longer one.
 
     Source: transformers `modeling_rope_utils`, types "linear" and "llama3".
 
     Raises:
-        ValueError: an unknown kind, a value that is not positive, or bounds out of order.
+        ValueError: the kind is unknown, a value is not positive, or bounds are out of order.
     """
 
     kind: Literal["linear", "llama3"]
-    """linear: every frequency divided by ``factor``. llama3: frequencies of long waves divided by
-    it, of short ones kept, blended between."""
+    """linear: every frequency is divided by ``factor``. llama3: frequencies of long waves are
+    divided by ``factor``, those of short waves are kept, and between the two they are blended."""
     factor: float
-    """How many times longer the context becomes."""
+    """Factor by which the context becomes longer."""
     low_freq_factor: float = 1.0
-    """llama3: waves longer than the original context over this are scaled in full."""
+    """llama3: waves longer than the original context over this number are scaled in full."""
     high_freq_factor: float = 4.0
-    """llama3: waves shorter than the original context over this are kept."""
+    """llama3: waves shorter than the original context over this number are kept."""
     original_max_position_embeddings: int = 8192
     """llama3: context before scaling, tokens."""
 
@@ -86,11 +86,11 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """Everything that fixes the function a model of the LLaMA family computes, but its weights.
+    """Everything, except weights, that determines the function of a model of the LLaMA family.
 
     Raises:
-        ValueError: an extent is not positive, head_dim is odd, query groups do not divide the
-            heads, or the family is unknown.
+        ValueError: an extent is not positive, head_dim is odd, query groups do not divide heads,
+            or the family is unknown.
     """
 
     num_layers: int
@@ -114,18 +114,18 @@ class ModelShape:
     max_position_embeddings: int = 4096
     """Longest sequence the model was made for, tokens."""
     family: Family = "llama"
-    """Whose config.json and class in transformers describe it."""
+    """Family whose config.json and class in transformers describe the model."""
     qkv_bias: bool = False
     """Whether the query, key and value projections add a bias (Qwen2)."""
     qk_norm: bool = False
-    """Whether queries and keys pass an RMSNorm over head_dim, shared by all heads (Qwen3)."""
+    """Whether queries and keys pass an RMSNorm over head_dim that all heads share (Qwen3)."""
     tied_embeddings: bool = False
     """Whether the output layer is the embedding matrix."""
     rope_scaling: RopeScaling | None = None
-    """How the rotary table was stretched; a mapping of its fields is taken too."""
+    """How the rotary table is stretched; a mapping of the fields is accepted too."""
     sliding_window: int | None = None
-    """How many tokens back attention reaches (Mistral); None for all of them. Sequences that are
-    not longer compute the same either way, and longer ones are refused."""
+    """Number of tokens that attention reaches back (Mistral); None for all. Sequences up to this
+    length are computed alike with and without a window, and longer ones are refused."""
 
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):  # as JSON has it
@@ -151,11 +151,11 @@ class ModelShape:
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads that share one key/value head, H / G."""
+        """Return the number of query heads that share a key/value head, H / G."""
         return self.num_attention_heads // self.num_query_groups
 
     def num_params(self) -> int:
-        """Parameters of the whole model; a tied embedding counts once."""
+        """Return the number of parameters of the whole model; a tied embedding counts once."""
         h, d = self.hidden_size, self.head_dim
         matrices = 1 if self.tied_embeddings else 2
         vectors = 2 * h  # the layer's two norms
@@ -168,7 +168,7 @@ class ModelShape:
         )
 
     def layer_params(self) -> int:
-        """Prunable parameters of one layer: attention and MLP matrices, no norms, no biases."""
+        """Return the number of parameters in matrices of one layer, without norms and biases."""
         per_head = 2 * self.hidden_size * self.head_dim  # rows of q, columns of o
         per_group = 2 * self.hidden_size * self.head_dim  # rows of k and of v
         per_neuron = 3 * self.hidden_size  # gate, up, down
@@ -179,17 +179,17 @@ class ModelShape:
         )
 
     def training_flops(self, seq_length: int) -> int:
-        """Floating-point operations of one token's forward and backward pass.
+        """Return the floating-point operations of one token's forward and backward pass.
 
-        Six for each parameter of a matrix that multiplies, the output layer's included and the
-        embedding's, which is looked up, not; and those of attention over the whole square of a
-        sequence, 12 L H d s, of which a causal kernel needs half.
+        Each parameter of a matrix that multiplies counts six; the output layer is included, and the
+        embedding, where rows are looked up, is not. Attention over the whole square of a sequence
+        counts 12 L H d s, of which a causal kernel needs half.
 
         Args:
             seq_length: tokens per sequence.
 
-        Source: Chowdhery et al. 2022 (arXiv:2204.02311), appendix B. Megatron-LM counted alike up
-        to 2024, and takes half of the attention today, for the causal mask.
+        Source: Chowdhery et al. 2022 (arXiv:2204.02311), appendix B. Megatron-LM counted so
+        until 2024, and counts half of attention today, because of the causal mask.
         """
         multiplied = self.num_layers * self.layer_params() + self.vocab_size * self.hidden_size
         width = self.num_attention_heads * self.head_dim
@@ -204,10 +204,10 @@ class ModelShape:
             tensor: tensor-parallel ranks.
             pipeline: stages.
             virtual: model chunks of a stage.
-            role: what the shape is, for the message: model, source, target.
+            role: role of the shape for the message: model, source, target.
 
         Raises:
-            ValueError: names the extent, the size that does not divide it and sizes that do.
+            ValueError: with the extent, the size that does not divide it, and sizes that do.
         """
         split = ("num_query_groups", "num_attention_heads", "ffn_hidden_size")
         for extent in split:
@@ -231,7 +231,7 @@ class ModelShape:
             )
 
     def check_window(self, seq_length: int) -> None:
-        """Refuse sequences that a model with sliding-window attention would not see whole.
+        """Refuse sequences that are longer than the model's sliding window.
 
         Args:
             seq_length: tokens per sequence.
@@ -247,7 +247,7 @@ class ModelShape:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field name, for JSON; ``ModelShape(**values)`` is the way back."""
+        """Return plain values by field name, for JSON; ``ModelShape(**values)`` reads them."""
         return asdict(self)
 
 
@@ -351,15 +351,17 @@ PRESETS: dict[str, ModelShape] = {
     "qwen3-0.6b": _qwen("qwen3", 28, 1024, 16, 8, 128, 3072, tied=True),
     "qwen3-8b": _qwen("qwen3", 36, 4096, 32, 8, 128, 12288, tied=False),
 }
-"""Source: Sheared LLaMA (arXiv:2310.06694), table 1 and appendix; LLaMA 2 (arXiv:2307.09288); for
-the others the config.json of the models as released on Hugging Face."""
+"""Shapes of published models by name.
+
+Source: Sheared LLaMA (arXiv:2310.06694), table 1 and appendix; LLaMA 2 (arXiv:2307.09288); for the
+others the config.json of the models as released on Hugging Face."""
 
 
 def read_shape(name: str, *, flag: str = "--init-shape") -> ModelShape:
-    """Return a preset by name, or the model whose extents a JSON file has.
+    """Return the preset of this name, or the shape in a JSON file of this name.
 
     Raises:
-        ValueError: neither, or the file holds something else.
+        ValueError: there is neither, or the file holds no shape.
     """
     if name in PRESETS:
         return PRESETS[name]
@@ -378,18 +380,19 @@ def read_shape(name: str, *, flag: str = "--init-shape") -> ModelShape:
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool}
-"""What JSON must have for a field of :class:`ModelShape`, by its annotation."""
+"""Types of JSON values by the annotation of the field of `ModelShape`."""
 
 
 def read_extents(name: str, *, flag: str) -> dict[str, Any]:
-    """Return those fields of :class:`ModelShape` that a JSON file has.
+    """Return the fields of `ModelShape` that a JSON file has.
 
     Args:
         name: the file.
-        flag: what named it.
+        flag: the flag that named the file, for messages.
 
     Raises:
-        ValueError: no such file, no JSON object, an unknown field, or a value of another type.
+        ValueError: there is no such file, it is no JSON object, or it has an unknown field or a
+            value of another type.
     """
     path = Path(name)
     if not path.is_file():
