@@ -12,10 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megashear.checkpoint.description import Description
 from megashear.checkpoint.weights import write_weights
-from megashear.preprocessing.domains import preprocess
 from megashear.shape import ModelShape
 from tests.reference_llama import random_weights
-from tests.texts import DOMAIN_MODULES, docstrings, write_jsonl
+from tests.texts import DOMAIN_MODULES, docstrings, preprocess, write_jsonl
 
 VOCAB = 256
 SEQUENCE = 32

@@ -1,4 +1,4 @@
-"""Real text for tests: docstrings of the standard library, in three domains of unequal size."""
+"""Real text for tests, and preprocessing of it: docstrings of the standard library by domain."""
 
 import email
 import inspect
@@ -8,9 +8,15 @@ import shutil
 import statistics
 import string
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from megashear.config import PreprocessConfig
+from megashear.data.manifest import DataManifest
+from megashear.preprocessing import domains
+from megashear.preprocessing.text_files import CHUNK_BYTES
 
 DOMAIN_MODULES: dict[str, list[ModuleType]] = {
     "words": [string, textwrap, email],
@@ -35,3 +41,17 @@ def write_jsonl(path: Path, texts: list[Any], key: str = "text") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
     return path
+
+
+def preprocess(
+    inputs: Mapping[str, Sequence[Path]],
+    output: Path,
+    tokenizer: Path,
+    *,
+    progress: bool | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    **flags: Any,
+) -> DataManifest:
+    """Preprocess files with flags of the command, by their names; others have their defaults."""
+    config = PreprocessConfig(input="", output=str(output), tokenizer_model=str(tokenizer), **flags)
+    return domains.preprocess(inputs, config, progress=progress, chunk_bytes=chunk_bytes)

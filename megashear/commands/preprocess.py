@@ -18,7 +18,7 @@ PROG = "megashear preprocess"
 
 @user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
-    """Run the command on the arguments after its name; the exit status."""
+    """Run the command on the arguments after its name; return the exit status."""
     config = parse(PreprocessConfig, argv, prog=PROG, description=__doc__ or "", check=check)
     refuse_torchrun(PROG)
     check_writable("--output", config.output)
@@ -27,25 +27,15 @@ def main(argv: Sequence[str]) -> int:
     from megashear.preprocessing.inputs import find_domains
 
     inputs = find_domains(config.input, config.json_key)
-    manifest = preprocess(
-        inputs,
-        config.output,
-        config.tokenizer_model,
-        json_key=config.json_key,
-        append_eod=config.append_eod,
-        prepend_bos=config.prepend_bos,
-        held_out_fraction=config.held_out_fraction,
-        tokens_dtype=config.tokens_dtype,
-        max_document_mb=config.max_document_mb,
-        workers=config.workers,
-    )
-    files = [told for told in (inputs.tell_read(), inputs.tell_unread()) if told]
+    manifest = preprocess(inputs, config)
+    files = [line for line in (inputs.summary(), inputs.unread_summary()) if line]
     report("\n".join([format_manifest(manifest), "; ".join(files)]))
     return 0
 
 
 def format_manifest(manifest: DataManifest) -> str:
-    """A line a domain: documents, tokens, bytes a token, what was skipped; then where they lie."""
+    """Return a line for each domain (documents, tokens, bytes per token, what was skipped), and one
+    that says where the domains lie."""
     width = max(len(name) for name in manifest.names)
     lines = []
     for d in manifest.domains:

@@ -1,4 +1,4 @@
-"""Tokenises text into one .bin/.idx and one held-out set per domain."""
+"""Tokenises text into one .bin/.idx and one held-out set for each domain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import multiprocessing
 import re
 import shutil
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+from megashear.config import PreprocessConfig
 from megashear.data.indexed import token_dtype
 from megashear.data.manifest import (
     HELD_OUT_SUFFIX,
@@ -37,68 +37,48 @@ from megashear.preprocessing.inputs import read_chunks, samples_of
 from megashear.preprocessing.journal import FOLDER, unfinished
 from megashear.preprocessing.mds import check_set
 from megashear.preprocessing.progress import Meter
-from megashear.preprocessing.text_files import (
-    CHUNK_BYTES,
-    MAX_DOCUMENT_MB,
-    Chunk,
-    check_max_document,
-)
+from megashear.preprocessing.text_files import CHUNK_BYTES, Chunk
 from megashear.tokenizer.choice import load_tokenizer
 from megashear.tokenizer.models import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 CHUNKS_AHEAD = 4
-"""Chunks read ahead for each worker; bounds memory whatever the size of the files."""
+"""Chunks read ahead for each worker, which bounds memory whatever the size of the files."""
 BYTES_AHEAD = 16 << 20
-"""Text read ahead for each worker, bytes, where documents are longer than a chunk."""
+"""Text read ahead for each worker where documents are longer than a chunk, bytes."""
 CHUNKS_BETWEEN_COMMITS = 64
-"""How much a run that is killed does again at most; bringing it to the disk takes some 10 ms."""
+"""Chunks that a killed run does again at most; a commit to the disk takes some 10 ms."""
 FILES_A_CHUNK = 16
-"""Files noted in the journal for each chunk between commits, at least: each commit writes all of
-them anew, and a domain may have a hundred thousand files of a page each."""
+"""Files noted in the journal that make the time between commits a chunk longer: each commit writes
+all of them anew, and a domain may have a hundred thousand files of a page each."""
 
 
 def preprocess(
     inputs: Mapping[str, Sequence[Path]],
-    output: str | Path,
-    tokenizer_path: str | Path,
+    config: PreprocessConfig,
     *,
-    json_key: str = "text",
-    append_eod: bool = True,
-    prepend_bos: bool = True,
-    held_out_fraction: float = 0.02,
-    tokens_dtype: str = "uint16",
-    max_document_mb: int = MAX_DOCUMENT_MB,
-    workers: int = 1,
     progress: bool | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> DataManifest:
     """Tokenise text into a new directory: a training and a held-out set for each domain.
 
     A document is held out by the hash of its text: it stays on its side when files are added, and
-    copies of a text share a side. Where all documents of a (small) domain fall on one side, the one
-    that divides its tokens best is moved. Documents keep the order of the files, whatever the
-    number of workers. Memory grows with the longest document alone.
+    copies of a text share a side. Where all documents of a (small) domain fall on one side, the
+    document that divides the domain's tokens best is moved. Documents keep the order of the files,
+    whatever the number of workers. Memory grows with the longest document alone.
 
     The directory appears whole or not at all. It is made as ``{output}.tmp``, where a run that was
-    interrupted, killed even, leaves what it did: the same call goes on from there, and only from
-    input files that have not changed.
+    interrupted, or even killed, leaves what it did: the same call resumes there, and reads only
+    input files that have changed or were not read.
 
     Args:
         inputs: files of each domain, of any kind that ``find_domains`` finds; their order becomes
             the order of the domains.
-        output: directory to make.
-        tokenizer_path: a tokenizer file or directory, see ``load_tokenizer``; copied along.
-        json_key: key under which a line holds its text; column of a parquet file.
-        append_eod: end every document with EOS; documents that come as tokens stay as they are.
-        prepend_bos: begin every document with BOS; as above.
-        held_out_fraction: share of documents to hold out, between 0 and 1, exclusive.
-        tokens_dtype: numpy type of ids in MDS shards, which do not say.
-        max_document_mb: longest document, MB as it lies in the unpacked file.
-        workers: processes that tokenise; 1 works in this process. More are started afresh, so a
-            script that calls this needs its ``if __name__ == "__main__"``.
-        progress: show a bar on stderr; None shows it on a terminal, and else logs now and then.
+        config: flags of the command; the tokenizer is copied along. ``inputs`` replace its
+            ``input``. With ``workers`` above 1 processes are started afresh, so a script that calls
+            this function needs its ``if __name__ == "__main__"``.
+        progress: show a bar on stderr; None shows it on a terminal, and elsewhere logs.
         chunk_bytes: text handed to a worker at a time, bytes.
 
     Returns:
@@ -106,34 +86,28 @@ def preprocess(
 
     Raises:
         ValueError: the output exists, an interrupted run had other settings, an input file is
-            damaged or does not hold text under ``json_key`` (names the file and the line), a
-            domain has no text or fewer than two different documents, or the tokenizer lacks a
-            token that was asked for.
+            damaged or has no text under ``json_key`` (names the file and the line), a domain has
+            no text or fewer than two different documents, or the tokenizer lacks a BOS or EOS
+            that was asked for.
     """
-    output = Path(output)
+    # Check all inputs now: a domain's turn may come hours later.
+    output = Path(config.output)
     files = {name: [Path(file) for file in each] for name, each in inputs.items()}
     _check_inputs(files, output)
-    if not 0 < held_out_fraction < 1:
-        raise ValueError(
-            f"--held-out-fraction is {held_out_fraction}; it must lie between 0 and 1, for "
-            f"training and evaluation both need text"
-        )
-    if workers < 1:
-        raise ValueError(f"--workers is {workers}; at least 1 process has to tokenise")
-    check_max_document(max_document_mb)
-    for each in files.values():  # rather than hours later, when it is this domain's turn
+    for each in files.values():
         for file in samples_of(each):
-            check_first(file, json_key, tokens_dtype, max_document_mb)
-    tokenizer = load_tokenizer(tokenizer_path)
+            check_first(file, config.json_key, config.tokens_dtype, config.max_document_mb)
+    # Load the tokenizer.
+    tokenizer = load_tokenizer(config.tokenizer_model)
     if tokenizer.note is not None:
         logger.warning("--tokenizer-model: %s", tokenizer.note)
-    _check_special_tokens(tokenizer, append_eod=append_eod, prepend_bos=prepend_bos)
+    _check_special_tokens(tokenizer, config)
     policy = EncodingPolicy(
         tokenizer_path=tokenizer.path.absolute(),
-        json_key=json_key,
-        prepend_bos=prepend_bos,
-        append_eod=append_eod,
-        held_out_fraction=held_out_fraction,
+        json_key=config.json_key,
+        prepend_bos=config.prepend_bos,
+        append_eod=config.append_eod,
+        held_out_fraction=config.held_out_fraction,
         dtype=token_dtype(tokenizer.vocab_size),
     )
     settings = {
@@ -143,14 +117,14 @@ def preprocess(
         "added_tokens_fingerprint": tokenizer.added_fingerprint,
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
-        "tokens_dtype": tokens_dtype,
+        "tokens_dtype": config.tokens_dtype,
         "chunk_bytes": chunk_bytes,  # places are counted in chunks
     }
+    # Write aside, then rename.
     aside = output.with_name(output.name + ".tmp")
     with unfinished(aside, settings):
-        _drop_strangers(aside, files)
-        run = _Run(policy, tokens_dtype, chunk_bytes, max_document_mb, workers)
-        domains = run.write_all(files, aside, progress)
+        _drop_other_domains(aside, files)
+        domains = _Run(config, policy, chunk_bytes).write_all(files, aside, progress)
         tokenizer.copy_to(aside / TOKENIZER_FOLDER)
         manifest = DataManifest(
             directory=aside,
@@ -158,15 +132,15 @@ def preprocess(
             vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
-            prepend_bos=prepend_bos,
-            append_eod=append_eod,
-            held_out_fraction=held_out_fraction,
-            json_key=json_key,
+            prepend_bos=config.prepend_bos,
+            append_eod=config.append_eod,
+            held_out_fraction=config.held_out_fraction,
+            json_key=config.json_key,
             dtype=policy.dtype,
             tokenizer_fingerprint=tokenizer.fingerprint,
         )
         manifest.write()
-        if output.exists():  # since the check at the start; a rename would take an empty one
+        if output.exists():  # since the check at the start; a rename would replace an empty one
             raise ValueError(f"{output} exists; delete it or write to another directory")
         aside.rename(output)
     shutil.rmtree(output / FOLDER)
@@ -196,10 +170,10 @@ def _check_inputs(inputs: Mapping[str, Sequence[Path]], output: Path) -> None:
                 raise ValueError(f"domain {name!r}: {file} does not exist")
 
 
-def _check_special_tokens(tokenizer: Tokenizer, *, append_eod: bool, prepend_bos: bool) -> None:
+def _check_special_tokens(tokenizer: Tokenizer, config: PreprocessConfig) -> None:
     for wanted, token_id, name, flag in (
-        (append_eod, tokenizer.eos_id, "EOS", "--no-append-eod"),
-        (prepend_bos, tokenizer.bos_id, "BOS", "--no-prepend-bos"),
+        (config.append_eod, tokenizer.eos_id, "EOS", "--no-append-eod"),
+        (config.prepend_bos, tokenizer.bos_id, "BOS", "--no-prepend-bos"),
     ):
         if wanted and token_id is None:
             raise ValueError(
@@ -208,8 +182,8 @@ def _check_special_tokens(tokenizer: Tokenizer, *, append_eod: bool, prepend_bos
             )
 
 
-def _drop_strangers(directory: Path, inputs: Mapping[str, Sequence[Path]]) -> None:
-    """Delete what an earlier run wrote of domains that are no longer asked for."""
+def _drop_other_domains(directory: Path, inputs: Mapping[str, Sequence[Path]]) -> None:
+    """Delete what an earlier run wrote of domains that are no longer in the input."""
     for journal in (directory / FOLDER).glob("*.json"):
         if (name := journal.stem) in inputs:
             continue
@@ -221,36 +195,28 @@ def _drop_strangers(directory: Path, inputs: Mapping[str, Sequence[Path]]) -> No
             ):
                 file.unlink(missing_ok=True)
         journal.unlink()
-    for half in directory.glob("*~*"):  # renamed when whole; no domain's name has a ~
-        half.unlink()
+    for partial in directory.glob("*~*"):  # renamed when whole; no domain's name has a ~
+        partial.unlink()
 
 
 class _Item(NamedTuple):
-    """A chunk on its way, or the end of a file."""
+    """A chunk of a file, or the end of a file."""
 
     file_number: int
     chunk: Chunk | None
 
 
 class _Run:
-    """How chunks become domains."""
+    """Turns the chunks of files into domains."""
 
-    def __init__(
-        self,
-        policy: EncodingPolicy,
-        tokens_dtype: str,
-        chunk_bytes: int,
-        max_document_mb: int,
-        workers: int,
-    ) -> None:
-        self._policy, self._workers = policy, workers
-        self._tokens_dtype, self._chunk_bytes = tokens_dtype, chunk_bytes
-        self._max_document_mb = max_document_mb
+    def __init__(self, config: PreprocessConfig, policy: EncodingPolicy, chunk_bytes: int) -> None:
+        self._config, self._policy, self._chunk_bytes = config, policy, chunk_bytes
+        self._workers = config.workers
 
     def write_all(
         self, inputs: Mapping[str, Sequence[Path]], directory: Path, progress: bool | None
     ) -> list[DomainCounts]:
-        """Write every domain into ``directory``, or take over what is there."""
+        """Write every domain into ``directory``, or keep what is there."""
         pool = None
         if self._workers > 1:
             # Spawned: a fork of a process with threads (torch, tokenizers) can hang.
@@ -259,18 +225,17 @@ class _Run:
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=end_with_parent,
             )
-        shown = sys.stderr.isatty() if progress is None else progress
         sizes = {file: file.stat().st_size for files in inputs.values() for file in files}
         counts = []
         try:
-            with Meter(sum(sizes.values()), bar=shown, log=progress is None) as meter:
+            with contextlib.closing(Meter(sum(sizes.values()), progress)) as meter:
                 for name, files in inputs.items():
                     meter.domain = name
                     counts.append(self._write(name, files, directory, pool, meter))
         except BrokenProcessPool:
             raise ValueError(
                 f"a process that tokenises was killed, as happens when memory runs out; the same "
-                f"command goes on from what is done, with fewer --workers than {self._workers} if "
+                f"command resumes after what is done, with fewer --workers than {self._workers} if "
                 f"it was memory"
             ) from None
         finally:
@@ -307,16 +272,16 @@ class _Run:
         return writer.finish()
 
     def _items(self, files: Sequence[Path], writer: DomainWriter) -> Iterator[_Item]:
-        """Chunks that are not written yet, and the end of each file."""
-        begin, skipped = writer.next_file, writer.next_chunk  # now: the writer moves on
+        """Yield chunks that are not written yet, and the end of each file."""
+        begin, skipped = writer.next_file, writer.next_chunk  # now, for the writer moves on
         set_name: str | None = None
         for number in range(begin, len(files)):
             chunks = read_chunks(
                 files[number],
-                json_key=self._policy.json_key,
-                tokens_dtype=self._tokens_dtype,
+                json_key=self._config.json_key,
+                tokens_dtype=self._config.tokens_dtype,
                 chunk_bytes=self._chunk_bytes,
-                max_document_mb=self._max_document_mb,
+                max_document_mb=self._config.max_document_mb,
             )
             for place, chunk in enumerate(chunks):
                 if chunk.set_name is not None:
@@ -339,16 +304,16 @@ class _Run:
                     yield item, encode_chunk(self._policy, item.chunk)
             return
         # Not Pool.imap: it reads the whole input ahead, and hangs where a worker is killed.
-        pending: deque[_Pending] = deque()
+        pending: deque[_PendingItem] = deque()
         for item in items:
             if (chunk := item.chunk) is None:
-                pending.append(_Pending(item, None))
+                pending.append(_PendingItem(item, None))
             else:
                 with _interrupts_held():
                     future = pool.submit(encode_chunk, self._policy, chunk)
-                # without its text, which the worker has
-                left = _Item(item.file_number, chunk._replace(records=[]))
-                pending.append(_Pending(left, future, chunk.last_place, chunk.size))
+                # Kept without its text, which the worker has.
+                emptied = _Item(item.file_number, chunk._replace(records=[]))
+                pending.append(_PendingItem(emptied, future, chunk.last_place, chunk.size))
             while len(pending) >= self._workers * CHUNKS_AHEAD or (
                 sum(each.size for each in pending) > self._workers * BYTES_AHEAD
             ):
@@ -357,8 +322,8 @@ class _Run:
             yield pending.popleft().result(meter)
 
 
-class _Pending(NamedTuple):
-    """A chunk that a worker has, or the end of a file among such."""
+class _PendingItem(NamedTuple):
+    """A chunk that a worker has, or the end of a file between such chunks."""
 
     item: _Item
     future: Future[EncodedChunk] | None
@@ -366,7 +331,7 @@ class _Pending(NamedTuple):
     size: int = 0
 
     def result(self, meter: Meter) -> tuple[_Item, EncodedChunk | None]:
-        """Wait for what became of the chunk."""
+        """Wait for the encoded chunk."""
         if self.future is None:
             return self.item, None
         meter.begin(self.last_place, self.size)
@@ -375,11 +340,11 @@ class _Pending(NamedTuple):
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold an interrupt from the keyboard back, also from processes that are started within.
+    """Hold back an interrupt from the keyboard, also from processes started meanwhile.
 
-    A worker that is interrupted before it ignores interrupts, or whose start is, would print a
-    traceback of its own. Its mask is this thread's; other threads take the signal in its stead, so
-    the handler here has to wait too.
+    A worker that is interrupted while it starts, before it ignores interrupts, would print a
+    traceback of its own. It inherits the mask of this thread. Other threads of this process take
+    the signal instead, so the handler here has to wait too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # interrupts are the main thread's

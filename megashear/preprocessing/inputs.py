@@ -59,14 +59,14 @@ class Inputs(dict[str, list[Path]]):
         self.unread = unread
         """Files of no kind that is read, which lie among the others."""
 
-    def tell_read(self) -> str:
+    def summary(self) -> str:
         """Return how many files are read, of each kind."""
         kinds = Counter(_suffix(file) for files in self.values() for file in files)
         named = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         count = kinds.total()
         return f"{count} {'file' if count == 1 else 'files'} read: {named}"
 
-    def tell_unread(self) -> str:
+    def unread_summary(self) -> str:
         """Return how many files are not read, and which; empty where all are."""
         if not self.unread:
             return ""
@@ -137,10 +137,10 @@ def find_domains(directory: str | Path, json_key: str = "text") -> Inputs:
         domains[name], came_from[name] = files, entry
     inputs = Inputs(domains, search.unread)
     if not domains:
-        told = f"; {inputs.tell_unread()}" if inputs.unread else ""
+        told = f"; {inputs.unread_summary()}" if inputs.unread else ""
         raise ValueError(f"no data in {directory} or below it: wanted {KINDS}{told}")
     if inputs.unread:
-        logger.warning("%s; read are %s", inputs.tell_unread(), KINDS)
+        logger.warning("%s; read are %s", inputs.unread_summary(), KINDS)
     return inputs
 
 

@@ -63,19 +63,6 @@ class Chunk(NamedTuple):
         )
 
 
-def check_max_document(max_document_mb: int) -> None:
-    """Refuse a limit out of range.
-
-    Raises:
-        ValueError: it is.
-    """
-    if not 1 <= max_document_mb <= MOST_DOCUMENT_MB:
-        raise ValueError(
-            f"--max-document-mb is {max_document_mb}; wanted 1 to {MOST_DOCUMENT_MB}: the length "
-            f"of a document in tokens is stored in 4 bytes"
-        )
-
-
 def read_json(
     file: Path, chunk_bytes: int = CHUNK_BYTES, max_document_mb: int = MAX_DOCUMENT_MB
 ) -> Iterator[Chunk]:

@@ -14,8 +14,7 @@ import tokenizers.pre_tokenizers
 import tokenizers.trainers
 
 from megashear.data.manifest import DataManifest
-from megashear.preprocessing.domains import preprocess
-from tests.texts import DOMAIN_MODULES, docstrings, write_jsonl
+from tests.texts import DOMAIN_MODULES, docstrings, preprocess, write_jsonl
 
 
 @pytest.fixture(scope="session")

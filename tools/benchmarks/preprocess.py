@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megashear.config import PreprocessConfig
 from megashear.data.indexed import token_dtype
 from megashear.preprocessing.domains import preprocess
 from megashear.preprocessing.inputs import find_domains
@@ -140,7 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         megabytes = sum(file.stat().st_size for file in files) / 1e6
 
         def ours(workers: int) -> int:
-            data = preprocess(inputs, output, args.tokenizer_model, workers=workers, progress=False)
+            config = PreprocessConfig(
+                input=args.input,
+                output=str(output),
+                tokenizer_model=args.tokenizer_model,
+                workers=workers,
+            )
+            data = preprocess(inputs, config, progress=False)
             return sum(domain.tokens + domain.held_out_tokens for domain in data.domains)
 
         ways: dict[str, Callable[[], int]] = {

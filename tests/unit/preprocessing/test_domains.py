@@ -15,10 +15,9 @@ from megashear.commands.preprocess import format_manifest
 from megashear.data.manifest import read_manifest
 from megashear.preprocessing import domains
 from megashear.preprocessing.documents import read_texts
-from megashear.preprocessing.domains import preprocess
 from megashear.preprocessing.inputs import find_domains
 from megashear.tokenizer.choice import load_tokenizer
-from tests.texts import write_jsonl
+from tests.texts import preprocess, write_jsonl
 
 
 def documents(prefix: Path) -> list[list[int]]:
@@ -195,9 +194,9 @@ def test_domains_that_cannot_be_divided_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"held_out_fraction": 0.0}, "--held-out-fraction is 0.0; it must lie between 0 and 1"),
+        ({"held_out_fraction": 0.0}, "--held-out-fraction is 0.0; wanted 1e-9 or more, below 1"),
         ({"held_out_fraction": 1.0}, "--held-out-fraction is 1.0"),
-        ({"workers": 0}, "--workers is 0; at least 1"),
+        ({"workers": 0}, "--workers is 0; wanted 1"),
         ({"json_key": "body"}, r"no key 'body', only \['text'\]; .*--json-key"),
     ],
 )

@@ -95,8 +95,8 @@ def test_links_to_text_elsewhere_are_read(folder, tmp_path) -> None:
     ]
     assert found["dd"] == [folder / "dd/y.jsonl"]
     assert found.unread == []
-    assert found.tell_read() == "7 files read: 7 .jsonl"
-    assert found.tell_unread() == ""
+    assert found.summary() == "7 files read: 7 .jsonl"
+    assert found.unread_summary() == ""
 
 
 def test_what_is_not_read_is_counted_and_named(folder, caplog) -> None:
@@ -106,12 +106,13 @@ def test_what_is_not_read_is_counted_and_named(folder, caplog) -> None:
     assert {str(file.relative_to(folder)) for file in found.unread} == {
         *("README.md", "cc/LICENSE", "cc/deep/x.py", "cc/.x.jsonl")
     }
-    assert found.tell_unread().startswith(f"4 files are not read: {folder}/README.md, {folder}/cc/")
+    unread = found.unread_summary()
+    assert unread.startswith(f"4 files are not read: {folder}/README.md, {folder}/cc/")
     assert "4 files are not read" in caplog.text
     assert "read are JSON lines or arrays (*.jsonl, *.json), plain text" in caplog.text
     for number in range(3):
         (folder / f"{number}.md").touch()
-    assert find_domains(folder).tell_unread().endswith(" and 2 more")
+    assert find_domains(folder).unread_summary().endswith(" and 2 more")
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,8 @@ import pytest
 import zstandard
 
 from megashear.preprocessing.documents import read_texts
-from megashear.preprocessing.domains import preprocess
 from megashear.preprocessing.inputs import find_domains, read_chunks
-from tests.texts import write_jsonl
+from tests.texts import preprocess, write_jsonl
 from tests.unit.data.test_indexed import build
 from tests.unit.preprocessing.test_domains import GOOD, content, documents
 
@@ -126,7 +125,7 @@ def test_domains_are_files_or_folders_of_any_depth(tmp_path, caplog) -> None:
         "wiki": [tmp_path / "wiki.jsonl.zst"],
     }
     assert list(found) == ["cc", "code", "shards", "wiki"]
-    assert found.tell_read() == "9 files read: 5 .mds, 1 .parquet, 1 .jsonl, 1 .bin, 1 .jsonl.zst"
+    assert found.summary() == "9 files read: 5 .mds, 1 .parquet, 1 .jsonl, 1 .bin, 1 .jsonl.zst"
     assert re.search(r"/notes holds no data: it is no domain", caplog.text)
     assert found.unread == [tmp_path / ".x.jsonl", tmp_path / "notes/readme.md"]
     assert re.search(r"2 files are not read: \S+/\.x\.jsonl, \S+/readme\.md; read are", caplog.text)

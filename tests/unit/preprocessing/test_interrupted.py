@@ -21,12 +21,11 @@ import pytest
 from megashear.data import indexed
 from megashear.data.manifest import DataManifest, read_manifest
 from megashear.files.structured import LARGE_JSON_BYTES
-from megashear.preprocessing import domain_writer, domains, journal
+from megashear.preprocessing import domain_writer, domains, journal, side_writer
 from megashear.preprocessing.documents import EncodedChunk
-from megashear.preprocessing.domains import preprocess
 from megashear.preprocessing.inputs import find_domains
 from megashear.tokenizer.models import Tokenizer
-from tests.texts import write_jsonl
+from tests.texts import preprocess, write_jsonl
 from tests.unit.preprocessing.test_domains import content, documents
 
 STEPS = {
@@ -35,7 +34,7 @@ STEPS = {
     "replace a file": (os, "replace"),
     "make a file whole": (Path, "rename"),
     "note": (domain_writer, "write_journal"),
-    "write an index": (domain_writer, "write_index"),
+    "write an index": (side_writer, "write_index"),
     "delete": (Path, "unlink"),
     "copy the tokenizer": (shutil, "copyfile"),
     "clear up": (shutil, "rmtree"),
@@ -220,7 +219,7 @@ def test_files_before_a_changed_one_are_kept(run, tmp_path, texts, caplog, monke
     )
     data = run()
     assert set(encoded) == {"b", "tiny"}
-    assert "b.jsonl is not what an earlier run read there; going on after 1 files" in caplog.text
+    assert "b.jsonl is not what an earlier run read there; resumed after 1 files" in caplog.text
     total = data.domains[0].documents + data.domains[0].held_out_documents
     assert total == len(texts["numbers"])
 

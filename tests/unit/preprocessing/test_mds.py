@@ -12,9 +12,9 @@ import pytest
 import zstandard
 
 from megashear.preprocessing import mds
-from megashear.preprocessing.domains import preprocess
 from megashear.preprocessing.inputs import find_domains
 from megashear.preprocessing.mds import is_mds, read_mds, shards_of
+from tests.texts import preprocess
 
 MDS = Path(__file__).parents[2] / "data" / "mds"
 CHUNKS = np.load(MDS / "tokens.npy")

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from megashear.preprocessing.domains import preprocess
 from megashear.tokenizer.choice import load_tokenizer
-from tests.texts import write_jsonl
+from tests.texts import preprocess, write_jsonl
 from tests.unit.preprocessing.test_domains import documents
 
 
