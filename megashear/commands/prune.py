@@ -38,9 +38,9 @@ def check(config: PruneRun) -> None:
         check_run_paths(config)
     if then is not None:
         check_outputs(then.train, " of --then-pretrain")
-    from megashear.train.run import check_prune
+    from megashear.train.run import prepare_prune
 
-    check_prune(config, then)
+    prepare_prune(config, then, is_dry_run=True)
 
 
 def _then(config: PruneRun) -> PretrainRun | None:

@@ -32,7 +32,7 @@ g squared. Adam's step, the one over the root of the other, is then the same for
 """
 
 
-class Optimized(NamedTuple):
+class ModelAndOptimizer(NamedTuple):
     """A model, its optimizer, and where this rank stands."""
 
     chunks: Sequence[torch.nn.Module]
@@ -44,7 +44,9 @@ class Optimized(NamedTuple):
     groups: ParallelGroups
 
 
-def cut_in_flight(old: Optimized, new: Optimized, gates: Mapping[str, Tensor]) -> None:
+def cut_in_flight(
+    old: ModelAndOptimizer, new: ModelAndOptimizer, gates: Mapping[str, Tensor]
+) -> None:
     """Fill a smaller model, and its optimizer, with what the gates leave open of a larger one.
 
     Tensor by tensor each is made whole in every replica, cut as `checkpoint.cut.cut` cuts, and
@@ -87,7 +89,7 @@ _Parameters = dict[str, _Parameter]
 """By Megatron name with global layer numbers."""
 
 
-def _parameters(model: Optimized) -> _Parameters:
+def _parameters(model: ModelAndOptimizer) -> _Parameters:
     steps = stepped(model.optimizer)
     found: _Parameters = {}
     for gpt in map(unwrap, model.chunks):
@@ -98,7 +100,7 @@ def _parameters(model: Optimized) -> _Parameters:
     return found
 
 
-def _start_state(optimizer: MegatronOptimizer, old: Optimized) -> None:
+def _start_state(optimizer: MegatronOptimizer, old: ModelAndOptimizer) -> None:
     """Give every new parameter an optimizer state, and the old one's step."""
     assert not any(each.state for each in stepped(optimizer).values()), "it has stepped already"
     # a rank of a sharded optimizer may step nothing of a small model

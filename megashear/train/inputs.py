@@ -1,10 +1,9 @@
-"""What files and flags alone can get wrong, checked before processes meet; and the domains."""
+"""What a run reads: text of every domain, and what its mixture follows."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import (
     DataConfig,
     ModelConfig,
-    ParallelConfig,
     PretrainRun,
     PruneRun,
     TrainConfig,
@@ -30,12 +27,8 @@ from megashear.data.reference_loss import read_reference
 from megashear.data.reweight import SCORES, Reweighting
 from megashear.data.sequences import DomainSequences
 from megashear.data.shares import ShareLimits, Vector, limits_of, weights_of
-from megashear.models.llama import check_layout
-from megashear.monitor.sinks import check_sinks
-from megashear.parallel import cpu_megatron
 from megashear.shape import ModelShape
 from megashear.train.evaluate import subsample_size
-from megashear.train.optim import check_schedule
 from megashear.train.pruning import modes_of_evaluation
 from megashear.train.start import Start
 
@@ -47,137 +40,73 @@ EVAL_SEQUENCES = "eval_sequences"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
-    """What flags and files say of the mixture, read and checked."""
+    """What a run reads, opened and checked."""
 
     manifest: DataManifest
+    training: Sequence[DomainSequences]
+    """Training text of every domain, in the manifest's order."""
+    held_out: Sequence[HeldOutSet]
+    """Held-out text of every domain, in the manifest's order."""
     weights: Vector
     """Weight of each domain at the start."""
     references: Vector | None
     """Loss that each domain should have, nats per token; None where none are given."""
     reweighting: Reweighting | None
     """Moves the weights after evaluations; None leaves them alone."""
-    phases: Phases | None
-    """Move the weights at samples settled before."""
+    phase_changes: Mapping[int, Vector]
+    """Weights of the phases by their first sample; empty where there are no phases."""
     eval_sequences: int
     """Held-out sequences per domain in an evaluation within the run."""
 
     def replicated(self) -> dict[str, object]:
-        """What must be equal on all ranks, by name; files of other hosts may differ."""
-        phases = self.phases and (self.phases.unit, self.phases.starts)
-        shares = [] if self.phases is None else [part.tolist() for part in self.phases.weights]
+        """Return what must be equal on all ranks, by name; files of other hosts may differ."""
         return {
             "tokens of the data": [domain.tokens for domain in self.manifest.domains],
             "reference losses": None if self.references is None else self.references.tolist(),
-            "phases": (phases, shares),
+            "phases": {first: part.tolist() for first, part in self.phase_changes.items()},
         }
 
-    def mixture(
-        self,
-        train: TrainConfig,
-        start: Start,
-        *,
-        available: Sequence[int],
-        when_exhausted: WhenExhausted,
-    ) -> DomainMixture:
-        """The mixture as the run begins or goes on; its state is yet to be loaded.
+    def mixture(self, *, when_exhausted: WhenExhausted) -> DomainMixture:
+        """Make the mixture as the run begins; the state of a resumed run is yet to be loaded.
 
         Args:
-            train: batch size and sequence length.
-            start: where the run begins.
-            available: sequences that each domain has.
-            when_exhausted: what happens once they are read.
+            when_exhausted: what happens once a domain's sequences are read.
         """
-        limit = None if when_exhausted == "repeat" else available
-        if changes := self.changes(train, start):
-            return PhasedMixture(changes, available=limit, when_exhausted=when_exhausted)
+        limit = None
+        if when_exhausted != "repeat":
+            limit = [domain.samples_per_epoch for domain in self.training]
+        if self.phase_changes:
+            return PhasedMixture(self.phase_changes, available=limit, when_exhausted=when_exhausted)
         return DomainMixture(self.weights, available=limit, when_exhausted=when_exhausted)
 
-    def changes(self, train: TrainConfig, start: Start) -> dict[int, Vector]:
-        """Weights of the phases by their first sample; nothing where there are no phases."""
-        if self.phases is None:
-            return {}
-        drawn = 0
-        if start.continues:
-            assert start.description is not None
-            drawn = start.description.details["consumed_samples"]
-            self._check_tokens(train, start.description.details["loader"])
-        return self.phases.changes(
-            seq_length=train.seq_length,
-            global_batch_size=train.global_batch_size,
-            first_step=start.first_step,
-            first_sample=drawn,
-        )
 
-    def _check_tokens(self, train: TrainConfig, saved: Mapping[str, Any]) -> None:
-        """Refuse phases that count tokens where samples were of several lengths."""
-        assert self.phases is not None
-        changed = any(first for first, _ in saved.get("origins", []))
-        if self.phases.unit == "start_token" and (
-            changed or saved["sequence_length"] != train.seq_length
-        ):
-            raise ValueError(
-                f"--domain-phases begin at tokens and --seq-length is {train.seq_length}, but the "
-                f"saved run read samples of another length ({saved['sequence_length']} last); give "
-                f"start_step or start_sample in the file, or the saved --seq-length"
-            )
-
-
-def check_inputs(
-    config: PruneRun | PretrainRun, start: Start, *, is_dry_run: bool = False
-) -> Inputs:
-    """Read what the mixture follows, and refuse what does not fit the run.
+def read_inputs(config: PruneRun | PretrainRun, start: Start) -> Inputs:
+    """Open the data and read what the mixture follows.
 
     Args:
         config: the run.
         start: where it begins.
-        is_dry_run: whether nothing will be started; without WORLD_SIZE in the environment, one
-            replica is taken then.
 
     Raises:
-        ValueError: layout, batches, schedule, checkpoint, data and references that do not
-            fit each other; equal on every rank, before any of them waits for another.
+        ValueError: data, weights, phases or references that do not fit the run or each other.
     """
-    parallel, train, data = config.parallel, config.train, config.data
-    alone = parallel.model_parallel_size if is_dry_run else 1
-    replicas = parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", alone)))
-    cpu_megatron.install()
-    check_layout(start.shape, parallel)
-    if start.checkpoint is not None:
-        # names and shapes, from the index: a rank that found out while loading would be late
-        CheckpointWeights(start.checkpoint)
-    parallel.check_microbatches(train.num_microbatches(replicas))
-    parallel.check_sequence(train.seq_length)
-    start.shape.check_window(train.seq_length)
-    _check_recompute(parallel, config.model, start.shape)
-    check_sinks(train)
-    if train.save is None:
-        logger.warning("--save is not given: nothing of this run will be kept")
-    check_schedule(config.optimizer, train.train_iters)
-    _check_precision(start, config.model)
+    train, data = config.train, config.data
+    # text
     manifest = read_manifest(data.data_path)
+    names = manifest.names
     check_vocabulary(manifest, start.shape, start.tokenizer)
-    limits = limits_of(data.domain_floor, data.domain_cap, manifest.names)
-    weights = starting_weights(data, manifest, limits)
-    training_sequences(manifest, train)
-    held_out_sets(manifest, train.seq_length, config.model)
-    if train.seq_length > start.shape.max_position_embeddings:
-        logger.warning(
-            "--seq-length %d is longer than the %d positions the model was made for",
-            train.seq_length,
-            start.shape.max_position_embeddings,
-        )
-    phases = None
+    limits = limits_of(data.domain_floor, data.domain_cap, names)
+    weights = shares = starting_weights(data, manifest, limits)
+    training = training_sequences(manifest, train)
+    held_out = held_out_sets(manifest, train.seq_length, config.model)
+    # mixture
+    changes: Mapping[int, Vector] = {}
     if data.domain_phases is not None:
-        phases = read_phases(data.domain_phases, manifest.names, limits)
-        weights = phases.weights[0]
-    shares = np.max(phases.weights if phases else [weights], axis=0)
-    for name, share in zip(manifest.names, shares):
-        if share > data.dominant_share and not start.continues:
-            logger.warning(
-                "%s takes %.1f %% of the mixture by its given weight, more than "
-                "--dominant-share %g",
-                *(name, 100 * share, data.dominant_share),
-            )
+        phases = read_phases(data.domain_phases, names, limits)
+        weights, shares = phases.weights[0], np.max(phases.weights, axis=0)
+        changes = _phase_changes(phases, train, start)
+    if not start.continues:
+        _warn_of_dominant(names, shares, data.dominant_share)
     references = _references(data, manifest, is_evaluated=train.eval_interval > 0)
     reweighting = None
     if data.reweight in SCORES and references is not None:
@@ -185,19 +114,60 @@ def check_inputs(
             policy=data.reweight,
             eta=data.reweight_eta,
             references=references,
-            domains=manifest.names,
+            domains=names,
             smoothing=data.reweight_smoothing,
             limits=limits,
             dominant_share=data.dominant_share,
         )
     return Inputs(
         manifest=manifest,
+        training=training,
+        held_out=held_out,
         weights=weights,
         references=references,
         reweighting=reweighting,
-        phases=phases,
-        eval_sequences=_eval_sequences(config, start, len(manifest.names)),
+        phase_changes=changes,
+        eval_sequences=_eval_sequences(config, start, len(names)),
     )
+
+
+def _phase_changes(phases: Phases, train: TrainConfig, start: Start) -> Mapping[int, Vector]:
+    """Return the weights of the phases by their first sample.
+
+    Raises:
+        ValueError: phases that count tokens, where samples were of several lengths.
+    """
+    drawn = 0
+    if start.continues:
+        assert start.description is not None
+        drawn = start.description.details["consumed_samples"]
+        _check_tokens(phases, train, start.description.details["loader"])
+    return phases.changes(
+        seq_length=train.seq_length,
+        global_batch_size=train.global_batch_size,
+        first_step=start.first_step,
+        first_sample=drawn,
+    )
+
+
+def _check_tokens(phases: Phases, train: TrainConfig, saved: Mapping[str, Any]) -> None:
+    changed = any(first for first, _ in saved.get("origins", []))
+    if phases.unit == "start_token" and (changed or saved["sequence_length"] != train.seq_length):
+        raise ValueError(
+            f"--domain-phases begin at tokens and --seq-length is {train.seq_length}, but the "
+            f"saved run read samples of another length ({saved['sequence_length']} last); give "
+            f"start_step or start_sample in the file, or the saved --seq-length"
+        )
+
+
+def _warn_of_dominant(names: Sequence[str], shares: Vector, dominant: float) -> None:
+    for name, share in zip(names, shares):
+        if share > dominant:
+            logger.warning(
+                "%s takes %.1f %% of the mixture by its given weight, more than "
+                "--dominant-share %g",
+                *(name, 100 * share, dominant),
+            )
 
 
 def check_vocabulary(manifest: DataManifest, shape: ModelShape, directory: Path | None) -> None:
@@ -225,7 +195,7 @@ def check_vocabulary(manifest: DataManifest, shape: ModelShape, directory: Path 
 
 
 def starting_weights(data: DataConfig, manifest: DataManifest, limits: ShareLimits) -> Vector:
-    """Weight of each domain at the start: as given, or by training tokens within the limits.
+    """Return each domain's weight at the start: as given, or by training tokens within the limits.
 
     Raises:
         ValueError: weights that are none, of other domains, or outside the limits.
@@ -244,7 +214,7 @@ def starting_weights(data: DataConfig, manifest: DataManifest, limits: ShareLimi
 
 
 def training_sequences(manifest: DataManifest, train: TrainConfig) -> list[DomainSequences]:
-    """Training text of every domain, in the manifest's order."""
+    """Open the training text of every domain, in the manifest's order."""
     return [
         DomainSequences(manifest.prefix(name), train.seq_length, train.seed, number)
         for number, name in enumerate(manifest.names)
@@ -252,8 +222,8 @@ def training_sequences(manifest: DataManifest, train: TrainConfig) -> list[Domai
 
 
 def held_out_sets(manifest: DataManifest, seq_length: int, model: ModelConfig) -> list[HeldOutSet]:
-    """Held-out text of every domain, in sequences of ``seq_length`` tokens, with the document
-    borders that ``model`` asks for."""
+    """Open the held-out text of every domain, in sequences of ``seq_length`` tokens, with the
+    document borders that ``model`` asks for."""
     borders = DocumentBorders.of(model)
     return [
         HeldOutSet(manifest.held_out_prefix(name), seq_length, domain_index=number, borders=borders)
@@ -276,7 +246,8 @@ def _references(data: DataConfig, manifest: DataManifest, *, is_evaluated: bool)
 
 
 def _eval_sequences(config: PruneRun | PretrainRun, start: Start, num_domains: int) -> int:
-    """As the flags say, or as the run that is gone on with has it: its curve goes on."""
+    """Return the sequences per domain of an evaluation: by the flags, or as in the run that is
+    resumed, so that its curve continues."""
     num_modes = len(modes_of_evaluation(config.masks)) if isinstance(config, PruneRun) else 1
     asked = subsample_size(config.train, num_domains=num_domains, num_modes=num_modes)
     saved = start.description.details.get(EVAL_SEQUENCES) if start.description else None
@@ -289,20 +260,3 @@ def _eval_sequences(config: PruneRun | PretrainRun, start: Start, num_domains: i
             *(saved, asked),
         )
     return int(saved)
-
-
-def _check_recompute(parallel: ParallelConfig, model: ModelConfig, shape: ModelShape) -> None:
-    stages = parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank
-    model.check_recompute(shape.num_layers // stages)
-
-
-def _check_precision(start: Start, model: ModelConfig) -> None:
-    if not start.continues or start.description is None:
-        return
-    saved = start.description.details.get("run", {}).get("model", {}).get("bf16", model.bf16)
-    if saved != model.bf16:
-        raise ValueError(
-            f"{start.checkpoint} was trained {'with' if saved else 'without'} --bf16, and its "
-            f"optimizer state has that form; go on the same way, or add --finetune to start again "
-            f"from its weights"
-        )

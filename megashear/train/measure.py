@@ -17,7 +17,6 @@ from megashear.checkpoint.description import (
     read_description,
 )
 from megashear.checkpoint.store import agree_on_iteration, load_weights
-from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import EvaluateRun, ModelConfig, ReferenceLossRun, TargetConfig
 from megashear.conversion.sharded_hf import describe, load_hf
 from megashear.data.held_out import HeldOutSet
@@ -35,7 +34,7 @@ from megashear.train.evaluate import evaluate_domains
 from megashear.train.inputs import check_vocabulary, held_out_sets
 from megashear.train.objectives import LanguageModelling
 from megashear.train.result import STANDARD_ERROR
-from megashear.train.start import check_no_masks
+from megashear.train.start import check_no_masks, check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +171,7 @@ class _Measured:
             tokenizer = directory / TOKENIZER
             description = read_description(directory)
             check_no_masks(directory, description)
-            CheckpointWeights(directory)  # refuses tensors that are not this shape's; reads none
+            check_weights(directory)
         check_layout(description.shape, config.parallel)
         manifest = read_manifest(config.data_path)
         check_vocabulary(manifest, description.shape, tokenizer)
@@ -197,7 +196,7 @@ class _Measured:
                 if whole != directory:  # damaged, or no more the newest
                     directory, description = whole, read_description(whole)
                     check_no_masks(directory, description)
-                    CheckpointWeights(directory)
+                    check_weights(directory)
                     shape = description.shape
         chunks = build_chunks(
             shape, groups, config.parallel, config.model, variant=config.model.transformer_impl

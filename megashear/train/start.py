@@ -1,8 +1,7 @@
-"""Where a run begins: a checkpoint or fresh weights, and the shape it works towards."""
+"""Where a run begins: a checkpoint, a Hugging Face directory or fresh weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,24 +12,10 @@ from megashear.checkpoint.description import (
     holds_iterations,
     read_description,
 )
-from megashear.checkpoint.saver import name_latest
-from megashear.checkpoint.store import agree_on_iteration, check_save_directory
-from megashear.config import (
-    MaskConfig,
-    ModelConfig,
-    PretrainRun,
-    PruneRun,
-    TrainConfig,
-    check_streams,
-)
+from megashear.checkpoint.store import check_save_directory
+from megashear.checkpoint.weights import CheckpointWeights
+from megashear.config import ModelConfig, TrainConfig
 from megashear.conversion import sharded_hf
-from megashear.masks.constraint import SparsityConstraint
-from megashear.masks.kinds import kinds_of
-from megashear.masks.target_flags import nearest_multiples
-from megashear.masks.targets import target_flag, target_units, whole_parts
-from megashear.models import loadable
-from megashear.parallel.agree import raise_together
-from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train.pruning import StructuredPruning
 
@@ -111,48 +96,27 @@ def find_start(
     return start
 
 
-def settle(
-    start: Start,
-    train: TrainConfig,
-    groups: ParallelGroups,
-    *,
-    stage: str,
-    check: Callable[[Start], object],
-) -> Start:
-    """Settle where the run begins, once all ranks have held the checkpoint to its checksums.
-
-    An older iteration is taken where the newest is damaged, and the run that is resumed names it
-    as its latest. Collective over the world.
+def start_from_older(start: Start, directory: Path, train: TrainConfig, *, stage: str) -> Start:
+    """Begin at another iteration of the same checkpoint.
 
     Args:
         start: by `find_start`, which looked at small files only.
+        directory: of the iteration that is whole.
         train: the flags.
-        groups: where this rank stands.
         stage: as for `find_start`.
-        check: what to hold another beginning to; what it returns is not used.
 
     Raises:
-        ValueError: on every rank: nothing whole is there, or it is one that this run cannot go on
-            from.
+        ValueError: it is of another model, or one that this run cannot resume or start from.
     """
-    if start.source is None:
-        return start
-    directory = agree_on_iteration(start.source, groups, contents=train.verify_checkpoint)
-    with raise_together():
-        if directory != start.checkpoint:
-            older = _start_at(directory, start.source, start.resumed, train, stage)
-            if older.shape != start.shape:
-                raise ValueError(
-                    f"{directory}, the newest whole checkpoint in {start.source}, is of another "
-                    f"model than {start.checkpoint}, which is not taken: it is damaged, or another "
-                    f"run has saved since; name one with --load"
-                )
-            check(older)
-            start = older
-        if start.resumed and groups.rank == 0:
-            assert start.description is not None
-            name_latest(Path(start.source or ""), start.description.iteration)
-    return start
+    assert start.source is not None
+    older = _start_at(directory, start.source, start.resumed, train, stage)
+    if older.shape != start.shape:
+        raise ValueError(
+            f"{directory}, the newest whole checkpoint in {start.source}, is of another model than "
+            f"{start.checkpoint}, which is not taken: it is damaged, or another run has saved "
+            f"since; name one with --load"
+        )
+    return older
 
 
 def _start_at(directory: Path, source: str, resumed: bool, train: TrainConfig, stage: str) -> Start:
@@ -200,98 +164,32 @@ def check_events(train: TrainConfig) -> None:
         )
 
 
-def check_target_layout(
-    target: ModelShape, source: ModelShape, run: PruneRun, then: PretrainRun | None = None
-) -> None:
-    """Refuse a target whose heads or neurons do not divide over the tensor ranks it is meant for.
+def check_weights(directory: Path) -> None:
+    """Refuse a checkpoint whose tensors are not those of its shape; only its index is read.
 
-    Args:
-        target: shape to end with.
-        source: shape to start from.
-        run: its tensor ranks, or those that --target-tensor-model-parallel-size names.
-        then: the run that goes on with the cut model, where the same job has one: its ranks.
+    A rank that found out while it loads would be late.
 
     Raises:
-        ValueError: names the extent, the nearest that divide, and the sizes that divide this one.
+        ValueError: a tensor is missing, of another shape or too many.
     """
-    flag, ranks = "--tensor-model-parallel-size", run.parallel.tensor_model_parallel_size
-    if then is not None:
-        flag += " of --then-pretrain"
-        ranks = then.parallel.tensor_model_parallel_size
-    if run.masks.target_tensor_model_parallel_size is not None:
-        flag = "--target-tensor-model-parallel-size"
-        ranks = run.masks.target_tensor_model_parallel_size
-    divided = [
-        kind.extent
-        for kind in kinds_of(source)
-        # of query heads in key/value heads these are divided
-        if kind.split_over_tensor and kind.outer(source) is None
-    ]
-    for extent in divided:
-        value: int = getattr(target, extent)
-        if value % ranks:
-            fitting = [
-                str(n)
-                for n in range(1, ranks)
-                if all(getattr(target, other) % n == 0 for other in divided)
-            ]
-            raise ValueError(
-                f"target {extent} {value} is not a multiple of {flag} {ranks}, so the cut model "
-                f"could not run on as many ranks; the nearest {target_flag(extent)} is "
-                f"{nearest_multiples(value, ranks, getattr(source, extent))}; to keep {value}, "
-                f"name the ranks it is for with --target-tensor-model-parallel-size: it divides "
-                f"by {', '.join(fitting)}"
-            )
+    CheckpointWeights(directory)
 
 
-def check_layers(model: ModelConfig) -> None:
-    """Refuse layers of which the masked model would not be the one that is cut.
+def check_precision(start: Start, model: ModelConfig) -> None:
+    """Refuse to resume a run in another number format than its own.
 
     Raises:
         ValueError: with the way out.
     """
-    if model.transformer_impl != "local":
+    if not start.continues or start.description is None:
+        return
+    saved = start.description.details.get("run", {}).get("model", {}).get("bf16", model.bf16)
+    if saved != model.bf16:
         raise ValueError(
-            f"--transformer-impl {model.transformer_impl} is for continued pretraining: while "
-            f"masks learn a norm divides by the number of open hidden dimensions, and "
-            f"Transformer Engine's fused norms divide by all of them, so that the model which "
-            f"is trained would not be the one that is cut (a target that "
-            f"keeps the hidden size has no such masks, but these layers were not checked under "
-            f"others); prune with --transformer-impl local, `megashear cut`, and give the flag to "
-            f"`megashear pretrain`"
+            f"{start.checkpoint} was trained {'with' if saved else 'without'} --bf16, and its "
+            f"optimizer state has that form; go on the same way, or add --finetune to start again "
+            f"from its weights"
         )
-
-
-def check_masks(masks: MaskConfig, train: TrainConfig, start: Start, target: ModelShape) -> None:
-    """Refuse masks that cannot lead from the start to the target.
-
-    Raises:
-        ValueError: an unreachable target, one that no stock runtime loads, a bound too low, noise
-            streams that do not divide, or masks of a resumed run that had another target.
-    """
-    if masks.sparsity_warmup_iters > train.train_iters:
-        raise ValueError(
-            f"--sparsity-warmup-iters {masks.sparsity_warmup_iters} is above --train-iters "
-            f"{train.train_iters}, so the target would never be asked for; the recipes take a "
-            f"fifth of the steps, here {train.train_iters // 5}"
-        )
-    SparsityConstraint(
-        whole_parts(start.shape, target),
-        target_units(start.shape, target),
-        warmup_steps=masks.sparsity_warmup_iters,
-        lambda2_max=masks.lambda2_max,
-        force=masks.force_lambda2_max,
-    )
-    # a run that began before this was asked goes on
-    force = masks.force_unloadable_target or start.continues
-    loadable.check_target(target, start.shape, force=force)
-    check_streams(
-        masks.mask_noise_streams,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-    )
-    if start.continues:
-        _check_same_target(start, target)
 
 
 def check_no_masks(directory: Path, description: Description) -> None:
@@ -305,15 +203,3 @@ def check_no_masks(directory: Path, description: Description) -> None:
             f"--load {directory} is of a pruning run, whose weights are nothing without its masks; "
             f"fold them in with `megashear cut` and load the result"
         )
-
-
-def _check_same_target(start: Start, target: ModelShape) -> None:
-    assert start.description is not None
-    saved = ModelShape(**start.description.details["target_shape"]).to_dict()
-    for extent, wanted in target.to_dict().items():
-        if saved[extent] != wanted:
-            raise ValueError(
-                f"{start.checkpoint} was pruned towards {extent} {saved[extent]}, and the target "
-                f"now has {wanted}; go on with the same target, or add --finetune to start new "
-                f"masks from its weights"
-            )

@@ -31,7 +31,7 @@ from megashear.masks.mask_set import exact_gates
 from megashear.masks.targets import target_units
 from megashear.models import weight_table
 from megashear.shape import ModelShape
-from megashear.train import in_flight, run
+from megashear.train import handover, in_flight, run
 from tests import text_run
 from tests.distributed.test_resume import finished_tensors
 from tests.ranks import run_ranks
@@ -121,14 +121,14 @@ def shear(
 
     def body(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        cut_in_flight = run.cut_in_flight
+        cut_in_flight = handover.cut_in_flight
 
         def keep(old: Any, new: Any, gates: Any) -> None:
             cut_in_flight(old, new, gates)
             description = Description(shape=new.shape, iteration=0, stage="pretrain")
             save_run(folder / "seam", description, new.chunks, new.optimizer, new.groups)
 
-        run.cut_in_flight = keep
+        handover.cut_in_flight = keep
         if broken is not None:
             broken()
         run.prune(prune, then)

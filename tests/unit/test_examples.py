@@ -23,7 +23,7 @@ from megashear.planning.jobs import make_plans
 from megashear.planning.memory import checkpoint_bytes
 from megashear.planning.tables import Plan
 from megashear.shape import PRESETS, ModelShape
-from megashear.train.start import check_target_layout
+from megashear.train.target import check_target_layout
 from tests.published_losses import PUBLISHED_DOMAINS, REFERENCE_LOSSES
 from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)
 

@@ -60,11 +60,11 @@ from megashear.planning import work as planned_work
 from megashear.planning.hardware import gpu_of_device
 from megashear.planning.memory import fullest_stage
 from megashear.shape import PRESETS, ModelShape
-from megashear.train.in_flight import Optimized, cut_in_flight
+from megashear.train.handover import SAME_LOSS_BF16
+from megashear.train.in_flight import ModelAndOptimizer, cut_in_flight
 from megashear.train.optim import build_optimizer
 from megashear.train.pruning import EXACT, StructuredPruning
 from megashear.train.schedule import run_chunk
-from megashear.train.seam import SEAM_BF16
 
 NOT_MEASURED = "not measured"
 OTHER_DEVICE = 1e-4
@@ -263,8 +263,8 @@ def cut_error(groups: ParallelGroups, model: ModelConfig) -> float:
     chunks = build_llama(target, groups, parallel, model, variant="local", seed=SEED)
     optimizer = build_optimizer(chunks, OPTIMIZER, bf16=model.bf16)
     cut_in_flight(
-        Optimized(step.chunks, step.train_step.optimizer, SMALL, groups),
-        Optimized(chunks, optimizer, target, groups),
+        ModelAndOptimizer(step.chunks, step.train_step.optimizer, SMALL, groups),
+        ModelAndOptimizer(chunks, optimizer, target, groups),
         gates,
     )
     with torch.no_grad():
@@ -339,7 +339,7 @@ def correctness(groups: ParallelGroups) -> list[Check]:
         Check(
             name="logits, cut against masked, bfloat16",
             found=cut_error(groups, ModelConfig(bf16=True)),
-            bound=SEAM_BF16,
+            bound=SAME_LOSS_BF16,
         ),
     ]
 

@@ -10,7 +10,7 @@ import pytest
 from megashear.checkpoint.description import Description
 from megashear.commands.settings import build
 from megashear.config import PretrainRun
-from megashear.train.run import _tell_rate
+from megashear.train.fill import _tell_rate
 from tests.text_run import SHAPE
 
 SAVED = build(PretrainRun, {"data_path": "data", "train_iters": 120, "lr": 1e-3})

@@ -10,7 +10,7 @@ import pytest
 from megashear.config import DataConfig, MaskConfig, PretrainRun, PruneRun
 from megashear.masks.target_flags import target_shape
 from megashear.shape import PRESETS, ModelShape
-from megashear.train.start import check_target_layout
+from megashear.train.target import check_target_layout
 from tests.tiny import PAIRS, layout
 
 WIDE, _ = PAIRS["8-groups-of-4"]
