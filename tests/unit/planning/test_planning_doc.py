@@ -129,7 +129,7 @@ def test_the_traffic_explained_is_the_traffic_planned() -> None:
     sent, exposed = time.tensor.sent / unit / 4, time.tensor.exposed * 450e9 * 0.75 / unit / 4
     assert f"are {exposed:.0f} exposed of {sent:.0f} units" in text
     hop = 2 * 8192 * 8192 / 8
-    assert f"{time.pipeline.sent / hop / 4:.0f} sends of a stream" in text
+    assert f"{time.pipeline.sent / hop / 4:.0f} sends of the residual stream" in text
     seconds = time.data.sent / (50e9 * 0.75)
     assert f"{time.data.sent / 1e9:.1f} GB go over 400 Gbit/s a GPU, .{seconds * 100:.0f} s" in text
     assert f"of {shape.training_flops(4096) / 1e9:.1f} GFLOP would take" in text
