@@ -1,4 +1,4 @@
-"""What the type of a configuration field says: the range of its numbers, its place in help."""
+"""Metadata in the type of a configuration field: the range of its numbers, its place in help."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,27 @@ MOST_EXTENT = 2**31 - 1
 """Largest extent of a model: kernels index with 32 bits."""
 TINY = 1e-30
 """Least of what must be above 0: float32 still holds it."""
+MOST_RATE = 1e4
+"""Largest learning rate, of weights and of masks."""
 
+Ranks = Annotated[int, Between(1, 2**20)]
+"""Processes, devices, or parts of a model that they hold."""
+Steps = Annotated[int, Between(1, 10**9)]
+StepsOrNever = Annotated[int, Between(0, 10**9)]
+Sequences = Annotated[int, Between(1, 2**20)]
+"""Sequences that are held at once."""
+Length = Annotated[int, Between(1, 2**24)]
+"""Tokens of a sequence."""
+Tokens = Annotated[int, Between(1, 10**18)]
+Minutes = Annotated[int, Between(0, 10**6)]
+Extent = Annotated[int, Between(1, MOST_EXTENT)]
+Workers = Annotated[int, Between(1, 4096)]
+Seed = Annotated[int, Between(0, 2**53)]
+"""JSON keeps every whole number up to the largest seed, and offsets for stages and ranks fit."""
+Share = Annotated[float, Between(1e-9, 1)]
+Part = Annotated[float, Between(0, 1, below=True)]
+Rate = Annotated[float, Between(TINY, MOST_RATE)]
+Epsilon = Annotated[float, Between(TINY, 1)]
 
 COMMON = "common"
 """Metadata of a field's type: ``--help`` shows it, and not only ``--help-all``."""

@@ -16,7 +16,7 @@ from megashear.commands.settings import check_values, settings_of
 OWNERS = [
     owner
     for owner in vars(config).values()
-    if dataclasses.is_dataclass(owner) and owner.__module__ == config.__name__
+    if dataclasses.is_dataclass(owner) and owner.__module__.startswith(config.__name__)
 ]
 """Every configuration, of a command or a part of one."""
 ABSURD = (math.nan, math.inf, -math.inf, -1e308, 10**30)

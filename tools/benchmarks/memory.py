@@ -18,18 +18,10 @@ from typing import Any
 
 import torch
 
+from megashear.bounds import Length, Sequences, Steps
 from megashear.commands.outcome import is_first_rank, user_errors
 from megashear.commands.parse import parse
-from megashear.config import (
-    Length,
-    MaskConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Sequences,
-    Steps,
-    TrainConfig,
-)
+from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megashear.data.batch import MicroBatch
 from megashear.masks.kinds import EXTENTS
 from megashear.masks.targets import whole_parts

@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
 Every key of every command. `python tools/docs/configuration.py` writes this page from
-`megashear/config.py`; change that file, not this one.
+`megashear/config/`; change the help texts there, not this page.
 
 A key is a flag, `--global-batch-size 256`, and a line of the YAML file that `--config` names,
 `global_batch_size: 256`; flags override the file. Dashes and underscores are the same. What is on
@@ -51,7 +51,7 @@ def configurations() -> dict[str, type]:
     found = completion.configurations()
     if missing := COMMANDS.keys() - found.keys():
         raise ValueError(
-            f"no dataclass of config.py says that it is of {', '.join(sorted(missing))}; begin its "
+            f"no dataclass of megashear/config says that it is of {', '.join(sorted(missing))}; begin its "
             f"docstring with `megashear COMMAND`: "
         )
     return {command: found[command] for command in COMMANDS}

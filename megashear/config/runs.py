@@ -1,0 +1,124 @@
+"""Commands that load a model on all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from megashear.bounds import COMMON, TINY, Between, Length, Sequences, Tokens, check_bounds
+from megashear.config.data import DataConfig
+from megashear.config.masks import MaskConfig
+from megashear.config.model import ModelConfig
+from megashear.config.parallel import ParallelConfig
+from megashear.config.train import OptimizerConfig, TrainConfig, check_one_source
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneRun:
+    """`megashear prune`: learn masks and weights together."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    then_pretrain: Annotated[str | None, COMMON] = None
+    """YAML file of a `megashear pretrain` to go on with in the same job: the model is cut where it
+    lies, with float32 masters and Adam's moments, at the same layout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainRun:
+    """`megashear pretrain`: language modelling, from a checkpoint or from fresh weights."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig
+    init_shape: Annotated[str | None, COMMON] = None
+    """Start from fresh weights of this shape: a preset or a JSON file of extents; else --load."""
+    init_method_std: Annotated[float, Between(TINY, 10)] = 0.02
+    """Standard deviation of fresh weights."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateRun:
+    """`megashear evaluate`: held-out loss per domain of a checkpoint."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    load: Annotated[str | None, COMMON] = None
+    """Checkpoint directory."""
+    load_hf: Annotated[str | None, COMMON] = None
+    """Hugging Face directory to evaluate instead of --load; each rank reads its own slices."""
+    data_path: str
+    """Directory that `megashear preprocess` wrote."""
+    seq_length: Annotated[Length | None, COMMON] = None
+    """Tokens per sequence; that of the run that made the checkpoint unless given."""
+    micro_batch_size: Annotated[Sequences, COMMON] = 1
+    """Sequences per replica and forward pass."""
+    output: Annotated[str | None, COMMON] = None
+    """JSON file to write the losses and their standard errors to."""
+    verify_checkpoint: bool = True
+    """Compare every file of the checkpoint with its checksum first; without, only names and
+    sizes."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        check_one_source(self.load, self.load_hf)
+        if self.load is None and self.load_hf is None:
+            raise ValueError(
+                "--load is not given; name a checkpoint, or a Hugging Face directory with --load-hf"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceLossRun:
+    """`megashear reference-loss`: what each domain's loss should be, for prune and pretrain."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    output: str
+    """YAML file to write, for --reference-loss; must not exist."""
+    load: Annotated[tuple[str, ...], COMMON] = ()
+    """Checkpoint directories to evaluate on --data-path, one after the other."""
+    losses: Annotated[tuple[str, ...], COMMON] = ()
+    """Files of losses known already: of `megashear evaluate --output`, or YAML of `parameters:
+    {domain: loss}` with a line for each model."""
+    target: Annotated[str | None, COMMON] = None
+    """What the model shall become, for the fit: a preset or a JSON file of extents; or --params."""
+    params: Tokens | None = None
+    """Parameters of what the model shall become, embeddings included; in place of --target."""
+    method: Literal["auto", "scaling-law", "power-law", "own-loss"] = "auto"
+    """Fit L(N) = a N^-b + c through three or more sizes, a N^-b through two, or take the loss of
+    the smallest model as it is; auto fits where it can."""
+    data_path: Annotated[str | None, COMMON] = None
+    """With --load: directory that `megashear preprocess` wrote."""
+    seq_length: Annotated[Length | None, COMMON] = None
+    """With --load: tokens per sequence; that of the run that made the checkpoint unless given."""
+    micro_batch_size: Sequences = 1
+    """Sequences per replica and forward pass."""
+    verify_checkpoint: bool = True
+    """Compare every file of a checkpoint with its checksum first; without, only names and sizes."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if not self.load and not self.losses:
+            raise ValueError(
+                "no model is named; give checkpoints with --load, or files of losses with --losses"
+            )
+        if self.load and self.data_path is None:
+            raise ValueError(
+                "--load is evaluated on --data-path, which is not given; name the directory that "
+                "`megashear preprocess` wrote"
+            )
+        if self.target is not None and self.params is not None:
+            raise ValueError(
+                f"--target {self.target} and --params {self.params} both say how large the target "
+                f"is; give one"
+            )
