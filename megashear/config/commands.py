@@ -23,6 +23,14 @@ from megashear.bounds import (
     Workers,
     check_bounds,
 )
+from megashear.config.defaults import (
+    HELD_OUT_FRACTION,
+    JSON_KEY,
+    MAX_DOCUMENT_MB,
+    MOST_DOCUMENT_MB,
+    SEED,
+    TOKENS_DTYPE,
+)
 from megashear.config.masks import TargetConfig
 from megashear.config.model import RecomputeMethod
 
@@ -102,17 +110,17 @@ class PreprocessConfig:
     """Directory to write; must not exist. What an interrupted run left in OUTPUT.tmp is used."""
     tokenizer_model: str
     """SentencePiece tokenizer.model, Hugging Face tokenizer.json, or a directory with one."""
-    json_key: str = field(default="text", metadata={"aliases": ("json_keys",)})
+    json_key: str = field(default=JSON_KEY, metadata={"aliases": ("json_keys",)})
     """Key of the text in each line, or column of a parquet file (also --json-keys)."""
     append_eod: bool = True
     """End each document with the tokenizer's EOS; input that is tokens already stays as it is."""
     prepend_bos: bool = True
     """Begin each document with the tokenizer's BOS; input that is tokens already stays as it is."""
-    held_out_fraction: Annotated[float, Between(1e-9, 1, below=True)] = 0.02
+    held_out_fraction: Annotated[float, Between(1e-9, 1, below=True)] = HELD_OUT_FRACTION
     """Share of documents, by hash of their text, that go to the held-out set."""
-    tokens_dtype: Literal["uint16", "int32", "uint32", "int64"] = "uint16"
+    tokens_dtype: Literal["uint16", "int32", "uint32", "int64"] = TOKENS_DTYPE
     """Type of the token ids in MDS shards, which do not say; LLM-Shearing writes uint16."""
-    max_document_mb: Annotated[int, Between(1, 2000)] = 100
+    max_document_mb: Annotated[int, Between(1, MOST_DOCUMENT_MB)] = MAX_DOCUMENT_MB
     """Longest document, MB as it lies in the unpacked file; a longer one is refused with its place.
     Memory for the longest one is some 10 times its size."""
     workers: Workers = 1
@@ -289,7 +297,7 @@ class QuickstartConfig:
     """Directory to write; must not exist."""
     data: str | None = None
     """Directory of jsonl files, one a domain; text of this Python installation unless given."""
-    seed: Seed = 1234
+    seed: Seed = SEED
     """Seed of data order, mask noise and fresh weights."""
     short: bool = False
     """Run few steps, only to see that everything works; its losses compare nothing."""

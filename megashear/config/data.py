@@ -10,7 +10,8 @@ from megashear.bounds import COMMON, Between, Part, Share, check_bounds
 NamedNumbers = tuple[float | str, ...]
 """Numbers, or words ``name=number``; in YAML also a mapping of names to numbers, or one number."""
 WhenExhausted = Literal["repeat", "redistribute", "stop"]
-"""What happens when the text of a domain has been read once."""
+"""Fate of a domain whose text was read once: the text is read again in another order, the domain's
+share goes to the others, or nothing more is drawn."""
 Reweight = Literal["signed", "clipped", "bandit", "constant", "schedule"]
 """How evaluations move the weights of domains."""
 

@@ -16,6 +16,7 @@ from megashear.bounds import (
     StepsOrNever,
     check_bounds,
 )
+from megashear.config.defaults import LAMBDA2_MAX
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +62,7 @@ class MaskConfig(TargetConfig):
     eval_relaxed_masks: bool = False
     """Evaluate under masks sampled as in training too, so that the loss of closing gates for good
     shows. Costs a third pass over the evaluation's text, half of what evaluations cost without."""
-    lambda2_max: Annotated[float, Between(TINY, 1e9)] = 500.0
+    lambda2_max: Annotated[float, Between(TINY, 1e9)] = LAMBDA2_MAX
     """Bound of the quadratic multiplier."""
     force_lambda2_max: bool = False
     """Allow --lambda2-max below 100, where the constraint loses control."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from megashear.bounds import COMMON, TINY, Between, Length, Sequences, Tokens, check_bounds
 from megashear.config.data import DataConfig
+from megashear.config.defaults import INIT_METHOD_STD
 from megashear.config.masks import MaskConfig
 from megashear.config.model import ModelConfig
 from megashear.config.parallel import ParallelConfig
@@ -39,7 +40,7 @@ class PretrainRun:
     data: DataConfig
     init_shape: Annotated[str | None, COMMON] = None
     """Start from fresh weights of this shape: a preset or a JSON file of extents; else --load."""
-    init_method_std: Annotated[float, Between(TINY, 10)] = 0.02
+    init_method_std: Annotated[float, Between(TINY, 10)] = INIT_METHOD_STD
     """Standard deviation of fresh weights."""
 
     def __post_init__(self) -> None:

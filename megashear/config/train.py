@@ -22,6 +22,7 @@ from megashear.bounds import (
     Tokens,
     check_bounds,
 )
+from megashear.config.defaults import ADAM_BETAS, ADAM_EPS, CLIP_GRAD, SEED, TIMEOUT_MINUTES
 
 DEFAULT_EVAL_SEQUENCES = 64
 """Held-out sequences per domain in an evaluation, where no flag says how many."""
@@ -39,7 +40,7 @@ class TrainConfig:
     """Sequences per optimizer step, over all replicas."""
     seq_length: Annotated[Length, COMMON] = 128
     """Tokens per sequence."""
-    seed: Seed = 1234
+    seed: Seed = SEED
     """Seed of the data order, of the mask noise and of fresh weights."""
     log_interval: Steps = 10
     """Steps between console lines and TensorBoard points."""
@@ -102,7 +103,7 @@ class TrainConfig:
     spike; one more stops the run. 0 stops at the first."""
     loss_spike_factor: Annotated[float, Between(0, 1e6)] = 0.0
     """Skip a step whose loss is above this many times the mean of the last ones; 0 takes all."""
-    distributed_timeout_minutes: Annotated[float, Between(1e-3, 1e5)] = 10.0
+    distributed_timeout_minutes: Annotated[float, Between(1e-3, 1e5)] = TIMEOUT_MINUTES
     """Minutes without progress after which a rank counts as hung and the job ends, and after which
     a collective that some rank does not enter fails."""
 
@@ -169,13 +170,13 @@ class OptimizerConfig:
     """Step at which the floor is reached; --train-iters unless given."""
     weight_decay: Annotated[float, Between(0, 10)] = 0.0
     """AdamW weight decay."""
-    adam_beta1: Part = 0.9
+    adam_beta1: Part = ADAM_BETAS[0]
     """Decay of the first moment."""
-    adam_beta2: Part = 0.95
+    adam_beta2: Part = ADAM_BETAS[1]
     """Decay of the second moment."""
-    adam_eps: Epsilon = 1e-8
+    adam_eps: Epsilon = ADAM_EPS
     """Added to the root of the second moment."""
-    clip_grad: Annotated[float, Between(1e-6, 1e9)] = 1.0
+    clip_grad: Annotated[float, Between(1e-6, 1e9)] = CLIP_GRAD
     """Largest gradient norm of the weights, and, apart from it, of masks with multipliers."""
 
     def __post_init__(self) -> None:

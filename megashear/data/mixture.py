@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
+
+from megashear.config import WhenExhausted
 
 SUM_TOLERANCE = 1e-6
 """Largest distance of a sum of weights from 1: what seven decimals per weight can leave."""
@@ -20,11 +22,6 @@ class MixtureState(TypedDict):
     weights: list[float]
     owed: list[float]
     drawn: list[int]
-
-
-WhenExhausted = Literal["repeat", "redistribute", "stop"]
-"""Fate of a domain whose text was read once: the text is read again in another order, the domain's
-share goes to the others, or nothing more is drawn."""
 
 
 class DataExhausted(Exception):  # noqa: N818  # an end, not an error

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megashear.data.mixture import DomainMixture, WhenExhausted, normalise_weights
+from megashear.config import WhenExhausted
+from megashear.data.mixture import DomainMixture, normalise_weights
 from megashear.data.shares import ShareLimits, Vector, weights_of
 from megashear.files.structured import read_yaml
 

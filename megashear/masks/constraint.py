@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from megashear.config.defaults import LAMBDA2_MAX
 from megashear.masks.gates import LOG_ALPHA_MAX, LOG_ALPHA_MIN, probability_closed
 from megashear.masks.kinds import KINDS
 from megashear.masks.targets import MaskPart, target_flag
@@ -45,7 +46,7 @@ class SparsityConstraint:
         targets: Mapping[str, int],
         *,
         warmup_steps: int,
-        lambda2_max: float | None = 500.0,
+        lambda2_max: float | None = LAMBDA2_MAX,
         force: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megashear.config.defaults import ADAM_BETAS, ADAM_EPS
 from megashear.masks.constraint import SparsityConstraint
 from megashear.masks.gates import LOG_ALPHA_MAX, LOG_ALPHA_MIN
 from megashear.masks.mask_set import MaskSet
@@ -33,8 +34,8 @@ class MaskOptimizer:
         mask_set: MaskSet,
         constraint: SparsityConstraint,
         *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        betas: tuple[float, float] = ADAM_BETAS,
+        eps: float = ADAM_EPS,
     ) -> None:
         self._log_alpha: dict[str, nn.Parameter] = dict(mask_set.log_alpha)
         self._multipliers: dict[str, nn.Parameter] = constraint.named_parameters()

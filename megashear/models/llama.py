@@ -14,11 +14,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 from torch import Tensor
 
-from megashear.config import ModelConfig, ParallelConfig
+from megashear.config import ModelConfig, ParallelConfig, TransformerImpl
+from megashear.config.defaults import INIT_METHOD_STD, SEED
 from megashear.models import weight_table
 from megashear.models.core import RotaryTable, VocabularyPadding, rotary_frequencies
 from megashear.models.cross_entropy import vocab_parallel_cross_entropy
-from megashear.models.specs import Variant, block_spec
+from megashear.models.specs import block_spec
 from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
@@ -54,8 +55,8 @@ def transformer_config(
     parallel: ParallelConfig,
     model: ModelConfig,
     *,
-    variant: Variant,
-    init_method_std: float = 0.02,
+    variant: TransformerImpl,
+    init_method_std: float = INIT_METHOD_STD,
 ) -> TransformerConfig:
     """Return megatron-core's configuration of a LLaMA of this shape, layout and kind of layers."""
     virtual = parallel.num_virtual_stages_per_pipeline_rank
@@ -128,9 +129,9 @@ def build_llama(
     parallel: ParallelConfig,
     model: ModelConfig,
     *,
-    variant: Variant,
-    init_method_std: float = 0.02,
-    seed: int = 1234,
+    variant: TransformerImpl,
+    init_method_std: float = INIT_METHOD_STD,
+    seed: int = SEED,
 ) -> list[DistributedDataParallel]:
     """Build this rank's chunks, wrapped for data parallelism. Collective over the world.
 
@@ -195,9 +196,9 @@ def build_chunks(
     parallel: ParallelConfig,
     model: ModelConfig,
     *,
-    variant: Variant,
-    init_method_std: float = 0.02,
-    seed: int = 1234,
+    variant: TransformerImpl,
+    init_method_std: float = INIT_METHOD_STD,
+    seed: int = SEED,
 ) -> list[torch.nn.Module]:
     """Build this rank's chunks without memory for gradients; see `build_llama`."""
     check_layout(shape, parallel)
@@ -274,7 +275,7 @@ def _build_chunk(
     shape: ModelShape,
     groups: ParallelGroups,
     config: TransformerConfig,
-    variant: Variant,
+    variant: TransformerImpl,
     vp_stage: int | None,
 ) -> torch.nn.Module:
     first = groups.is_first_stage and vp_stage in (None, 0)

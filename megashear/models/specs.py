@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -18,9 +16,8 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megashear.config import TransformerImpl
 from megashear.models.core import CausalAttention, RMSNorm, RotaryAttention, SwiGLU
-
-Variant = Literal["local", "transformer_engine"]
 
 # Transformer Engine fuses each norm with the linear after it and so names norms in checkpoints, as
 # does Megatron-LM. With these names a checkpoint of one variant loads into the other.
@@ -31,7 +28,7 @@ _CHECKPOINT_NAMES = {
 
 
 def block_spec(
-    config: TransformerConfig, variant: Variant, *, vp_stage: int | None = None
+    config: TransformerConfig, variant: TransformerImpl, *, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Return the spec of one model chunk of this rank.
 

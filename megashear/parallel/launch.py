@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from megashear.config import ModelConfig, ParallelConfig
+from megashear.config.defaults import TIMEOUT_MINUTES
 from megashear.parallel import cpu_megatron, device, kernel_choice
 from megashear.parallel.agree import gather_objects
 from megashear.parallel.groups import ParallelGroups
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def distributed(
-    parallel: ParallelConfig, model: ModelConfig, *, timeout_s: float = 600.0
+    parallel: ParallelConfig, model: ModelConfig, *, timeout_s: float = 60 * TIMEOUT_MINUTES
 ) -> Iterator[ParallelGroups]:
     """Join the processes that torchrun started, or be the only one, and divide them into groups.
 
@@ -159,7 +160,7 @@ _MEETING = "megashear/meeting"
 
 
 @contextlib.contextmanager
-def process_group(*, timeout_s: float = 600.0) -> Iterator[None]:
+def process_group(*, timeout_s: float = 60 * TIMEOUT_MINUTES) -> Iterator[None]:
     """Open torch.distributed for the block: with the processes of torchrun, or with this one alone.
 
     If a process group is open already, it is used and stays open.

@@ -20,9 +20,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megashear.config.defaults import MAX_DOCUMENT_MB
 from megashear.preprocessing.inputs import read_chunks
 from megashear.preprocessing.long_text import encode_parts
-from megashear.preprocessing.text_files import MAX_DOCUMENT_MB, Chunk, Record
+from megashear.preprocessing.text_files import Chunk, Record
 from megashear.tokenizer.choice import load_tokenizer
 
 EMPTY = "empty"

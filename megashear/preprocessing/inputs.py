@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megashear.config.defaults import JSON_KEY, MAX_DOCUMENT_MB, TOKENS_DTYPE
 from megashear.data.indexed import check_pair, read_documents
 from megashear.data.manifest import MANIFEST_NAME
 from megashear.files.pointers import refuse_pointer
@@ -14,7 +15,6 @@ from megashear.preprocessing.journal import FOLDER
 from megashear.preprocessing.mds import INDEX_NAME, is_mds, listed_files, read_mds, shards_of
 from megashear.preprocessing.text_files import (
     CHUNK_BYTES,
-    MAX_DOCUMENT_MB,
     Chunk,
     Record,
     read_json,
@@ -76,7 +76,7 @@ class Inputs(dict[str, list[Path]]):
         return f"{count} {'file is' if count == 1 else 'files are'} not read: {named}{more}"
 
 
-def find_domains(directory: str | Path, json_key: str = "text") -> Inputs:
+def find_domains(directory: str | Path, json_key: str = JSON_KEY) -> Inputs:
     """Find the domains of a directory: one per data file, one per subdirectory that holds some.
 
     A subdirectory is searched to any depth. Data files are text (``TEXT_SUFFIXES``), Megatron's
@@ -162,8 +162,8 @@ def samples_of(files: Sequence[Path]) -> list[Path]:
 def read_chunks(
     file: Path,
     *,
-    json_key: str = "text",
-    tokens_dtype: str = "uint16",
+    json_key: str = JSON_KEY,
+    tokens_dtype: str = TOKENS_DTYPE,
     chunk_bytes: int = CHUNK_BYTES,
     max_document_mb: int = MAX_DOCUMENT_MB,
 ) -> Iterator[Chunk]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megashear.config.defaults import TOKENS_DTYPE
 from megashear.files.regular import inside, open_regular
 from megashear.files.structured import LARGE_JSON_BYTES, parse_json, read_json, read_json_object
 from megashear.preprocessing.text_files import CHUNK_BYTES, Chunk, Record
@@ -79,7 +80,7 @@ def listed_files(directory: Path) -> set[Path]:
 
 
 def read_mds(
-    file: Path, tokens_dtype: str = "uint16", chunk_bytes: int = CHUNK_BYTES
+    file: Path, tokens_dtype: str = TOKENS_DTYPE, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[Chunk]:
     """Cut the samples of a shard into chunks; holds one shard (64 MiB unless made otherwise).
 

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megashear.config.defaults import MAX_DOCUMENT_MB, MOST_DOCUMENT_MB
 from megashear.files.pointers import refuse_pointer
 from megashear.files.regular import open_regular
 from megashear.preprocessing.json_records import (
@@ -23,11 +24,6 @@ from megashear.preprocessing.unpack import DAMAGES, unpacked
 
 CHUNK_BYTES = 1 << 20
 """Text handed to a worker at a time, bytes; a longer document is a chunk of its own."""
-MAX_DOCUMENT_MB = 100
-"""Longest document that is read unless another limit is given, MB: some 25 million tokens. A longer
-one is seldom meant, and takes some 10 bytes of memory for each of its own."""
-MOST_DOCUMENT_MB = 2000
-"""Longest limit, MB: the tokens of a document are counted in an int32."""
 PARQUET_ROWS = 64
 """Rows decoded at a time; a chunk is made of as many of these as it takes."""
 

@@ -17,11 +17,12 @@ from megashear.config import (
     PretrainRun,
     PruneRun,
     TrainConfig,
+    WhenExhausted,
 )
 from megashear.data.batch import DocumentBorders
 from megashear.data.held_out import HeldOutSet
 from megashear.data.manifest import DataManifest, read_manifest
-from megashear.data.mixture import DomainMixture, WhenExhausted, normalise_weights
+from megashear.data.mixture import DomainMixture, normalise_weights
 from megashear.data.phases import PhasedMixture, Phases, read_phases
 from megashear.data.reference_loss import read_reference
 from megashear.data.reweight import SCORES, Reweighting

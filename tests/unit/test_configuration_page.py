@@ -71,5 +71,5 @@ def test_a_command_without_a_configuration_is_noticed(
 ) -> None:
     nameless = dataclasses.make_dataclass("CutConfig", [])
     monkeypatch.setattr(config, "CutConfig", nameless)
-    with pytest.raises(ValueError, match=r"no dataclass of megashear/config says that it is of cut"):
+    with pytest.raises(ValueError, match=r"no dataclass of megashear/config is of cut"):
         tool.configurations()

@@ -48,11 +48,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from ways import OPTIMIZER, SEED, OurStep, Work, target_of
 
-from megashear.config import ModelConfig, ParallelConfig
+from megashear.config import ModelConfig, ParallelConfig, TransformerImpl
 from megashear.masks.mask_set import exact_gates
 from megashear.masks.targets import target_units
 from megashear.models.llama import build_llama
-from megashear.models.specs import Variant
 from megashear.parallel import device, kernel_choice
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
@@ -118,7 +117,7 @@ class Case:
     target: ModelShape | None
     """Shape to prune to; None for continued pretraining."""
     recompute: bool
-    variant: Variant = "local"
+    variant: TransformerImpl = "local"
     """Of the layers, where there is no target."""
 
     @property

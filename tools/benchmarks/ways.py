@@ -14,11 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megashear.config import (
+    MaskConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    TransformerImpl,
+)
 from megashear.data.batch import DocumentBorders, MicroBatch, micro_batch
 from megashear.models import folded
 from megashear.models.llama import build_llama
-from megashear.models.specs import Variant
 from megashear.parallel import device
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
@@ -164,7 +170,7 @@ class OurStep:
         model: ModelConfig,
         *,
         target: ModelShape | None = None,
-        variant: Variant = "local",
+        variant: TransformerImpl = "local",
     ) -> None:
         self.chunks = build_llama(work.shape, groups, parallel, model, variant=variant, seed=SEED)
         objective: Objective = LanguageModelling(self.chunks)

@@ -51,7 +51,7 @@ def configurations() -> dict[str, type]:
     found = completion.configurations()
     if missing := COMMANDS.keys() - found.keys():
         raise ValueError(
-            f"no dataclass of megashear/config says that it is of {', '.join(sorted(missing))}; begin its "
+            f"no dataclass of megashear/config is of {', '.join(sorted(missing))}; begin its "
             f"docstring with `megashear COMMAND`: "
         )
     return {command: found[command] for command in COMMANDS}
