@@ -30,7 +30,6 @@ setup(
         "tokenizers>=0.20",
         "protobuf>=4",
         "tensorboard>=2.16",
-        "tyro>=1.0,<2",
         "pyyaml>=6.0",
         "tqdm>=4.66",
         "zstandard>=0.22",

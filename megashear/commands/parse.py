@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import os
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_origin
+from typing import Any, TypeVar
 
-import tyro
 import yaml
 
 from megashear.checkpoint.description import holds_iterations
@@ -77,26 +74,17 @@ def parse(
             flag that is needed and not given, or values that the configuration refuses; looked at
             in this order, so that a wrong value is reported whatever else is missing.
         ValueError: of ``check``, with --dry-run.
-        SystemExit: 0 after --help and --dry-run; 2 where tyro refused the words, and has said so
-            on stderr.
+        SystemExit: 0 after --help and --dry-run.
     """
     settings = settings_of(config_type)
-    assert not {"config", "dry_run"} & settings.keys()
-    asks_help = not {"-h", "--help", HELP_ALL}.isdisjoint(argv)
-    if asks_help and HELP_ALL not in argv:
-        settings, description = _short_help(settings, description)
-    argv = _named(argv, [settings[key] for key in positional], prog)
-    argv = _without_aliases(argv, settings)
-    if not asks_help:
-        _check_flags(argv, settings)
-        argv = [*_read_config(argv, settings), *argv]
-    shown = frozenset(settings) if asks_help else None
-    given = _parse_flags(
-        config_type, ["--help"] if asks_help else argv, prog, description, shown=shown
-    )
-    values = flatten(given)
-    dry_run = values.pop(DRY_RUN.key)
-    del values[CONFIG.key]
+    if not {"-h", "--help", HELP_ALL}.isdisjoint(argv):
+        if is_first_rank():
+            print(_help(config_type, prog, description, shows_all=HELP_ALL in argv))
+        raise SystemExit(0)
+    words = _named(argv, [settings[key] for key in positional], prog)
+    flags = _read_flags(words, [CONFIG, DRY_RUN, *settings.values()])
+    file, dry_run = flags.pop(CONFIG.key, None), flags.pop(DRY_RUN.key, False)
+    values = {**_read_file(file, settings), **flags}
     try:
         check_values(config_type, values)
         _check_texts(values, settings)
@@ -198,135 +186,52 @@ def to_yaml(config: object, *, prog: str) -> str:
     return "".join(lines)
 
 
-def _check_texts(values: Mapping[str, Any], settings: Mapping[str, Setting]) -> None:
-    """Refuse empty text: as a path it would be the working directory."""
-    for setting in settings.values():
-        value = values[setting.key]
-        for text in value if isinstance(value, tuple) else [value]:
-            if not isinstance(text, str) or value == setting.default:
-                continue
-            if not text.strip():
-                raise UsageError(
-                    f"{setting.flag} is {text!r}, wanted text that is not empty; a variable of the "
-                    f"shell that is not set, perhaps: give a value, or leave the flag out"
-                )
-            if "\0" in text:
-                raise UsageError(f"{setting.flag} is {text!r}; no name holds the character 0")
-
-
-def _short_help(
-    settings: Mapping[str, Setting], description: str
-) -> tuple[dict[str, Setting], str]:
-    """Return the settings that the short help shows, and what stands above them."""
-    some = {key: s for key, s in settings.items() if s.is_common or s.is_needed}
-    if not any(s.is_common for s in some.values()):
-        return dict(settings), description
-    return some, (
-        f"{description}\n\nThe {len(some)} keys that most calls need; {HELP_ALL} lists all "
-        f"{len(settings)}."
-    )
-
-
-HELP_ALL = "--help-all"
-"""Flag for a help with every key, where ``--help`` shows those that most calls need."""
-
-
-def _check_needed(values: Mapping[str, Any], settings: Mapping[str, Setting], prog: str) -> None:
-    missing = [s.flag for s in settings.values() if s.is_needed and values[s.key] is None]
-    if missing:
-        raise UsageError(
-            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed and not given; "
-            f"`{prog} --help` says what to give"
-        )
-
-
-def _parse_flags(
-    config_type: type,
-    argv: Sequence[str],
-    prog: str,
-    description: str,
-    *,
-    shown: frozenset[str] | None,
-) -> object:
-    """Let tyro read the flags; ranks other than 0 stay silent."""
-    with contextlib.ExitStack() as stack:
-        if not is_first_rank():
-            nowhere = stack.enter_context(Path(os.devnull).open("w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        return tyro.cli(
-            _unchecked(config_type, [CONFIG, DRY_RUN], shown=shown),
-            args=[_with_dashes(word) for word in argv],
-            prog=prog,
-            description=description,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-
-
-def _unchecked(
-    config_type: type, extra: Sequence[Setting] = (), *, shown: frozenset[str] | None
-) -> type:
-    """A twin of a configuration for tyro, with the same fields and groups but no checks.
-
-    Without it tyro would frame the messages of ``__post_init__`` like its own, and would need a
-    valid configuration of the file alone where only file and flags together make one. Only the
-    help (of the keys ``shown``) says what is needed: else tyro would miss it before anyone looked
-    at what is given.
-    """
-    fields: list[Any] = []
-    for setting in [*extra, *settings_of(config_type).values()]:
-        if setting.group:
-            continue
-        bounds = "" if setting.range is None else f" Takes {setting.range}."
-        note = tyro.conf.arg(help=setting.help + bounds)
-        if shown is not None and setting not in extra and setting.key not in shown:
-            continue
-        if not setting.is_needed:
-            fields.append((setting.key, Annotated[setting.wanted, note], setting.default))
-        elif shown is not None:
-            fields.append((setting.key, Annotated[setting.wanted, note]))
-        else:
-            fields.append((setting.key, Annotated[setting.wanted | None, note], None))
-    fields += [
-        (name, _unchecked(owner, shown=shown))
-        for name, owner in groups_of(config_type).items()
-        if shown is None or shown & settings_of(owner).keys()
-    ]
-    twin = dataclasses.make_dataclass(config_type.__name__, fields, frozen=True, kw_only=True)
-    twin.__doc__ = config_type.__doc__
-    return twin
-
-
-def _check_flags(argv: Sequence[str], settings: Mapping[str, Setting]) -> None:
-    known = {setting.flag for setting in [*settings.values(), CONFIG, DRY_RUN]}
-    known |= {"--no-" + s.flag[2:] for s in [*settings.values(), DRY_RUN] if s.wanted is bool}
-    for word in argv:
-        flag = _with_dashes(word).partition("=")[0]
-        if flag.startswith("--") and flag not in known:
+def _read_flags(words: Sequence[str], settings: Sequence[Setting]) -> dict[str, Any]:
+    """Return the value of each flag by its key; the last one given wins."""
+    flags = {_flag(name): s for s in settings for name in (s.key, *s.aliases)}
+    negations = {"--no-" + s.flag[2:]: s for s in settings if s.wanted is bool}
+    values: dict[str, Any] = {}
+    words = list(words)
+    while words:
+        flag, equals, value = words.pop(0).partition("=")
+        if not flag.startswith("--"):
             raise UsageError(
-                f"unknown flag {flag}; nearest known: {nearest(flag, known)}; --help lists all"
+                f"{flag + equals + value!r} follows no flag that takes it; flags begin with --"
             )
-    by_flag = {setting.flag: setting for setting in settings.values()}
-    for word, following in zip(argv, [*argv[1:], "--"]):
-        flag, equals, value = _with_dashes(word).partition("=")
-        setting = by_flag.get(flag)
-        if setting is None or setting.wanted is bool or get_origin(setting.wanted) is tuple:
-            continue  # a word of its own, or several, which tyro counts
+        flag = flag.replace("_", "-")
+        setting = flags.get(flag) or negations.get(flag)
+        if setting is None:
+            known = nearest(flag, [*flags, *negations])
+            raise UsageError(f"unknown flag {flag}; nearest known: {known}; --help lists all")
+        if setting.wanted is bool:
+            if equals:
+                raise UsageError(
+                    f"{flag} takes no value and has {value!r}; give {setting.flag} to turn it on, "
+                    f"--no-{setting.flag[2:]} to turn it off"
+                )
+            values[setting.key] = flag in flags
+            continue
+        given = [value] if equals else []
+        while words and not words[0].startswith("--") and (setting.is_list or not given):
+            given.append(words.pop(0))
         wanted = type_name(setting.wanted).removesuffix(" or null")
-        if not equals and following.startswith("--"):
+        if not given and not setting.is_list:
             raise UsageError(f"{flag} has no value; wanted {wanted}")
-        if not setting.reads(value if equals else following):
-            raise UsageError(f"{flag} is {value if equals else following!r}; wanted {wanted}")
+        try:
+            values[setting.key] = setting.read(given if setting.is_list else given[0])
+        except ValueError:
+            found = f"has {' '.join(given)}" if setting.is_list else f"is {given[0]!r}"
+            raise UsageError(f"{flag} {found}; wanted {wanted}") from None
+    return values
 
 
 def _named(argv: Sequence[str], positional: Sequence[Setting], prog: str) -> list[str]:
-    """The same arguments, with each word before the first flag behind the flag it stands for."""
+    """Return the arguments with each word before the first flag after the flag it stands for."""
     first_flag = next((n for n, word in enumerate(argv) if word.startswith("-")), len(argv))
     words, rest = argv[:first_flag], argv[first_flag:]
     if not positional or not words:
         return list(argv)
-    takes_all = get_origin(positional[-1].wanted) is tuple
-    if len(words) > len(positional) and not takes_all:
+    if len(words) > len(positional) and not positional[-1].is_list:
         raise UsageError(
             f"{len(words)} words before the first flag ({' '.join(words)}); {prog} takes at most "
             f"{len(positional)}: {', '.join(setting.flag for setting in positional)}"
@@ -338,54 +243,18 @@ def _named(argv: Sequence[str], positional: Sequence[Setting], prog: str) -> lis
     return [*named, *rest]
 
 
-def _without_aliases(argv: Sequence[str], settings: Mapping[str, Setting]) -> list[str]:
-    """The same words, with each flag under its own name."""
-    names = {_flag(alias): s.flag for s in settings.values() for alias in s.aliases}
-    words = []
-    for word in argv:
-        flag, equals, value = _with_dashes(word).partition("=")
-        words.append(names[flag] + equals + value if flag in names else word)
-    return words
-
-
 def _flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def _with_dashes(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
-def _read_config(argv: Sequence[str], settings: Mapping[str, Setting]) -> list[str]:
-    """Flags that say what the file of ``--config`` says; none where no file is named."""
-    file: str | None = None
-    for word, following in zip(argv, [*argv[1:], None]):
-        if word == CONFIG.flag:
-            file = following
-        elif word.startswith(CONFIG.flag + "="):
-            file = word.partition("=")[2]
-    if file is None:  # not given, or without a name, which tyro says
-        return []
+def _read_file(file: str | None, settings: Mapping[str, Setting]) -> dict[str, Any]:
+    """Return the values by key of a YAML file's flat mapping; none where no file is named."""
+    if file is None:
+        return {}
     _check_texts({CONFIG.key: file}, {CONFIG.key: CONFIG})
-    words = []
-    for key, value in _read_yaml(Path(file), settings).items():
-        if isinstance(value, bool):
-            words.append(settings[key].flag if value else "--no-" + settings[key].flag[2:])
-        elif isinstance(value, list):
-            words += [settings[key].flag, *map(str, value)]
-        else:  # one word, so that a value may begin with a dash
-            words.append(f"{settings[key].flag}={value}")
-    return words
-
-
-def _read_yaml(file: Path, settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """Values of a flat YAML mapping by key, each of the type its key wants."""
     try:
         # Pairs, not the mapping: they know their lines, and keys that are there twice.
-        pairs = read_yaml_pairs(file, f"--config {file}")
+        pairs = read_yaml_pairs(Path(file), f"--config {file}")
     except ValueError as error:
         raise UsageError(str(error)) from None
     values: dict[str, Any] = {}
@@ -404,5 +273,82 @@ def _read_yaml(file: Path, settings: Mapping[str, Setting]) -> dict[str, Any]:
         if not settings[key].accepts(value):
             wanted = type_name(settings[key].wanted)
             raise UsageError(f"{place}: {key} is {value!r}; wanted {wanted}")
-        values[key] = value
+        values[key] = settings[key].read(value)
     return values
+
+
+def _check_texts(values: Mapping[str, Any], settings: Mapping[str, Setting]) -> None:
+    """Refuse empty text: as a path it would be the working directory."""
+    for key, value in values.items():
+        setting = settings[key]
+        for text in value if isinstance(value, tuple) else [value]:
+            if not isinstance(text, str) or value == setting.default:
+                continue
+            if not text.strip():
+                raise UsageError(
+                    f"{setting.flag} is {text!r}, wanted text that is not empty; a variable of the "
+                    f"shell that is not set, perhaps: give a value, or leave the flag out"
+                )
+            if "\0" in text:
+                raise UsageError(f"{setting.flag} is {text!r}; no name holds the character 0")
+
+
+def _check_needed(values: Mapping[str, Any], settings: Mapping[str, Setting], prog: str) -> None:
+    missing = [s.flag for s in settings.values() if s.is_needed and values.get(s.key) is None]
+    if missing:
+        raise UsageError(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed and not given; "
+            f"`{prog} --help` says what to give"
+        )
+
+
+HELP_ALL = "--help-all"
+"""Flag for a help with every key, where ``--help`` shows those that most calls need."""
+
+
+def _help(config_type: type, prog: str, description: str, *, shows_all: bool) -> str:
+    """Return the help of a command, a section for each group of its keys."""
+    settings = list(settings_of(config_type).values())
+    shown = settings
+    if not shows_all and any(s.is_common for s in settings):
+        shown = [s for s in settings if s.is_common or s.is_needed]
+        description += (
+            f"\n\nThe {len(shown)} keys that most calls need; {HELP_ALL} lists all {len(settings)}."
+        )
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [OPTIONS]",
+        description=description,
+        add_help=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=26
+        ),
+    )
+    for name, owner in {"": config_type, **groups_of(config_type)}.items():
+        keys = [setting for setting in shown if setting.group == name]
+        if not name:
+            keys = [CONFIG, DRY_RUN, *keys]
+        if keys:
+            about = " ".join((owner.__doc__ or "").split()) if name else None
+            section = parser.add_argument_group(f"{name} options".strip(), about)
+            for setting in keys:
+                _describe(setting, section)
+    return parser.format_help().rstrip("\n")
+
+
+def _describe(setting: Setting, section: argparse._ArgumentGroup) -> None:
+    """Add a setting to a section of the help."""
+    parts = [setting.help]
+    if setting.range is not None:
+        parts.append(f"Takes {setting.range}.")
+    if setting.is_needed:
+        parts.append("(required)")
+    elif setting.default_text is not None:
+        parts.append(f"(default: {setting.default_text})")
+    text = " ".join(parts).replace("%", "%%")
+    if setting.wanted is bool:
+        section.add_argument(
+            setting.flag, f"--no-{setting.flag[2:]}", action="store_true", help=text
+        )
+    else:
+        section.add_argument(setting.flag, metavar=setting.metavar, help=text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -53,9 +54,34 @@ class Setting:
         """Whether a value as YAML reads it fits the type."""
         return _fits(self.wanted, value)
 
-    def reads(self, word: str) -> bool:
-        """Whether a word of the command line is a value of the type, where that is one word."""
-        return _reads(self.wanted, word)
+    @property
+    def is_list(self) -> bool:
+        """Whether it takes several words."""
+        return get_origin(self.wanted) is tuple
+
+    @property
+    def default_text(self) -> str | None:
+        """The default as a person says it; None where nothing is set."""
+        if isinstance(self.default, bool):
+            return "on" if self.default else "off"
+        return None if self.default in (None, (), "") else str(self.default)
+
+    @property
+    def metavar(self) -> str:
+        """What stands for the value in the help."""
+        return _metavar(self.wanted)
+
+    def read(self, value: object) -> Any:
+        """Return what a word, a list of words or a value that `accepts` takes means.
+
+        Raises:
+            ValueError: a word is no value of the type.
+        """
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, list):
+            return tuple(_read(get_args(self.wanted)[0], str(item)) for item in value)
+        return _read(self.wanted, str(value))
 
     def as_list(self, value: object) -> object:
         """Numbers by name, or one number, as the list that they stand for; others as they are."""
@@ -178,18 +204,29 @@ def _fits(wanted: Any, value: object) -> bool:
     return isinstance(value, (int, float) if wanted is float else wanted)
 
 
-def _reads(wanted: Any, word: str) -> bool:
+def _read(wanted: Any, word: str) -> Any:
+    """Return what a word means as a value of a type, with None and the first choice first."""
     if get_origin(wanted) in (Union, types.UnionType):
-        return any(_reads(choice, word) for choice in get_args(wanted))
+        if types.NoneType in get_args(wanted) and word == "None":
+            return None
+        for choice in get_args(wanted):
+            with contextlib.suppress(ValueError):
+                return _read(choice, word)
+    elif get_origin(wanted) is Literal:
+        if word in get_args(wanted):
+            return word
+    elif wanted is not types.NoneType:
+        return wanted(word)
+    raise ValueError(f"{word!r} is no {type_name(wanted)}")
+
+
+def _metavar(wanted: Any) -> str:
+    choices = [choice for choice in get_args(wanted) if choice not in (types.NoneType, ...)]
     if get_origin(wanted) is Literal:
-        return word in get_args(wanted)
-    if wanted is types.NoneType:
-        return word == "None"
-    try:
-        wanted(word)
-    except ValueError:
-        return False
-    return True
+        return "{" + ",".join(choices) + "}"
+    if get_origin(wanted) is tuple:
+        return f"[{_metavar(choices[0])} ...]"
+    return "|".join(map(_metavar, choices)) or wanted.__name__.upper()
 
 
 def _is_number(text: str) -> bool:

@@ -6,7 +6,6 @@ Usage: python tools/docs/configuration.py [--check]
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -106,7 +105,7 @@ def _row(setting: Setting) -> Iterator[str]:
     yield f"`{setting.flag}`"
     bounds = "" if setting.range is None else f", {setting.range}"
     yield _values(setting.wanted) + bounds
-    yield _default(setting.default)
+    yield "**required**" if setting.is_needed else _default(setting)
     yield setting.help
 
 
@@ -123,12 +122,11 @@ def _values(wanted: Any) -> str:
     return "on or off" if wanted is bool else type_name(wanted)
 
 
-def _default(value: object) -> str:
-    if value is dataclasses.MISSING:
-        return "**required**"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "-" if value is None or value == () else f"`{value}`"
+def _default(setting: Setting) -> str:
+    if setting.default_text is None:
+        return "-"
+    is_switch = isinstance(setting.default, bool)
+    return setting.default_text if is_switch else f"`{setting.default_text}`"
 
 
 def _cell(text: str) -> str:

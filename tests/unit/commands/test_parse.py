@@ -183,10 +183,10 @@ def test_other_ranks_print_nothing(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    for argv, status in ((["--help"], 0), ([*NEEDED, "--dry-run"], 0), ([*NEEDED, "x"], 2)):
+    for argv in (["--help"], [*NEEDED, "--dry-run"]):
         with pytest.raises(SystemExit) as end:
             prune(*argv)
-        assert end.value.code == status
+        assert end.value.code == 0
     assert capfd.readouterr() == ("", "")
 
 
@@ -203,6 +203,10 @@ def test_other_ranks_print_nothing(
             ["--reset-attention-mask", "--transformer-impl", "transformer_engine"],
             r"^--reset-attention-mask is not there .*use --transformer-impl local$",
         ),
+        (["--bf16", "yes"], r"^'yes' follows no flag that takes it; flags begin with --$"),
+        (["--bf16=yes"], r"^--bf16 takes no value and has 'yes'; give --bf16 to turn it on, --no-"),
+        (["x=1"], r"^'x=1' follows no flag that takes it"),
+        (["--domain-weights", ".5", "--eval-iters"], r"^unknown flag --eval-iters"),
         (["--num-workers", "-1"], r"^--num-workers is -1; wanted 0 to 256$"),
         (["--lr", "fast"], r"^--lr is 'fast'; wanted a number$"),
         (["--train-iters=1.5"], r"^--train-iters is '1.5'; wanted a whole number$"),
@@ -279,24 +283,6 @@ def test_a_wrong_value_is_reported_by_its_own_flag_whatever_else_is_wrong() -> N
 def test_wrong_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         prune(*NEEDED, "--config", written(tmp_path, text))
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        ([*NEEDED, "--bf16", "yes"], ["yes"]),
-    ],
-)
-def test_words_that_tyro_refuses(
-    argv: list[str], words: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as end:
-        prune(*argv)
-    assert end.value.code == 2
-    printed = capfd.readouterr()
-    assert printed.out == ""
-    assert all(word in printed.err for word in words), printed.err
-    assert "Traceback" not in printed.err
 
 
 def test_megatrons_name_of_the_text_key_is_understood(tmp_path: Path) -> None:
