@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 4 tools/benchmarks/communication.py \\
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
 
-Every function of torch.distributed that sends is wrapped for one step, unmasked and masked, and
-counts what it is given: the elements that this rank puts in, before any algorithm multiplies them.
-The same is done with sequence length and batch doubled. Nothing is timed, so that other work of the
-machine does not matter. A table, then JSON, go to stdout, or JSON to --json.
+Every function of torch.distributed that sends is wrapped for one step, unmasked and masked. It
+counts the elements that this rank gives it, before any algorithm multiplies them. A second count
+has sequence length and batch doubled. Nothing is timed, so other work of the machine does not
+matter. A table and JSON go to stdout; --json sends JSON to a file.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
-"""Measure `megashear convert` there and back against copying the same bytes, in one run: wall time
-and peak resident memory of each process, a copy before and after each conversion."""
+"""Measure `megashear convert` in both directions against a copy of the same bytes.
+
+One run measures wall time and peak resident memory of each process, with a copy before and after
+each conversion.
+"""
 
 from __future__ import annotations
 

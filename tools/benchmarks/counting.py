@@ -1,4 +1,4 @@
-"""Counts of what ranks send and of what a step needs in memory. Not a command."""
+"""Counts of the bytes that ranks send and of a step's memory, for the other scripts."""
 
 from __future__ import annotations
 

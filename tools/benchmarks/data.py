@@ -1,9 +1,10 @@
-"""Measure reading of training data: samples a second against megatron-core's BlendedDataset, what a
-change of the weights costs, and start-up time and memory at the size of a real corpus.
+"""Measure reading of training data, against megatron-core's BlendedDataset.
 
-Makes domains of synthetic text (sparse .bin files, an .idx of documents of real lengths) in a
-temporary folder. Rounds are interleaved: each runs both ways once, in turning order, over the same
-files, with torch's DataLoader and the same number of workers. A table, then JSON, go to stdout.
+It measures samples a second, the cost of a change of the weights, and start-up time and memory at
+the size of a real corpus. Domains of synthetic text (sparse .bin files, an .idx of documents of
+real lengths) are made in a temporary folder. Rounds are interleaved: each runs both ways once, in
+alternating order, over the same files, with torch's DataLoader and the same number of workers. A
+table and JSON go to stdout.
 """
 
 from __future__ import annotations

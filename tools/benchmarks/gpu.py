@@ -1,18 +1,21 @@
-"""Check and measure megashear on one GPU: right answers first, then speed at real shapes.
+"""Check and measure megashear on one GPU: first correctness, then speed at real shapes.
 
     python tools/benchmarks/gpu.py --json gpu.json
     python tools/benchmarks/gpu.py --dry-run
 
-Needs torch, megatron-core and this repository, nothing else; Apex and Transformer Engine are used
-where they are. Correctness: a masked model on the GPU against the same on the CPU in float32, in
-bfloat16 against float32, gradients included, and its cut against it in both. Speed:
-LLaMA-2-7B-shaped pruning (random weights, full recompute), masked and unmasked steps in turn on the
-same weights, and continued pretraining of the 1.3B and 2.7B shapes, at sequences of 4096, with
-torch's kernels and, where it is, Transformer Engine's; torch's attention kernels beside each other.
-MFU is the model's arithmetic (what recompute does again not counted) over the GPU's dense bfloat16
-peak. What by plan does not fit on the GPU is left out, which is said. --dry-run does all of it with
-tiny shapes on whatever device there is; on a CPU, speeds say "not measured". Tables, then JSON, go
-to stdout, or JSON to --json. Ends with 1 where an answer is wrong.
+It needs only torch, megatron-core and this repository, and uses Apex and Transformer Engine where
+they are installed.
+
+Correctness: a masked model on the GPU is compared with the same model on the CPU in float32, with
+gradients; bfloat16 is compared with float32; and the cut is compared with the masked model in both.
+Speed: pruning at the shape of LLaMA-2-7B (random weights, full recompute), with masked and unmasked
+steps in turn on the same weights; continued pretraining at the shapes of 1.3B and 2.7B, with
+torch's kernels and with Transformer Engine's where it is installed; torch's attention kernels.
+Sequences have 4096 tokens. MFU is the model's arithmetic, without recompute, over the GPU's dense
+bfloat16 peak. A shape that according to the plan does not fit on the GPU is left out, with a note.
+
+--dry-run does everything with tiny shapes on any device; on a CPU speeds are "not measured". Tables
+and JSON go to stdout; --json sends JSON to a file. The exit status is 1 if a result is wrong.
 """
 
 from __future__ import annotations

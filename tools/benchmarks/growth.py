@@ -3,11 +3,11 @@
     python tools/benchmarks/growth.py --rounds 20
     python tools/benchmarks/growth.py --rounds 5 --ranks 1 2
 
-Without --ranks, a base shape and ones with one extent doubled run interleaved in one process,
-masked and not; the slope is log2 of the ratio of times, beside log2 of the ratio of arithmetic.
-With --ranks, jobs of `step.py` with so many tensor ranks of one thread each run in turn, several
-times over; the efficiency of n ranks is the time of one over n times that of n. Tables, then JSON,
-go to stdout, or JSON to --json.
+Without --ranks, a base shape and shapes with one extent doubled run interleaved in one process,
+masked and unmasked. The slope is log2 of the ratio of times, beside log2 of the ratio of
+arithmetic. With --ranks, jobs of `step.py` with these numbers of tensor ranks, of one thread each,
+run in turn, several times. The efficiency of n ranks is the time of one rank over n times the time
+of n ranks. Tables and JSON go to stdout; --json sends JSON to a file.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Make a Hugging Face directory of a model of any preset's shape, with random weights, in sharded
-safetensors: made, like a conversion, in memory of a few weights."""
+"""Make a Hugging Face directory with random weights of a preset's shape, in sharded safetensors.
+
+Like a conversion, it holds only a few weights in memory at a time.
+"""
 
 from __future__ import annotations
 

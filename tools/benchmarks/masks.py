@@ -1,11 +1,12 @@
-"""Measure what masks cost the host in a step, at the shapes of real models, whatever the device.
+"""Measure the host's time for masks in a step, at the shapes of real models, on any device.
 
     python tools/benchmarks/masks.py --preset llama2-7b --target llama2-2.7b
 
 Sampling, penalty, gradients and update run on the host, in one process that holds the masks of a
-whole model: more than any rank of a divided one has. CPU seconds are taken, which other work of the
-machine moves little. Beside them stands what the step's arithmetic takes at a stated rate, and the
-share of it that masks take; a table, then JSON, go to stdout, or JSON to --json.
+whole model, which is more than any rank of a divided model has. CPU seconds are measured, because
+other work of the machine changes them little. The table also has their share of the time that the
+step's arithmetic takes at a given rate. The table and JSON go to stdout; --json sends JSON to a
+file.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from megashear.masks.targets import target_units, whole_parts
 from megashear.shape import PRESETS
 
 _CHECKED = (HIDDEN,)
-"""Kind that every rank samples for every stream of the step, see `StructuredPruning`."""
+"""Kinds that every rank samples for every stream of the step, see `StructuredPruning`."""
 AHEAD = "before gradients come"
-"""Part that a GPU does not wait for, since it still runs the model's backward pass: the next step's
-noise, and the sums of the penalty."""
+"""Part for which a GPU does not wait, because it still runs the model's backward pass: the noise of
+the next step, and the sums of the penalty."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print a table and JSON; the exit status."""
+    """Measure, print a table and JSON, and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,5 +1,4 @@
-"""What the benchmarks of steps share: interleaved rounds, ratios, the machine's rates, and what was
-run where. Not a command."""
+"""Interleaved rounds, ratios, the machine's rates and its description, for the other scripts."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What `megashear plan` says a rank holds, beside what the GPU's allocator says.
+"""Compare the memory that `megashear plan` says a rank holds with the GPU's allocator.
 
     torchrun --nproc-per-node 8 tools/benchmarks/memory.py --shape llama2-7b \
       --target-shape llama2-2.7b --use-distributed-optimizer --overlap-grad-reduce \
       --overlap-param-gather --bf16 --micro-batch-size 1 --global-batch-size 32
 
-Trains a model of fresh weights on random tokens for a few steps; without --target-shape there are
-no masks. Without a GPU the steps run all the same, and the allocator's column is empty.
+A model of fresh weights is trained on random tokens for a few steps, with masks if --target-shape
+is given. Without a GPU the steps run too, and the allocator's column is empty.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What monitoring costs: time of a step, of a log line and of an evaluation's look at the masks.
+"""Measure monitoring: its time in a step, in a log line and in an evaluation's survey of masks.
 
     python tools/benchmarks/monitoring.py --step-seconds 8.885
 
-One process. Prints CPU seconds of this process, the median of the rounds, and their share of
-training with a step of --step-seconds; --json writes every round.
+One process prints its CPU seconds, the median of the rounds, and their share of training with a
+step of --step-seconds. --json writes every round to a file.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Measure preprocessing: MB of jsonl a second against the loop of Megatron-LM's preprocess_data.py
-in one process, and how it scales with --workers.
+"""Measure preprocessing, MB of jsonl a second, against the loop of Megatron-LM's script.
 
-Rounds are interleaved: each runs the loop and every number of workers once, in turning order, so
-that what else the machine does meets all of them. All of them read the same files, load the
-tokenizer, and write .bin and .idx; megashear also splits held-out sets off, and brings its files
-to the disk. A table, then JSON, go to stdout.
+The loop runs in one process, and megashear with several numbers of --workers. Rounds are
+interleaved: each runs the loop and every number of workers once, in alternating order, so that
+other work of the machine slows all of them. All read the same files, load the tokenizer, and write
+.bin and .idx. megashear also splits off held-out sets, and syncs its files to the disk. A table and
+JSON go to stdout.
 """
 
 from __future__ import annotations

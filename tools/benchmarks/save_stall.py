@@ -1,8 +1,8 @@
-"""How long training stands still for a save: in the background against waited for, by turns.
+"""Measure how long a save stops training: in the background, and waited for, in turn.
 
     python tools/benchmarks/save_stall.py --output /some/disk --megabytes 400 --pairs 10
 
-One process, with the tensors of one rank; prints each pair, and the median of the pairs' ratios.
+One process with the tensors of one rank prints each pair, and the median of the ratios of pairs.
 """
 
 from __future__ import annotations

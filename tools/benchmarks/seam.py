@@ -1,10 +1,10 @@
-"""The first steps behind the cut: Adam's moments carried along in flight, against starting from 0.
+"""Compare the first steps after the cut, with Adam's moments from pruning and with moments of 0.
 
     python -m megashear quickstart --output runs/quickstart
     python tools/benchmarks/seam.py --quickstart runs/quickstart --output runs/seam
 
-Takes the pruning run of a finished quickstart, cuts it both ways, and trains both on the same
-samples. Prints a table and writes every loss to OUTPUT/seam.json.
+The pruning run of a finished quickstart is cut in both ways, and both models are trained on the
+same samples. A table is printed, and every loss goes to OUTPUT/seam.json.
 """
 
 from __future__ import annotations

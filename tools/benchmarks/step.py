@@ -1,15 +1,14 @@
-"""Measure a training step: masked against unmasked, and ours against transformers' LLaMA with SDPA,
-part by part, beside what the machine's matrix products and memory allow.
+"""Measure a training step, part by part: masked, unmasked, and transformers' LLaMA with SDPA.
 
     python tools/benchmarks/step.py --rounds 40
     torchrun --nproc-per-node 2 tools/benchmarks/step.py --tensor-model-parallel-size 2 --rounds 40
 
-All ways run in one process (of each rank), interleaved round by round, so that what else the
-machine does meets all of them; a second unmasked model gives the noise: what two equal ways differ
-by. Beside each part stands its floor: its matrix products at the rate that large ones reach here,
-or the bytes that it cannot do without at the speed of an operation in place. Memory and what is
-sent are counted, not timed. Tables, then JSON, go to stdout, or JSON to --json. `steps.py` runs it
-over shapes, layouts and precisions.
+All ways run in one process (of each rank), interleaved round by round, so that other work of the
+machine slows all of them. A second unmasked model gives the noise: the difference of two equal
+ways. Each part is compared with the least time that the machine allows: that of its matrix products
+at the rate of large products on this machine, or that of the bytes that it must move at the speed
+of an operation in place. Memory and traffic are counted, not timed. Tables and JSON go to stdout;
+--json sends JSON to a file. `steps.py` runs this script over shapes, layouts and precisions.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Measure training steps over shapes, layouts, precisions and recompute: `step.py` for each, one
-table and one JSON file.
+"""Measure training steps over shapes, layouts, precisions and recompute, with `step.py` for each.
 
     python tools/benchmarks/steps.py --json steps.json
     python tools/benchmarks/steps.py --only base tp2 --rounds 40
 
-Every variant is a run of its own, of one thread a rank, under torchrun where it has several ranks;
-inside it masked, unmasked and transformers' steps are interleaved. Ratios compare, seconds of
-different variants need not: what else the machine did may have changed between them.
+Every variant is a run of its own, with one thread a rank, under torchrun if it has several ranks.
+Each run interleaves masked, unmasked and transformers' steps. Ratios of variants can be compared.
+Seconds of variants need not be comparable, because other work of the machine may have changed
+between them. One table is printed and one JSON file is written.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Training steps that benchmarks compare: ours, masked and not, and transformers' LLaMA. Not a
-command."""
+"""Training steps that benchmarks compare: ours, masked and unmasked, and transformers' LLaMA."""
 
 from __future__ import annotations
 
