@@ -34,7 +34,7 @@ def of_step(
     *,
     masked: bool,
 ) -> Counts:
-    """What one step sends, its model built and warmed up before."""
+    """Return what one step sends, after the model was built and warmed up."""
     step = OurStep(work, groups, parallel, model, target=target_of(work.shape) if masked else None)
     step()
     with counting() as counts:
@@ -43,7 +43,7 @@ def of_step(
 
 
 def added(masked: Counts, unmasked: Counts) -> dict[str, dict[str, int]]:
-    """Calls and bytes that masks and penalty add, by function."""
+    """Return the calls and bytes that masks and penalty add, by function."""
     names = sorted(masked.calls.keys() | unmasked.calls.keys())
     difference = {
         name: {
@@ -56,7 +56,7 @@ def added(masked: Counts, unmasked: Counts) -> dict[str, dict[str, int]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Count, and print tables and JSON; the exit status."""
+    """Count, print tables and JSON, and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

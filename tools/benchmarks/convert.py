@@ -22,19 +22,19 @@ CERTIFICATE = "certificate.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """What one process took."""
+    """Time and memory of one process."""
 
     name: str
     seconds: float
     """Wall time."""
     cpu_seconds: float
-    """Time on processors, of all threads, in the process and in the kernel for it."""
+    """CPU time of all threads, user and system."""
     peak_bytes: int
-    """Largest resident set as the kernel counts it (ru_maxrss), pages of mapped files too."""
+    """Largest resident set that the kernel counts (ru_maxrss), with pages of mapped files."""
 
 
 def measured(name: str, command: Sequence[str], reads: Path) -> Step:
-    """Run a command whose input is not in the page cache."""
+    """Run a command whose input is not in the page cache, and return its cost."""
     for path in reads.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -67,7 +67,7 @@ def copied(source: Path, work: Path) -> Step:
 
 
 def check_equal(source: Path, checkpoint: Path, back: Path) -> None:
-    """Hold the certificates of both ways, and the files of both ends, to each other."""
+    """Check that certificates of both directions, and files of both ends, are equal."""
     there, home = (json.loads((d / CERTIFICATE).read_text()) for d in (checkpoint, back))
     assert there["equal_to_source"]
     assert home["equal_to_source"]
@@ -79,7 +79,7 @@ def check_equal(source: Path, checkpoint: Path, back: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run all steps and print a table; the exit status."""
+    """Run all steps, print a table, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", required=True, help="directory that make_llama.py made")
     parser.add_argument(

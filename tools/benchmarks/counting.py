@@ -26,24 +26,24 @@ _SENDS = {
     "isend": 0,
     "send": 0,
 }
-"""Functions that send, and which argument is what this rank puts in."""
+"""Functions that send, and the argument that this rank sends."""
 
 
 def sent_bytes(given: Any) -> int:
-    """Bytes of a tensor, or of several."""
+    """Return the bytes of a tensor or of several."""
     tensors = [given] if isinstance(given, Tensor) else given
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class Counts:
-    """Calls and bytes by function and group size, of this rank."""
+    """Calls and bytes of this rank, by function and group size."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
     def note(self, name: str, given: Any, group: Any) -> None:
-        """Count a call; one in a group of one moves nothing."""
+        """Count a call, unless its group has one rank and it moves nothing."""
         if dist.get_world_size(group) == 1:
             return
         self.calls[name] += 1
@@ -52,7 +52,7 @@ class Counts:
 
 @contextlib.contextmanager
 def counting() -> Iterator[Counts]:
-    """Count what is sent within the block, by megatron-core too."""
+    """Count what the block sends, including calls of megatron-core."""
     counts, real = Counts(), {}
     inside = [False]  # functions that call each other count once
 
@@ -102,9 +102,9 @@ def _replace_in_megatron(old: Any, new: Any) -> None:
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
-    """Most bytes that tensors made by ``step`` take at once, beside those there before it.
+    """Return the most bytes that tensors made by ``step`` take at once.
 
-    On a GPU of torch's allocator; on a CPU summed over what the profiler saw allocated and freed.
+    On a GPU torch's allocator counts; on a CPU the profiler's allocations and frees are summed.
     """
     if device.has_cuda():
         before = torch.cuda.memory_allocated()

@@ -43,9 +43,9 @@ from megashear.data.sequences import DomainSequences
 
 NUM_DOMAINS = 7
 WEIGHTS = [0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02]
-"""Of the seven domains; RedPajama's, with which the recipe of Sheared LLaMA starts."""
+"""Weights of RedPajama's seven domains, with which the recipe of Sheared LLaMA starts."""
 MEDIAN_LENGTH, LENGTH_SIGMA = 600, 1.0
-"""Log-normal lengths of documents, tokens: a mean of about 990."""
+"""Parameters of the log-normal lengths of documents, tokens: a mean of about 990."""
 SEED = 1234
 
 BLENDED, MEGASHEAR = "BlendedDataset", "MixtureLoader"
@@ -53,7 +53,7 @@ BLENDED, MEGASHEAR = "BlendedDataset", "MixtureLoader"
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is read, and how."""
+    """Sizes of the text, and how it is read."""
 
     prefixes: Sequence[str]
     seq_length: int
@@ -64,7 +64,7 @@ class Sizes:
 
 
 def make_domain(prefix: Path, num_tokens: int, seed: int) -> int:
-    """Write a domain of token 0; the number of its documents."""
+    """Write a domain that repeats token 0, and return the number of its documents."""
     generator = np.random.default_rng(seed)
     mean = MEDIAN_LENGTH * np.exp(LENGTH_SIGMA**2 / 2)
     lengths = generator.lognormal(np.log(MEDIAN_LENGTH), LENGTH_SIGMA, int(num_tokens / mean)).clip(
@@ -79,7 +79,7 @@ def make_domain(prefix: Path, num_tokens: int, seed: int) -> int:
 
 
 class _NoTokenizer:
-    """What GPTDataset asks a tokenizer for."""
+    """The part of a tokenizer that GPTDataset uses."""
 
     vocab_size = None
     pad, eod = -1, -2
@@ -87,7 +87,7 @@ class _NoTokenizer:
 
 
 def blended(sizes: Sizes, num_samples: int) -> BlendedDataset:
-    """megatron-core's blend of fixed weights, index in memory."""
+    """Return megatron-core's blend with fixed weights, with its index in memory."""
     config = GPTDatasetConfig(
         random_seed=SEED,
         sequence_length=sizes.seq_length,
@@ -111,7 +111,7 @@ def blended(sizes: Sizes, num_samples: int) -> BlendedDataset:
 
 
 def blended_batches(sizes: Sizes, data: BlendedDataset, workers: int) -> Iterator[int]:
-    """Read a round as Megatron-LM's loader does; sizes of the microbatches."""
+    """Read a round as Megatron-LM's loader does, and yield sizes of microbatches."""
     size = sizes.micro_batch_size
     order = [list(range(at, at + size)) for at in range(0, sizes.num_samples, size)]
     for batch in DataLoader(data, batch_sampler=order, num_workers=workers):
@@ -120,7 +120,7 @@ def blended_batches(sizes: Sizes, data: BlendedDataset, workers: int) -> Iterato
 
 
 def mixture(sizes: Sizes, workers: int) -> MixtureLoader:
-    """megashear's loader of one replica."""
+    """Return megashear's loader of one replica."""
     return MixtureLoader(
         [DomainSequences(p, sizes.seq_length, SEED, i) for i, p in enumerate(sizes.prefixes)],
         DomainMixture(WEIGHTS),
@@ -133,7 +133,7 @@ def mixture(sizes: Sizes, workers: int) -> MixtureLoader:
 
 
 def mixture_batches(sizes: Sizes, loader: MixtureLoader) -> Iterator[int]:
-    """Read a round; sizes of the microbatches."""
+    """Read a round, and yield sizes of microbatches."""
     for _ in range(sizes.num_samples // sizes.global_batch_size):
         for batch in loader.next_batch():
             assert batch.tokens.shape == (sizes.micro_batch_size, sizes.seq_length)
@@ -160,7 +160,7 @@ def rate(batches: Iterator[int], global_batch_size: int) -> dict[str, float]:
 
 
 def throughput(sizes: Sizes, workers: int, rounds: int) -> list[dict[str, Any]]:
-    """Both ways in turn; a run of each in every round."""
+    """Run both ways in turn, once in every round."""
     blend = blended(sizes, sizes.num_samples)
     ways: dict[str, Callable[[], Iterator[int]]] = {
         BLENDED: lambda: blended_batches(sizes, blend, workers),
@@ -179,9 +179,9 @@ def throughput(sizes: Sizes, workers: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def weight_change(sizes: Sizes, workers: int, changes: int, step_s: float) -> dict[str, Any]:
-    """Milliseconds that a change takes, and that the next batch takes after it and otherwise.
+    """Return milliseconds of a change of weights, and of a batch after it and otherwise.
 
-    By the clock, and of this process's CPU; between steps of ``step_s`` seconds it sleeps.
+    Both wall time and CPU time. Between batches this process sleeps ``step_s`` seconds.
     """
     loader, generator = mixture(sizes, workers), np.random.default_rng(0)
     loader.next_batch()
@@ -211,9 +211,9 @@ def weight_change(sizes: Sizes, workers: int, changes: int, step_s: float) -> di
 
 
 def start_up(sizes: Sizes, way: str, workers: int, epoch: int, pipe: Any) -> None:
-    """Seconds to the first batch, and memory then, in a process of its own.
+    """Send the seconds to the first batch and the memory then, from a process of its own.
 
-    Of this process its own memory, not what files are mapped; of workers what they do not share.
+    Its memory does not include mapped files; memory of workers does not include what they share.
     """
     before, start = _anonymous_mib(), time.perf_counter()
     if way == MEGASHEAR:
@@ -237,7 +237,7 @@ def start_up(sizes: Sizes, way: str, workers: int, epoch: int, pipe: Any) -> Non
 
 
 def measure_start_up(sizes: Sizes, workers: int, epoch: int, rounds: int) -> list[dict[str, Any]]:
-    """Both ways in turn, each in a fresh process forked from this one, which has read nothing."""
+    """Run both ways in turn, each in a process forked from this one, which has read nothing."""
     context, found = multiprocessing.get_context("fork"), []
     for number in range(rounds):
         for way in (BLENDED, MEGASHEAR)[:: 1 if number % 2 else -1]:
@@ -289,7 +289,7 @@ def _say_throughput(runs: Sequence[dict[str, Any]], workers: Sequence[int]) -> I
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print tables and JSON; the exit status."""
+    """Measure, print tables and JSON, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=float, default=1e9, help="of each of seven domains")
     parser.add_argument("--seq-length", type=int, default=4096)

@@ -113,7 +113,7 @@ PUBLISHED = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is timed."""
+    """A case to be timed."""
 
     name: str
     work: Work
@@ -121,15 +121,15 @@ class Case:
     """Shape to prune to; None for continued pretraining."""
     recompute: bool
     variant: TransformerImpl = "local"
-    """Of the layers, where there is no target."""
+    """Kind of layers, if there is no target."""
 
     @property
     def model(self) -> ModelConfig:
-        """Precision and recompute."""
+        """Return precision and recompute."""
         return ModelConfig(bf16=True, recompute_granularity="full" if self.recompute else None)
 
     def obstacle(self) -> str | None:
-        """Why it cannot be timed here; None where it can."""
+        """Return why the case cannot be timed here, or None."""
         if (
             self.variant == "transformer_engine"
             and not device.find_accelerators()["transformer_engine"]
@@ -165,12 +165,12 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """In a word."""
+        """Return the verdict in a word."""
         return "ok" if self.found < self.bound else "WRONG"
 
 
 def cases(*, dry: bool) -> list[Case]:
-    """What is timed; with ``dry``, of the same kinds and tiny."""
+    """Return the cases to time; with ``dry`` tiny ones of the same kinds."""
 
     def work(preset: str, micro_batch_size: int, num_microbatches: int) -> Work:
         return Work(
@@ -206,7 +206,7 @@ def cases(*, dry: bool) -> list[Case]:
 
 
 def whole_pass(groups: ParallelGroups, model: ModelConfig) -> dict[str, Tensor]:
-    """Loss, logits and gradients of a small masked model, on the host: the same on any device."""
+    """Return loss, logits and gradients of a small masked model, which any device must equal."""
     # two microbatches, so that gradients are added to what is there
     work = Work(shape=SMALL, seq_length=128, micro_batch_size=2, num_microbatches=2)
     step = OurStep(work, groups, ParallelConfig(), model, target=target_of(SMALL))
@@ -232,7 +232,7 @@ def whole_pass(groups: ParallelGroups, model: ModelConfig) -> dict[str, Tensor]:
 
 
 def _same_weights(chunks: Sequence[torch.nn.Module]) -> None:
-    """Weights from the host's generator: devices draw others from one seed."""
+    """Set weights from the host's generator, because devices draw others from the same seed."""
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for chunk in chunks:
@@ -242,7 +242,7 @@ def _same_weights(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def _masked_logits(step: OurStep) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits under the target's gates, and these whole."""
+    """Return logits under the gates of the target, and these whole gates."""
     objective = step.objective
     assert isinstance(objective, StructuredPruning)
     with objective.evaluating(EXACT), torch.no_grad():
@@ -256,7 +256,7 @@ def _masked_logits(step: OurStep) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def cut_error(groups: ParallelGroups, model: ModelConfig) -> float:
-    """Relative difference of the masked model's logits and its cut's."""
+    """Return the relative difference between logits of the masked model and of its cut."""
     work, target = Work(shape=SMALL, seq_length=128, micro_batch_size=2), target_of(SMALL)
     parallel = ParallelConfig()
     step = OurStep(work, groups, parallel, model, target=target)
@@ -275,13 +275,13 @@ def cut_error(groups: ParallelGroups, model: ModelConfig) -> float:
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    """||found - wanted|| / ||wanted||; not finite where only 0 is wanted, which tests nothing."""
+    """Return ||found - wanted|| / ||wanted||, not finite where wanted is 0, which tests nothing."""
     found, wanted = found.double().cpu(), wanted.double().cpu()
     return float((found - wanted).norm() / wanted.norm())
 
 
 def worst(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """The largest relative difference of any; NaN where one is, which Python's max() may pass."""
+    """Return the largest relative difference, or NaN if one is NaN, which max() may hide."""
     each = [relative(found[name], tensor) for name, tensor in wanted.items()]
     return float(torch.tensor(each, dtype=torch.float64).max())
 
@@ -297,7 +297,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def on_the_cpu() -> dict[str, Tensor]:
-    """`whole_pass` in a process that sees no GPU."""
+    """Return `whole_pass` from a process that sees no GPU."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "reference.pt"
         subprocess.run(
@@ -310,7 +310,7 @@ def on_the_cpu() -> dict[str, Tensor]:
 
 
 def correctness(groups: ParallelGroups) -> list[Check]:
-    """Every comparison; a GPU's own numbers against the CPU's, bfloat16 and the cut."""
+    """Return every comparison: the GPU with the CPU, bfloat16 with float32, the cut with masks."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     reference, here = on_the_cpu(), whole_pass(groups, ModelConfig())
@@ -347,7 +347,7 @@ def correctness(groups: ParallelGroups) -> list[Check]:
 
 
 def timed(case: Case, groups: ParallelGroups, rounds: int) -> dict[str, Any]:
-    """Steps of a case; of pruning also unmasked ones of the same model and optimizer, in turn."""
+    """Time steps of a case; for pruning also unmasked steps of the same model, in turn."""
     step = OurStep(
         case.work, groups, ParallelConfig(), case.model, target=case.target, variant=case.variant
     )
@@ -372,16 +372,16 @@ KERNELS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-"""torch's attention kernels that do not write the scores down."""
+"""torch's attention kernels that do not store the scores."""
 
 
 def attention(shape: ModelShape, length: int, rounds: int) -> dict[str, Any]:
-    """Forward and backward passes of one layer's attention by every kernel that takes it, in turn.
+    """Time one layer's attention, forward and backward, with every kernel that takes it, in turn.
 
     Args:
-        shape: gives heads.
-        length: of one sequence, tokens.
-        rounds: measured passes of each.
+        shape: shape with the heads.
+        length: tokens of one sequence.
+        rounds: measured passes of each kernel.
     """
     heads, width = shape.num_attention_heads, shape.head_dim
     q, k, v = (
@@ -410,7 +410,7 @@ def attention(shape: ModelShape, length: int, rounds: int) -> dict[str, Any]:
 
 
 def attention_rows(found: dict[str, Any]) -> list[list[object]]:
-    """A row for each kernel."""
+    """Return a row of the table for each kernel."""
     rows: list[list[object]] = [[name, "not here", ""] for name in found["missing"]]
     for way in found["ways"]:
         if not device.has_cuda():
@@ -422,8 +422,10 @@ def attention_rows(found: dict[str, Any]) -> list[list[object]]:
 
 
 def peak_bytes(step: Callable[[], None]) -> int | None:
-    """Most bytes that tensors take during one step of one way, model and optimizer included; None
-    on a CPU."""
+    """Return the most bytes that tensors take during a step, with model and optimizer.
+
+    Return None on a CPU.
+    """
     if not device.has_cuda():
         return None
     gc.collect()
@@ -433,7 +435,7 @@ def peak_bytes(step: Callable[[], None]) -> int | None:
 
 
 def peak_flops() -> float | None:
-    """Dense bfloat16 peak of this GPU, FLOP/s; None where `megashear plan` does not know it."""
+    """Return this GPU's dense bfloat16 peak, FLOP/s, or None if `megashear plan` has none."""
     gpu = gpu_of_device(device_name()) if device.has_cuda() else None
     return None if gpu is None else gpu.peak_flops
 
@@ -441,7 +443,7 @@ def peak_flops() -> float | None:
 def speed_rows(
     all_cases: Sequence[Case], found: dict[str, dict[str, Any]], peak: float | None
 ) -> list[list[object]]:
-    """A row for each way of each case."""
+    """Return a row of the table for each way of each case."""
     rows: list[list[object]] = []
     for case in all_cases:
         if "obstacle" in found[case.name]:
@@ -468,7 +470,7 @@ def speed_rows(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, measure, and print tables and JSON; the exit status."""
+    """Check, measure, print tables and JSON, and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

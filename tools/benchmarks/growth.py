@@ -30,7 +30,7 @@ from ways import OurStep, Work, target_of
 
 
 def doubled(work: Work) -> dict[str, Work]:
-    """The work itself, and with one extent doubled."""
+    """Return the work itself, and the work with each extent doubled."""
     shape = work.shape
     wide = replace(
         shape,
@@ -48,7 +48,7 @@ def doubled(work: Work) -> dict[str, Work]:
 
 
 def slopes(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Measured and expected slopes."""
+    """Return measured and expected slopes."""
     works = doubled(work_of(args))
     with processes(args) as (parallel, model, groups):
         ways: dict[str, Callable[[], None]] = {}
@@ -77,7 +77,7 @@ def slopes(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def over_ranks(args: argparse.Namespace, flags: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Seconds and efficiency by number of tensor ranks."""
+    """Return seconds and efficiency by number of tensor ranks."""
     script = Path(__file__).with_name("step.py")
     found: dict[int, list[list[Measured]]] = {ranks: [] for ranks in args.ranks}
     for turn in range(args.turns):
@@ -122,7 +122,7 @@ def over_ranks(args: argparse.Namespace, flags: Sequence[str]) -> tuple[str, dic
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print tables and JSON; the exit status."""
+    """Measure, print tables and JSON, and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

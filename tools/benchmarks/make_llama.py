@@ -19,7 +19,7 @@ from megashear.shape import PRESETS, ModelShape
 
 
 class RandomWeights(Mapping[str, Tensor]):
-    """Weights drawn when they are asked for, the same ones for the same seed and name."""
+    """Weights that are drawn when they are read, equal for equal seeds and names."""
 
     def __init__(self, shape: ModelShape, dtype: torch.dtype, seed: int) -> None:
         self._shapes, self._seed = weight_table.hf_shapes(shape), seed
@@ -41,7 +41,7 @@ class RandomWeights(Mapping[str, Tensor]):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the directory; the exit status."""
+    """Write the directory, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", required=True, help="directory to make; must not exist")
     parser.add_argument("--shape", default="llama2-7b", choices=sorted(PRESETS))

@@ -22,21 +22,21 @@ from megashear.parallel import device
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "apex", "triton")
 _MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
-"""Rows and columns of the square matrices whose product gives the machine's rate: large enough
-that it no longer rises, small enough for seconds."""
+"""Rows and columns of the matrices whose product gives the machine's rate: large enough that the
+rate no longer rises, small enough to take seconds."""
 _STREAMED_BYTES = {"cpu": 2**28, "cuda": 2**31}
-"""Bytes passed over to find the bandwidth: many times any cache."""
+"""Bytes that are read and written to find the bandwidth, many times any cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What one way took in one round."""
+    """Cost of one way in one round."""
 
     way: str
     round: int
     wall_s: float
     cpu_s: float
-    """User and system time of this process's threads, seconds; of all ranks together."""
+    """User and system time of the threads of all ranks, seconds."""
     load: float
     """Other work of the machine at the start: its load average over one minute."""
 
@@ -44,7 +44,7 @@ class Measured:
 def interleave(
     ways: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: int = 1
 ) -> list[Measured]:
-    """Run every way once a round, in turning order, so that what else the machine does meets all.
+    """Run every way once a round, in alternating order, so that other work slows all of them.
 
     Collective over the world: every rank runs the same ways in the same order, and a way takes as
     long as its slowest rank.
@@ -78,7 +78,7 @@ def interleave(
 
 
 def slowest_and_sum(took: torch.Tensor) -> tuple[float, float]:
-    """The slowest rank's wall time and the CPU time of all. Collective over the world."""
+    """Return the slowest rank's wall time and all ranks' CPU time. Collective over the world."""
     slowest = took[:1].clone().to(device.device())
     together = took[1:].clone().to(device.device())
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
@@ -94,14 +94,14 @@ class Ratio:
     low: float
     """First quartile of the rounds' ratios."""
     high: float
-    """Third quartile."""
+    """Third quartile of the rounds' ratios."""
 
     def __str__(self) -> str:
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 def ratio(measured: Sequence[Measured], way: str, base: str, *, clock: str = "wall_s") -> Ratio:
-    """How many times as long ``way`` takes as ``base``: median and quartiles over rounds."""
+    """Return the time of ``way`` over that of ``base``: median and quartiles over rounds."""
     over = [
         getattr(a, clock) / getattr(b, clock)
         for a, b in zip(_rounds(measured, way), _rounds(measured, base))
@@ -113,7 +113,7 @@ def ratio(measured: Sequence[Measured], way: str, base: str, *, clock: str = "wa
 
 
 def median_seconds(measured: Sequence[Measured], way: str, *, clock: str = "wall_s") -> float:
-    """Median over rounds, seconds."""
+    """Return the median over rounds, seconds."""
     return statistics.median(getattr(each, clock) for each in _rounds(measured, way))
 
 
@@ -122,16 +122,16 @@ def _rounds(measured: Sequence[Measured], way: str) -> list[Measured]:
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations a second that this rank's largest products reach."""
+    """Return the floating-point operations a second of this rank's largest products."""
     size = _MATMUL_SIZE[device.device().type]
     a, b = (torch.randn(size, size, device=device.device()).to(dtype) for _ in range(2))
     return 2 * size**3 / _best_of(lambda: a @ b)
 
 
 def memory_bandwidth() -> float:
-    """Bytes a second that an operation in place moves, read and written ones counted.
+    """Return the bytes a second that an operation in place reads and writes.
 
-    Not a copy: a CPU first reads what a copy only writes.
+    A copy is no measure, because a CPU first reads the memory that a copy only writes.
     """
     many = _STREAMED_BYTES[device.device().type] // 4
     values = torch.ones(many, device=device.device())
@@ -151,7 +151,7 @@ def _best_of(work: Callable[[], object], repeats: int = 9) -> float:
 
 
 def environment(script: str, argv: Sequence[str] | None) -> dict[str, Any]:
-    """What was run, on what."""
+    """Return a description of the command and the machine."""
     return {
         "command": " ".join(
             [f"tools/benchmarks/{script}", *(sys.argv[1:] if argv is None else argv)]
@@ -169,7 +169,7 @@ def environment(script: str, argv: Sequence[str] | None) -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """What computes, as its maker calls it."""
+    """Return the maker's name of the device."""
     if device.has_cuda():
         return torch.cuda.get_device_name()
     try:
@@ -181,13 +181,13 @@ def device_name() -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
 def report(script: str, tables: Sequence[str], result: dict[str, Any], path: Path | None) -> None:
-    """Print tables, and JSON to ``path``, or behind them where there is none; on rank 0 alone."""
+    """Print tables on rank 0, and write JSON to ``path``, or print it if that is None."""
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     print("\n\n".join(tables))

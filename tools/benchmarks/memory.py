@@ -44,14 +44,14 @@ PROG = "tools/benchmarks/memory.py"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryRun:
-    """Plan and allocator side by side."""
+    """Settings of the comparison of plan and allocator."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     shape: str
     """Preset or JSON file of extents."""
     target_shape: str | None = None
-    """What to prune it to: a preset or a JSON file; without, there are no masks."""
+    """Target of pruning, a preset or a JSON file; without it there are no masks."""
     micro_batch_size: Sequences = 1
     """Sequences per replica and forward pass."""
     global_batch_size: Sequences = 8
@@ -64,7 +64,7 @@ class MemoryRun:
 
 @user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
-    """Run the steps, print the table; the exit status."""
+    """Run the steps, print the table, and return the exit status."""
     config = parse(MemoryRun, argv, prog=PROG, description=(__doc__ or "").splitlines()[0])
     shape, target = read_shape(config.shape, flag="--shape"), None
     if config.target_shape in PRESETS:
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
 def allocated(
     config: MemoryRun, work: Work, target: ModelShape | None, groups: ParallelGroups
 ) -> dict[str, int]:
-    """What the allocator has of a rank, bytes, at the moments that the plan knows."""
+    """Return the bytes that a rank's allocator has at the moments that the plan knows."""
     chunks = build_llama(
         work.shape,
         groups,
@@ -144,7 +144,7 @@ def allocated(
 
 
 class _Marks:
-    """Notes what is allocated now, or was at most since the last note."""
+    """Notes of allocated bytes: now, or the most since the last note."""
 
     def __init__(self, found: dict[str, int]) -> None:
         self._found = found
@@ -160,7 +160,7 @@ class _Marks:
 
 
 def random_batch(work: Work, position: int) -> MicroBatch:
-    """A microbatch of random tokens."""
+    """Return a microbatch of random tokens."""
     size, length = work.micro_batch_size, work.seq_length
     text = torch.randint(work.shape.vocab_size, (size, length + 1))
     return MicroBatch(
@@ -173,7 +173,7 @@ def random_batch(work: Work, position: int) -> MicroBatch:
 
 
 def print_stage(work: Work, stage: int, ranks: Sequence[dict[str, Any]]) -> None:
-    """Plan of a stage, and the most that any of its ranks has allocated."""
+    """Print the plan of a stage, and the most that any of its ranks has allocated."""
     memory = rank_memory(work, stage)
     moment = memory.masks + memory.activations + memory.buffers
     planned = {

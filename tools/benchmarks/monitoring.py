@@ -37,11 +37,11 @@ from megashear.train.survey import MaskSurvey, show_masks, survey_points
 
 _, COMPUTE, COMMUNICATION, _ = tags.STEP_PARTS
 DOMAINS = [f"domain{number}" for number in range(7)]
-"""As many as the published recipes have."""
+"""Numbers of the published recipes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print."""
+    """Measure, print, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     shape = f"Preset ({', '.join(PRESETS)}) or JSON file of extents."
     parser.add_argument("--shape", default="llama2-7b", help=shape)
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def ways(
     source: ModelShape, target: ModelShape, sinks: Sinks, *, waits: int
 ) -> dict[str, Callable[[], None]]:
-    """What monitoring adds to training, on the rank that writes: the others do less."""
+    """Return the parts of monitoring on the rank that writes; other ranks do less."""
     parts, targets = whole_parts(source, target), target_units(source, target)
     generator = torch.Generator().manual_seed(0)
     log_alpha = {
@@ -137,7 +137,7 @@ def ways(
 
 
 def measure(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each by round, interleaved; one round before is not counted."""
+    """Return each part's CPU seconds by round, interleaved; one more round does not count."""
     found: dict[str, list[float]] = {what: [] for what in ways}
     for number in range(rounds + 1):
         for what, do in ways.items():

@@ -38,7 +38,7 @@ SELF, CHILDREN = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What one way took in one round."""
+    """Cost of one way in one round."""
 
     way: str
     round: int
@@ -46,13 +46,13 @@ class Run:
     cpu_s: float
     """User and system time of all its processes, seconds."""
     own_cpu_s: float
-    """Of it, the process that reads and writes: the part that more workers do not share."""
+    """CPU time of the process that reads and writes, which more workers do not share."""
     load: float
     """Other work of the machine at the start: its load average over one minute."""
 
 
 def megatron_loop(files: Sequence[Path], tokenizer_path: str, output: Path) -> int:
-    """Tokenise as Megatron-LM does in one process; the number of tokens."""
+    """Tokenise as Megatron-LM does in one process, and return the number of tokens."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     tokenizer = load_tokenizer(tokenizer_path)
@@ -76,7 +76,7 @@ def megatron_loop(files: Sequence[Path], tokenizer_path: str, output: Path) -> i
 
 
 def measured(way: str, number: int, work: Callable[[], int]) -> tuple[Run, int]:
-    """Run a way once; what it took, and the tokens it wrote."""
+    """Run a way once, and return its cost and the number of tokens written."""
     load = os.getloadavg()[0]
     wall, own, others = time.perf_counter(), _cpu_seconds(SELF), _cpu_seconds(CHILDREN)
     tokens = work()
@@ -99,7 +99,7 @@ def _cpu_seconds(whose: int) -> float:
 
 
 def table(runs: Sequence[Run], megabytes: float) -> str:
-    """MB/s of each way, and its ratio to the loop: median, least and most over the rounds."""
+    """Return the table of MB/s and ratios to the loop: median, least and most over rounds."""
     lines = [
         "| way | MB/s | against the loop | CPU s per MB | CPU against the loop | of it, reader |",
         "|---|---|---|---|---|---|",
@@ -123,7 +123,7 @@ def _spread(ratios: Sequence[float]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print a table and JSON; the exit status."""
+    """Measure, print a table and JSON, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", required=True, help="directory of NAME.jsonl files")
     parser.add_argument("--tokenizer-model", required=True, help="as of megashear preprocess")

@@ -21,11 +21,11 @@ import torch
 from megashear.parallel import cpu_megatron, device
 
 _TENSORS = 8
-"""Tensors that the state is made of; a rank writes two files at a time."""
+"""Number of tensors of the state; a rank writes two files at a time."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and remove what was written."""
+    """Measure, print, and remove the files written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--output", type=Path, required=True, help="Directory; must not exist.")
     parser.add_argument("--megabytes", type=int, default=400, help="Size of the state, MB.")
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(
     root: Path, iteration: int, state: dict[str, Any], *, background: bool
 ) -> tuple[float, float]:
-    """Seconds until a save gives the loop back, and until the checkpoint is visible."""
+    """Return the seconds until a save returns, and until the checkpoint is visible."""
     from megashear.checkpoint.description import Description
     from megashear.checkpoint.saver import Saver
     from megashear.config import ParallelConfig

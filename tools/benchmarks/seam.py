@@ -28,15 +28,15 @@ from megashear.checkpoint.description import HELD_OUT_LOSS, find_iteration, read
 RANKS = 2
 WAYS = ("carried", "reset")
 _PARTS = ("parallel", "model", "train", "optimizer", "data", "masks")
-"""Parts of a run whose keys a YAML file has side by side."""
+"""Groups of settings whose keys are flat in a YAML file."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all, print the table."""
+    """Run everything, print the table, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quickstart", type=Path, required=True, help="What it wrote.")
     parser.add_argument("--output", type=Path, required=True, help="Directory; must not exist.")
-    parser.add_argument("--steps", type=int, default=60, help="Steps behind the cut.")
+    parser.add_argument("--steps", type=int, default=60, help="Steps after the cut.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="Of data order.")
     parser.add_argument("--warmups", type=int, nargs="+", default=[0, 10], help="Steps.")
     args = parser.parse_args(argv)
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def flat(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of a run as YAML takes them, those at rest left out."""
+    """Return a run's keys for YAML, without those that have their defaults."""
     values: dict[str, Any] = {}
     for name, value in run.items():
         values |= value if name in _PARTS else {name: value}
@@ -93,12 +93,12 @@ def flat(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, values: Mapping[str, Any]) -> None:
-    """A run as YAML."""
+    """Write a run as YAML."""
     path.write_text(yaml.safe_dump(dict(values)), encoding="utf-8")
 
 
 def start(command: str, config: Path) -> None:
-    """A command on two ranks, to its end; its log beside the configuration."""
+    """Run a command on two ranks, with its log beside the configuration."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     with config.with_suffix(".log").open("w") as log:
         subprocess.run(
@@ -111,7 +111,7 @@ def start(command: str, config: Path) -> None:
 
 
 def measured(folder: Path, steps: int) -> dict[str, Any]:
-    """Training loss of every step, nats per token, and the held-out mean at the end."""
+    """Return the training loss of every step, and the held-out mean at the end, nats per token."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(folder / "events"), size_guidance={"scalars": 0})
@@ -124,7 +124,7 @@ def measured(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def table(found: Sequence[Mapping[str, Any]], warmups: Sequence[int]) -> str:
-    """Means over seeds: windows of training loss, and the held-out loss at the end."""
+    """Return the table of means over seeds: windows of training loss, last held-out loss."""
     steps = len(found[0]["losses"])
     windows = [(0, 5), (5, 10), (10, 20), (20, steps)]
     head = " | ".join(f"steps {first + 1} to {last}" for first, last in windows)
@@ -142,7 +142,7 @@ def table(found: Sequence[Mapping[str, Any]], warmups: Sequence[int]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean, and standard deviation where there are several."""
+    """Return the mean, and with several values the standard deviation, as text."""
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) < 2 else f"{mean} +- {statistics.stdev(values):.3f}"
 

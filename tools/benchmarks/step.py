@@ -47,7 +47,7 @@ PLAIN, PLAIN_DEFAULT = "transformers, fused AdamW", "transformers, default AdamW
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What a step computes and how it is divided, under Megatron-LM's names."""
+    """Add flags for the work and the layout of a step, with Megatron-LM's names."""
     parser.add_argument("--preset", choices=sorted(PRESETS), help="shape; or the extents below")
     for name, default in (
         ("num-layers", 4),
@@ -73,7 +73,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def work_of(args: argparse.Namespace) -> Work:
-    """What the flags ask for.
+    """Return the work that the flags describe.
 
     Raises:
         SystemExit: the hidden size does not divide over the heads.
@@ -105,7 +105,7 @@ def work_of(args: argparse.Namespace) -> Work:
 
 @contextlib.contextmanager
 def processes(args: argparse.Namespace) -> Iterator[tuple[ParallelConfig, ModelConfig, Any]]:
-    """The layout and precision that the flags ask for, and where this rank stands."""
+    """Open the layout that the flags describe; yield it, the precision and this rank's groups."""
     if args.threads:
         torch.set_num_threads(args.threads)
     parallel = ParallelConfig(
@@ -126,7 +126,7 @@ def build(
     *,
     with_transformers: bool,
 ) -> dict[str, Callable[[], None]]:
-    """The ways to compare, by name."""
+    """Return the ways to compare, by name."""
     ways: dict[str, Callable[[], None]] = {
         UNMASKED: OurStep(work, groups, parallel, model),
         AGAIN: OurStep(work, groups, parallel, model),
@@ -139,7 +139,7 @@ def build(
 
 
 def comparison(measured: Sequence[Any], ways: Sequence[str]) -> str:
-    """Seconds of each way and its ratio to the unmasked one, on both clocks."""
+    """Return each way's seconds and its ratio to the unmasked way, on both clocks."""
     rows = [
         (
             way,
@@ -154,7 +154,7 @@ def comparison(measured: Sequence[Any], ways: Sequence[str]) -> str:
 
 
 def parts_of(step: OurStep, rounds: int) -> dict[str, float]:
-    """Seconds of each part of a step: of the one in the middle by length among ``rounds``."""
+    """Return the seconds of each part of a step, that of median length among ``rounds``."""
     parts = Parts()
     step.watch(parts)
     found: list[dict[str, float]] = []
@@ -180,7 +180,7 @@ gates in, of log_alpha out; log_alpha in; the two, and Adam's moments, in, three
 def floors(
     work: Work, step: OurStep, *, rate: float, bandwidth: float, model_parallel: int
 ) -> dict[str, float]:
-    """Seconds that no implementation of a part goes below on this machine.
+    """Return the least seconds that a part can take on this machine.
 
     Args:
         work: the step.
@@ -211,7 +211,7 @@ def floors(
 
 
 def folded_elements(shape: ModelShape, chunks: Sequence[torch.nn.Module]) -> int:
-    """Numbers in this rank's weights that masks of every kind fold into."""
+    """Return the elements of this rank's weights into which masks fold, with all kinds."""
     rows = {row.name.format(layer=layer): row for row, layer in weight_table.tensors(shape)}
     found = 0
     for chunk in chunks:
@@ -226,7 +226,7 @@ def folded_elements(shape: ModelShape, chunks: Sequence[torch.nn.Module]) -> int
 def breakdown(
     parts: dict[str, dict[str, float]], least: dict[str, dict[str, float]] | None = None
 ) -> str:
-    """Parts of each way, seconds and share of the step; beside them their floors, if given."""
+    """Return the table of each way's parts, seconds and shares of the step, with any floors."""
     names = list(dict.fromkeys(name for each in parts.values() for name in each))
     rows = []
     for name in names:
@@ -246,19 +246,19 @@ def breakdown(
 
 
 def memory(step: OurStep) -> dict[str, int]:
-    """`kept_bytes`, and "peak": the most that a step's tensors take at once beside what stays."""
+    """Return `kept_bytes`, and as "peak" the most bytes that a step's new tensors take at once."""
     return kept_bytes(step) | {"peak": peak_bytes(step)}
 
 
 def sent(step: OurStep) -> dict[str, int]:
-    """Calls in which this rank sends in a step, and the bytes that it puts in."""
+    """Return the calls in which this rank sends in a step, and their bytes."""
     with counting() as counts:
         step()
     return {"calls": sum(counts.calls.values()), "bytes": sum(counts.bytes.values())}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print tables and JSON; the exit status."""
+    """Measure, print tables and JSON, and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -25,8 +25,8 @@ from step import AGAIN, MASKED, PLAIN, UNMASKED
 from tqdm import tqdm
 
 SMALL_VOCABULARY = ("--vocab-size", "1024")
-"""With 32,000 tokens the output layer is more than half of a small model's arithmetic, and hides
-what masks cost its layers."""
+"""Vocabulary. With 32,000 tokens the output layer would be more than half of a small model's
+arithmetic, and would hide the cost of masks in its layers."""
 VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "base": (1, SMALL_VOCABULARY),
     "vocabulary of 32,000": (1, ()),
@@ -77,7 +77,7 @@ VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 def command(ranks: int, flags: Sequence[str]) -> list[str]:
-    """What runs `step.py` in so many ranks."""
+    """Return the command that runs `step.py` on a number of ranks."""
     script = [str(Path(__file__).with_name("step.py")), *flags]
     if ranks == 1:
         return [sys.executable, *script]
@@ -86,7 +86,7 @@ def command(ranks: int, flags: Sequence[str]) -> list[str]:
 
 
 def measure(name: str, extra: Sequence[str]) -> dict[str, Any]:
-    """What `step.py` found of a variant.
+    """Return the results of `step.py` for a variant.
 
     Raises:
         RuntimeError: it failed; with the end of what it said.
@@ -105,7 +105,7 @@ def measure(name: str, extra: Sequence[str]) -> dict[str, Any]:
 
 
 def row(name: str, found: dict[str, Any]) -> list[object]:
-    """The variant's line of the table."""
+    """Return the row of the table for a variant."""
     measured = found["measured"]
     ways = {each.way for each in measured}
     seconds = median_seconds(measured, UNMASKED)
@@ -138,7 +138,7 @@ HEAD = [
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print a table and JSON; the exit status."""
+    """Measure, print a table and JSON, and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -36,13 +36,13 @@ from megashear.train.step import TrainStep
 SEED = 1234
 OPTIMIZER = OptimizerConfig(lr=1e-5, lr_decay_style="constant")
 WHOLE = "whole"
-"""The step that all parts lie in."""
+"""Name of the whole step, which contains all parts."""
 MASKS = MaskConfig(sparsity_warmup_iters=10)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a step computes."""
+    """Shape and batch of a step."""
 
     shape: ModelShape
     seq_length: int
@@ -54,11 +54,11 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Of one replica's step."""
+        """Return the tokens of one replica's step."""
         return self.seq_length * self.micro_batch_size * self.num_microbatches
 
     def flops(self) -> float:
-        """Floating-point operations of one replica's step, of its matrix products alone.
+        """Return the floating-point operations of the matrix products of one replica's step.
 
         A product of weights takes 2 a token and weight forward and 4 backward; causal attention
         2 * 2 * s / 2 a token and unit of its width, and twice that backward. What recompute does
@@ -73,7 +73,7 @@ class Work:
         return 3.0 * self.tokens * (2 * weights + attention)
 
     def microbatches(self, groups: ParallelGroups) -> list[MicroBatch]:
-        """This replica's, of random tokens."""
+        """Return the microbatches of this replica, of random tokens."""
         generator = torch.Generator().manual_seed(SEED + groups.data_rank)
         size = self.micro_batch_size
         found = []
@@ -97,9 +97,9 @@ class Work:
 
 
 class Parts:
-    """Seconds that parts of a step take, by name, of one step after the other.
+    """Seconds of the parts of a step by name, one step at a time.
 
-    A part within another is counted to itself alone, so that parts add up to `WHOLE` at most.
+    Time of a part within another counts only for the inner one, so parts add up to `WHOLE` at most.
     """
 
     def __init__(self) -> None:
@@ -108,12 +108,12 @@ class Parts:
         self._patched: list[tuple[Any, str, Any]] = []
 
     def clear(self) -> None:
-        """Begin a step."""
+        """Forget the parts of the last step."""
         self.seconds = {}
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
-        """Count the block to ``part``."""
+        """Add the time of the block to ``part``."""
         device.synchronize()
         begin = time.perf_counter()
         self._within.append(0.0)
@@ -128,7 +128,7 @@ class Parts:
                 self._within[-1] += took
 
     def watch(self, owner: Any, name: str, part: str) -> None:
-        """Count every call of an attribute of ``owner``, until :meth:`restore`."""
+        """Time every call of an attribute of ``owner``, until `restore`."""
         real = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -138,19 +138,19 @@ class Parts:
         self.replace(owner, name, timed)
 
     def replace(self, owner: Any, name: str, other: Any) -> None:
-        """Put ``other`` in the place of an attribute of ``owner``, until :meth:`restore`."""
+        """Put ``other`` in the place of an attribute of ``owner``, until `restore`."""
         self._patched.append((owner, name, getattr(owner, name)))
         setattr(owner, name, other)
 
     def restore(self) -> None:
-        """Undo all of :meth:`watch` and :meth:`replace`."""
+        """Undo all calls of `watch` and `replace`."""
         for owner, name, real in reversed(self._patched):
             setattr(owner, name, real)
         self._patched = []
 
 
 class OurStep:
-    """A training step as the trainer makes it, on random tokens.
+    """A training step of the trainer, on random tokens.
 
     Args:
         work: what it computes.
@@ -224,7 +224,7 @@ class OurStep:
         return plain
 
     def watch(self, parts: Parts) -> None:
-        """Have the parts of this step counted, until `Parts.restore`."""
+        """Time the parts of this step, until `Parts.restore`."""
         from megatron.core.pipeline_parallel import schedules
 
         parts.watch(schedules, "forward_step", "forward")
@@ -250,7 +250,7 @@ class OurStep:
 
 
 def _open_some(objective: Objective) -> None:
-    """Masks as they are in the middle of a run: gates closed, open and between."""
+    """Set masks as in the middle of a run: some gates closed, some open, some between."""
     assert isinstance(objective, StructuredPruning)
     generator = torch.Generator().manual_seed(SEED)
     for log_alpha in objective.masks.state_dict().values():
@@ -311,7 +311,7 @@ class TransformersStep:
 
 
 def target_of(shape: ModelShape) -> ModelShape:
-    """A target that prunes every kind of mask, about as 7B to 2.7B does."""
+    """Return a target that prunes units of every kind, about as 7B to 2.7B does."""
     heads = max(1, shape.heads_per_group * 5 // 8) if shape.heads_per_group > 1 else 1
     groups = max(1, shape.num_query_groups * 5 // 8)
     return replace(
@@ -325,7 +325,7 @@ def target_of(shape: ModelShape) -> ModelShape:
 
 
 class Storages:
-    """Memory that tensors lie in, each counted once, and the most that was held at once.
+    """Storages of tensors, each counted once, and the most bytes held at once.
 
     Args:
         known: tensors whose memory is not counted.
@@ -338,11 +338,11 @@ class Storages:
         self.most = 0
 
     def leave_out(self, tensor: Tensor) -> None:
-        """Count a tensor's memory no more."""
+        """Stop counting the memory of a tensor."""
         self._known.add(tensor.untyped_storage().data_ptr())
 
     def hold(self, tensor: Tensor) -> _Held:
-        """Count a tensor's memory until what is returned is gone."""
+        """Count a tensor's memory until the returned object is deleted."""
         storage = tensor.untyped_storage()
         at, size = storage.data_ptr(), storage.nbytes()
         if at in self._known:
@@ -361,7 +361,7 @@ class Storages:
 
 
 class _Held:
-    """A tensor, and what to do when nobody wants it any more."""
+    """A tensor, with a function to call when nobody holds it any longer."""
 
     def __init__(self, tensor: Tensor, let_go: Callable[[], None]) -> None:
         self.tensor, self._let_go = tensor, let_go
@@ -371,7 +371,7 @@ class _Held:
 
 
 def kept_bytes(step: OurStep) -> dict[str, int]:
-    """Bytes that a step keeps on this rank, each storage counted once.
+    """Return the bytes that a step keeps on this rank, each storage counted once.
 
     Returns:
         "saved": the most that autograd keeps at once from forward passes for backward ones, without
