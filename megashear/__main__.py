@@ -12,21 +12,21 @@ from megashear.commands.outcome import INTERRUPTED, USAGE, is_first_rank
 from megashear.commands.settings import nearest
 
 COMMANDS = {
-    "quickstart": "the whole path on this machine, from text to a sheared Hugging Face model",
-    "plan": "which layouts fit, how long a run takes and what it costs, before it",
-    "preprocess": "jsonl per domain -> tokenised .bin/.idx and held-out sets",
-    "convert": "Hugging Face directory -> checkpoint, or back",
+    "quickstart": "run every stage on this machine, from text to a sheared Hugging Face model",
+    "plan": "estimate which layouts fit, how long a run takes and what it costs",
+    "preprocess": "tokenize text by domain into .bin/.idx and held-out sets",
+    "convert": "turn a Hugging Face directory into a checkpoint, or back",
     "prune": "learn masks and weights together",
-    "cut": "fold the masks into the weights and drop what they closed",
-    "pretrain": "train on, from a checkpoint or from fresh weights",
-    "evaluate": "held-out loss of a checkpoint, per domain",
-    "reference-loss": "what each domain's loss should be, from one model or several",
-    "report": "a finished or running run as one HTML page",
-    "inspect": "what a checkpoint keeps and drops, or how two differ",
-    "plot-mixture": "weights and losses per domain over a run, as a figure",
+    "cut": "fold the masks into the weights and drop the closed units",
+    "pretrain": "train a checkpoint further, or fresh weights from the start",
+    "evaluate": "measure the held-out losses of a checkpoint by domain",
+    "reference-loss": "find the loss each domain should reach, from one model or several",
+    "report": "write one HTML page about a finished or running run",
+    "inspect": "show what a checkpoint keeps and drops, or how two differ",
+    "plot-mixture": "draw weights and losses by domain over a run",
 }
-"""What each command does; the module of the same name in megashear.commands, with
-underscores, has its ``main``."""
+"""What each command does, for `--help`. Its ``main`` is in the module of the same name in
+megashear.commands, with underscores for dashes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; the process's own unless given.
 
     Returns:
-        Exit status: 0, 2 where the call can be mended; others are in docs/reliability.md.
+        Exit status: 0, or 2 if the user can correct the call; docs/reliability.md has the others.
     """
     argv = sys.argv[1:] if argv is None else argv
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return USAGE
     module = f"megashear.commands.{command.replace('-', '_')}"
-    # One module, not all: what a command imports is its own affair.
+    # Import one command alone: others may import what is slow or missing.
     try:
         command_main = importlib.import_module(module).main
-    except KeyboardInterrupt:  # from here on it is the command's to take
+    except KeyboardInterrupt:  # later the command itself handles it
         if is_first_rank():
             print(f"megashear {command}: interrupted; nothing was begun", file=sys.stderr)
         return INTERRUPTED

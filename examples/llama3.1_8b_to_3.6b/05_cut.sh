@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fold the masks into the weights and drop what they closed. One process.
+# Fold the masks into the weights and drop the closed units. One process.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 

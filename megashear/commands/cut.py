@@ -1,4 +1,4 @@
-"""Fold the learned masks into the weights and drop what they closed."""
+"""Fold the learned masks into the weights and drop the closed units."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ PROG = "megashear cut"
 
 @user_errors(PROG, interrupted="nothing of --output is left; the same command starts anew")
 def main(argv: Sequence[str]) -> int:
-    """Run the command on the arguments after its name; the exit status."""
+    """Run the command on the arguments after its name and return the exit status."""
     config = parse(CutConfig, argv, prog=PROG, description=__doc__ or "", check=check)
     refuse_torchrun(PROG)
     check_writable("--output", config.output)
-    # Here, not above: torch and megatron-core take seconds that --help should not.
+    # Imported here, because torch and megatron-core take seconds that --help should not.
     from megashear.checkpoint.shear import cut_checkpoint
 
     report(cut_checkpoint(config.load, config.output, exact_target=config.exact_target))
@@ -29,7 +29,7 @@ def check(config: CutConfig) -> None:
     """Refuse what the command would refuse before it starts.
 
     Raises:
-        ValueError: anything a user can mend.
+        ValueError: anything a user can correct.
     """
     check_there(config, "load")
     check_new(config, "output")

@@ -1,4 +1,4 @@
-"""Measure the held-out loss of a checkpoint, domain by domain."""
+"""Measure the held-out losses of a checkpoint by domain."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ PROG = "megashear evaluate"
 
 @user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
-    """Run the command on the arguments after its name; the exit status."""
+    """Run the command on the arguments after its name and return the exit status."""
     config = parse(EvaluateRun, argv, prog=PROG, description=__doc__ or "", check=check)
-    # Here, not above: torch and megatron-core take seconds that --help should not.
+    # Imported here, because torch and megatron-core take seconds that --help should not.
     from megashear.train.measure import evaluate
 
     report(evaluate(config))
@@ -28,7 +28,7 @@ def check(config: EvaluateRun) -> None:
     """Refuse what the command would refuse before it starts.
 
     Raises:
-        ValueError: anything a user can mend.
+        ValueError: anything a user can correct.
     """
     check_there(config, "load", "load_hf", "data_path")
     from megashear.train.measure import check_evaluate

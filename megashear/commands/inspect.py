@@ -1,4 +1,4 @@
-"""Say what a checkpoint keeps and drops, or how two differ: megashear inspect CKPT [OTHER]."""
+"""Show what a checkpoint keeps and drops, or how two differ: megashear inspect CKPT [OTHER]."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROG = "megashear inspect"
 
 @user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
-    """Run the command on the arguments after its name; the exit status."""
+    """Run the command on the arguments after its name and return the exit status."""
     config = parse(
         InspectConfig,
         argv,
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
         check=check,
     )
     refuse_torchrun(PROG)
-    # Here, not above: torch and megatron-core take seconds that --help should not.
+    # Imported here, because torch and megatron-core take seconds that --help should not.
     from megashear.report.inspection import inspect
 
     report(
@@ -44,7 +44,7 @@ def check(config: InspectConfig) -> None:
     """Refuse what the command would refuse before it reads.
 
     Raises:
-        ValueError: anything a user can mend.
+        ValueError: anything a user can correct.
     """
     check_there(config, "load", "compare")
     check_new(config, "image", "json")

@@ -23,18 +23,18 @@ Main = Callable[[Sequence[str]], int]
 """A command: arguments after its name in, exit status out."""
 
 USAGE = 2
-"""Exit status where the user can mend the call."""
+"""Exit status if the user can correct the call."""
 CANNOT_SAVE = 3
-"""Exit status where an output could not be written; checkpoints that were there are whole."""
+"""Exit status if an output could not be written; earlier checkpoints are unharmed."""
 _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""Errors that only a file that is written meets."""
+"""Errors that occur only in writing a file."""
 _OF_DISKS = {errno.EIO, errno.ESTALE}
-"""Errors of a disk or a server, which a read meets too: no call is to blame, so that they keep
-their traceback unless it is known that an output met them."""
+"""Errors of a disk or a server, which also occur in reading. No call is to blame, so they keep
+their traceback unless they are known to come from an output."""
 INTERRUPTED = 128 + signal.SIGINT
-"""Exit status after Ctrl-C, as a shell would say it."""
+"""Exit status after Ctrl-C, the same as a shell's."""
 UNSAVED = "checkpoints in --save are whole; the same command with --resume resumes from the last"
-"""What a Ctrl-C leaves of a run that does not take it for a request to save."""
+"""What to say after a Ctrl-C on a run that does not save for it."""
 
 
 class UsageError(ValueError):
@@ -42,19 +42,17 @@ class UsageError(ValueError):
 
 
 def user_errors(prog: str, *, interrupted: str = "nothing was written") -> Callable[[Main], Main]:
-    """Wrap a command so that what a user can mend is one line on stderr, exit status 2.
+    """Wrap a command so that an error that a user can correct is one line on stderr.
 
-    That is ValueError and what the file system says of a file that the user named; every other
-    exception keeps its traceback. An output that cannot be written is one line too, exit status 3,
-    and so is a run whose loss or weights are not finite, exit status 4. Ctrl-C is one line as well,
-    exit status 130. What all ranks of a host find is printed by the first of them, see `_refuse`.
-
-    Logging is configured on the way, so that whatever a command calls can speak.
+    Its exit status is 2 for ValueError and for errors of the file system about a file that the user
+    named, 3 for an output that cannot be written, 4 for a run whose loss or weights are not finite,
+    and 130 for Ctrl-C. Every other exception keeps its traceback. An error that all ranks of a host
+    meet is printed by the first of them, see `_refuse`. The wrapper also configures logging.
 
     Args:
         prog: the command as the user typed it, ``megashear prune``.
-        interrupted: what a Ctrl-C leaves of the command, and how to resume; a KeyboardInterrupt
-            that carries a text of its own is reported with that instead.
+        interrupted: what a Ctrl-C leaves of the command, and how to resume; replaced by the text of
+            the KeyboardInterrupt if it has one.
     """
 
     def wrap(main: Main) -> Main:
@@ -93,19 +91,19 @@ def user_errors(prog: str, *, interrupted: str = "nothing was written") -> Calla
 
 
 def _refuse(prog: str, message: str) -> None:
-    """Print an error on one line, and leave it where torchrun reports it last.
+    """Print an error on one line, and write it where torchrun reports it last.
 
-    Most errors are met by all ranks. The first rank of a host prints its own at once and leaves;
-    torchrun then ends the others, which wait for that. A rank that is still there later was the
-    only one to meet the error, and prints it with its number.
+    All ranks meet most errors. The first rank of a host prints the error at once and exits;
+    torchrun then ends the other ranks, which wait for that. A rank that is not ended was the only
+    one to meet the error, and prints it with its number.
     """
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" on rank {rank}"
     line = f"{prog}: error{where}: {' '.join(message.splitlines())}"
     if os.environ.get("LOCAL_RANK", rank) != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run's own handler would only note it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run's own handler would not exit
         time.sleep(PATIENCE_S)
-    # torchrun ends with a traceback of its own; the file puts this line below it
+    # torchrun ends with its own traceback and prints this file below it
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
@@ -113,7 +111,7 @@ def _refuse(prog: str, message: str) -> None:
 
 
 PATIENCE_S = 10.0
-"""Seconds that a rank leaves the first one of its host to meet the same error."""
+"""Seconds that a rank waits for the first rank of its host to meet the same error."""
 
 
 def refuse_torchrun(prog: str) -> None:
@@ -124,17 +122,17 @@ def refuse_torchrun(prog: str) -> None:
     """
     if (world_size := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UsageError(
-            f"{prog} runs in one process and torchrun started {world_size}; start it without"
+            f"{prog} runs in one process and torchrun started {world_size}; use no torchrun"
         )
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0, or no torchrun started it."""
+    """Return whether this process is rank 0, or was not started by torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def tell_stop(prog: str, result: RunResult, *, resumes: bool) -> None:
-    """Print what a run that did not end as it should has saved and how to resume, on rank 0.
+    """Print, on rank 0, what a run that stopped early or skipped steps saved and how to resume.
 
     Args:
         prog: the command as the user typed it.
@@ -150,8 +148,8 @@ def tell_stop(prog: str, result: RunResult, *, resumes: bool) -> None:
         text = "that step" if alone else "these steps"
         way_on = f"; {again} takes the weights as they are" if result.checkpoint else ""
         print(
-            f"{prog}: the last {steps} skipped, so that none shows the weights to be good; look at "
-            f"the held-out losses, and at the text of {text}{way_on}",
+            f"{prog}: the last {steps} skipped, so no later step shows that the weights are good; "
+            f"look at the held-out losses, and at the text of {text}{way_on}",
             file=sys.stderr,
             flush=True,
         )
@@ -159,14 +157,14 @@ def tell_stop(prog: str, result: RunResult, *, resumes: bool) -> None:
         return
     outcome = f"saved step {result.step} in {result.checkpoint}; {again} resumes from it"
     if result.checkpoint is None:
-        outcome = f"step {result.step} is not saved, for --save is not given"
-    elif result.held_out:  # the signal came while a run that was done was evaluated
-        outcome = f"step {result.step}, the run's last, is evaluated and in {result.checkpoint}"
-    print(f"{prog}: stopped, for {result.stopped}; {outcome}", file=sys.stderr, flush=True)
+        outcome = f"step {result.step} is not saved, because --save is not given"
+    elif result.held_out:  # the signal came in the last evaluation
+        outcome = f"the last step, {result.step}, is evaluated and saved in {result.checkpoint}"
+    print(f"{prog}: stopped because {result.stopped}; {outcome}", file=sys.stderr, flush=True)
 
 
 def report(summary: object) -> None:
-    """Print what a command did, on rank 0: a mapping as JSON, None not at all."""
+    """Print on rank 0 what a command did; a mapping as JSON, None not at all."""
     if summary is None or not is_first_rank():
         return
     if isinstance(summary, Mapping):

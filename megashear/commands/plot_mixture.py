@@ -1,4 +1,4 @@
-"""Plot weights and held-out losses of every domain over a run, from its TensorBoard files."""
+"""Draw weights and held-out losses of every domain over a run, from its TensorBoard files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PROG = "megashear plot-mixture"
 
 @user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
-    """Run the command on the arguments after its name; the exit status."""
+    """Run the command on the arguments after its name and return the exit status."""
     config = parse(PlotMixtureConfig, argv, prog=PROG, description=__doc__ or "", check=check)
     refuse_torchrun(PROG)
-    # Here, not above: reading events and drawing take packages that --help should not.
+    # Imported here, because --help should not need the packages that read events and draw.
     from megashear.monitor.figures import plot_mixture
 
     plot_mixture(config.tensorboard_dir, config.output, title=config.title)
@@ -28,7 +28,7 @@ def check(config: PlotMixtureConfig) -> None:
     """Refuse what the command would refuse before it starts.
 
     Raises:
-        ValueError: anything a user can mend.
+        ValueError: anything a user can correct.
     """
     check_there(config, "tensorboard_dir")
     check_new(config, "output")

@@ -1,4 +1,4 @@
-"""The whole path on this machine: text, a source LLaMA, pruning, cut, recovery, Hugging Face."""
+"""Run every stage on this machine: text, a source LLaMA, pruning, cut, recovery, Hugging Face."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PROG = "megashear quickstart"
 
 @user_errors(
     PROG,
-    interrupted="what is finished stays in --output; choose another, or remove it, to start anew",
+    interrupted="finished stages are kept in --output; remove it, or choose another, to start anew",
 )
 def main(argv: Sequence[str]) -> int:
-    """Run the command on the arguments after its name; the exit status."""
+    """Run the command on the arguments after its name and return the exit status."""
     config = parse(QuickstartConfig, argv, prog=PROG, description=__doc__ or "", check=check)
     refuse_torchrun(PROG)
-    # Here, not above: they take time that --help should not.
+    # Imported here, because they take time that --help should not take.
     from megashear.parallel import device
     from megashear.quickstart.pipeline import Quickstart
     from megashear.quickstart.recipe import FULL, SHORT
@@ -29,11 +29,11 @@ def main(argv: Sequence[str]) -> int:
     check_writable("--output", config.output)
     data = None if config.data is None else Path(config.data)
     if data is not None and not data.is_dir():
-        raise ValueError(f"--data {data} is not a directory of jsonl files, one a domain")
+        raise ValueError(f"--data {data} is not a directory of jsonl files, one for each domain")
     if device.has_cuda():
         report(
-            "this machine has a GPU, and the quickstart runs on the CPU on purpose: its ranks are "
-            "two everywhere, and so are its numbers; docs/tutorial.md has the commands for GPUs"
+            "this machine has a GPU, but the quickstart uses the CPU on purpose: two ranks on "
+            "every machine make its numbers comparable; docs/tutorial.md has commands for GPUs"
         )
     recipe = SHORT if config.short else FULL
     Quickstart(output=Path(config.output), recipe=recipe, seed=config.seed, data=data).run()
@@ -44,7 +44,7 @@ def check(config: QuickstartConfig) -> None:
     """Refuse what the command would refuse before it starts.
 
     Raises:
-        ValueError: anything a user can mend.
+        ValueError: anything a user can correct.
     """
     check_there(config, "data")
     check_new(config, "output")

@@ -1,4 +1,4 @@
-"""Find what each domain's loss should be: by a law through several models, or one model's own."""
+"""Find the loss each domain should reach: by a law through several models, or one model's own."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PROG = "megashear reference-loss"
 
 @user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
-    """Run the command on the arguments after its name; the exit status."""
+    """Run the command on the arguments after its name and return the exit status."""
     config = parse(ReferenceLossRun, argv, prog=PROG, description=__doc__ or "", check=check)
     if not config.load:
         refuse_torchrun(PROG)
     check_new(config, "output")
     check_writable("--output", config.output)
-    # Here, not above: torch and megatron-core take seconds that --help should not.
+    # Imported here, because torch and megatron-core take seconds that --help should not.
     import yaml
 
     from megashear.data.reference_loss import REFERENCE, find_references
@@ -45,7 +45,7 @@ def check(config: ReferenceLossRun) -> None:
     """Refuse what the command would refuse before it starts.
 
     Raises:
-        ValueError: anything a user can mend.
+        ValueError: anything a user can correct.
     """
     check_there(config, "load", "losses", "data_path")
     check_new(config, "output")

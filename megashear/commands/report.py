@@ -1,4 +1,4 @@
-"""Write a finished or running run as one HTML page: megashear report RUN [RUN ...]."""
+"""Write one HTML page about a finished or running run: megashear report RUN [RUN ...]."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PROG = "megashear report"
 
 @user_errors(PROG)
 def main(argv: Sequence[str]) -> int:
-    """Run the command on the arguments after its name; the exit status."""
+    """Run the command on the arguments after its name and return the exit status."""
     config = parse(
         ReportConfig, argv, prog=PROG, description=__doc__ or "", positional=("run",), check=check
     )
     refuse_torchrun(PROG)
-    # Here, not above: torch and megatron-core take seconds that --help should not.
+    # Imported here, because torch and megatron-core take seconds that --help should not.
     from megashear.report.write import write_report
 
     written = write_report(
@@ -38,7 +38,7 @@ def check(config: ReportConfig) -> None:
     """Refuse what the command would refuse before it reads.
 
     Raises:
-        ValueError: anything a user can mend.
+        ValueError: anything a user can correct.
     """
     check_there(config, "run", "tensorboard_dir")
     check_new(config, "images", *(() if config.overwrite else ("output",)))

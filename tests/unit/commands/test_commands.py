@@ -271,7 +271,7 @@ def test_writers_refuse_several_processes(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main([command, *NEEDED[command]]) == 2
-    message = f"megashear {command} runs in one process and torchrun started 4; start it without\n"
+    message = f"megashear {command} runs in one process and torchrun started 4; use no torchrun\n"
     assert capsys.readouterr().err.endswith(message)
 
 

@@ -121,11 +121,11 @@ DONE = replace(STOPPED, stopped=None, exit_status=0)
         (STOPPED, True, "saved step 7 in saved/iter_0000007; the same command resumes from it"),
         (STOPPED, False, "iter_0000007; the same command with --resume resumes from it"),
         (replace(STOPPED, pruning=DONE), True, "saved step 7 in saved"),
-        (replace(STOPPED, checkpoint=None), False, "step 7 is not saved, for --save is not given"),
+        (replace(STOPPED, checkpoint=None), False, "7 is not saved, because --save is not given"),
         (
             replace(STOPPED, held_out={"loss": {"c": 4.5}}),
             False,
-            "step 7, the run's last, is evaluated and in saved/iter_0000007\n",
+            "the last step, 7, is evaluated and saved in saved/iter_0000007\n",
         ),
     ],
 )
@@ -134,7 +134,7 @@ def test_a_stopped_run_ends_with_what_is_saved(
 ) -> None:
     outcome.tell_stop("megashear prune", result, resumes=resumes)
     said = capsys.readouterr().err
-    assert said.startswith("megashear prune: stopped, for SIGTERM was received; ")
+    assert said.startswith("megashear prune: stopped because SIGTERM was received; ")
     assert wanted in said
     assert said.count("\n") == 1
 

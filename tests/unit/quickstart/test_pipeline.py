@@ -111,7 +111,7 @@ def test_the_users_text_must_be_a_directory(
 ) -> None:
     argv = ["quickstart", "--data", str(tmp_path / "no"), "--output", str(tmp_path / "out")]
     assert main(argv) == 2
-    assert "is not a directory of jsonl files, one a domain" in capsys.readouterr().err
+    assert "is not a directory of jsonl files, one for each domain" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -130,4 +130,4 @@ def test_a_machine_with_a_gpu_is_told_that_the_cpu_is_meant(
     monkeypatch.setattr(device, "has_cuda", lambda: has_gpu)
     monkeypatch.setattr(Quickstart, "run", lambda self: None)
     assert main(["quickstart", "--output", str(tmp_path / "out")]) == 0
-    assert ("runs on the CPU on purpose" in capsys.readouterr().out) is has_gpu
+    assert ("uses the CPU on purpose" in capsys.readouterr().out) is has_gpu
