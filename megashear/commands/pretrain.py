@@ -31,6 +31,6 @@ def check(config: PretrainRun) -> None:
         ValueError: anything a user can mend.
     """
     check_run_paths(config)
-    from megashear.train.build import prepare
+    from megashear.train.prepare import prepare
 
     prepare(config, is_dry_run=True)

@@ -1,153 +1,34 @@
-"""Build a run: prepare what needs no other process, settle where it begins, assemble it."""
+"""Assemble a run that is prepared: model, optimizer, loader, and all that checkpoints keep."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megashear.checkpoint.description import ENVIRONMENT
-from megashear.checkpoint.saver import name_latest
-from megashear.checkpoint.store import agree_on_iteration
-from megashear.config import ModelConfig, ParallelConfig, PretrainRun, PruneRun
+from megashear.config import PretrainRun
 from megashear.data.batch import DocumentBorders
 from megashear.data.loader import MixtureLoader
-from megashear.masks.target_flags import target_shape
-from megashear.models import loadable
-from megashear.models.llama import build_llama, check_layout
-from megashear.monitor.sinks import check_sinks
-from megashear.parallel import cpu_megatron
-from megashear.parallel.agree import check_same, raise_together
+from megashear.models.llama import build_llama
+from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.watchdog import make_watchdog
-from megashear.shape import ModelShape, read_shape
 from megashear.tokenizer import tokenizer_files
 from megashear.train.environment import environment
 from megashear.train.fill import fill
 from megashear.train.guard import StepGuard
-from megashear.train.inputs import EVAL_SEQUENCES, Inputs, read_inputs
+from megashear.train.inputs import EVAL_SEQUENCES
 from megashear.train.loop import Trainer
 from megashear.train.memory import tell_memory
 from megashear.train.mixing import RunData
 from megashear.train.objectives import LanguageModelling, Objective
-from megashear.train.optim import build_optimizer, build_schedule, check_schedule
+from megashear.train.optim import build_optimizer, build_schedule
+from megashear.train.prepare import Prepared
 from megashear.train.pruning import StructuredPruning
-from megashear.train.start import (
-    Start,
-    check_precision,
-    check_weights,
-    find_start,
-    start_from_older,
-)
+from megashear.train.start import Start
 from megashear.train.state import GUARD, LOADER, REWEIGHTING, SCHEDULER, RunState, Stateful
 from megashear.train.step import TrainStep
-from megashear.train.target import check_layers, check_masks, check_target_layout
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Prepared:
-    """A run as far as files and flags make it, read once and checked."""
-
-    config: PruneRun | PretrainRun
-    start: Start
-    inputs: Inputs
-    target: ModelShape | None
-    """Shape that pruning works towards; None of a run that does not prune."""
-    lineage: dict[str, Any]
-    """Plain values about pruning, past or to come, that every checkpoint of the run keeps."""
-    then: Prepared | None = None
-    """Continued pretraining that follows in the same job."""
-
-
-def prepare(
-    config: PruneRun | PretrainRun,
-    *,
-    cut_for: PretrainRun | None = None,
-    is_dry_run: bool = False,
-) -> Prepared:
-    """Find, read and check what a run needs, before its processes meet.
-
-    Args:
-        config: the run.
-        cut_for: the run that resumes with the cut model in the same job, where there is one: the
-            model is cut for its tensor ranks.
-        is_dry_run: whether nothing will be started; without WORLD_SIZE in the environment, one
-            replica is taken then.
-
-    Raises:
-        ValueError: anything a user can mend; equal on every rank, before any of them waits for
-            another.
-    """
-    if isinstance(config, PretrainRun):
-        return prepare_from(_start_of_pretraining(config), config, is_dry_run=is_dry_run)
-    check_layers(config.model)
-    start = find_start(
-        config.train,
-        stage=StructuredPruning.stage,
-        without="--load is not given; pruning starts from a checkpoint that `megashear convert` "
-        "wrote, or from a Hugging Face directory with --load-hf",
-    )
-    target = target_shape(config.masks, start.shape)
-    prepared = prepare_from(start, config, target=target, is_dry_run=is_dry_run)
-    check_target_layout(target, start.shape, config, cut_for)
-    return prepared
-
-
-def prepare_from(
-    start: Start,
-    config: PruneRun | PretrainRun,
-    *,
-    target: ModelShape | None = None,
-    is_dry_run: bool = False,
-) -> Prepared:
-    """Read and check what a run needs besides its beginning, which is known; see `prepare`."""
-    _check_flags(config, start, is_dry_run=is_dry_run)
-    inputs = read_inputs(config, start)
-    lineage = {} if start.description is None else start.description.lineage
-    if isinstance(config, PruneRun):
-        assert target is not None
-        check_masks(config.masks, config.train, start, target)
-        lineage = {"target_shape": target.to_dict()}
-    return Prepared(config=config, start=start, inputs=inputs, target=target, lineage=lineage)
-
-
-def settle(prepared: Prepared, groups: ParallelGroups) -> Prepared:
-    """Settle where the run begins, once all ranks have held the checkpoint to its checksums.
-
-    An older iteration is taken where the newest is damaged, and the run that is resumed names it
-    as its latest. Collective over the world.
-
-    Args:
-        prepared: by `prepare`, which looked at small files only.
-        groups: where this rank stands.
-
-    Returns:
-        The run, prepared again where it begins elsewhere.
-
-    Raises:
-        ValueError: on every rank: nothing whole is there, or it is one that this run cannot
-            resume or start from.
-    """
-    config, start = prepared.config, prepared.start
-    if start.source is None:
-        return prepared
-    verify = config.train.verify_checkpoint
-    directory = agree_on_iteration(start.source, groups, contents=verify)
-    with raise_together():
-        if directory != start.checkpoint:
-            start = start_from_older(start, directory, config.train, stage=_stage(config))
-            again = prepare_from(start, config, target=prepared.target)
-            prepared = dataclasses.replace(again, then=prepared.then)
-        if start.resumed and groups.rank == 0:
-            assert start.description is not None
-            name_latest(Path(start.source or ""), start.description.iteration)
-    return prepared
 
 
 def assemble(
@@ -217,57 +98,6 @@ def assemble(
         source=start.checkpoint,
         bf16=config.model.bf16,
     )
-
-
-def _stage(config: PruneRun | PretrainRun) -> str:
-    return (StructuredPruning if isinstance(config, PruneRun) else LanguageModelling).stage
-
-
-def _start_of_pretraining(config: PretrainRun) -> Start:
-    fresh = None if config.init_shape is None else read_shape(config.init_shape)
-    start = find_start(
-        config.train,
-        stage=LanguageModelling.stage,
-        without="--load is not given; name a checkpoint, a Hugging Face directory with --load-hf, "
-        "or --init-shape for fresh weights",
-        fresh=fresh,
-    )
-    loadable.warn(start.shape)
-    return start
-
-
-def _check_flags(config: PruneRun | PretrainRun, start: Start, *, is_dry_run: bool) -> None:
-    """Refuse layout, batches, schedule and checkpoint that do not fit each other.
-
-    Raises:
-        ValueError: with the way out.
-    """
-    parallel, train, shape = config.parallel, config.train, start.shape
-    alone = parallel.model_parallel_size if is_dry_run else 1
-    replicas = parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", alone)))
-    cpu_megatron.install()
-    check_layout(shape, parallel)
-    if start.checkpoint is not None:
-        check_weights(start.checkpoint)
-    parallel.check_microbatches(train.num_microbatches(replicas))
-    parallel.check_sequence(train.seq_length)
-    shape.check_window(train.seq_length)
-    _check_recompute(parallel, config.model, shape)
-    check_sinks(train)
-    if train.save is None:
-        logger.warning("--save is not given: nothing of this run will be kept")
-    if train.seq_length > shape.max_position_embeddings:
-        logger.warning(
-            "--seq-length %d is longer than the %d positions the model was made for",
-            *(train.seq_length, shape.max_position_embeddings),
-        )
-    check_schedule(config.optimizer, train.train_iters)
-    check_precision(start, config.model)
-
-
-def _check_recompute(parallel: ParallelConfig, model: ModelConfig, shape: ModelShape) -> None:
-    stages = parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank
-    model.check_recompute(shape.num_layers // stages)
 
 
 def _check_same(prepared: Prepared) -> None:

@@ -12,12 +12,13 @@ from megashear.config import PretrainRun, PruneRun
 from megashear.masks.census import take_census
 from megashear.masks.mask_set import exact_gates
 from megashear.parallel.groups import ParallelGroups
-from megashear.train.build import Prepared, assemble, prepare, prepare_from
+from megashear.train.build import assemble
 from megashear.train.evaluate import evaluate_domains
 from megashear.train.in_flight import ModelAndOptimizer, cut_in_flight
 from megashear.train.inputs import check_vocabulary
 from megashear.train.loop import Trainer
 from megashear.train.objectives import LOSS, Objective
+from megashear.train.prepare import Prepared, prepare, prepare_from
 from megashear.train.pruning import EXACT, StructuredPruning
 from megashear.train.start import Start, check_events
 

@@ -11,8 +11,9 @@ from megashear.checkpoint.hold import held_together
 from megashear.config import PretrainRun, PruneRun
 from megashear.parallel.launch import distributed
 from megashear.parallel.watchdog import collective_timeout_s
-from megashear.train.build import Prepared, assemble, prepare, settle
+from megashear.train.build import assemble
 from megashear.train.handover import hand_over, prepare_both
+from megashear.train.prepare import Prepared, prepare, settle
 from megashear.train.result import RunResult
 
 logger = logging.getLogger(__name__)

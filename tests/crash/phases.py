@@ -14,7 +14,7 @@ from typing import Any
 
 from megashear.checkpoint import saver
 from megashear.files import integrity
-from megashear.train import build, checkpoints, loop
+from megashear.train import checkpoints, loop, prepare
 
 PHASES = (
     "start",
@@ -65,7 +65,7 @@ class Reporter:
         self._wrap(integrity, "write", "checksums")
         self._wrap(Path, "rename", "rename", only=_makes_visible)
         self._wrap(saver, "name_latest", "latest")
-        self._wrap(build, "name_latest", "latest")  # a resumed run names where it resumes
+        self._wrap(prepare, "name_latest", "latest")  # a resumed run names where it resumes
         self._wrap(saver, "forget_older", "deletion")
         self._wrap(checkpoints, "amend_description", "last losses", only=lambda *_: self.rank == 0)
         run = loop.Trainer.run
