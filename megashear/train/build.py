@@ -199,7 +199,7 @@ def _build_state(
 
 
 def _tokenizer(start: Start, of_data: Path) -> Path:
-    """Find the model's own tokenizer files, all of them, where it carries any; else the data's."""
+    """Return the directory of the model's own tokenizer files, or of the data's if it has none."""
     carried = start.tokenizer
     if carried is not None and carried.is_dir() and tokenizer_files.find(carried):
         return carried

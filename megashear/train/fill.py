@@ -23,7 +23,7 @@ def fill(state: RunState, start: Start, config: PruneRun | PretrainRun) -> None:
     Raises:
         ValueError: on every rank: the checkpoint cannot be read, or is not of such a run.
     """
-    if start.continues:
+    if start.resumes:
         _resume(state, start, config)
     elif start.hf is not None:
         load_hf(start.hf, state.chunks, state.groups, state.optimizer)
@@ -42,21 +42,21 @@ def _resume(state: RunState, start: Start, config: PruneRun | PretrainRun) -> No
     saved_rate = _rate(state.optimizer)
     apply_flags(state.optimizer, config.optimizer)
     state.load_parts(description)
-    _tell_rate(description, config, saved_rate, _rate(state.optimizer))
+    _warn_of_rate(description, config, saved_rate, _rate(state.optimizer))
     if config.data.domain_weights:
-        logger.info("--domain-weights are the saved run's from here on, not the flag's")
-    _tell_batch(description, config.train)
-    logger.info("continuing %s at step %d", start.checkpoint, description.iteration)
+        logger.info("--domain-weights are the saved run's, not the flag's")
+    _warn_of_batch(description, config.train)
+    logger.info("resuming %s at step %d", start.checkpoint, description.iteration)
 
 
-def _tell_batch(description: Description, train: TrainConfig) -> None:
-    """Say what a changed global batch does to what is counted."""
+def _warn_of_batch(description: Description, train: TrainConfig) -> None:
+    """Warn of what a changed global batch does to what is counted."""
     before = description.details["run"]["train"]["global_batch_size"]
     if before != train.global_batch_size:
         left = train.train_iters - description.iteration
         logger.warning(
             "--global-batch-size was %d in the saved run and is %d now: steps are counted, by "
-            "--train-iters and by the schedule of the rate, and go on from %d; %d samples are "
+            "--train-iters and by the schedule of the rate, and resume from %d; %d samples are "
             "read, %d more will be in the %d steps to come",
             *(before, train.global_batch_size, description.iteration),
             *(description.details["consumed_samples"], left * train.global_batch_size, left),
@@ -68,13 +68,13 @@ def _rate(optimizer: MegatronOptimizer) -> float | None:
     return next((float(group["lr"]) for group in optimizer.param_groups), None)
 
 
-def _tell_rate(
+def _warn_of_rate(
     description: Description,
     config: PruneRun | PretrainRun,
     before: float | None,
     now: float | None,
 ) -> None:
-    """Warn of a learning rate that jumps where the run is resumed, by flags that have changed."""
+    """Warn of a learning rate that jumps where the run resumes, and name the flags that changed."""
     if before is None or now is None or abs(now - before) <= _SAME_RATE * max(now, before):
         return
     saved = description.details["run"]
@@ -98,7 +98,7 @@ def _tell_rate(
 
 
 _SAME_RATE = 0.01
-"""Relative; a smaller change is none that a loss shows."""
+"""Relative; no loss shows a smaller change."""
 _OF_SCHEDULE = (
     *("train_iters", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_decay_iters"),
 )

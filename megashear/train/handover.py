@@ -53,29 +53,26 @@ def prepare_both(config: PruneRun, then: PretrainRun, *, is_dry_run: bool = Fals
         return prepare(dataclasses.replace(then, train=train), is_dry_run=is_dry_run)
     pruning = prepare(config, cut_for=then, is_dry_run=is_dry_run)
     assert pruning.target is not None
-    start = Start(shape=pruning.target, checkpoint=None, description=None, continues=False)
+    start = Start(shape=pruning.target, checkpoint=None, description=None, resumes=False)
     following = prepare_from(start, then, is_dry_run=is_dry_run)
     check_vocabulary(following.inputs.manifest, pruning.target, pruning.start.tokenizer)
     return dataclasses.replace(pruning, then=following)
 
 
-def hand_over(
-    pruned: Trainer, pruning: Prepared, groups: ParallelGroups, *, command: Sequence[str]
-) -> Trainer:
+def hand_over(pruned: Trainer, pruning: Prepared, *, command: Sequence[str]) -> Trainer:
     """Cut the model where it lies, and build the run that follows. Collective over the world.
 
     Args:
-        pruned: whose pruning is done.
-        pruning: what ``pruned`` was built from, with the run that follows.
-        groups: of ``pruned``; gone when this returns.
+        pruned: done; its groups are gone when this returns.
+        pruning: what ``pruned`` was assembled from, with the run that follows.
         command: words of the command line, which checkpoints keep.
 
     Raises:
-        ValueError: on every rank, if a row of masks keeps another number than the target has.
+        ValueError: on every rank, if a row of masks keeps more or fewer units than the target.
         RuntimeError: on every rank, if the cut model's losses are not the masked one's.
     """
     start, target, following = pruning.start, pruning.target, pruning.then
-    objective = pruned.objective
+    objective, groups = pruned.objective, pruned.groups
     assert target is not None
     assert following is not None
     assert isinstance(objective, StructuredPruning)
@@ -89,7 +86,7 @@ def hand_over(
     new_groups = ParallelGroups.create(following.config.parallel)
     following = dataclasses.replace(
         following,
-        start=dataclasses.replace(start, shape=target, continues=False),
+        start=dataclasses.replace(start, shape=target, resumes=False),
         lineage={
             "source_shape": start.shape.to_dict(),
             "pruned_for": pruned.train.train_iters,
@@ -109,7 +106,7 @@ def hand_over(
 
 
 def check_then(config: PruneRun, then: PretrainRun) -> None:
-    """Refuse continued pretraining that this job cannot go over to.
+    """Refuse continued pretraining that cannot follow in this job.
 
     Raises:
         ValueError: another precision, a beginning of its own, or the same --save.
@@ -159,17 +156,17 @@ def check_then(config: PruneRun, then: PretrainRun) -> None:
         check_events(then.train)
     if not config.train.resume and holds_iterations(then.train.save):
         raise ValueError(
-            f"{where}: save {then.train.save} holds a run already; add --resume to go on with it, "
+            f"{where}: save {then.train.save} holds a run already; add --resume to resume it, "
             f"or choose another directory"
         )
 
 
 def check_losses(masked: dict[str, float], cut: dict[str, float], *, bf16: bool) -> None:
-    """Hold the cut model's losses to those of the masked one.
+    """Compare the cut model's losses with those of the masked one.
 
     Args:
-        masked: by domain, under exact masks; equal on every rank.
-        cut: by domain, of the cut model; likewise.
+        masked: loss by domain under exact masks, equal on every rank.
+        cut: loss by domain of the cut model, equal on every rank.
         bf16: whether both compute in bfloat16.
 
     Raises:

@@ -106,7 +106,7 @@ def read_inputs(config: PruneRun | PretrainRun, start: Start) -> Inputs:
         phases = read_phases(data.domain_phases, names, limits)
         weights, shares = phases.weights[0], np.max(phases.weights, axis=0)
         changes = _phase_changes(phases, train, start)
-    if not start.continues:
+    if not start.resumes:
         _warn_of_dominant(names, shares, data.dominant_share)
     references = _references(data, manifest, is_evaluated=train.eval_interval > 0)
     reweighting = None
@@ -139,7 +139,7 @@ def _phase_changes(phases: Phases, train: TrainConfig, start: Start) -> Mapping[
         ValueError: phases that count tokens, where samples were of several lengths.
     """
     drawn = 0
-    if start.continues:
+    if start.resumes:
         assert start.description is not None
         drawn = start.description.details["consumed_samples"]
         _check_tokens(phases, train, start.description.details["loader"])
@@ -252,7 +252,7 @@ def _eval_sequences(config: PruneRun | PretrainRun, start: Start, num_domains: i
     num_modes = len(modes_of_evaluation(config.masks)) if isinstance(config, PruneRun) else 1
     asked = subsample_size(config.train, num_domains=num_domains, num_modes=num_modes)
     saved = start.description.details.get(EVAL_SEQUENCES) if start.description else None
-    if not start.continues or saved is None:
+    if not start.resumes or saved is None:
         return asked
     if saved != asked:
         logger.info(

@@ -130,7 +130,7 @@ def settle(prepared: Prepared, groups: ParallelGroups) -> Prepared:
             start = start_from_older(start, directory, config.train, stage=_stage(config))
             again = prepare_from(start, config, target=prepared.target)
             prepared = dataclasses.replace(again, then=prepared.then)
-        if start.resumed and groups.rank == 0:
+        if start.is_own and groups.rank == 0:
             assert start.description is not None
             name_latest(Path(start.source or ""), start.description.iteration)
     return prepared

@@ -83,7 +83,7 @@ def _run(prepared: Prepared, command: Sequence[str]) -> RunResult:
                 *(result.step, config.train.train_iters),
             )
             return result
-        following = hand_over(trainer, prepared, groups, command=command)
+        following = hand_over(trainer, prepared, command=command)
         del trainer  # the larger model is not needed any more
         gc.collect()
         return dataclasses.replace(following.run(0), pruning=result)

@@ -25,22 +25,24 @@ class Start:
     """Where a run begins."""
 
     shape: ModelShape
+    """Extents of the model."""
     checkpoint: Path | None
     """One iteration's directory; None starts from ``hf`` or fresh weights."""
     description: Description | None
-    continues: bool
+    """What the checkpoint or the Hugging Face directory says of itself."""
+    resumes: bool
     """Whether optimizer, masks, data and step come from the checkpoint too."""
     hf: Path | None = None
     """Hugging Face directory to take the weights from."""
     source: str | None = None
     """What named the checkpoint: --load, or --save of a run that is resumed."""
-    resumed: bool = False
-    """Whether that was --save."""
+    is_own: bool = False
+    """Whether the checkpoint is in the run's own --save."""
 
     @property
     def first_step(self) -> int:
-        """Steps done before."""
-        return self.description.iteration if self.continues and self.description else 0
+        """Steps done before this start."""
+        return self.description.iteration if self.resumes and self.description else 0
 
     @property
     def tokenizer(self) -> Path | None:
@@ -57,41 +59,41 @@ def find_start(
 
     Args:
         train: the flags.
-        stage: kind of run; a checkpoint of the same kind is gone on with.
+        stage: kind of run; a checkpoint of the same kind is resumed.
         without: what to say where nothing names a beginning.
         fresh: shape of fresh weights, where they were asked for.
 
     Raises:
-        ValueError: no beginning, two of them, or one that this run cannot go on from.
+        ValueError: no beginning, two of them, or one that this run cannot resume or start from.
     """
     check_save_directory(train.save, train.load, resume=train.resume)
     source = train.load
-    resumed = train.resume and holds_iterations(train.save)
-    if resumed:
+    is_own = train.resume and holds_iterations(train.save)
+    if is_own:
         source = train.save
     named = train.load is not None or train.load_hf is not None
-    if fresh is not None and named and not resumed:
+    if fresh is not None and named and not is_own:
         flag = "--load" if train.load_hf is None else "--load-hf"
         raise ValueError(
             f"{flag} {train.load or train.load_hf} and --init-shape exclude each other; a model "
             f"that is there has its own shape"
         )
     if source is not None:
-        start = _start_at(find_iteration(source), source, resumed, train, stage)
+        start = _start_at(find_iteration(source), source, is_own, train, stage)
     elif train.load_hf is not None:
         description = sharded_hf.describe(train.load_hf)
         start = Start(
             shape=description.shape,
             checkpoint=None,
             description=description,
-            continues=False,
+            resumes=False,
             hf=Path(train.load_hf),
         )
     elif fresh is not None:
-        start = Start(shape=fresh, checkpoint=None, description=None, continues=False)
+        start = Start(shape=fresh, checkpoint=None, description=None, resumes=False)
     else:
         raise ValueError(without)
-    if not train.resume and not start.continues:
+    if not train.resume and not start.resumes:
         check_events(train)
     return start
 
@@ -109,7 +111,7 @@ def start_from_older(start: Start, directory: Path, train: TrainConfig, *, stage
         ValueError: it is of another model, or one that this run cannot resume or start from.
     """
     assert start.source is not None
-    older = _start_at(directory, start.source, start.resumed, train, stage)
+    older = _start_at(directory, start.source, start.is_own, train, stage)
     if older.shape != start.shape:
         raise ValueError(
             f"{directory}, the newest whole checkpoint in {start.source}, is of another model than "
@@ -119,17 +121,17 @@ def start_from_older(start: Start, directory: Path, train: TrainConfig, *, stage
     return older
 
 
-def _start_at(directory: Path, source: str, resumed: bool, train: TrainConfig, stage: str) -> Start:
+def _start_at(directory: Path, source: str, is_own: bool, train: TrainConfig, stage: str) -> Start:
     description = read_description(directory)
-    if resumed and description.stage != stage:
+    if is_own and description.stage != stage:
         raise ValueError(
             f"--resume: --save {train.save} holds a run of stage {description.stage!r}, not "
             f"{stage!r}; choose another --save"
         )
     if stage != StructuredPruning.stage:
         check_no_masks(directory, description)
-    continues = description.stage == stage and (resumed or not train.finetune)
-    if continues and description.iteration > train.train_iters:
+    resumes = description.stage == stage and (is_own or not train.finetune)
+    if resumes and description.iteration > train.train_iters:
         raise ValueError(
             f"{directory} is at step {description.iteration} and --train-iters is "
             f"{train.train_iters}; raise it, or add --finetune to start again from its weights"
@@ -138,9 +140,9 @@ def _start_at(directory: Path, source: str, resumed: bool, train: TrainConfig, s
         shape=description.shape,
         checkpoint=directory,
         description=description,
-        continues=continues,
+        resumes=resumes,
         source=source,
-        resumed=resumed,
+        is_own=is_own,
     )
 
 
@@ -152,7 +154,7 @@ def check_events(train: TrainConfig) -> None:
     """
     if train.jsonl_log is not None and Path(train.jsonl_log).exists():
         raise ValueError(
-            f"--jsonl-log {train.jsonl_log} exists, and this run does not go on from another; "
+            f"--jsonl-log {train.jsonl_log} exists, and this run resumes no other; "
             f"choose another file, or remove it if it is not needed"
         )
     if train.tensorboard_dir is None:
@@ -181,14 +183,14 @@ def check_precision(start: Start, model: ModelConfig) -> None:
     Raises:
         ValueError: with the way out.
     """
-    if not start.continues or start.description is None:
+    if not start.resumes or start.description is None:
         return
     saved = start.description.details.get("run", {}).get("model", {}).get("bf16", model.bf16)
     if saved != model.bf16:
         raise ValueError(
             f"{start.checkpoint} was trained {'with' if saved else 'without'} --bf16, and its "
-            f"optimizer state has that form; go on the same way, or add --finetune to start again "
-            f"from its weights"
+            f"optimizer state has that form; resume it the same way, or add --finetune to start "
+            f"again from its weights"
         )
 
 

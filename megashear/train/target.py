@@ -28,7 +28,7 @@ def check_target_layout(
         target: shape to end with.
         source: shape to start from.
         run: its tensor ranks, or those that --target-tensor-model-parallel-size names.
-        then: the run that goes on with the cut model, where the same job has one: its ranks.
+        then: the run that trains the cut model in the same job, where there is one: its ranks.
 
     Raises:
         ValueError: names the extent, the nearest that divide, and the sizes that divide this one.
@@ -64,7 +64,7 @@ def check_target_layout(
 
 
 def check_layers(model: ModelConfig) -> None:
-    """Refuse layers of which the masked model would not be the one that is cut.
+    """Refuse layers whose masked model would not be the one that is cut.
 
     Raises:
         ValueError: with the way out.
@@ -95,15 +95,15 @@ def check_masks(masks: MaskConfig, train: TrainConfig, start: Start, target: Mod
             f"fifth of the steps, here {train.train_iters // 5}"
         )
     _check_constraint(masks, start.shape, target)
-    # a run that began before this was asked goes on
-    force = masks.force_unloadable_target or start.continues
+    # a run that began before there was this check may be resumed
+    force = masks.force_unloadable_target or start.resumes
     loadable.check_target(target, start.shape, force=force)
     check_streams(
         masks.mask_noise_streams,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
     )
-    if start.continues:
+    if start.resumes:
         _check_same_target(start, target)
 
 
@@ -125,6 +125,6 @@ def _check_same_target(start: Start, target: ModelShape) -> None:
         if saved[extent] != wanted:
             raise ValueError(
                 f"{start.checkpoint} was pruned towards {extent} {saved[extent]}, and the target "
-                f"now has {wanted}; go on with the same target, or add --finetune to start new "
+                f"now has {wanted}; resume with the same target, or add --finetune to start new "
                 f"masks from its weights"
             )

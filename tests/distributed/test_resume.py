@@ -193,7 +193,7 @@ def test_batch_and_sequence_may_change(runs: Runs, tmp_path: Path) -> None:
     told = (tmp_path / "log-0").read_text()
     assert "--global-batch-size was 8 in the saved run and is 4 now" in told
     assert "the learning rate jumps" not in told  # its flags are the same
-    assert f"go on from {HALF}; 24 samples are read, 12 more will be in the 3 steps" in told
+    assert f"resume from {HALF}; 24 samples are read, 12 more will be in the 3 steps" in told
     assert f"--seq-length was {text_run.SEQUENCE} in the saved run" in told
 
 

@@ -89,7 +89,7 @@ def test_an_error_is_shown_with_its_rank_and_a_restart_resumes(
     )
     assert done.returncode == 0, done.stderr
     assert "ZeroDivisionError: this rank has had enough" in done.stderr
-    assert "continuing" in done.stderr
+    assert "resuming" in done.stderr
     assert "at step 2" in done.stderr
     assert latest_iteration(tmp_path / "saved") == 6
 

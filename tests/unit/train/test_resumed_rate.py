@@ -10,7 +10,7 @@ import pytest
 from megashear.checkpoint.description import Description
 from megashear.commands.settings import build
 from megashear.config import PretrainRun
-from megashear.train.fill import _tell_rate
+from megashear.train.fill import _warn_of_rate
 from tests.text_run import SHAPE
 
 SAVED = build(PretrainRun, {"data_path": "data", "train_iters": 120, "lr": 1e-3})
@@ -22,7 +22,7 @@ AT_120 = Description(
 def told(caplog: pytest.LogCaptureFixture, config: PretrainRun, before: float, now: float) -> str:
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        _tell_rate(AT_120, config, before, now)
+        _warn_of_rate(AT_120, config, before, now)
     return caplog.text
 
 
