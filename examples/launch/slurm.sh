@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A training script on the nodes of a Slurm job, which is queued again where it ended before its end:
-#   sbatch --nodes 2 .../launch/slurm.sh .../llama2_7b_to_2.7b/03_prune.sh
+#   sbatch --nodes 2 .../launch/slurm.sh .../recipe/04_prune.sh
 # Flags of sbatch override the lines below; accounts, partitions and modules are yours to add.
 #SBATCH --job-name=megashear
 #SBATCH --nodes=1

@@ -264,7 +264,7 @@ def test_a_batch_script_runs_a_recipe_on_its_nodes(
     launcher = tmp_path / "bin" / "launcher"  # in torchrun.sh's place: says what it is given
     launcher.write_text(LAUNCHER)
     launcher.chmod(0o755)
-    recipe = ROOT / "examples/llama2_7b_to_2.7b/03_prune.sh"
+    recipe = ROOT / "examples/recipe/04_prune.sh"
     done = slurm(slurm_job, recipe, EXTRA="--dry-run", LAUNCH=launcher)
     assert done.returncode == 2, done.stderr  # the recipe's data are not there
     lines = done.stdout.splitlines()

@@ -1,26 +1,26 @@
 # shellcheck shell=bash
 # Knobs of the scripts in this folder, sourced by each; set one in the environment to change it.
 
-HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# The folder of a model beside this one, or the path of another: prune.yaml, pretrain.yaml, model.sh.
+RECIPE="${RECIPE:-llama2_7b_to_2.7b}"
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && cd "$RECIPE" && pwd)"
 
-# What goes in: a Hugging Face directory, and one jsonl file or folder per domain, whatever the
-# domains are.
-SOURCE_HF="${SOURCE_HF:-Llama-3.1-8B}"
+# What goes in, beside the source of model.sh: one jsonl file or folder per domain.
 TEXT="${TEXT:-text}"
 
 # What comes out.
-RUN="${RUN:-runs/llama3.1_8b_to_3.6b}"
+RUN="${RUN:-runs/$(basename "$HERE")}"
 DATA="${DATA:-$RUN/data}"
 SOURCE="${SOURCE:-$RUN/source}"
 PRUNED="${PRUNED:-$RUN/pruned}"
 CUT="${CUT:-$RUN/cut}"
 SMALL="${SMALL:-$RUN/small}"
-REFERENCE_LOSS="${REFERENCE_LOSS:-$RUN/reference_loss.json}"
 SMALL_HF="${SMALL_HF:-$RUN/small-hf}"
 TENSORBOARD="${TENSORBOARD:-$RUN/tensorboard}"
 
-# Text: 500 sequences a domain, about 2 M tokens, were held out for LLaMA-2; choose a share that
-# gives at least that for the smallest domain. The last evaluation of a run reads all of it.
+# Share of the text to hold out. LLaMA-2's recipes hold out 500 sequences a domain, about 2 M tokens:
+# choose a share that gives at least that for the smallest domain. The last evaluation of a run
+# reads all that was held out.
 HELD_OUT_FRACTION="${HELD_OUT_FRACTION:-0.002}"
 WORKERS="${WORKERS:-8}"
 
@@ -30,7 +30,9 @@ DTYPE="${DTYPE:-bfloat16}"
 # Who runs the commands, and who starts the processes of the training scripts: nodes, processes a
 # node and NCCL are set in ../launch, for all recipes alike.
 export PYTHON="${PYTHON:-python3}"
-LAUNCH="${LAUNCH:-$HERE/../launch/torchrun.sh}"
+LAUNCH="${LAUNCH:-$(dirname "${BASH_SOURCE[0]}")/../launch/torchrun.sh}"
 
 # Flags for the end of every megashear command: EXTRA=--dry-run checks and starts nothing.
 EXTRA="${EXTRA:-}"
+
+source "$HERE/model.sh"

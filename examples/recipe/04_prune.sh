@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Learn masks and weights together; started again, it goes on from its last checkpoint.
+# Learn masks and weights together; when started again, resume from the last checkpoint.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the cut model on; started again, it goes on from its last checkpoint.
+# Continue to train the cut model; when started again, resume from the last checkpoint.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 

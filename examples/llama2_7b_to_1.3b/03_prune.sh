@@ -1,9 +1,0 @@
-#!/usr/bin/env bash
-# Learn masks and weights together; started again, it goes on from its last checkpoint.
-set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
-
-# shellcheck disable=SC2086  # EXTRA is a list of words
-exec "$LAUNCH" -m megashear prune --config "$HERE/prune.yaml" \
-  --data-path "$DATA" --reference-loss "$HERE/reference_loss.yaml" \
-  --load "$SOURCE" --save "$PRUNED" --resume --tensorboard-dir "$TENSORBOARD/prune" $EXTRA

@@ -1,9 +1,0 @@
-#!/usr/bin/env bash
-# Train the cut model on; started again, it goes on from its last checkpoint.
-set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
-
-# shellcheck disable=SC2086  # EXTRA is a list of words
-exec "$LAUNCH" -m megashear pretrain --config "$HERE/pretrain.yaml" \
-  --data-path "$DATA" --reference-loss "$HERE/reference_loss.yaml" \
-  --load "$CUT" --save "$SMALL" --resume --tensorboard-dir "$TENSORBOARD/pretrain" $EXTRA

@@ -1,0 +1,9 @@
+# shellcheck shell=bash
+# Knobs of this model, sourced by recipe/settings.sh. Its domains are those of the text.
+
+# Hugging Face directory to prune.
+SOURCE_HF="${SOURCE_HF:-Llama-3.1-8B}"
+
+# Loss that each domain should reach; nobody has published it, so 03_reference.sh measures the
+# source's own.
+REFERENCE_LOSS="${REFERENCE_LOSS:-$RUN/reference_loss.json}"
