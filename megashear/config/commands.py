@@ -37,94 +37,95 @@ from megashear.config.model import RecomputeMethod
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlotMixtureConfig:
-    """`megashear plot-mixture`: weights and losses per domain over a run, as a figure."""
+    """`megashear plot-mixture`: draw weights and losses per domain over a run."""
 
     tensorboard_dir: tuple[str, ...]
-    """Directories of TensorBoard event files. One that begins after the first step of the one
-    before continues its run; others are runs of their own, drawn one after the other."""
+    """Directories of TensorBoard event files. One that begins after the first step of the directory
+    before it continues that run; any other is a run of its own, drawn after the others."""
     output: str
-    """Figure to write, .png, .pdf or .svg; must not exist."""
+    """Figure to write: a .png, .pdf or .svg file that does not exist."""
     title: str = ""
     """Line above the figure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
-    """`megashear report`: a finished or running run as one HTML page."""
+    """`megashear report`: write a finished or running run as one HTML page."""
 
     run: tuple[str, ...]
-    """--save directories of runs that belong together, in their order; or a quickstart's folder.
-    Also the words after the command. Of a run that has saved nothing yet: its TensorBoard
-    directory."""
+    """--save directories of runs that belong together, in their order, or the folder of a
+    quickstart; the TensorBoard directory of a run that has saved nothing yet. Words after the
+    command stand for this flag."""
     tensorboard_dir: tuple[str, ...] = ()
-    """Directories of event files, where they are not where the run says: all of one run, or one for
-    each."""
+    """Directories of TensorBoard event files that were moved after the run: several of one run, or
+    one for each run."""
     output: str | None = None
-    """HTML file to write; report.html in the first of --run unless given."""
+    """HTML file to write; report.html in the first directory of --run unless given."""
     source_loss: str | None = None
-    """What `megashear evaluate --output` wrote of the model before pruning: its loss becomes a line
-    in the figures, and what the runs end above it stands at the top."""
+    """Output of `megashear evaluate` for the model before pruning. Figures show its loss as a line,
+    and the top of the page how far above it the runs end."""
     overwrite: bool = False
-    """Replace --output if it is there, as for a run that goes on."""
+    """Replace --output if it exists, say for a run that is still training."""
     images: str | None = None
-    """Directory to write every figure to as a PNG, too; must not exist."""
+    """Directory to write every figure to as a PNG file, too; must not exist."""
     title: str | None = None
-    """Title of the page; what the runs are, unless given."""
+    """Title of the page; the kinds of the runs unless given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectConfig:
-    """`megashear inspect`: what a checkpoint keeps and drops, or how two differ."""
+    """`megashear inspect`: show what a checkpoint keeps and drops, or how two differ."""
 
     load: str
-    """Checkpoint directory (its newest whole iteration) or one iteration's, of any stage; a Hugging
-    Face directory; or whatever else `megashear convert` reads. Also the first word after the
-    command."""
+    """Model to show: a checkpoint directory (its newest whole iteration is shown), the directory of
+    one iteration, a Hugging Face directory, or another model that `megashear convert` reads. The
+    first word after the command stands for this flag."""
     compare: str | None = None
-    """Another one to hold it to: descriptions, masks gate by gate, weights by distance. Also the
-    second word after the command."""
+    """Second model to compare with --load: descriptions, masks gate by gate, weights by distance.
+    The second word after the command stands for this flag."""
     mode: Literal["exact", "expected"] = "exact"
-    """Which gates the map, --image and a comparison show: exact, the target's number in every row,
-    which is cut; or expected, as many as the masks ask for."""
+    """Which gates count as kept in the map, --image and a comparison: as many as the target has in
+    every row, as the cut keeps them (exact), or as many as the masks ask for (expected)."""
     image: str | None = None
-    """Figure to write of a pruning run's masks, .png, .svg or .pdf; must not exist."""
+    """Figure of a pruning run's masks to write: a .png, .svg or .pdf file that does not exist."""
     json: str | None = None
-    """JSON file to write everything to, unabridged: kept units by number, log_alpha, all
+    """JSON file to write with everything in full: numbers of the kept units, log_alpha, all
     differences; must not exist."""
     weights: bool = True
-    """With --compare, measure the distance of every weight; reads both models, one weight at a
+    """Measure the distance of every weight for --compare, which reads both models, one weight at a
     time."""
     verify_checkpoint: bool = False
-    """Compare every file of a checkpoint with its checksum first; without, only names and sizes."""
+    """Compare every file of a checkpoint with its checksum first. Turned off, only names and sizes
+    are compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreprocessConfig:
-    """`megashear preprocess`: text per domain to Megatron .bin/.idx and held-out sets."""
+    """`megashear preprocess`: turn text per domain into Megatron .bin/.idx and held-out sets."""
 
     input: str
     """Directory with one data file, or one folder of data files, per domain: JSON lines or arrays
     (.jsonl, .json), plain text (.txt, a document each), either as .gz or .zst, parquet, MDS shards
     of tokens, Megatron's .bin with .idx."""
     output: str
-    """Directory to write; must not exist. What an interrupted run left in OUTPUT.tmp is used."""
+    """Directory to write; must not exist. An interrupted run is resumed from OUTPUT.tmp."""
     tokenizer_model: str
     """SentencePiece tokenizer.model, Hugging Face tokenizer.json, or a directory with one."""
     json_key: str = field(default=JSON_KEY, metadata={"aliases": ("json_keys",)})
-    """Key of the text in each line, or column of a parquet file (also --json-keys)."""
+    """Key of the text in each JSON object, or column of a parquet file (also --json-keys)."""
     append_eod: bool = True
-    """End each document with the tokenizer's EOS; input that is tokens already stays as it is."""
+    """End each document with the tokenizer's EOS. Input that is tokens already is not changed."""
     prepend_bos: bool = True
-    """Begin each document with the tokenizer's BOS; input that is tokens already stays as it is."""
+    """Begin each document with the tokenizer's BOS. Input that is tokens already is not changed."""
     held_out_fraction: Annotated[float, Between(1e-9, 1, below=True)] = HELD_OUT_FRACTION
-    """Share of documents, by hash of their text, that go to the held-out set."""
+    """Share of documents in the held-out set; the hash of a document's text decides."""
     tokens_dtype: Literal["uint16", "int32", "uint32", "int64"] = TOKENS_DTYPE
-    """Type of the token ids in MDS shards, which do not say; LLM-Shearing writes uint16."""
+    """Type of the token ids in MDS shards, which do not name it; LLM-Shearing writes uint16."""
     max_document_mb: Annotated[int, Between(1, MOST_DOCUMENT_MB)] = MAX_DOCUMENT_MB
-    """Longest document, MB as it lies in the unpacked file; a longer one is refused with its place.
-    Memory for the longest one is some 10 times its size."""
+    """Longest document, in MB of the unpacked file. A longer one is refused with its place. The
+    longest document needs about 10 times its size in memory."""
     workers: Workers = 1
-    """Processes that tokenize; the output does not depend on their number."""
+    """Processes that tokenize. The output does not depend on their number."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -132,24 +133,24 @@ class PreprocessConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
-    """`megashear convert`: a model of Hugging Face, Megatron-LM or LLM-Shearing to a checkpoint, or
-    a checkpoint back."""
+    """`megashear convert`: turn a model of Hugging Face, Megatron-LM or LLM-Shearing into a
+    checkpoint, or a checkpoint into a Hugging Face directory."""
 
     input: str | None = None
-    """Hugging Face directory, checkpoint, Megatron-LM checkpoint (torch_dist) or .pt file of
-    LLM-Shearing; which of them is found out."""
+    """Model to convert: a Hugging Face directory, a checkpoint, a Megatron-LM checkpoint
+    (torch_dist) or a .pt file of LLM-Shearing. The kind is detected."""
     output: str | None = None
     """Directory to write; must not exist."""
     output_format: Literal["auto", "checkpoint", "hf"] = "auto"
-    """What to write: a checkpoint, or a Hugging Face directory (hf); auto makes the latter of a
-    checkpoint and the former of all else."""
+    """What to write: a checkpoint or a Hugging Face directory (hf). auto writes hf for a
+    checkpoint, and a checkpoint for any other input."""
     dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
-    """Precision of the written weights; as-is keeps each weight's own, but a Hugging Face directory
-    of a --bf16 run, or of its cut, is bfloat16."""
+    """Precision of the written weights. as-is keeps the precision of each weight, except that a
+    Hugging Face directory of a --bf16 run, or of its cut, is bfloat16."""
     tokenizer: str | None = None
-    """Directory or file of the tokenizer to copy, where the input carries none."""
+    """Directory or file of the tokenizer to copy, if the input has none."""
     head_dim: Extent | None = None
-    """Width of one head of an LLM-Shearing model, whose file does not say it; 128 unless given."""
+    """Width of one head of an LLM-Shearing model, whose file does not have it; 128 unless given."""
     norm_epsilon: Epsilon | None = None
     """Epsilon of the norms of an LLM-Shearing model; 1e-5 unless given."""
     rotary_base: Annotated[float, Between(TINY, 1e12)] | None = None
@@ -157,18 +158,18 @@ class ConvertConfig:
     max_position_embeddings: Extent | None = None
     """Longest sequence of an LLM-Shearing model, tokens; 4096 unless given."""
     vocab_size: Extent | None = None
-    """Tokens in the vocabulary of a Megatron-LM checkpoint whose arguments do not say it; rows
-    beyond are padding."""
+    """Tokens in the vocabulary of a Megatron-LM checkpoint whose arguments do not have the number;
+    further rows are padding."""
     workers: Workers | None = None
-    """Threads that convert, each holding a few weights in memory; one a core, at most 4, unless
+    """Threads that convert, each with a few weights in memory; one per core, at most 4, unless
     given."""
     verify: bool = False
-    """Compare logits with transformers before the output appears; needs memory for the model in
-    float32, 4 bytes a parameter."""
+    """Compare logits with transformers before the output appears. Needs memory for the model in
+    float32, 4 bytes per parameter."""
     verify_tokens: Annotated[tuple[int, ...], Between(0, MOST_EXTENT)] = ()
-    """Token ids that --verify compares on; random ones unless given."""
+    """Token ids on which --verify compares logits; random ones unless given."""
     check: str | None = None
-    """Converted directory to hold to its certificate, instead of converting."""
+    """Converted directory to compare with its certificate; nothing is converted."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -196,94 +197,100 @@ class ConvertConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CutConfig:
-    """`megashear cut`: fold the learned masks into the weights and drop what they closed."""
+    """`megashear cut`: fold the learned masks into the weights and drop the units they closed."""
 
     load: str
     """Checkpoint directory of a pruning run."""
     output: str
     """Checkpoint directory to write; must not exist."""
     exact_target: bool = False
-    """Keep the most open units where the masks kept another count than the target."""
+    """Keep exactly as many units as the target has, the most open ones, where the masks keep
+    another number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig(TargetConfig):
-    """`megashear plan`: which layouts fit, how long a run takes and what it costs."""
+    """`megashear plan`: calculate which layouts fit, how long a run takes and what it costs."""
 
     model: str
-    """What there is: a preset, a Hugging Face directory (config.json is enough), a checkpoint, or a
-    JSON file of extents."""
+    """Model to start from: a preset, a Hugging Face directory (its config.json is enough), a
+    checkpoint, or a JSON file of extents."""
     prune_config: Annotated[str | None, COMMON] = None
-    """YAML file of the `megashear prune` to plan for: its target, steps, batches, noise streams,
-    evaluations and layout. Flags of the plan override it."""
+    """YAML file of a `megashear prune` to plan for. Its target, steps, batches, noise streams,
+    evaluations and layout are used; flags of the plan override them."""
     pretrain_config: Annotated[str | None, COMMON] = None
-    """The same of the `megashear pretrain` after it; also where nothing is pruned."""
+    """YAML file of a `megashear pretrain` to plan for, after a pruning run or alone; flags of the
+    plan override its keys."""
     any_layout: bool = False
-    """List all layouts that fit, not only those of --prune-config and --pretrain-config."""
+    """List all layouts that fit, not only the ones of --prune-config and --pretrain-config."""
     gpus: Ranks
-    """How many."""
+    """Number of GPUs."""
     gpu: Annotated[str, COMMON] = "H100-80G"
-    """Their kind; a wrong name lists all."""
+    """Kind of the GPUs; an unknown name lists all kinds."""
     gpus_per_node: Annotated[Ranks, COMMON] = 8
-    """How many hang together by the fast link; tensor parallelism stays within a node."""
+    """GPUs per node, which the fast link connects; tensor parallelism is kept within a node."""
     network_gbit: Annotated[float, Between(1e-3, 1e6)] | None = None
-    """Between nodes, Gbit/s for each GPU; what its kind is usually sold with unless given."""
+    """Network between nodes, Gbit/s per GPU; what the kind of GPU is usually sold with unless
+    given."""
     seq_length: Annotated[Length | None, COMMON] = None
-    """Tokens per sequence; those of the recipes, or 4096, unless given."""
+    """Tokens per sequence; those of the YAML files, or 4096, unless given."""
     pruning_tokens: Annotated[Annotated[float, Between(1, 1e18)] | None, COMMON] = None
-    """Tokens of the pruning run; those of --prune-config, or 3200 steps', unless given."""
+    """Tokens of the pruning run; those of --prune-config, or of 3200 steps, unless given."""
     pruning_global_batch_size: Sequences | None = None
     """Sequences per step of the pruning run; those of --prune-config, or 32, unless given."""
     pruning_eval_interval: StepsOrNever | None = None
-    """Steps between its evaluations; 0 is never; those of --prune-config, or 50, unless given."""
+    """Steps between evaluations of the pruning run, 0 for none; those of --prune-config, or 50,
+    unless given."""
     pruning_eval_sequences: Steps | None = None
-    """Held-out sequences per domain in each of them; those of --prune-config, or 32, unless
-    given."""
+    """Held-out sequences per domain in an evaluation of the pruning run; those of --prune-config,
+    or 32, unless given."""
     mask_noise_streams: Sequences | None = None
-    """Independent mask draws per global batch of the pruning run; those of --prune-config, or 8,
+    """Number of independent draws of the masks per global batch; that of --prune-config, or 8,
     unless given."""
     pretraining_tokens: Annotated[Annotated[float, Between(1, 1e18)] | None, COMMON] = None
-    """Tokens of the continued pretraining; those of --pretrain-config, or 48000 steps', unless
+    """Tokens of the continued pretraining; those of --pretrain-config, or of 48000 steps, unless
     given."""
     pretraining_global_batch_size: Sequences | None = None
     """Sequences per step of the continued pretraining; those of --pretrain-config, or 256, unless
     given."""
     pretraining_eval_interval: StepsOrNever | None = None
-    """Steps between its evaluations; 0 is never; those of --pretrain-config, or 400, unless
-    given."""
+    """Steps between evaluations of the continued pretraining, 0 for none; those of
+    --pretrain-config, or 400, unless given."""
     pretraining_eval_sequences: Steps | None = None
-    """Held-out sequences per domain in each of them; those of --pretrain-config, or 500, unless
-    given."""
+    """Held-out sequences per domain in an evaluation of the continued pretraining; those of
+    --pretrain-config, or 500, unless given."""
     eval_domains: Sequences | None = None
-    """Domains that both runs evaluate; as many as a recipe weighs, or 7, unless given."""
+    """Number of domains that both runs evaluate; that of the YAML files' domain_weights, or 7,
+    unless given."""
     tensor_model_parallel_size: Ranks | None = None
-    """Only layouts with so many tensor ranks."""
+    """List only layouts with this many tensor-parallel ranks."""
     pipeline_model_parallel_size: Ranks | None = None
-    """Only layouts with so many stages."""
+    """List only layouts with this many pipeline stages."""
     num_virtual_stages_per_pipeline_rank: Ranks | None = None
-    """Only layouts with so many model chunks per stage."""
+    """List only layouts with this many model chunks per pipeline rank."""
     micro_batch_size: Sequences | None = None
-    """Only layouts with so many sequences per forward pass."""
+    """List only layouts with this many sequences per forward pass."""
     recompute_granularity: Literal["full"] | None = None
-    """Recompute layers even where memory does not ask for it; as little as fits unless given."""
+    """Recompute layers even if memory suffices without; as few as memory allows unless given."""
     recompute_method: RecomputeMethod = "uniform"
-    """With --recompute-granularity, as in a run."""
+    """What --recompute-granularity recomputes: all layers of a stage in equal chunks (uniform), or
+    its first layers (block)."""
     recompute_num_layers: Extent = 1
-    """With --recompute-granularity, as in a run; 1 with uniform recomputes every layer."""
+    """Layers per chunk (uniform) or per stage (block) of --recompute-method."""
     pruning_mfu: Share = 0.28
-    """Share of the GPU's peak that a pruning run reaches while it computes. An assumption: what the
-    reference implementation of Sheared LLaMA reached on A100. One H200 measured 0.55."""
+    """Share of the GPU's peak that a pruning run reaches while it computes. The default is what the
+    reference implementation of Sheared LLaMA reached on A100. One H200 reached 0.55."""
     mfu: Share = 0.32
-    """The same of continued pretraining. An assumption: what the reference implementation reached
-    with 2.7B on A100. Megatron-LM publishes 41 to 48 percent on H100, with Transformer Engine's
-    kernels; one H200 measured 0.57."""
+    """Share of the GPU's peak that continued pretraining reaches while it computes. The default is
+    what the reference implementation reached with 2.7B on A100. Megatron-LM publishes 0.41 to 0.48
+    on H100, with Transformer Engine's kernels; one H200 reached 0.57."""
     memory_reserve_gib: Annotated[float, Between(0, 1e4)] = 5.0
-    """Memory of each GPU that tensors may not take, GiB. An assumption: CUDA's context, NCCL's and
-    the libraries' buffers, and what the allocator cannot use."""
+    """Memory of each GPU that tensors cannot use, GiB: CUDA's context, buffers of NCCL and
+    libraries, and what the allocator loses. The default is an assumption."""
     top: Sequences = 5
-    """Layouts to list."""
+    """Number of layouts to list."""
     json: bool = False
-    """Print every layout as JSON instead, in bytes and seconds."""
+    """Print every layout as JSON, in bytes and seconds, in place of the table."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -291,16 +298,17 @@ class PlanConfig(TargetConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuickstartConfig:
-    """`megashear quickstart`: the whole path on this machine, from text to a sheared HF model."""
+    """`megashear quickstart`: run the whole path on this machine, from text to a sheared HF
+    model."""
 
     output: str = "runs/quickstart"
     """Directory to write; must not exist."""
     data: str | None = None
-    """Directory of jsonl files, one a domain; text of this Python installation unless given."""
+    """Directory of jsonl files, one per domain; text of this Python installation unless given."""
     seed: Seed = SEED
-    """Seed of data order, mask noise and fresh weights."""
+    """Seed of the data order, the mask noise and fresh weights."""
     short: bool = False
-    """Run few steps, only to see that everything works; its losses compare nothing."""
+    """Run few steps, only to see that everything works; too few to compare losses."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

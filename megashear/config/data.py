@@ -18,38 +18,42 @@ Reweight = Literal["signed", "clipped", "bandit", "constant", "schedule"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """The domains, how they start out, and how losses move their weights."""
+    """The domains, their starting weights, and how losses move the weights."""
 
     data_path: str
     """Directory that `megashear preprocess` wrote."""
     domain_weights: Annotated[Annotated[NamedNumbers, Between(0, 1e6)], COMMON] = ()
-    """Starting weight of each domain, as name=weight or in the order of the data directory; by
-    tokens if empty."""
+    """Starting weight of each domain, as name=weight or in the order of the data directory. In
+    proportion to tokens unless given."""
     data_exhausted: WhenExhausted = "repeat"
-    """What happens when a domain's text was read once: repeat it in another order, redistribute
-    its share over the other domains in proportion, or stop the run (it saves and evaluates)."""
+    """What to do when a domain's text was read once: repeat the text in another order, redistribute
+    the domain's share over the others in proportion, or stop the run, which then evaluates and
+    saves."""
     num_workers: Annotated[int, Between(0, 256)] = 2
-    """Processes per rank that read training sequences ahead; 0 reads in the rank itself. What is
-    read does not depend on it."""
+    """Processes per rank that read training sequences ahead; 0 reads in the rank itself. Every
+    number reads the same sequences."""
     reweight: Annotated[Reweight, COMMON] = "signed"
-    """How evaluations move the weights: by excess loss (signed, or clipped at 0 as in the paper),
-    bandit, or not at all (constant, or schedule: by the phases of --domain-phases)."""
+    """How evaluations move the weights: by the loss above the reference, signed or clipped at 0 as
+    in the paper; bandit, which forgets earlier evaluations; constant, not at all; or schedule, by
+    the phases of --domain-phases."""
     domain_phases: str | None = None
-    """With --reweight schedule: YAML list of phases, each with start_step, start_sample or
-    start_token, and weights."""
+    """YAML file for --reweight schedule: a list of phases, each with weights and one of start_step,
+    start_sample and start_token."""
     domain_floor: Annotated[NamedNumbers, Between(0, 1)] = ()
-    """Least share of a domain, one number for all and name=share where one differs."""
+    """Least share of a domain: one number for all domains, and name=share for one that differs."""
     domain_cap: Annotated[NamedNumbers, Between(0, 1)] = ()
-    """Largest share of a domain, one number for all and name=share where one differs."""
+    """Largest share of a domain: one number for all domains, and name=share for one that
+    differs."""
     dominant_share: Share = 0.6
-    """Share of the mixture from which one domain is warned of."""
+    """Share of the mixture above which a domain causes a warning."""
     reference_loss: Annotated[str | None, COMMON] = None
-    """YAML of `domain: loss`, what each domain's loss should be, or what `megashear reference-loss`
-    or `megashear evaluate --output` wrote; needed unless --reweight is constant or schedule."""
+    """File of the loss that each domain should reach, nats per token: YAML of `domain: loss`, or
+    the output of `megashear reference-loss` or `megashear evaluate`. Needed unless --reweight is
+    constant or schedule."""
     reweight_eta: Annotated[float, Between(0, 1e3)] = 1.0
     """Step size of the exponential update of the weights."""
     reweight_smoothing: Part = 1e-4
-    """Share of the uniform distribution mixed into each update."""
+    """Share of the uniform distribution that each update mixes in."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -63,5 +67,5 @@ class DataConfig:
         if self.domain_phases is not None and self.domain_weights:
             raise ValueError(
                 f"--domain-weights and --domain-phases {self.domain_phases} both say how the "
-                f"mixture starts; leave --domain-weights out, the first phase begins at 0"
+                f"mixture starts; leave --domain-weights out, for the first phase begins at 0"
             )

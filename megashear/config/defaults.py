@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 SEED = 1234
-"""Seed of data order, mask noise and fresh weights."""
+"""Seed of the data order, the mask noise and fresh weights."""
 INIT_METHOD_STD = 0.02
 """Standard deviation of fresh weights."""
 ADAM_BETAS = (0.9, 0.95)

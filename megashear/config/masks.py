@@ -21,25 +21,27 @@ from megashear.config.defaults import LAMBDA2_MAX
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetConfig:
-    """What the model shall become."""
+    """Size of the pruned model."""
 
     target: Annotated[str | None, COMMON] = None
-    """Preset (llama2-2.7b, llama2-1.3b, llama2-370m) or JSON file of extents; or give the
-    --target-* extents."""
+    """Size of the pruned model: a preset (llama2-2.7b, llama2-1.3b, llama2-370m) or a JSON file of
+    extents. Or give the --target-* extents."""
     target_num_layers: Annotated[Extent | None, COMMON] = None
     """Layers to keep; the source's unless given."""
     target_hidden_size: Annotated[Extent | None, COMMON] = None
     """Hidden dimensions to keep; the source's unless given."""
     target_num_attention_heads: Annotated[Extent | None, COMMON] = None
-    """Query heads to keep. In a grouped-query model the same number goes from every key/value head,
-    and given alone it keeps all key/value heads; the source's unless given."""
+    """Query heads to keep; the source's unless given. In a grouped-query model every key/value head
+    loses the same number, and all key/value heads are kept unless --target-num-query-groups is
+    given."""
     target_num_query_groups: Extent | None = None
-    """Key/value heads to keep, of a grouped-query model; given alone, each keeps all its query
-    heads. The source's unless given; without grouped queries it follows the heads."""
+    """Key/value heads of a grouped-query model to keep; the source's unless given. Each keeps all
+    its query heads unless --target-num-attention-heads is given. Without grouped queries this is
+    the number of query heads."""
     target_ffn_hidden_size: Annotated[Extent | None, COMMON] = None
-    """Neurons of the MLP to keep; the source's unless given."""
+    """MLP neurons per layer to keep; the source's unless given."""
     force_unloadable_target: bool = False
-    """Take a target that stock runtimes refuse to load, such as a LLaMA whose heads do not divide
+    """Accept a target that stock runtimes refuse to load, such as a LLaMA whose heads do not divide
     its hidden size."""
 
     def __post_init__(self) -> None:
@@ -48,24 +50,24 @@ class TargetConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskConfig(TargetConfig):
-    """What the model shall become, and how the masks learn it."""
+    """Size of the pruned model, and how masks learn it."""
 
     target_tensor_model_parallel_size: Ranks | None = None
-    """Tensor-parallel ranks that the cut model shall divide over; those of the pruning run unless
+    """Tensor-parallel ranks that the cut model must divide over; those of the pruning run unless
     given."""
     sparsity_warmup_iters: Annotated[StepsOrNever, COMMON] = 640
     """Steps over which the target sparsity rises from 0."""
     mask_lr: Rate = 1.0
-    """Peak learning rate of log_alpha and of the multipliers."""
+    """Peak learning rate of the masks (log_alpha) and of the multipliers."""
     mask_noise_streams: Annotated[Sequences, COMMON] = 1
-    """Independent mask draws per global batch."""
+    """Number of independent draws of the masks per global batch."""
     eval_relaxed_masks: bool = False
-    """Evaluate under masks sampled as in training too, so that the loss of closing gates for good
-    shows. Costs a third pass over the evaluation's text, half of what evaluations cost without."""
+    """Evaluate also under masks drawn as in training, which shows what closing gates for good
+    costs. Evaluations then read their text three times, not twice."""
     lambda2_max: Annotated[float, Between(TINY, 1e9)] = LAMBDA2_MAX
-    """Bound of the quadratic multiplier."""
+    """Upper bound of the quadratic multipliers of the sparsity constraint."""
     force_lambda2_max: bool = False
-    """Allow --lambda2-max below 100, where the constraint loses control."""
+    """Accept --lambda2-max below 100, where masks may miss their target."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

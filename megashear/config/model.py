@@ -15,44 +15,46 @@ RecomputeMethod = Literal["uniform", "block"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """How the model computes; its shape comes from the checkpoint."""
+    """How the model computes. Its shape comes from the checkpoint."""
 
     bf16: Annotated[bool, COMMON] = False
-    """Compute in bfloat16 with float32 master weights. Masks stay float32."""
+    """Compute in bfloat16, with float32 master weights. Masks are float32 in any case."""
     fp16: bool = False
-    """Refused: loss scaling would scale the gates' gradients too. Use --bf16."""
+    """Always refused, because loss scaling would scale the gradients of gates too. Use --bf16."""
     transformer_impl: TransformerImpl = "local"
-    """Layers for continued pretraining; transformer_engine needs CUDA, and pruning refuses it."""
+    """Implementation of the layers. transformer_engine needs CUDA and is for continued pretraining;
+    pruning refuses it."""
     recompute_granularity: Annotated[Literal["full"] | None, COMMON] = None
-    """Recompute whole layers in the backward pass to save activation memory."""
+    """Recompute whole layers in the backward pass, to save memory of activations."""
     recompute_method: RecomputeMethod = "uniform"
-    """With --recompute-granularity: uniform chunks of layers, or the first N layers of a stage."""
+    """What --recompute-granularity recomputes: all layers of a stage in equal chunks (uniform), or
+    its first layers (block)."""
     recompute_num_layers: Extent = 1
-    """With --recompute-granularity: layers per chunk (uniform) or per stage (block)."""
+    """Layers per chunk (uniform) or per stage (block) of --recompute-method."""
     deterministic_mode: bool = False
-    """Use deterministic kernels only, so that a resumed run repeats bit for bit on a GPU."""
+    """Use only deterministic kernels, so that a resumed run repeats bit for bit on a GPU."""
     reset_attention_mask: bool = False
-    """Keep the documents packed into a sequence apart: no token attends to another document. Takes
-    a mask of sequence length squared bytes for each sequence in flight."""
+    """Let no token attend to another document of its sequence. Costs a mask of (sequence length)^2
+    bytes for each sequence in flight."""
     reset_position_ids: bool = False
-    """Count positions anew in every document. Needs --reset-attention-mask, and changes nothing
-    beside it but rounding: rotary positions act through their distances alone."""
+    """Count positions from 0 in every document. Needs --reset-attention-mask, with which it changes
+    only rounding, because rotary positions act only through their distances."""
     eod_mask_loss: bool = False
-    """Leave the first token of every document out of the loss: what comes before it says nothing
-    about it."""
+    """Leave the first token of every document out of the loss, because the text before it belongs
+    to another document."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
         if self.reset_position_ids and not self.reset_attention_mask:
             raise ValueError(
                 "--reset-position-ids without --reset-attention-mask would let tokens of one "
-                "document take tokens of another for their neighbours; add "
+                "document take tokens of another document for their neighbours; add "
                 "--reset-attention-mask, or drop the flag"
             )
         if self.reset_attention_mask and self.transformer_impl == "transformer_engine":
             raise ValueError(
-                "--reset-attention-mask is not there with --transformer-impl transformer_engine, "
-                "whose causal attention would pass over the mask; use --transformer-impl local"
+                "--reset-attention-mask does not work with --transformer-impl transformer_engine, "
+                "whose causal attention ignores the mask; use --transformer-impl local"
             )
         if self.fp16:
             raise ValueError(
@@ -64,7 +66,7 @@ class ModelConfig:
         """Refuse chunks of recomputed layers that do not divide a stage.
 
         Args:
-            layers: of a stage, or of a model chunk where it has several.
+            layers: number of layers of a stage, or of a model chunk where a stage has several.
 
         Raises:
             ValueError: with both numbers and those that divide.

@@ -10,31 +10,33 @@ from megashear.bounds import COMMON, Extent, Ranks, check_bounds
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """How processes are divided; data parallelism takes what tensor and pipeline leave over."""
+    """How processes are divided: data parallelism gets the processes that tensor and pipeline
+    leave."""
 
     tensor_model_parallel_size: Annotated[Ranks, COMMON] = 1
-    """Tensor-parallel ranks. Divides query groups, intermediate size and vocabulary."""
+    """Tensor-parallel ranks, which divide query groups, MLP neurons and vocabulary."""
     pipeline_model_parallel_size: Annotated[Ranks, COMMON] = 1
-    """Pipeline stages. Divides the number of layers."""
+    """Pipeline stages, which divide the layers."""
     num_virtual_stages_per_pipeline_rank: Ranks = 1
-    """Model chunks per pipeline rank (interleaved schedule); 1 is the plain 1F1B schedule."""
+    """Model chunks per pipeline rank, for the interleaved schedule; 1 is the plain 1F1B
+    schedule."""
     context_parallel_size: Ranks = 1
     """Context-parallel ranks; only 1 is supported."""
     sequence_parallel: Annotated[bool, COMMON] = False
     """Split the sequence over tensor ranks outside attention and MLP. Needs tensor parallelism."""
     use_distributed_optimizer: Annotated[bool, COMMON] = False
-    """Shard moments and float32 masters over data-parallel ranks, each of which steps its part.
-    Checkpoints are the same with and without it."""
+    """Shard Adam's moments and float32 masters over data-parallel ranks, each of which steps its
+    part. Checkpoints are the same with and without it."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients over data-parallel ranks while the backward pass still computes others."""
+    """Reduce gradients over data-parallel ranks during the backward pass."""
     overlap_param_gather: bool = False
-    """Gather stepped weights of other data-parallel ranks while the forward pass computes. Needs
+    """Gather the weights that other data-parallel ranks stepped during the forward pass. Needs
     --use-distributed-optimizer and --overlap-grad-reduce."""
     ddp_bucket_size: Extent | None = None
-    """Weights whose gradients are reduced together under --overlap-grad-reduce; the larger of 40
-    million and a million a data-parallel rank unless given."""
+    """Number of weights whose gradients --overlap-grad-reduce reduces together. Unless given, the
+    larger of 40 million and one million per data-parallel rank."""
     overlap_p2p_communication: bool = False
-    """Overlap pipeline sends with compute (interleaved schedule only)."""
+    """Send between pipeline stages while they compute; needs the interleaved schedule."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -63,8 +65,8 @@ class ParallelConfig:
                 else ("use-distributed-optimizer")
             )
             raise ValueError(
-                f"--overlap-param-gather gathers what sharded optimizers stepped, as gradients are "
-                f"reduced; give --{missing} too, or drop the flag"
+                f"--overlap-param-gather gathers what sharded optimizers stepped, and needs "
+                f"gradients that are reduced early; give --{missing} too, or drop the flag"
             )
         if self.ddp_bucket_size is not None and not self.overlap_grad_reduce:
             raise ValueError(
@@ -80,11 +82,11 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Processes that hold one replica of the model."""
+        """Number of processes that hold one replica of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Number of model replicas among ``world_size`` processes.
+        """Return the number of model replicas among ``world_size`` processes.
 
         Raises:
             ValueError: the processes cannot be divided so.

@@ -25,13 +25,14 @@ class PruneRun:
     data: DataConfig
     masks: MaskConfig = field(default_factory=MaskConfig)
     then_pretrain: Annotated[str | None, COMMON] = None
-    """YAML file of a `megashear pretrain` to go on with in the same job: the model is cut where it
-    lies, with float32 masters and Adam's moments, at the same layout."""
+    """YAML file of a `megashear pretrain` that follows in the same job: the model is cut in memory,
+    with float32 masters and Adam's moments, at the same layout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainRun:
-    """`megashear pretrain`: language modelling, from a checkpoint or from fresh weights."""
+    """`megashear pretrain`: train on language modelling, from a checkpoint or from fresh
+    weights."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -39,7 +40,8 @@ class PretrainRun:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig
     init_shape: Annotated[str | None, COMMON] = None
-    """Start from fresh weights of this shape: a preset or a JSON file of extents; else --load."""
+    """Shape of fresh weights to start from, in place of --load: a preset or a JSON file of
+    extents."""
     init_method_std: Annotated[float, Between(TINY, 10)] = INIT_METHOD_STD
     """Standard deviation of fresh weights."""
 
@@ -49,25 +51,25 @@ class PretrainRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateRun:
-    """`megashear evaluate`: held-out loss per domain of a checkpoint."""
+    """`megashear evaluate`: measure the held-out loss of a checkpoint, per domain."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     load: Annotated[str | None, COMMON] = None
-    """Checkpoint directory."""
+    """Checkpoint directory to evaluate."""
     load_hf: Annotated[str | None, COMMON] = None
-    """Hugging Face directory to evaluate instead of --load; each rank reads its own slices."""
+    """Hugging Face directory to evaluate, in place of --load; each rank reads only its slices."""
     data_path: str
     """Directory that `megashear preprocess` wrote."""
     seq_length: Annotated[Length | None, COMMON] = None
-    """Tokens per sequence; that of the run that made the checkpoint unless given."""
+    """Tokens per sequence; those of the run that made the checkpoint unless given."""
     micro_batch_size: Annotated[Sequences, COMMON] = 1
-    """Sequences per replica and forward pass."""
+    """Sequences per replica in one forward pass."""
     output: Annotated[str | None, COMMON] = None
-    """JSON file to write the losses and their standard errors to."""
+    """JSON file to write, with the losses and their standard errors."""
     verify_checkpoint: bool = True
-    """Compare every file of the checkpoint with its checksum first; without, only names and
-    sizes."""
+    """Compare every file of the checkpoint with its checksum first. Turned off, only names and
+    sizes are compared."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -80,32 +82,35 @@ class EvaluateRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceLossRun:
-    """`megashear reference-loss`: what each domain's loss should be, for prune and pretrain."""
+    """`megashear reference-loss`: find the loss that each domain should reach, for prune and
+    pretrain."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     output: str
-    """YAML file to write, for --reference-loss; must not exist."""
+    """YAML file to write, for --reference-loss of prune and pretrain; must not exist."""
     load: Annotated[tuple[str, ...], COMMON] = ()
-    """Checkpoint directories to evaluate on --data-path, one after the other."""
+    """Checkpoint directories of the models to evaluate on --data-path."""
     losses: Annotated[tuple[str, ...], COMMON] = ()
-    """Files of losses known already: of `megashear evaluate --output`, or YAML of `parameters:
-    {domain: loss}` with a line for each model."""
+    """Files of known losses: outputs of `megashear evaluate`, or YAML of `parameters: {domain:
+    loss}` with a line for each model."""
     target: Annotated[str | None, COMMON] = None
-    """What the model shall become, for the fit: a preset or a JSON file of extents; or --params."""
+    """Size of the pruned model, to evaluate the fit at: a preset or a JSON file of extents."""
     params: Tokens | None = None
-    """Parameters of what the model shall become, embeddings included; in place of --target."""
+    """Parameters of the pruned model with embeddings, in place of --target."""
     method: Literal["auto", "scaling-law", "power-law", "own-loss"] = "auto"
-    """Fit L(N) = a N^-b + c through three or more sizes, a N^-b through two, or take the loss of
-    the smallest model as it is; auto fits where it can."""
+    """Law of the loss L of a model with N parameters: L = a N^-b + c through three or more models
+    (scaling-law), L = a N^-b through two (power-law), or the smallest model's own loss. auto takes
+    the one that fits the number of models."""
     data_path: Annotated[str | None, COMMON] = None
-    """With --load: directory that `megashear preprocess` wrote."""
+    """Directory that `megashear preprocess` wrote, for --load."""
     seq_length: Annotated[Length | None, COMMON] = None
-    """With --load: tokens per sequence; that of the run that made the checkpoint unless given."""
+    """Tokens per sequence, for --load; those of the run that made the checkpoint unless given."""
     micro_batch_size: Sequences = 1
-    """Sequences per replica and forward pass."""
+    """Sequences per replica in one forward pass."""
     verify_checkpoint: bool = True
-    """Compare every file of a checkpoint with its checksum first; without, only names and sizes."""
+    """Compare every file of a checkpoint with its checksum first. Turned off, only names and sizes
+    are compared."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -30,82 +30,87 @@ DEFAULT_EVAL_SEQUENCES = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """How long, how much at a time, what is logged, saved and evaluated."""
+    """Length and batches of the run, and what it logs, saves and evaluates."""
 
     train_iters: Annotated[Steps, COMMON] = 100
     """Optimizer steps of the run."""
     micro_batch_size: Annotated[Sequences, COMMON] = 1
-    """Sequences per replica and forward pass."""
+    """Sequences per replica in one forward pass."""
     global_batch_size: Annotated[Sequences, COMMON] = 8
-    """Sequences per optimizer step, over all replicas."""
+    """Sequences per optimizer step, summed over all replicas."""
     seq_length: Annotated[Length, COMMON] = 128
     """Tokens per sequence."""
     seed: Seed = SEED
-    """Seed of the data order, of the mask noise and of fresh weights."""
+    """Seed of the data order, the mask noise and fresh weights."""
     log_interval: Steps = 10
-    """Steps between console lines and TensorBoard points."""
+    """Steps between lines of the log, which are also points in TensorBoard."""
     eval_interval: Annotated[StepsOrNever, COMMON] = 50
-    """Steps between evaluations, after each of which the mixture is reweighted; 0 is never."""
+    """Steps between evaluations, each of which reweights the mixture; 0 never evaluates."""
     eval_sequences: Steps | None = None
-    """Held-out sequences per domain in an evaluation, a fixed seeded subsample; the last one reads
-    all. 64 unless one of the three --eval-* sizes is given; a resumed run keeps its own."""
+    """Held-out sequences per domain in an evaluation: always the same ones, chosen by --seed. The
+    last evaluation reads all. 64 unless this, --eval-tokens or --eval-share is given; a resumed run
+    keeps its number."""
     eval_tokens: Tokens | None = None
-    """The same in tokens per domain, rounded down to whole sequences."""
+    """Held-out tokens per domain in an evaluation, in place of --eval-sequences; rounded down to
+    whole sequences."""
     eval_share: Share | None = None
-    """The same as a share of the run's training compute, a forward pass counted as a third of a
-    training pass: 0.02 lets evaluations cost 2 percent. Settled at the start, by no clock."""
+    """Share of the run's training compute that evaluations may cost, in place of --eval-sequences:
+    0.02 is 2 percent. Calculated at the start, with a forward pass as a third of a training
+    pass."""
     eval_micro_batch_size: Sequences | None = None
-    """Sequences per replica and forward pass of an evaluation, which keeps no activations and has
-    room for more; --micro-batch-size unless given."""
+    """Sequences per replica in one forward pass of an evaluation, which keeps no activations and so
+    has room for more. --micro-batch-size unless given."""
     save: Annotated[str | None, COMMON] = None
     """Directory for checkpoints."""
     save_interval: Annotated[StepsOrNever, COMMON] = 0
-    """Steps between checkpoints; 0 saves at the end only."""
+    """Steps between checkpoints; 0 saves only at the end."""
     async_save: bool = False
-    """Go on training while a checkpoint is written; needs host memory for a copy of it. The last
-    one, and one before the run leaves, are waited for."""
+    """Train on while a checkpoint is written. Needs host memory for a copy of the checkpoint. The
+    run does not end before its last checkpoint is written."""
     keep: Annotated[StepsOrNever, COMMON] = 0
-    """Newest checkpoints to keep in --save; older ones are deleted once a new one is whole and
-    a step was taken from it, but never the one the run started from. 0 keeps all."""
+    """Number of newest checkpoints to keep in --save. Older ones are deleted once a new one is
+    whole and a step was taken from it; the one the run started from is never deleted. 0 keeps
+    all."""
     load: Annotated[str | None, COMMON] = None
-    """Checkpoint directory to start from; a run of the same kind continues, else only its weights
-    are taken."""
+    """Checkpoint directory to start from. A run of the same kind is resumed from it; another kind
+    of run takes only its weights."""
     load_hf: Annotated[str | None, COMMON] = None
-    """Hugging Face directory to start from instead of --load; each rank reads its own slices."""
+    """Hugging Face directory to start from, in place of --load; each rank reads only its slices."""
     resume: Annotated[bool, COMMON] = False
-    """Go on from the newest checkpoint in --save if there is one, else start from --load."""
+    """Resume from the newest checkpoint in --save; if there is none, start from --load."""
     finetune: bool = False
-    """Take only the weights of --load, even from a run of the same kind, and start at step 0."""
+    """Take only the weights of --load, even if a run of the same kind saved them, and start at step
+    0."""
     verify_checkpoint: bool = True
-    """Compare every file of a checkpoint with its checksum before a run starts from it; without,
-    only names and sizes."""
+    """Compare every file of a checkpoint with its checksum before a run starts from it. Turned off,
+    only names and sizes are compared."""
     tensorboard_dir: Annotated[str | None, COMMON] = None
     """Directory for TensorBoard event files."""
     jsonl_log: str | None = None
-    """File of JSON lines for the scalars that TensorBoard has: a line for each step with points.
-    Must not exist, unless the run goes on from a checkpoint or --resume is given."""
+    """File of JSON lines with the scalars of TensorBoard, a line for each step that has any. Must
+    not exist, unless the run is resumed or --resume is given."""
     wandb_project: str | None = None
-    """Project of Weights & Biases to send scalars, images and histograms to; needs wandb."""
+    """Project of Weights & Biases that receives scalars, images and histograms; needs wandb."""
     wandb_entity: str | None = None
-    """User or team of the W&B project; the account's own unless given."""
+    """User or team that owns the W&B project; the account's default unless given."""
     wandb_exp_name: str | None = None
-    """Name of the run in W&B; W&B makes one up unless given."""
+    """Name of the run in W&B, which invents one unless given."""
     wandb_save_dir: str | None = None
-    """Directory for what W&B keeps on disk; --tensorboard-dir, else --save, unless given."""
+    """Directory for the local files of W&B; --tensorboard-dir, or else --save, unless given."""
     exit_interval: StepsOrNever = 0
-    """Save and stop when the step is divisible by this; 0 is never."""
+    """Save and stop at a step that is divisible by this number; 0 never does."""
     exit_duration_in_mins: Minutes = 0
-    """Save and stop at the first step that ends this many minutes after the start; 0 is never."""
+    """Save and stop at the first step that ends this many minutes after the start; 0 never does."""
     exit_signal_handler: bool = True
-    """On SIGTERM or SIGINT save after the step and leave, with 128 + the signal's number."""
+    """On SIGTERM or SIGINT save after the current step and exit with 128 + the signal's number."""
     max_skipped_steps: StepsOrNever = 3
-    """Steps in a row that may be skipped because loss or gradient is not finite, or the loss is a
-    spike; one more stops the run. 0 stops at the first."""
+    """Number of steps in a row that may be skipped, because loss or gradient is not finite or the
+    loss is a spike; one more stops the run. 0 stops at the first."""
     loss_spike_factor: Annotated[float, Between(0, 1e6)] = 0.0
-    """Skip a step whose loss is above this many times the mean of the last ones; 0 takes all."""
+    """Skip a step whose loss is above this many times the mean of recent losses; 0 skips none."""
     distributed_timeout_minutes: Annotated[float, Between(1e-3, 1e5)] = TIMEOUT_MINUTES
-    """Minutes without progress after which a rank counts as hung and the job ends, and after which
-    a collective that some rank does not enter fails."""
+    """Minutes without progress after which a rank counts as hung and the job ends. A collective
+    fails after the same time if a rank does not enter it."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -113,9 +118,9 @@ class TrainConfig:
         given = [n for n in ("entity", "exp_name", "save_dir") if getattr(self, f"wandb_{n}")]
         if given and self.wandb_project is None:
             flags = " and ".join(f"--wandb-{name.replace('_', '-')}" for name in given)
-            raise ValueError(f"{flags} say nothing without --wandb-project, which is not given")
+            raise ValueError(f"{flags} need --wandb-project, which is not given")
         if self.resume and self.save is None:
-            raise ValueError("--resume goes on from --save, and --save is not given")
+            raise ValueError("--resume resumes from --save, and --save is not given")
         check_one_source(self.load, self.load_hf)
         if 0 < self.loss_spike_factor <= 1:
             raise ValueError(
@@ -128,7 +133,7 @@ class TrainConfig:
         given = [f"--{n.replace('_', '-')}" for n in names if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(
-                f"{' and '.join(given)} both say how much an evaluation reads; give one of them"
+                f"{' and '.join(given)} set the size of an evaluation; give one of them"
             )
         if self.eval_tokens is not None and self.eval_tokens < self.seq_length:
             raise ValueError(
@@ -137,7 +142,7 @@ class TrainConfig:
             )
 
     def num_microbatches(self, data_parallel_size: int) -> int:
-        """Microbatches of one replica in one step.
+        """Return the number of microbatches of one replica in one step.
 
         Raises:
             ValueError: the global batch does not divide.
@@ -156,37 +161,38 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW of the weights, and the schedule that masks and multipliers share."""
+    """AdamW for the weights, and the learning-rate schedule that masks and multipliers share."""
 
     lr: Annotated[Rate, COMMON] = 1e-4
     """Peak learning rate of the weights."""
     min_lr: Annotated[float, Between(0, MOST_RATE)] | None = None
-    """Floor of the schedule; a tenth of --lr unless given."""
+    """Lowest learning rate of the weights; a tenth of --lr unless given."""
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after warm-up."""
+    """Shape of the learning rate's decay after the warm-up."""
     lr_warmup_iters: Annotated[StepsOrNever, COMMON] = 0
-    """Steps of linear warm-up from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     lr_decay_iters: Steps | None = None
-    """Step at which the floor is reached; --train-iters unless given."""
+    """Step at which the learning rate reaches its lowest value; --train-iters unless given."""
     weight_decay: Annotated[float, Between(0, 10)] = 0.0
-    """AdamW weight decay."""
+    """Weight decay of AdamW."""
     adam_beta1: Part = ADAM_BETAS[0]
-    """Decay of the first moment."""
+    """Decay of Adam's first moment, per step."""
     adam_beta2: Part = ADAM_BETAS[1]
-    """Decay of the second moment."""
+    """Decay of Adam's second moment, per step."""
     adam_eps: Epsilon = ADAM_EPS
-    """Added to the root of the second moment."""
+    """Number added to the root of Adam's second moment."""
     clip_grad: Annotated[float, Between(1e-6, 1e9)] = CLIP_GRAD
-    """Largest gradient norm of the weights, and, apart from it, of masks with multipliers."""
+    """Largest gradient norm of the weights. Masks and multipliers together are clipped to it
+    too."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
         if self.min_lr is not None and self.min_lr > self.lr:
-            raise ValueError(f"--min-lr is {self.min_lr}; it must lie between 0 and --lr {self.lr}")
+            raise ValueError(f"--min-lr is {self.min_lr}; wanted 0 to --lr {self.lr}")
 
 
 def check_one_source(load: str | None, load_hf: str | None) -> None:
-    """Refuse two places to take weights from.
+    """Refuse two sources of weights.
 
     Raises:
         ValueError: both are given.

@@ -201,7 +201,7 @@ def test_other_ranks_print_nothing(
         (["--reset-position-ids"], r"^--reset-position-ids without --reset-attention-mask .*drop"),
         (
             ["--reset-attention-mask", "--transformer-impl", "transformer_engine"],
-            r"^--reset-attention-mask is not there .*use --transformer-impl local$",
+            r"^--reset-attention-mask does not work .*use --transformer-impl local$",
         ),
         (["--bf16", "yes"], r"^'yes' follows no flag that takes it; flags begin with --$"),
         (["--bf16=yes"], r"^--bf16 takes no value and has 'yes'; give --bf16 to turn it on, --no-"),
