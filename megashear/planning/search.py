@@ -80,10 +80,10 @@ def _nothing_divides(job: Job, cluster: Cluster, chosen: Choices) -> str:
         for count in (_nearest_below(job, cluster, chosen), _nearest_above(job, cluster, chosen))
         if count is not None
     ]
-    way_out = f"; --gpus {' or '.join(others)} can" if others else ""
+    way_out = f"; a way out: --gpus {' or '.join(others)}" if others else ""
     return (
-        f"{job.name}: {cluster.num_gpus} GPUs cannot be divided so that layers, heads, neurons "
-        f"and {job.batch_flag} {job.global_batch_size} go into them: {why}{way_out}"
+        f"{job.name}: no layout of {cluster.num_gpus} GPUs divides layers, heads, neurons and "
+        f"{job.batch_flag} {job.global_batch_size}: {why}{way_out}"
     )
 
 
@@ -130,14 +130,13 @@ def _nothing_fits(
     although = ""
     if chosen.parallel is None and chosen.model is None:
         although = (
-            ", although every layer is run again and replicas, where there are any, share the "
-            "optimizer's state"
+            ", although every layer is run again and any replicas share the optimizer's state"
         )
     return (
         f"{job.name}: no layout fits. The nearest, {least.flags(job)}, needs "
-        f"{least.needed_gib:.1f} GiB a GPU, and {room:.1f} are there ({cluster.gpu.name}: "
+        f"{least.needed_gib:.1f} GiB a GPU and has {room:.1f} ({cluster.gpu.name}: "
         f"{cluster.gpu.memory_gib:.1f}, less --memory-reserve-gib {reserve_gib:g}): "
-        f"{least.needed_gib - room:.1f} GiB too much{although}; what would do: "
+        f"{least.needed_gib - room:.1f} GiB too much{although}; ways out: "
         f"{', or '.join(ways) or f'nothing that was tried, up to {MOST_GPUS} GPUs'}"
     )
 

@@ -112,7 +112,7 @@ def test_a_slower_network_takes_longer(capsys: pytest.CaptureFixture[str]) -> No
             ["--model", "llama2-7b", "--target", "llama2-2", "--gpus", "8"],
             "--target llama2-2 is not known; presets: llama2-7b, ",
         ),
-        (["--model", "llama2-7b", "--gpus", "7"], "7 GPUs cannot be divided so that layers, heads"),
+        (["--model", "llama2-7b", "--gpus", "7"], "no layout of 7 GPUs divides layers, heads"),
         (
             ["--model", "llama2-7b", "--gpus", "1", "--gpu", "A100-40G"],
             "no layout fits. The nearest, --tensor-model-parallel-size 1 --micro-batch-size 1",
@@ -250,7 +250,7 @@ def test_recompute_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             {"target": "llama2-1.3b", "bf16": True, "seq_length": 65536},
-            "GiB too much; what would do: --any-layout",
+            "GiB too much; ways out: --any-layout",
         ),
     ],
 )

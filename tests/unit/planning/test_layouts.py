@@ -112,9 +112,9 @@ def test_flags_are_those_of_the_run() -> None:
         (
             7,
             Choices(),
-            "pruning: 7 GPUs cannot be divided so that .* --pruning-global-batch-size 32 go into "
-            "them: --pruning-global-batch-size 32 is not a multiple of .* = 1 \\* 7.*; --gpus 4 or "
-            "8 can",
+            "pruning: no layout of 7 GPUs divides .* --pruning-global-batch-size 32: "
+            "--pruning-global-batch-size 32 is not a multiple of .* = 1 \\* 7.*; a way out: "
+            "--gpus 4 or 8",
         ),
         (
             8,
@@ -143,7 +143,7 @@ def test_flags_are_those_of_the_run() -> None:
         (
             8,
             Choices(micro_batch_size=8),
-            "them: --mask-noise-streams 8 does not divide --pruning-global-batch-size 32 into "
+            "32: --mask-noise-streams 8 does not divide --pruning-global-batch-size 32 into "
             "whole microbatches of 8; possible: 1, 2, 4$",
         ),
     ],
@@ -162,14 +162,14 @@ def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
     message = str(refused.value)
     assert message.startswith("pruning: no layout fits. The nearest, --tensor-model-parallel-size")
     numbers = re.search(
-        r"needs ([\d.]+) GiB a GPU, and ([\d.]+) are there \(A100-40G: 39.3, less "
+        r"needs ([\d.]+) GiB a GPU and has ([\d.]+) \(A100-40G: 39.3, less "
         r"--memory-reserve-gib 5\): ([\d.]+) GiB too much",
         message,
     )
     assert numbers is not None
     needed, there, over = map(float, numbers.groups())
     assert needed - there == pytest.approx(over, abs=0.11)
-    more = re.search(r"what would do: --gpus (\d+), or --gpu ([\w-]+)$", message)
+    more = re.search(r"ways out: --gpus (\d+), or --gpu ([\w-]+)$", message)
     assert more is not None
     assert found(int(more[1]), "A100-40G")
     assert found(2, more[2])
@@ -178,7 +178,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
 
 
 def test_a_layout_that_was_chosen_may_be_left_open() -> None:
-    with pytest.raises(NothingFitsError, match="what would do: leaving the layout open"):
+    with pytest.raises(NothingFitsError, match="ways out: leaving the layout open"):
         found(8, "A100-40G", Choices(tensor=1, pipeline=1, micro_batch_size=1), noise_streams=1)
 
 
