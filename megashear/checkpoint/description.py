@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megashear.checkpoint.details import HF_CONFIG, LINEAGE, RunDetails
 from megashear.checkpoint.hf_fields import kept_fields
 from megashear.files import durable, integrity
 from megashear.files.integrity import DamagedError, FileSum
@@ -33,16 +34,6 @@ FORMAT = 2
 """Version of the layout of these directories; raised when an older megashear cannot read it, or
 may not trust it: from 2 on there is a list of checksums."""
 FIRST_FORMAT = 1
-
-HF_CONFIG = "hf_config"
-"""Name in ``details`` of what goes back into config.json as it came; see `hf_fields.KEPT`."""
-ENVIRONMENT = "environment"
-"""Name in ``details`` of what a run ran on and of its command; runs of before have none."""
-HELD_OUT_LOSS = "held_out_loss"
-"""Name in ``details`` of the last evaluation's losses by mode and domain, of a finished run."""
-HELD_OUT_ERROR = "held_out_standard_error"
-"""Name of these losses' standard errors, None for one not known; runs of before have none."""
-_LINEAGE = ("source_shape", "pruned_for", "rounding")
 
 _ITERATION = re.compile(r"iter_([0-9]{7,})")
 
@@ -69,17 +60,22 @@ class Description:
     """Plain values that the stage adds."""
 
     @property
+    def known(self) -> RunDetails:
+        """Return the details with their types; `read_description` has refused all others."""
+        return RunDetails.of(self.details)
+
+    @property
     def lineage(self) -> dict[str, Any]:
-        """What ``details`` say of the pruning that a model came from; later stages carry it on."""
-        return {name: self.details[name] for name in _LINEAGE if name in self.details}
+        """Return the details of the pruning that a model came from; later stages keep them."""
+        return {name: self.details[name] for name in LINEAGE if name in self.details}
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """Return the part of ``details`` that every later stage carries on for config.json.
+        """Return the part of the details that every later stage keeps for config.json.
 
-        Of a checkpoint from elsewhere, too, it holds no more than `hf_fields.KEPT` names.
+        Even of a foreign checkpoint, it holds no more than `hf_fields.KEPT` names.
         """
-        kept = kept_fields(self.details.get(HF_CONFIG, {}))
+        kept = kept_fields(self.known.hf_config)
         return {HF_CONFIG: kept} if kept else {}
 
 
@@ -298,15 +294,15 @@ def read_description(directory: Path) -> Description:
         # what is not listed was cut short
         if later.is_file() and later.name in integrity.read(directory):
             values["details"] |= _values(later)
-        if not isinstance(kept := values["details"].get(HF_CONFIG, {}), dict):
-            raise DamagedError(
-                f"{path}: {HF_CONFIG} in its details is {str(kept)[:80]}, wanted an object; copy "
-                f"the checkpoint again"
-            )
         values["shape"] = ModelShape(**values["shape"])
-        return Description(**values)
+        description = Description(**values)
     except (KeyError, TypeError) as error:
         raise DamagedError(f"{path} is broken: {error}") from None
+    try:
+        RunDetails.of(description.details)
+    except (TypeError, ValueError) as error:
+        raise DamagedError(f"{path}: in its details, {error}; copy the checkpoint again") from None
+    return description
 
 
 def check_name(directory: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megashear.checkpoint.cut import cut
 from megashear.checkpoint.description import Description, find_iteration
+from megashear.checkpoint.details import PRUNED_FOR, ROUNDING, RUN, SOURCE_SHAPE
 from megashear.checkpoint.store import read_log_alpha
 from megashear.checkpoint.weights import CheckpointWeights, write_weights
 from megashear.files.aside import check_absent
@@ -14,7 +15,6 @@ from megashear.masks.census import take_census
 from megashear.masks.mask_set import exact_gates, expected_gates
 from megashear.masks.targets import target_units
 from megashear.models import loadable
-from megashear.shape import ModelShape
 
 
 def check_cut(load: Path | str) -> None:
@@ -48,8 +48,8 @@ def cut_checkpoint(
     check_absent(output)
     weights = CheckpointWeights(find_iteration(load, contents=True))
     log_alpha = read_log_alpha(weights.directory)
-    details = weights.description.details
-    source, target = weights.shape, ModelShape(**details["target_shape"])
+    known = weights.description.known
+    source, target = weights.shape, known.target
     loadable.warn(target, "target ")
     targets = target_units(source, target)
     counts = take_census(log_alpha, targets)
@@ -63,11 +63,11 @@ def cut_checkpoint(
             stage="cut",
             token_ids=weights.description.token_ids,
             details={
-                "source_shape": source.to_dict(),
-                "pruned_for": weights.description.iteration,
-                "rounding": {kind: found.num_changed for kind, found in counts.items()},
+                SOURCE_SHAPE: source.to_dict(),
+                PRUNED_FOR: weights.description.iteration,
+                ROUNDING: {kind: found.num_changed for kind, found in counts.items()},
                 # how it was trained: `megashear evaluate` asks for lengths and borders of documents
-                **({"run": details["run"]} if "run" in details else {}),
+                **({RUN: known.run} if known.run else {}),
                 **weights.description.hf_config,
             },
         ),

@@ -280,7 +280,9 @@ def load_run(
     optimizer_state.load(optimizer, model, loaded)
     if masks is not None:
         _fill_masks(masks, loaded["masks"])
-        masks.optimizer.num_steps = int(description.details["mask_optimizer_steps"])
+        steps = description.known.mask_optimizer_steps
+        assert steps is not None
+        masks.optimizer.num_steps = steps
     return description
 
 
@@ -292,14 +294,14 @@ def read_log_alpha(checkpoint: Path | str) -> dict[str, Tensor]:
     """
     directory = find_iteration(checkpoint)
     description = read_description(directory)
-    if "mask_extents" not in description.details:
+    masks = description.known.mask_extents
+    if masks is None:
         raise ValueError(
             f"checkpoint {directory} is of stage {description.stage!r} and has no masks; give one "
             f"that megashear prune wrote"
         )
     check_pickles(directory)
     cpu_megatron.install()
-    masks: dict[str, list[int]] = description.details["mask_extents"]
     with process_group():
         wanted = {
             kind: ShardedTensor.from_rank_offsets(

@@ -230,8 +230,8 @@ class CheckpointWeights(Mapping[str, Tensor]):
     @property
     def trained_in(self) -> str | None:
         """Return "bfloat16" of what a --bf16 run made, or of its cut, which are read in float32."""
-        model = self.description.details.get("run", {}).get("model", {})
-        return "bfloat16" if self._prefix == MASTERS or model.get("bf16") else None
+        flags = self.description.known.flags
+        return "bfloat16" if self._prefix == MASTERS or flags.bf16 else None
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:

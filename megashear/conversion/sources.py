@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megashear.checkpoint.description import HF_CONFIG, Description
+from megashear.checkpoint.description import Description
+from megashear.checkpoint.details import HF_CONFIG
 from megashear.checkpoint.hf_fields import kept_fields
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.conversion.composer import (

@@ -238,21 +238,16 @@ class Quickstart:
 
     def _found(self, checkpoint: str, name: str) -> dict[str, float]:
         """Put a run's last evaluation into the table."""
-        from megashear.checkpoint.description import (
-            HELD_OUT_ERROR,
-            HELD_OUT_LOSS,
-            find_iteration,
-            read_description,
-        )
+        from megashear.checkpoint.description import find_iteration, read_description
 
         description = read_description(find_iteration(self._path(checkpoint)))
-        losses: dict[str, float] = description.details[HELD_OUT_LOSS]["loss"]
+        losses = description.known.held_out_loss["loss"]
         self.results.append(
             Result(
                 name=name,
                 parameters=description.shape.num_params(),
                 losses=losses,
-                errors=description.details.get(HELD_OUT_ERROR, {}).get("loss", {}),
+                errors=description.known.held_out_standard_error.get("loss", {}),
             )
         )
         return losses

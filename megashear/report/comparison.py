@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megashear.checkpoint.details import PASSING
 from megashear.models import weight_table
 from megashear.report.kept import MaskReading, Mode
 from megashear.report.opened import Opened
@@ -163,10 +164,6 @@ def _distance(name: str, a: Tensor, b: Tensor) -> WeightDistance:
 def _open_gates(reading: MaskReading, mode: Mode) -> dict[str, Tensor]:
     """Open gates by kind, [num_rows, num_units], each kind's own, whatever the others close."""
     return {kind: gates != 0 for kind, gates in reading.gates(mode).items()}
-
-
-PASSING = ("scheduler", "loader", "step_guard", "reweighting")
-"""States in a description's details that differ with every step."""
 
 
 def _fields(opened: Opened) -> dict[str, Any]:

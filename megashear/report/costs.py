@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megashear.checkpoint.description import ENVIRONMENT
 from megashear.monitor import tags
 from megashear.monitor.console import format_duration
 from megashear.report.page import Section, paragraph, table
@@ -102,9 +101,8 @@ def _device(record: RunRecord) -> str | None:
     """What the run ran on, where it says so."""
     if record.description is None:
         return None
-    details = record.description.details
-    # runs of before have it beside the environment, or alone
-    found: str | None = details.get(ENVIRONMENT, {}).get("device") or details.get("device")
+    known = record.description.known
+    found: str | None = known.environment.get("device") or known.device
     return found
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from megashear.checkpoint.description import HELD_OUT_ERROR, HELD_OUT_LOSS
 from megashear.files.structured import read_json_object
 from megashear.monitor import tags
 from megashear.monitor.figures import domains_of
@@ -55,14 +54,14 @@ def with_error(loss: float, error: float | None) -> str:
 def final_loss(record: RunRecord) -> MeanLoss | None:
     """Return the held-out loss that says most of a run; None where there is none."""
     if record.description is not None:
-        details = record.description.details
+        known = record.description.known
         for mode, words in (
             ("loss", "over all held-out text"),
             ("exact", "over all held-out text, cut to the target"),
         ):
-            losses = details.get(HELD_OUT_LOSS, {}).get(mode)
+            losses = known.held_out_loss.get(mode)
             if losses and all(map(math.isfinite, losses.values())):
-                errors = details.get(HELD_OUT_ERROR, {}).get(mode, {})
+                errors = known.held_out_standard_error.get(mode, {})
                 return MeanLoss(domains=losses, errors=known_errors(errors), words=words)
     points = record.points
     steps = points.get(tags.EVAL_MEAN_LOSS)

@@ -86,11 +86,9 @@ def open_model(path: Path | str, *, contents: bool = False) -> Opened:
         )
     directory = find_iteration(path, contents=contents)
     weights = CheckpointWeights(directory)
-    details = weights.description.details
-    masks = None
-    if "mask_extents" in details:
-        target = ModelShape(**details["target_shape"])
-        masks = MaskReading.of(read_log_alpha(directory), weights.shape, target)
+    known, masks = weights.description.known, None
+    if known.mask_extents is not None:
+        masks = MaskReading.of(read_log_alpha(directory), weights.shape, known.target)
     return Opened(
         path=directory,
         kind=CHECKPOINT,

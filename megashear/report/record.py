@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megashear.checkpoint.description import (
-    ENVIRONMENT,
-    HELD_OUT_LOSS,
     Description,
     find_iteration,
     holds_iterations,
     iterations,
     read_description,
 )
+from megashear.checkpoint.details import RunDetails
 from megashear.checkpoint.store import read_log_alpha
 from megashear.files.structured import read_yaml
 from megashear.monitor import tags
@@ -98,25 +97,26 @@ class RunRecord:
         return {tag: {step: p.value for step, p in of.items()} for tag, of in self.events.items()}
 
     @property
-    def _details(self) -> Mapping[str, Any]:
-        return {} if self.description is None else self.description.details
+    def _known(self) -> RunDetails:
+        return _known(self.description)
 
     @property
     def config(self) -> dict[str, Any]:
         """Settings of the run by group; empty before the first checkpoint."""
-        return dict(self._details.get("run", {}))
+        return self._known.run
 
     @property
     def environment(self) -> dict[str, Any]:
         """Versions, device, processes and command of the last start; empty where it kept none."""
-        return dict(self._details.get(ENVIRONMENT, {}))
+        return self._known.environment
 
     @property
     def tokens_per_step(self) -> int | None:
         """Training tokens of a step; None before the first checkpoint."""
-        train = self.config.get("train", {})
-        batch, length = train.get("global_batch_size"), train.get("seq_length")
-        return None if batch is None or length is None else int(batch) * int(length)
+        flags = self._known.flags
+        if flags.global_batch_size is None or flags.seq_length is None:
+            return None
+        return flags.global_batch_size * flags.seq_length
 
     @property
     def stage(self) -> str | None:
@@ -136,8 +136,7 @@ class RunRecord:
     @property
     def train_iters(self) -> int | None:
         """Steps of the whole run."""
-        found: int | None = self.config.get("train", {}).get("train_iters")
-        return found
+        return self._known.flags.train_iters
 
     @property
     def state(self) -> str:
@@ -148,7 +147,7 @@ class RunRecord:
         """
         iteration = None if self.description is None else self.description.iteration
         # what goes on from there, with more steps or text, has points behind it
-        if iteration == self.step and HELD_OUT_LOSS in self._details:
+        if iteration == self.step and self._known.held_out_loss:
             return "finished" if iteration == self.train_iters else "ended early"
         if not self.sessions:
             return "unknown" if iteration is None else "stopped"
@@ -169,9 +168,8 @@ class RunRecord:
     @property
     def tokens(self) -> int | None:
         """Training tokens read up to the newest checkpoint, or the last point where none is."""
-        length = self.config.get("train", {}).get("seq_length")
-        samples = self._details.get("consumed_samples")
-        return None if samples is None or length is None else int(samples) * int(length)
+        length, samples = self._known.flags.seq_length, self._known.consumed_samples
+        return None if samples is None or length is None else samples * length
 
     @property
     def seconds(self) -> float:
@@ -199,8 +197,8 @@ class RunRecord:
         """Of the model after pruning."""
         if self.description is None:
             return None
-        if "target_shape" in self.description.details:
-            return ModelShape(**self.description.details["target_shape"])
+        if self._known.target_shape is not None:
+            return self._known.target_shape
         return self.description.shape if self.source_shape is not None else None
 
 
@@ -260,8 +258,8 @@ def read_run(folder: Path, tensorboard_dirs: Sequence[Path] = ()) -> RunRecord:
                 f"{folder} is a checkpoint of stage {description.stage!r} and no run; "
                 f"`megashear inspect {folder}` looks into it"
             )
-        if "mask_extents" in description.details:
-            target = ModelShape(**description.details["target_shape"])
+        if description.known.mask_extents is not None:
+            target = description.known.target
             masks = MaskReading.of(read_log_alpha(directory), description.shape, target)
     directories = list(tensorboard_dirs) or _tensorboard_of(folder, description)
     if description is None and not directories:
@@ -359,10 +357,15 @@ def _saved(lying: Mapping[int, Path], logged: Mapping[int, Point]) -> Iterator[S
         )
 
 
+def _known(description: Description | None) -> RunDetails:
+    """Return what a checkpoint says of its run; nothing before the first checkpoint."""
+    return RunDetails() if description is None else description.known
+
+
 def _tensorboard_of(folder: Path, description: Description | None) -> list[Path]:
     """Where a run's event files are found without being told."""
-    train = {} if description is None else description.details.get("run", {}).get("train", {})
-    said, saved = train.get("tensorboard_dir"), train.get("save")
+    flags = _known(description).flags
+    said, saved = flags.tensorboard_dir, flags.save
     tried = [folder, folder / "tensorboard"]
     if said is not None:
         tried.append(Path(said))
@@ -380,15 +383,16 @@ def _source_shape(description: Description | None) -> ModelShape | None:
         return None
     if description.stage == "prune":
         return description.shape
-    if "source_shape" in description.details:
-        return ModelShape(**description.details["source_shape"])
-    load = description.details.get("run", {}).get("train", {}).get("load")
-
-    def shape_before() -> ModelShape | None:
-        before = read_description(find_iteration(load)).details.get("source_shape")
-        return None if before is None else ModelShape(**before)
-
-    return None if load is None else _if_there(shape_before)
+    known = description.known
+    if known.source_shape is not None:
+        return known.source_shape
+    load = known.flags.load
+    if load is None:
+        return None
+    found: ModelShape | None = _if_there(
+        lambda: read_description(find_iteration(load)).known.source_shape
+    )
+    return found
 
 
 def _then(record: RunRecord) -> Path | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megashear.checkpoint.description import HELD_OUT_LOSS
+from megashear.checkpoint.details import RunDetails
 from megashear.masks.kinds import HEAD, HIDDEN, INTERMEDIATE, KINDS, LAYER
 from megashear.models import weight_table
 from megashear.models.formats import dtypes_of, name_of
@@ -181,9 +181,9 @@ def compare_text(
 
 def _extents(opened: Opened) -> str:
     shapes: dict[str, ModelShape] = {"model": opened.shape}
-    details = {} if opened.description is None else opened.description.details
-    if "source_shape" in details:
-        shapes = {"source": ModelShape(**details["source_shape"]), "model": opened.shape}
+    known = RunDetails() if opened.description is None else opened.description.known
+    if known.source_shape is not None:
+        shapes = {"source": known.source_shape, "model": opened.shape}
     elif opened.masks is not None:
         shapes = {"model": opened.shape, "target": opened.masks.target}
     rows = [["", *shapes]]
@@ -221,16 +221,16 @@ def _facts(opened: Opened) -> str:
     lines.append(f"weights in {', '.join(formats)}")
     if opened.description is None:
         return "\n".join(lines)
-    details = opened.description.details
-    if "pruned_for" in details:
-        lines.append(f"pruned for {details['pruned_for']:,} steps")
-    if "rounding" in details:
-        changed = ", ".join(f"{n:,} {KINDS[kind].units}" for kind, n in details["rounding"].items())
+    known = opened.description.known
+    if known.pruned_for is not None:
+        lines.append(f"pruned for {known.pruned_for:,} steps")
+    if known.rounding:
+        changed = ", ".join(f"{n:,} {KINDS[kind].units}" for kind, n in known.rounding.items())
         lines.append(f"gates that rounding to the target changed: {changed}")
-    if "consumed_samples" in details:
-        length = details["loader"]["sequence_length"]
-        lines.append(f"{details['consumed_samples']:,} sequences read, of {length:,} tokens now")
-    for mode, losses in details.get(HELD_OUT_LOSS, {}).items():
+    if known.consumed_samples is not None and known.loader is not None:
+        length = known.loader["sequence_length"]
+        lines.append(f"{known.consumed_samples:,} sequences read, of {length:,} tokens now")
+    for mode, losses in known.held_out_loss.items():
         what = "held-out loss" if mode == "loss" else f"held-out loss under {mode} masks"
         mean = sum(losses.values()) / len(losses)
         lines.append(

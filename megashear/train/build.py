@@ -6,7 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from megashear.checkpoint.description import ENVIRONMENT
+from megashear.checkpoint.details import (
+    CONSUMED_SAMPLES,
+    ENVIRONMENT,
+    EVAL_SEQUENCES,
+    GUARD,
+    LOADER,
+    REWEIGHTING,
+    RUN,
+    SCHEDULER,
+)
 from megashear.config import PretrainRun
 from megashear.data.batch import DocumentBorders
 from megashear.data.loader import MixtureLoader
@@ -18,7 +27,6 @@ from megashear.tokenizer import tokenizer_files
 from megashear.train.environment import environment
 from megashear.train.fill import fill
 from megashear.train.guard import StepGuard
-from megashear.train.inputs import EVAL_SEQUENCES
 from megashear.train.loop import Trainer
 from megashear.train.memory import tell_memory
 from megashear.train.mixing import RunData
@@ -27,7 +35,7 @@ from megashear.train.optim import build_optimizer, build_schedule
 from megashear.train.prepare import Prepared
 from megashear.train.pruning import StructuredPruning
 from megashear.train.start import Start
-from megashear.train.state import GUARD, LOADER, REWEIGHTING, SCHEDULER, RunState, Stateful
+from megashear.train.state import RunState, Stateful
 from megashear.train.step import TrainStep
 
 
@@ -117,7 +125,7 @@ def _check_same(prepared: Prepared) -> None:
                 for path in start.hf.iterdir()
                 if path.suffix in (".safetensors", ".bin")
             ),
-            "run": dataclasses.asdict(prepared.config),
+            RUN: dataclasses.asdict(prepared.config),
             "shape of the model": start.shape.to_dict(),
             "target of the run": prepared.lineage,
             **prepared.inputs.replicated(),
@@ -188,12 +196,12 @@ def _build_state(
         parts=parts,
         facts=prepared.lineage
         | {
-            "run": dataclasses.asdict(prepared.config),
+            RUN: dataclasses.asdict(prepared.config),
             ENVIRONMENT: environment(step.groups.world_size, command),
             EVAL_SEQUENCES: inputs.eval_sequences,
         }
         | (start.description.hf_config if start.description else {}),
-        counts=lambda: {"consumed_samples": loader.consumed_samples},
+        counts=lambda: {CONSUMED_SAMPLES: loader.consumed_samples},
         token_ids=start.description.token_ids if start.description else {},
     )
 

@@ -6,12 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megashear.checkpoint.description import (
-    HELD_OUT_ERROR,
-    HELD_OUT_LOSS,
-    iteration_name,
-    read_description,
-)
+from megashear.checkpoint.description import iteration_name, read_description
+from megashear.checkpoint.details import HELD_OUT_ERROR, HELD_OUT_LOSS
 from megashear.checkpoint.finite import not_finite_anywhere
 from megashear.checkpoint.saver import Saved, Saver
 from megashear.checkpoint.store import amend_description, checkpoint_bytes
@@ -206,7 +202,7 @@ class RunCheckpoints:
             HELD_OUT_ERROR: {mode: domains.known_errors for mode, domains in found.items()},
         }
         with raise_together():
-            done = HELD_OUT_LOSS in read_description(saved).details
+            done = bool(read_description(saved).known.held_out_loss)
         if not any(gather_objects(done)):
             amend_description(saved, details, self._state.groups)
 

@@ -51,7 +51,7 @@ def _resume(state: RunState, start: Start, config: PruneRun | PretrainRun) -> No
 
 def _warn_of_batch(description: Description, train: TrainConfig) -> None:
     """Warn of what a changed global batch does to what is counted."""
-    before = description.details["run"]["train"]["global_batch_size"]
+    before, read = description.known.flags.global_batch_size, description.known.consumed_samples
     if before != train.global_batch_size:
         left = train.train_iters - description.iteration
         logger.warning(
@@ -59,7 +59,7 @@ def _warn_of_batch(description: Description, train: TrainConfig) -> None:
             "--train-iters and by the schedule of the rate, and resume from %d; %d samples are "
             "read, %d more will be in the %d steps to come",
             *(before, train.global_batch_size, description.iteration),
-            *(description.details["consumed_samples"], left * train.global_batch_size, left),
+            *(read, left * train.global_batch_size, left),
         )
 
 
@@ -77,7 +77,7 @@ def _warn_of_rate(
     """Warn of a learning rate that jumps where the run resumes, and name the flags that changed."""
     if before is None or now is None or abs(now - before) <= _SAME_RATE * max(now, before):
         return
-    saved = description.details["run"]
+    saved = description.known.run
     changed = [
         f"--{name.replace('_', '-')} was {old} and is {new}"
         for part in ("train", "optimizer")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megashear.checkpoint.description import holds_iterations
+from megashear.checkpoint.details import PRUNED_FOR, ROUNDING, SOURCE_SHAPE
 from megashear.config import PretrainRun, PruneRun
 from megashear.masks.census import take_census
 from megashear.masks.mask_set import exact_gates
@@ -88,9 +89,9 @@ def hand_over(pruned: Trainer, pruning: Prepared, *, command: Sequence[str]) -> 
         following,
         start=dataclasses.replace(start, shape=target, resumes=False),
         lineage={
-            "source_shape": start.shape.to_dict(),
-            "pruned_for": pruned.train.train_iters,
-            "rounding": {kind: found.num_changed for kind, found in counts.items()},
+            SOURCE_SHAPE: start.shape.to_dict(),
+            PRUNED_FOR: pruned.train.train_iters,
+            ROUNDING: {kind: found.num_changed for kind, found in counts.items()},
         },
     )
     trainer = assemble(following, new_groups, command=command, has_weights=False)

@@ -35,9 +35,6 @@ from megashear.train.start import Start
 
 logger = logging.getLogger(__name__)
 
-EVAL_SEQUENCES = "eval_sequences"
-"""Key under which a checkpoint keeps the sequences per domain of its run's evaluations."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
@@ -141,8 +138,11 @@ def _phase_changes(phases: Phases, train: TrainConfig, start: Start) -> Mapping[
     drawn = 0
     if start.resumes:
         assert start.description is not None
-        drawn = start.description.details["consumed_samples"]
-        _check_tokens(phases, train, start.description.details["loader"])
+        known = start.description.known
+        assert known.consumed_samples is not None
+        assert known.loader is not None
+        drawn = known.consumed_samples
+        _check_tokens(phases, train, known.loader)
     return phases.changes(
         seq_length=train.seq_length,
         global_batch_size=train.global_batch_size,
@@ -251,7 +251,7 @@ def _eval_sequences(config: PruneRun | PretrainRun, start: Start, num_domains: i
     resumed, so that its curve continues."""
     num_modes = len(modes_of_evaluation(config.masks)) if isinstance(config, PruneRun) else 1
     asked = subsample_size(config.train, num_domains=num_domains, num_modes=num_modes)
-    saved = start.description.details.get(EVAL_SEQUENCES) if start.description else None
+    saved = start.description.known.eval_sequences if start.description else None
     if not start.resumes or saved is None:
         return asked
     if saved != asked:
@@ -260,4 +260,4 @@ def _eval_sequences(config: PruneRun | PretrainRun, start: Start, num_domains: i
             "--finetune would start a run of its own",
             *(saved, asked),
         )
-    return int(saved)
+    return saved

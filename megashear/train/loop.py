@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megashear.checkpoint.description import ENVIRONMENT
+from megashear.checkpoint.details import ENVIRONMENT, RUN
 from megashear.checkpoint.store import weight_not_finite
 from megashear.config import TrainConfig
 from megashear.models.llama import gather_weights
@@ -129,7 +129,7 @@ class Trainer:
             more=self.objective.charts(),
         )
         # steps done are the x axis: this process writes from the next one on
-        run = self.state.facts.get("run", {})
+        run = self.state.facts.get(RUN, {})
         environment = self.state.facts.get(ENVIRONMENT, {})
         texts = notes(run, environment, sections=sections(found))
         return open_sinks(self.train, first_step=first_step, config=run, layout=found, texts=texts)

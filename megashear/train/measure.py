@@ -227,9 +227,9 @@ class _Measured:
 
 def _as_trained(model: ModelConfig, description: Description) -> ModelConfig:
     """With documents kept apart as the run did that made the checkpoint, or as flags ask for."""
-    saved = description.details.get("run", {}).get("model", {})
+    saved = description.known.flags
     names = ("reset_attention_mask", "eod_mask_loss")
-    asked = {name: getattr(model, name) or saved.get(name, False) for name in names}
+    asked = {name: getattr(model, name) or getattr(saved, name) for name in names}
     for name in names:
         if asked[name] and not getattr(model, name):
             logger.info("--%s, as the run that made the checkpoint", name.replace("_", "-"))
@@ -244,9 +244,9 @@ def _sequence_length(config: EvaluateRun, description: Description, directory: P
     """
     if config.seq_length is not None:
         return config.seq_length
-    if "run" not in description.details:
+    if (length := description.known.flags.seq_length) is None:
         raise ValueError(
             f"--seq-length is not given and {directory}, of stage {description.stage!r}, was not "
             f"trained by megashear; give the length of the losses to compare with, tokens"
         )
-    return int(description.details["run"]["train"]["seq_length"])
+    return length

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megashear.checkpoint.details import TARGET_SHAPE
 from megashear.checkpoint.saver import name_latest
 from megashear.checkpoint.store import agree_on_iteration
 from megashear.config import ModelConfig, ParallelConfig, PretrainRun, PruneRun
@@ -99,7 +100,7 @@ def prepare_from(
     if isinstance(config, PruneRun):
         assert target is not None
         check_masks(config.masks, config.train, start, target)
-        lineage = {"target_shape": target.to_dict()}
+        lineage = {TARGET_SHAPE: target.to_dict()}
     return Prepared(config=config, start=start, inputs=inputs, target=target, lineage=lineage)
 
 

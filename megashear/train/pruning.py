@@ -11,6 +11,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
+from megashear.checkpoint.details import MASK_EXTENTS, MASK_OPTIMIZER_STEPS
 from megashear.checkpoint.store import MaskState
 from megashear.config import MaskConfig, OptimizerConfig
 from megashear.data.batch import MicroBatch
@@ -315,8 +316,8 @@ class StructuredPruning(Objective):
     def details(self) -> dict[str, Any]:
         """Return the steps of the masks' optimizer, and the extents of every kind's mask."""
         return {
-            "mask_optimizer_steps": self.optimizer.num_steps,
-            "mask_extents": {kind: list(part.extents) for kind, part in self.masks.parts.items()},
+            MASK_OPTIMIZER_STEPS: self.optimizer.num_steps,
+            MASK_EXTENTS: {kind: list(part.extents) for kind, part in self.masks.parts.items()},
         }
 
     def planned(self) -> dict[str, Any]:

@@ -185,8 +185,8 @@ def check_precision(start: Start, model: ModelConfig) -> None:
     """
     if not start.resumes or start.description is None:
         return
-    saved = start.description.details.get("run", {}).get("model", {}).get("bf16", model.bf16)
-    if saved != model.bf16:
+    saved = start.description.known.flags.bf16
+    if saved is not None and saved != model.bf16:
         raise ValueError(
             f"{start.checkpoint} was trained {'with' if saved else 'without'} --bf16, and its "
             f"optimizer state has that form; resume it the same way, or add --finetune to start "

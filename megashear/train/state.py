@@ -11,13 +11,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megashear.checkpoint.description import Description
+from megashear.checkpoint.details import GUARD, REWEIGHTING
 from megashear.checkpoint.store import load_run, run_state
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train.objectives import Objective
 
-SCHEDULER, LOADER, GUARD, REWEIGHTING = "scheduler", "loader", "step_guard", "reweighting"
-"""Names of the parts that every run has, and of two that may be missing, in a checkpoint."""
 _SINCE = frozenset({GUARD, REWEIGHTING})
 """Parts that older releases did not save, or that a run may begin to have when it is resumed."""
 

@@ -120,7 +120,7 @@ def _check_constraint(masks: MaskConfig, source: ModelShape, target: ModelShape)
 
 def _check_same_target(start: Start, target: ModelShape) -> None:
     assert start.description is not None
-    saved = ModelShape(**start.description.details["target_shape"]).to_dict()
+    saved = start.description.known.target.to_dict()
     for extent, wanted in target.to_dict().items():
         if saved[extent] != wanted:
             raise ValueError(

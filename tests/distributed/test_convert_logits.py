@@ -19,12 +19,8 @@ pytest.importorskip("transformers")
 
 from megashear.__main__ import main
 from megashear.checkpoint import store
-from megashear.checkpoint.description import (
-    HF_CONFIG,
-    find_iteration,
-    read_description,
-    write_description,
-)
+from megashear.checkpoint.description import find_iteration, read_description, write_description
+from megashear.checkpoint.details import HF_CONFIG
 from megashear.checkpoint.shear import cut_checkpoint
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import ModelConfig

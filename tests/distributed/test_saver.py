@@ -452,14 +452,16 @@ def test_a_read_only_disk_is_told_on_all_ranks(small_disk: Path) -> None:
 def test_values_are_added_once_and_listed(tmp_path: Path) -> None:
     from megashear.checkpoint.store import amend_description
 
+    losses = {"loss": {"c": 1.5}}
+
     def body(rank: int) -> None:
         groups = ParallelGroups.create(layout())
         (saved,) = Saver(tmp_path / "saved", groups).save(described(3), state(3, rank))
-        amend_description(saved.directory, {"held_out_loss": 1.5}, groups)
+        amend_description(saved.directory, {"held_out_loss": losses}, groups)
 
     run_ranks(RANKS, body)
     directory = find_iteration(tmp_path / "saved", contents=True)
-    assert read_description(directory).details == {"held_out_loss": 1.5}
+    assert read_description(directory).details == {"held_out_loss": losses}
 
 
 def test_no_name_of_a_place_or_a_time_is_in_the_index(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from megashear.checkpoint.description import HELD_OUT_LOSS, find_iteration, read_description
+from megashear.checkpoint.description import find_iteration, read_description
 
 RANKS = 2
 WAYS = ("carried", "reset")
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"--output {args.output} exists; choose another", file=sys.stderr)
         return 2
     args.output.mkdir(parents=True)
-    details = read_description(find_iteration(args.quickstart / "pruned")).details
-    pruning = flat(details["run"]) | {"save": str(args.output / "pruned")}
+    known = read_description(find_iteration(args.quickstart / "pruned")).known
+    pruning = flat(known.run) | {"save": str(args.output / "pruned")}
     pruning |= {"resume": True, "tensorboard_dir": None}
     found: list[dict[str, Any]] = []
     runs = [(seed, warmup, way) for seed in args.seeds for warmup in args.warmups for way in WAYS]
@@ -118,8 +118,8 @@ def measured(folder: Path, steps: int) -> dict[str, Any]:
     reader.Reload()
     losses = [event.value for event in reader.Scalars("train/lm-loss")]
     assert len(losses) == steps, f"{folder}: {len(losses)} losses"
-    details = read_description(find_iteration(folder / "trained")).details
-    held_out = statistics.mean(details[HELD_OUT_LOSS]["loss"].values())
+    known = read_description(find_iteration(folder / "trained")).known
+    held_out = statistics.mean(known.held_out_loss["loss"].values())
     return {"losses": losses, "held_out": held_out}
 
 

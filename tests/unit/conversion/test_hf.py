@@ -10,12 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megashear.checkpoint.description import (
-    HF_CONFIG,
-    find_iteration,
-    read_description,
-    write_description,
-)
+from megashear.checkpoint.description import find_iteration, read_description, write_description
+from megashear.checkpoint.details import HF_CONFIG
 from megashear.conversion import hf
 from megashear.conversion.convert import hf_to_megatron, megatron_to_hf
 from megashear.conversion.hf_config import config_of_shape, shape_of_config
@@ -292,7 +288,7 @@ def test_a_foreign_checkpoint_puts_no_other_field_into_config_json(
     assert not {"auto_map", "quantization_config"} & back.keys()
     describe(["use_cache"])
     with pytest.raises(
-        DamagedError, match=r"hf_config in its details is \['use_cache'\], wanted an"
+        DamagedError, match=r"in its details, hf_config is \['use_cache'\]; wanted dict"
     ):
         read_description(iteration)
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from megashear.checkpoint.description import Description
+from megashear.checkpoint.details import GUARD, LOADER, REWEIGHTING, SCHEDULER
 from megashear.train.objectives import LanguageModelling
-from megashear.train.state import GUARD, LOADER, REWEIGHTING, SCHEDULER, RunState
+from megashear.train.state import RunState
 from tests.tiny import SOURCE
 
 
