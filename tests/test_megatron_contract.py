@@ -1,4 +1,4 @@
-"""Facts of megatron-core 0.16.1 that megashear leans on; docs/megatron_core.md says for what.
+"""Facts of megatron-core 0.16.1 that megashear relies on; docs/megatron_core.md says why.
 
 Pipelines and optimizers have their own files: tests/distributed/test_megatron_*.py.
 """
@@ -33,12 +33,12 @@ from tests.ranks import run_ranks
 from tests.tiny import SOURCE, layout, megatron_weights, relative_error, set_weights
 
 FLOAT32 = 2e-6
-"""Relative; the same products and sums in another order; measured up to 4e-8."""
+"""Relative: sums of equal products in another order; measured up to 4e-8."""
 ROOT = Path(__file__).parents[1]
 
 
 def gpt_model(variant: Any = "local", **model: Any) -> Any:
-    """A whole tiny model on the only rank."""
+    """Return a whole tiny model, on the only rank."""
     parallel_state.destroy_model_parallel()
     groups = ParallelGroups.create(layout())
     chunks = build_llama(SOURCE, groups, layout(), ModelConfig(**model), variant=variant)
@@ -124,7 +124,7 @@ def test_psutil_and_einops_are_used_and_not_declared() -> None:
 
 
 def test_the_writer_fails_without_psutil(monkeypatch: pytest.MonkeyPatch) -> None:
-    # in a helper process, whose parent then waits for it for ever
+    # it fails in a helper process, and the parent waits for ever
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     assert filesystem_async._process_memory() > 0
@@ -200,7 +200,9 @@ def test_full_recompute_carries_attention_mask_with_each_microbatch(
             "recompute_num_layers": 1 if method == "uniform" else again,
         }
         model = gpt_model(**recompute)
-        for layer in model.decoder.layers:  # it takes both by name, and what it returns counts
+        for (
+            layer
+        ) in model.decoder.layers:  # the layer takes both by name, and what the hook returns counts
             layer.register_forward_pre_hook(before, with_kwargs=True)
         tokens = torch.arange(8)[None]
         outputs = [
@@ -379,7 +381,7 @@ def test_linears_add_gradients_of_weights_to_their_buffer(tp: int) -> None:
 
     for found, wanted, added in run_ranks(tp, body):
         assert relative_error(found, wanted) < FLOAT32
-        assert added  # which DDP's hook looks at, or it would add what came back too
+        assert added  # the hook of DDP checks this, or it would add the placeholder too
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -401,12 +403,12 @@ def test_modules_read_what_hides_their_weight_and_what_it_says_of_its_gradient(t
             module.__dict__["weight"] = shown[name]
         tokens = torch.arange(6)[None]
         gpt(tokens, tokens, None, labels=tokens).sum().backward()
-        # of a linear: added where the tensor says, and zeros come back where it says so
+        # linear: the gradient is added to the buffer of the tensor, and zeros are returned
         assert shown["linear"].main_grad.any()
         assert shown["linear"].grad_added_to_main_grad
         assert not shown["linear"].grad.any()
         assert not linear._parameters["weight"].main_grad.any()
-        # of an embedding: it comes back, and the tied output layer reads what hides it
+        # embedding: the gradient is returned; the tied output layer reads the hiding tensor
         assert shown["embedding"].grad.any()
         assert shown["embedding"].main_grad.any() == tied
         assert not embedding._parameters["weight"].main_grad.any()
@@ -493,7 +495,7 @@ def test_weights_are_gathered_by_a_hook_of_their_own_module_or_when_asked_for(as
         layer = unwrap(chunks[0]).decoder.layers[0]
         weight: Any = layer.mlp.linear_fc2.weight
         with torch.no_grad():
-            weight.fill_(float(rank))  # another on each rank, until it is gathered
+            weight.fill_(float(rank))  # ranks differ until the weight is gathered
         found = []
 
         def before(*given: Any) -> None:
@@ -577,7 +579,7 @@ def test_linears_add_empty_byte_entries_that_a_checkpoint_must_have_if_asked_for
         extra = [name for name in entries if name.endswith("_extra_state")]
         (tmp_path / "without").mkdir()
         dist_checkpointing.save(without_extra_state(entries), str(tmp_path / "without"))
-        # not an Exception: `except Exception` lets it through
+        # `except Exception` does not catch it
         with pytest.raises(CheckpointException, match=r"Missing key.*_extra_state"):
             dist_checkpointing.load(entries, str(tmp_path / "without"))
         dist_checkpointing.load(without_extra_state(entries), str(tmp_path / "without"))
@@ -637,7 +639,7 @@ def test_gpt_dataset_writes_beside_the_text_unless_the_cache_is_empty(
         )
     assert len(sequences) == (60 - 1) // 8
     assert Path(prefix, "cache").exists() == beside
-    # what lies under __getitem__: the text alone, one token longer
+    # the method below __getitem__ returns the text alone, one token longer
     for place in range(len(sequences)):
         tokens, _ = sequences._query_document_sample_shuffle_indices(place)
         assert tokens.dtype == np.int64

@@ -27,7 +27,7 @@ class MaskBinding:
         chunks: this rank's model chunks, wrapped or not, of the local spec.
         masks: the masks of the parts that `parts.own_parts` returns for this rank.
         shape: of the whole model.
-        groups: where this rank stands.
+        groups: ranks and groups of this process.
         sequence_parallel: whether tensor ranks see their own parts of the sequence.
     """
 

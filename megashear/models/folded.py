@@ -36,7 +36,7 @@ class FoldedModel:
         chunks: this rank's model chunks, wrapped or not, of the local spec.
         kinds: kinds of mask.
         shape: the whole model.
-        groups: where this rank stands.
+        groups: ranks and groups of this process.
         sequence_parallel: whether tensor ranks see their own parts of the sequence.
     """
 

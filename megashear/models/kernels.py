@@ -249,5 +249,5 @@ def _apart(half: Tensor, cos: Tensor, rows: int, distance: int) -> Tensor:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """Flatten [..., width] to [tokens, width]."""
+    """Return ``x``, [..., width], flattened to [tokens, width]."""
     return x.contiguous().flatten(0, -2)

@@ -139,7 +139,7 @@ def build_llama(
 
     Args:
         shape: the whole model.
-        groups: where this rank stands.
+        groups: ranks and groups of this process.
         parallel: the layout.
         model: precision, recompute.
         variant: kind of layers; masks need local ones.

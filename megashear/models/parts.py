@@ -18,7 +18,7 @@ def own_parts(
     Args:
         whole: whole parts of all kinds of mask.
         layers: this rank's layers, global numbers from 0, rising.
-        groups: where this rank stands.
+        groups: ranks and groups of this process.
     """
     return {kind: _own_part(part, layers, groups) for kind, part in whole.items()}
 

@@ -72,7 +72,7 @@ class MegatronTensor:
 
     @property
     def per_layer(self) -> bool:
-        """Whether every layer has such a parameter."""
+        """Return whether every layer has such a parameter."""
         return "{layer}" in self.name
 
     def extents(self, shape: ModelShape) -> tuple[int, ...]:

@@ -102,7 +102,7 @@ class Choices:
 
     @property
     def is_open(self) -> bool:
-        """Whether the user has chosen nothing."""
+        """Return whether the user has chosen nothing."""
         return self == replace(Choices(), way_out=self.way_out)
 
 

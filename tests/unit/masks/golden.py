@@ -1,4 +1,4 @@
-"""The reference implementation's numbers for one tiny masked model, and how far ours are off."""
+"""Numbers of the reference implementation for a tiny masked model, and errors of ours."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def shape(which: str) -> ModelShape:
 
 
 def log_alpha() -> dict[str, Tensor]:
-    """Whole masks, [num_rows, num_units]: hidden and layer as one row."""
+    """Return whole masks, [num_rows, num_units], with hidden and layer as one row."""
     return {kind: rows(tensors()[f"log_alpha.{kind}"]) for kind in GOLDEN_KINDS}
 
 
 def gates(prefix: str) -> dict[str, Tensor]:
-    """Gates of ``train.z``, ``z_eval.expected`` or ``z_eval.target``, [num_rows, num_units]."""
+    """Return the gates of ``train.z``, ``z_eval.expected`` or ``z_eval.target`` by kind."""
     names = dict(zip(GOLDEN_KINDS, ("hidden_z", "head_z", "intermediate_z", "head_layer_z")))
     masks = log_alpha()
     return {
@@ -57,7 +57,7 @@ def gates(prefix: str) -> dict[str, Tensor]:
 
 
 def noise(kind: str) -> Tensor:
-    """The logistic noise of the file's uniform draws of a kind, [num_rows, num_units]."""
+    """Return the logistic noise of the file's uniform draws of a kind, [num_rows, num_units]."""
     return logistic_noise(rows(tensors()[f"noise.{kind}"]))
 
 

@@ -1,4 +1,4 @@
-"""Counts of gates equal counts made one gate at a time, from formulas written anew."""
+"""Counts of gates equal counts made gate by gate, from independent formulas."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def masks(seed: int = 0) -> dict[str, Tensor]:
 
 
 def chance_of(log_alpha: float) -> float:
-    """P(open): 1 - sigmoid(2/3 ln(0.1/1.1) - log_alpha), in Python's own arithmetic."""
+    """Return P(open) = 1 - sigmoid(2/3 ln(0.1/1.1) - log_alpha), in Python's arithmetic."""
     return 1 - 1 / (1 + math.exp(log_alpha - 2 / 3 * math.log(0.1 / 1.1)))
 
 
 def open_places(row: list[float], num_open: int) -> set[int]:
-    """The most open units; of equal ones the last stay."""
+    """Return the places of the most open units, of equal ones the last."""
     order = sorted(range(len(row)), key=lambda unit: (row[unit], unit))
     return set(order[len(row) - num_open :])
 
@@ -46,7 +46,7 @@ def test_every_count_is_that_of_single_gates() -> None:
     for kind, log_alpha in whole.items():
         rows = log_alpha.tolist()
         chances = [[chance_of(value) for value in row] for row in rows]
-        # the number that is expected to close is rounded, halves up
+        # the expected number of closed units is rounded, halves up
         num_open = [len(c) - math.floor(sum(1 - p for p in c) + 0.5) for c in chances]
         rounded = sum(
             len(open_places(row, count) ^ open_places(row, targets[kind]))

@@ -72,7 +72,7 @@ def test_penalty_and_its_gradients_equal_the_reference(step: int) -> None:
 
 
 def one_row_per_kind(self: SparsityConstraint, own: object, whole: object, step: int) -> Tensor:
-    """A penalty of the mean row instead of the mean over rows of the penalty."""
+    """Return the penalty of the mean row instead of the mean of the rows' penalties."""
     total = torch.zeros((), dtype=torch.float64)
     for kind, part in self.parts.items():
         gap = own[kind].mean() / part.num_units - self.target_at(step)[kind]  # type: ignore[index]
@@ -130,7 +130,7 @@ def test_penalty_of_heads_is_a_mean_over_the_groups_of_all_layers() -> None:
         kind: torch.sigmoid(2 / 3 * math.log(0.1 / 1.1) - log_alpha.detach().double())
         for kind, log_alpha in masks.log_alpha.items()
     }
-    in_groups = closed["head"].view(4, 8, 4)  # 4 layers, 8 groups, 4 heads: 3 of them shall stay
+    in_groups = closed["head"].view(4, 8, 4)  # 4 layers, 8 groups, 4 heads: 3 of them are kept
 
     def penalty(kind: str, sparsity: Tensor, target: float) -> float:
         gap = sparsity - target
@@ -141,7 +141,7 @@ def test_penalty_of_heads_is_a_mean_over_the_groups_of_all_layers() -> None:
     wanted = groups + penalty("head", in_groups.mean(dim=2), 0.25)
     sums = masks.closed_sums()
     assert constraint.penalty(sums, sums, 0).item() == pytest.approx(wanted, rel=1e-12)
-    # the twin: a row for each layer, where groups that close all and none make up for each other
+    # the twin: a row for each layer, in which closed and open groups compensate
     by_layer = groups + penalty("head", in_groups.mean(dim=(1, 2)), 0.25)
     assert by_layer != pytest.approx(wanted, rel=0.01)
 

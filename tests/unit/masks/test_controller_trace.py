@@ -1,4 +1,4 @@
-"""The controller alone at 7B shapes, against the published trace of docs/algorithm.md, section 4.
+"""Masks and multipliers alone at 7B shapes, against the trace of docs/algorithm.md, section 4.
 
 Without a model's gradient all units of a kind start equal and stay equal. A run of 7B is then one
 shard of one unit per kind beside num_rows * num_units - 1 shards like it: the real code for one
@@ -22,8 +22,8 @@ from tests.unit.masks.test_targets import MHA
 
 STEPS, LR_WARMUP, LR_FLOOR, SPARSITY_WARMUP = 3200, 320, 0.1, 640
 
-# Published beside the trace: the controller cycles around the end of the warm-up, so that the
-# order of a sum decides where in its cycle it is met.
+# Published with the trace, which oscillates around the end of the warm-up: there the order of a sum
+# decides the phase of the oscillation.
 TOLERANCES = {320: 0.002, 640: 0.02, 1600: 0.02, 3199: 0.003}
 TRACES = {
     "llama2-2.7b": {
@@ -63,7 +63,7 @@ def trace(
     max_norm: float = 1.0,
     count_shards: bool = True,
 ) -> list[dict[str, float]]:
-    """Expected sparsity by kind before each step, and the multipliers of it."""
+    """Return the expected sparsity by kind before each step, and the multipliers then."""
     everything = whole_parts(source, target)
     parts = everything if whole else {k: first_unit(part) for k, part in everything.items()}
     shards = {
@@ -92,7 +92,7 @@ def trace(
 
 
 def worst_excess(found: list[dict[str, float]], target: str) -> float:
-    """Largest distance from the published trace, in tolerances."""
+    """Return the largest distance from the published trace, in tolerances."""
     return max(
         abs(found[step][kind] - sparsity) / TOLERANCES[step]
         for step, row in TRACES[target].items()

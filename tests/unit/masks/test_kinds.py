@@ -1,4 +1,4 @@
-"""The table of kinds is complete, and what it says stands nowhere else."""
+"""The table of kinds is complete, and no other module repeats it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NOT_PRUNED = {"vocab", "head_dim"}
 
 
 def literals(source: str) -> Iterator[str]:
-    """Names of kinds that stand in code as strings."""
+    """Return names of kinds that are strings in code."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in KINDS:
             yield f"line {node.lineno}: {node.value!r}"
@@ -78,7 +78,7 @@ def test_no_two_kinds_share_a_name_or_an_axis() -> None:
 
 
 def test_what_tensor_ranks_divide_stages_divide_too() -> None:
-    # sums over all owners of a mask know no kind of tensor ranks alone: `MaskBinding._owners`
+    # `MaskBinding._owners` handles no kind that tensor ranks divide and stages do not
     assert SPLIT_OVER_TENSOR <= SPLIT_OVER_PIPELINE
 
 
@@ -91,7 +91,7 @@ def test_masks_of_all_kinds_have_a_gate_for_each_unit(source: ModelShape) -> Non
         assert part.num_rows * part.num_units == KINDS[name].num_gates(source), name
     removed = {*KINDS} - {*parts}
     assert removed == (set() if source is GROUPED else {"group"})
-    # units without a mask of their own are pruned by that of another kind
+    # the mask of another kind prunes units that have no mask of their own
     assert all(KINDS[name].pruned_by(source).name in parts for name in removed)
 
 
@@ -102,5 +102,5 @@ def test_axes_and_folds_of_weights_are_those_of_kinds() -> None:
     assert axes - {*ON_AXIS} <= NOT_PRUNED
     folded = {kind for weight in weights for kinds in weight.folds for kind in kinds}
     assert folded <= {*KINDS}
-    # a fold of query heads is one of their key/value heads too
+    # a fold of query heads is also a fold of their key/value heads
     assert {*KINDS} - folded == {KINDS[kind].within for kind in folded} - {None}

@@ -58,7 +58,7 @@ def test_exact_gates_keep_the_target_in_every_row() -> None:
 
 
 def test_a_process_without_rows_of_a_kind_takes_part() -> None:
-    """A stage without layers: it must still step its multipliers like the others."""
+    """A stage without layers must still step its multipliers like other stages."""
     parts = whole_parts(MHA, TARGET)
     held = {
         kind: part if kind == "hidden" else replace(part, **{axis: ()})

@@ -120,7 +120,7 @@ PARTS = {
     ),
     "layer": MaskPart(kind="layer", num_rows=1, num_units=4, rows=(0,), units=(1, 3)),
 }
-"""What a rank holds at two tensor ranks and two stages of two virtual ones."""
+"""Parts of a rank with two tensor ranks and two stages of two chunks."""
 
 
 def drawn_ahead() -> MaskSet:

@@ -16,7 +16,7 @@ from tests.live import fill
 from tests.unit.masks.test_targets import MHA
 
 TARGET = replace(MHA, num_layers=3, hidden_size=24, ffn_hidden_size=64)
-FLOAT64 = 1e-12  # of values near 1; one formula in two orders of float64 operations
+FLOAT64 = 1e-12  # absolute, of values near 1: float64 operations in another order
 
 
 class Run:
@@ -56,7 +56,7 @@ class Run:
 
 
 def adam_error(*, second_decay: float = 0.95, ascent: float = -1.0) -> float:
-    """Largest distance of five steps from Adam written out with the given settings."""
+    """Return the largest difference of five steps from a written-out Adam with these settings."""
     run, worst = Run(torch.float64), 0.0
     first = {name: torch.zeros_like(p).detach() for name, p in run.parameters().items()}
     second = {name: zeros.clone() for name, zeros in first.items()}

@@ -56,12 +56,12 @@ def add_up(kind: str, grid: list[list[Tensor]]) -> Tensor:
 
 
 def one_flat_sum(kind: str, grid: list[list[Tensor]]) -> Tensor:
-    """The sum that counts the layer mask once per tensor rank."""
+    """Sum as if each tensor rank held another part of the layer mask."""
     return add_up("head" if kind == "layer" else kind, grid)
 
 
 def shard(part: MaskPart, pp: int, pp_size: int, tp: int, tp_size: int) -> MaskPart:
-    """Layers dealt round robin, as virtual stages of one layer do; units, or groups, in runs."""
+    """Return parts with layers in turn, as for virtual stages of one layer, and units in runs."""
     if part.kind == "hidden":
         return part
     if part.kind == "layer":
@@ -153,7 +153,7 @@ class Shards:
         return whole
 
     def model_loss(self, masks: MaskSet, step: int) -> Tensor:
-        """Linear in log_alpha with the same slopes for the same unit on every layout."""
+        """Return a loss that is linear in log_alpha, with a slope for each unit of a whole mask."""
         loss = torch.zeros((), dtype=torch.float64)
         for number, (kind, part) in enumerate(masks.parts.items()):
             generator = torch.Generator().manual_seed(10 * step + number)
@@ -163,7 +163,7 @@ class Shards:
         return loss
 
     def state(self) -> dict[str, Tensor]:
-        """Everything, put together from all shards; replicas must be bit-equal."""
+        """Return all state put together from all shards; copies must be bit-equal."""
         whole: dict[str, Tensor] = {}
         for masks, constraint, optimizer in self.each():
             moments = optimizer.state_tensors()
@@ -213,7 +213,7 @@ def test_shards_step_as_the_whole(shapes: tuple[ModelShape, ModelShape], pp: int
 
 
 def over_stages_only(kind: str, grid: list[list[Tensor]]) -> Tensor:
-    """The sum that takes whole rows of one tensor rank for all rows there are."""
+    """Sum as if one tensor rank held all rows."""
     return add_up("layer" if kind == "head" else kind, grid)
 
 

@@ -75,7 +75,7 @@ def test_grouped_queries_have_masks_of_groups_and_of_heads_in_them(
     assert target_units(source, target) == units
     assert all(part.rows == tuple(range(part.num_rows)) for part in parts.values())
     assert all(part.units == range(part.num_units) for part in parts.values())
-    # whatever is reached is a shape of its own: every key/value head serves as many query heads
+    # every target is a shape: each key/value head serves the same number of query heads
     assert units.get("group", source.num_query_groups) * units.get(
         "head", source.heads_per_group
     ) == (heads)

@@ -1,4 +1,4 @@
-"""Which gates go to which layer, and that taking them away leaves the model as it was."""
+"""Each layer gets its own gates, and a model without gates is the model of before."""
 
 from __future__ import annotations
 

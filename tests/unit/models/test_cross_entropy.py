@@ -1,4 +1,4 @@
-"""Cross entropy over shards of a vocabulary, against torch's own over the whole in float64."""
+"""Cross entropy over shards of a vocabulary, against torch's over the whole in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXTENTS = (5, 3)
 
 
 def whole_logits(scale: float = 4.0) -> Tensor:
-    """Logits of the padded vocabulary; padding is closed."""
+    """Return logits of the padded vocabulary, with closed padding."""
     logits = torch.randn(*EXTENTS, PADDED, generator=torch.Generator().manual_seed(1)) * scale
     logits[..., VOCAB:] = -math.inf
     return logits
@@ -35,12 +35,12 @@ def labels() -> Tensor:
 
 
 def weights() -> Tensor:
-    """Gradient of the loss, another for each token."""
+    """Return a gradient of the loss that differs between tokens."""
     return torch.rand(EXTENTS, generator=torch.Generator().manual_seed(3)) + 0.5
 
 
 def wanted(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of the logits, float64."""
+    """Return the loss and the gradient of the logits, float64."""
     leaf = logits.double().requires_grad_()
     loss = F.cross_entropy(leaf.flatten(0, -2), labels().flatten(), reduction="none")
     loss = loss.view(EXTENTS)
@@ -52,7 +52,7 @@ def wanted(logits: Tensor) -> tuple[Tensor, Tensor]:
 def found(
     tp: int, logits: Tensor, *, shift: int = 0, at_once: int | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """Loss of every rank and the gradient of all slices; ``shift`` is a mistake in the labels."""
+    """Return every rank's loss and the whole gradient; ``shift`` is a mistake in the labels."""
 
     def body(rank: int) -> tuple[Tensor, Tensor]:
         if at_once is not None:
@@ -123,7 +123,7 @@ def test_bfloat16_is_rounded_once(tp: int) -> None:
     loss, wanted_gradient = wanted(logits)
     assert relative_error(losses[0], loss) < FLOAT32
     assert relative_error(gradient, wanted_gradient) < BFLOAT16
-    # each value is the nearest one, or one beside it where float32 stood on the edge
+    # each value is the nearest, or its neighbour where float32 was halfway
     one_off = (gradient.float() - wanted_gradient).abs() <= 2**-8 * wanted_gradient.abs()
     assert one_off.all()
 
@@ -137,7 +137,7 @@ def test_the_gradient_lies_where_the_logits_lay_and_is_asked_for_once() -> None:
         loss = vocab_parallel_cross_entropy(logits, labels(), dist.group.WORLD).sum()
         loss.backward(retain_graph=True)
         assert seen == [place]
-        # what the second pass would read is no logit any more
+        # a second pass would not read logits
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 

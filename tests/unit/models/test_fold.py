@@ -29,7 +29,7 @@ BROKEN = 0.01
 
 ROWS, COLUMNS = 13, 40
 Axis = str | None
-"""What an axis is multiplied by: a factor of each "index", "one" for all, or nothing."""
+"""Factors of an axis: one for each "index", "one" for all, or none."""
 AXES: tuple[Axis, ...] = (None, "one", "index")
 MATRICES: list[tuple[Axis, ...]] = list(itertools.product(AXES, AXES))
 VECTORS: list[tuple[Axis, ...]] = list(itertools.product(AXES))
@@ -42,14 +42,14 @@ def factor(kind: Axis, size: int, seed: int) -> Tensor | None:
 
 
 def case(axes: Sequence[Axis]) -> tuple[Tensor, list[Tensor | None], Tensor]:
-    """A weight, the factors of its axes, and the gradient of what they fold it to."""
+    """Return a weight, the factors of its axes, and a gradient of the folded weight."""
     extents = (ROWS, COLUMNS)[-len(axes) :]
     factors = [factor(kind, n, 5 + n) for kind, n in zip(axes, extents)]
     return random(*extents, seed=1), factors, random(*extents, seed=2)
 
 
 def product(weight: Tensor, factors: Sequence[Tensor | None], power: int = 1) -> Tensor:
-    """The folded weight in float64, its factors raised first."""
+    """Return the folded weight in float64, with factors raised to the power."""
     wide = weight.double()
     for axis, each in enumerate(factors):
         if each is not None:
@@ -62,7 +62,7 @@ def product(weight: Tensor, factors: Sequence[Tensor | None], power: int = 1) ->
 def by_autograd(
     weight: Tensor, factors: Sequence[Tensor | None], raw: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The gradients of the weight and of its factors, in float64."""
+    """Return the gradients of the weight and of its factors, in float64."""
     leaf = weight.double().requires_grad_()
     leaves = [None if f is None else f.double().requires_grad_() for f in factors]
     product(leaf, leaves).backward(raw.double())
@@ -73,7 +73,7 @@ def by_autograd(
 def unfolded(
     weight: Tensor, factors: Sequence[Tensor | None], raw: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The same by `unfold`, added to ones where there is a total to add to."""
+    """Return the gradients of `unfold`, where those of factors are added to ones."""
     totals = [None if f is None else torch.ones_like(f) for f in factors]
     raw = raw.clone()
     unfold(raw, weight, factors, totals)
@@ -83,7 +83,7 @@ def unfolded(
 def worst(
     found: tuple[Tensor, Sequence[Tensor | None]], wanted: tuple[Tensor, Sequence[Tensor | None]]
 ) -> float:
-    """The largest relative error; a sum that a total of 1 was added to is as exact as that."""
+    """Return the largest relative error; sums were added to 1, which limits their precision."""
     errors = [relative_error(found[0], wanted[0])]
     for ours, theirs in zip(found[1], wanted[1], strict=True):
         assert (ours is None) == (theirs is None)
@@ -127,7 +127,7 @@ def test_a_weight_that_is_rounded_twice_is_noticed() -> None:
 
 
 def off_nearest(found: Tensor, exact: Tensor) -> float:
-    """What share of bfloat16 numbers are not the nearest to ``exact``, but for ties of float32."""
+    """Return the share of bfloat16 numbers that are not nearest to ``exact``, without ties."""
     nearest = (exact.to(found.dtype).double() - exact).abs()
     return float(
         ((found.double() - exact).abs() > nearest + FLOAT32_PLACES * exact.abs()).double().mean()
@@ -221,7 +221,7 @@ def test_nothing_is_compiled_for_another_device(monkeypatch: pytest.MonkeyPatch)
 
 
 LAYERS, HEADS, GROUPS, HEAD_DIM, HIDDEN, NEURONS = 3, 8, 4, 2, 10, 6
-"""Of one rank; heads per group is 2."""
+"""Shape of one rank's part; heads per group is 2."""
 SHAPE = ModelShape(
     num_layers=2 * LAYERS,
     hidden_size=HIDDEN,
@@ -231,7 +231,7 @@ SHAPE = ModelShape(
     ffn_hidden_size=2 * NEURONS,
     vocab_size=11,
 )
-"""Of the whole model, of which two stages and two tensor ranks have parts."""
+"""Shape of the whole model, which two stages and two tensor ranks divide."""
 WHOLE = {
     "hidden": gates(HIDDEN, 1).view(1, -1),
     "layer": torch.tensor([[0.5, 0.0, 0.9]]),
@@ -254,7 +254,7 @@ def factors_of(found: dict[str, Tensor]) -> Factors:
 
 
 def written_out(found: dict[str, Tensor], kind: str, layer: int, index: int) -> float:
-    """What one kind of the weight table multiplies into one index of an axis."""
+    """Return the factor of one kind of the weight table at one index of an axis."""
     if kind != "head":
         at = {"hidden": (0, index), "layer": (0, layer), "intermediate": (layer, index)}[kind]
         return float(found[kind][at]) if kind in found else 1.0

@@ -1,4 +1,4 @@
-"""Functions that a GPU runs compiled: one graph each, and the same numbers."""
+"""Compiled functions have one graph each, and compute equal numbers."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_function_runs_as_written_until_it_is_chosen(monkeypatch: pytest.Monke
 
 
 def scale_into(out: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """As a fold is: elementwise, and written over an argument."""
+    """Scale elementwise into an argument, as a fold does."""
     out.copy_(x * rows[:, None] * columns)
 
 
@@ -107,13 +107,13 @@ def sum_over(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 SIZES = ((48, 48), (32, 64), (7, 48), (48, 16 * 7), (2, 32))
-"""Rows and columns: equal, other ones, few."""
+"""Rows and columns: equal, different, few."""
 
 
 def call_with_all(
     function: Callable[..., Any], sums: Callable[..., Any], sizes: tuple[tuple[int, int], ...]
 ) -> None:
-    """Parameters and others, in gradients and without, in place in a part of a larger tensor."""
+    """Call with parameters and other tensors, with and without autograd, and with views."""
     for rows, columns in sizes:
         x, r, c = torch.randn(rows, columns), torch.randn(rows), torch.randn(columns)
         buffer = torch.zeros(3 * x.numel())

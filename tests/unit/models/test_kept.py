@@ -1,4 +1,4 @@
-"""Parameters that masks keep equal those of independent formulas, of the whole and of parts."""
+"""Parameters that masks keep, against independent formulas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.masks.test_targets import GQA, MHA, MQA, WIDE
 FLOAT32 = 2e-6
 """Relative; the reference sums in float32."""
 MATRICES = r".*\.(self_attn|mlp)\..*_proj\.weight"
-"""Names of what the reference counts: matrices of attention and MLP."""
+"""Names of the weights that the reference counts: matrices of attention and MLP."""
 
 
 def expected_params(masks: dict[str, Tensor], source: ModelShape, wanted: str = MATRICES) -> float:

@@ -34,7 +34,7 @@ def random(*extents: int, seed: int) -> Tensor:
 
 
 def gates(size: int, seed: int) -> Tensor:
-    """Between 0 and 1, a third of them exactly 0."""
+    """Return gates between 0 and 1, a third of them exactly 0."""
     z = torch.rand(size, generator=torch.Generator().manual_seed(seed))
     z[::3] = 0.0
     return z
@@ -50,7 +50,7 @@ def written_out_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def written_out_open_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """The mean square is that of the open dimensions; the others have none in it."""
+    """Return the norm with the mean square of open dimensions alone."""
     mean = x[..., OPENED].square().sum(dim=-1, keepdim=True) / len(OPENED)
     return x / (mean + EPS).sqrt() * weight
 
@@ -61,7 +61,7 @@ def open_norm(x: Tensor, weight: Tensor, num_open: float | None = None) -> Tenso
 
 
 def written_out_rotation(x: Tensor) -> Tensor:
-    """By complex numbers."""
+    """Return the rotation, by complex numbers."""
     angles = angles_of(x).double()
     first, second = x.double().chunk(2, dim=-1)
     turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
@@ -92,7 +92,7 @@ CASES = {
 
 
 def with_gradients(function: Function, inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
-    """The output, and the gradient of each input for one and the same gradient of the output."""
+    """Return the output, and each input's gradient for a fixed gradient of the output."""
     leaves = {
         name: (value if dtype is None else value.to(dtype)).clone().requires_grad_()
         for name, value in inputs.items()
@@ -242,7 +242,7 @@ def test_inputs_alone_are_kept_for_the_backward_pass(case: str) -> None:
     ours, formula, inputs = CASES[case]
 
     def kept(function: Function) -> int:
-        """Elements of activation size that are kept beside the inputs."""
+        """Return the elements of activation size that are kept besides inputs."""
         leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
         known = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
         found: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What transformers loads is what `why_refused` says it loads; targets that it refuses."""
+"""transformers loads exactly the shapes that `why_refused` allows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPE = ModelShape(
     vocab_size=32,
 )
 EXTENTS = [(40, 4, 2), (40, 6, 3), (40, 6, 6), (40, 5, 5), (42, 4, 4), (40, 3, 1)]
-"""Hidden size, heads, key/value heads."""
+"""Shapes: hidden size, heads, key/value heads."""
 GROUPED = replace(SHAPE, num_query_groups=4)
 WIDE = replace(SHAPE, hidden_size=120, num_attention_heads=12, num_query_groups=12)
 
@@ -36,7 +36,7 @@ def of_family(family: Family, shape: ModelShape = SHAPE) -> ModelShape:
 
 
 def is_loaded(shape: ModelShape) -> bool:
-    """Whether transformers makes a model of the config.json that we write, and runs it."""
+    """Return whether transformers makes a model of the config.json that we write, and runs it."""
     transformers = pytest.importorskip("transformers")
     fields = config_of_shape(shape, dtype="float32")
     try:

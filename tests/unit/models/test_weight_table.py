@@ -1,4 +1,4 @@
-"""The table against independently spelled names, shapes, counts and fusions."""
+"""The weight table against independent names, shapes, counts and fusions."""
 
 from dataclasses import replace
 

@@ -15,7 +15,7 @@ WITHOUT_CUDA = pytest.mark.skipif(device.has_cuda(), reason="there is no stand-i
 
 
 def called_from(module: str, expression: str, **names: Any) -> Any:
-    """``expression`` evaluated as if ``module`` contained it."""
+    """Return ``expression``, evaluated as if ``module`` contained it."""
     return eval(expression, {"__name__": module, **names})
 
 
@@ -35,7 +35,7 @@ def test_a_missing_megatron_core_is_refused_with_a_way_out(monkeypatch: pytest.M
 def test_a_broken_transformer_engine_is_told_with_a_way_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # what its empty package does to the import of megatron-core
+    # as the empty package does when megatron-core is imported
     class Broken:
         @staticmethod
         def find_spec(name: str, *rest: Any) -> None:
@@ -98,7 +98,7 @@ def test_random_states_are_forked_and_given_back() -> None:
         first = torch.rand(3)
     assert torch.equal(torch.get_rng_state(), outside)
     with tracker.fork("masked"):
-        assert not torch.equal(torch.rand(3), first)  # goes on where it stopped
+        assert not torch.equal(torch.rand(3), first)  # continues where it stopped
     assert torch.equal(torch.rand(3, generator=torch.Generator().manual_seed(11)), first)
 
 

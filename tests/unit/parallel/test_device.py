@@ -1,4 +1,4 @@
-"""What is refused for the device that there is, and what is done for it."""
+"""Settings that the device cannot run are refused; memory, and libraries that are found."""
 
 import ast
 import os
@@ -45,7 +45,7 @@ def test_a_missing_transformer_engine_is_refused(
 
 
 def install_core(folder: Path, monkeypatch: pytest.MonkeyPatch, line: int) -> None:
-    """What pip leaves of Transformer Engine's core: its metadata."""
+    """Write the metadata that pip leaves of Transformer Engine's core."""
     info = folder / f"transformer_engine_cu{line}-2.20.2.dist-info"
     info.mkdir()
     name = f"transformer_engine_cu{line}"
@@ -67,7 +67,7 @@ def test_a_transformer_engine_for_another_cuda_is_named(
     found = device.engine_mismatch(cuda)
     assert found is not None
     assert re.fullmatch(message, found)
-    # where its layers are asked for it is refused, and so where megatron-core stumbles over it
+    # it is refused where its layers are asked for, and where megatron-core cannot be imported
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(device, "find_accelerators", lambda: {"transformer_engine": True})
     asking = ModelConfig(transformer_impl="transformer_engine")

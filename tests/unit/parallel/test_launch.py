@@ -1,4 +1,4 @@
-"""What the environment and the configuration get wrong is refused before processes meet."""
+"""Errors in environment and configuration are raised before processes meet."""
 
 import json
 import tempfile
@@ -25,7 +25,7 @@ def test_refusals_come_before_the_meeting(
     monkeypatch: pytest.MonkeyPatch, parallel: ParallelConfig, message: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    # a meeting would fail on these, and otherwise than with ValueError
+    # a meeting would fail with these, but not with ValueError
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with (
@@ -51,11 +51,11 @@ def test_a_process_of_torchrun_ends_as_its_command_does(status: int) -> None:
 
 
 def meet_in(store: dist.Store, world_size: int) -> list[str]:
-    """What rank 0 left for all ranks of one attempt, threads here, in their part of a store."""
+    """Return what rank 0 wrote for all ranks of one attempt (threads), in their part of a store."""
     found = [""] * world_size
 
     def rank_body(rank: int) -> None:
-        time.sleep(0.1 * rank)  # the last one's mark of before is read first
+        time.sleep(0.1 * rank)  # the last rank's old mark is read first
         part = fresh_store(store, rank, world_size, timeout_s=20)
         part.set(f"rank{rank}", "here")
         part.wait([f"rank{other}" for other in range(world_size)])
@@ -76,7 +76,7 @@ def test_a_second_attempt_meets_in_the_store_that_a_first_one_left() -> None:
     assert meet_in(store, 3) == everyone
     second = json.loads(store.get("megashear/meeting/call"))
     assert first[0] != second[0]
-    assert not set(first[1]) & set(second[1])  # no mark of the first attempt was taken for one
+    assert not set(first[1]) & set(second[1])  # no mark of the first attempt was used
 
 
 def test_ranks_that_do_not_come_are_named() -> None:
@@ -123,9 +123,9 @@ def test_a_process_alone_leaves_no_temporary_file_if_it_is_killed(
     with process_group():
         assert dist.get_world_size() == 1
         assert agree.gather_objects("alone") == ["alone"]
-        assert list(tmp_path.iterdir()) == []  # what is there now would stay
+        assert list(tmp_path.iterdir()) == []  # files that are there now would stay
     assert not dist.is_initialized()
-    # nccl meets through a file as before, which is removed where the process ends well
+    # nccl meets through a file, which is removed if the process ends without an error
     with launch._own_store("cpu:gloo,cuda:nccl") as store:
         assert isinstance(store, dist.FileStore)
         assert list(tmp_path.iterdir()) != []

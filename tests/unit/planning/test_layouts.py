@@ -1,4 +1,4 @@
-"""Which layouts a plan lists, in which order, and what it says where there are none."""
+"""The layouts that a plan lists, their order, and its messages where there are none."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_layouts_fit_divide_and_are_sorted_by_time() -> None:
 def test_more_microbatches_than_are_looked_at_add_no_memory() -> None:
     for candidate in found()[:6]:
         for stage in range(candidate.work.pipeline):
-            # one stream: how many are under way does depend on their length
+            # one stream, because the number under way depends on their length
             work = replace(candidate.work, noise_streams=1)
             many = replace(work, num_microbatches=16 * work.pipeline)
             few = replace(many, num_microbatches=4 * candidate.work.pipeline)
@@ -85,7 +85,7 @@ def test_recompute_is_taken_where_nothing_fits_without() -> None:
     (tight,) = found(4, "A100-40G", chosen, noise_streams=1)
     model = tight.work.model
     assert (model.recompute_granularity, model.recompute_method) == ("full", "block")
-    # with one layer less run again it does not fit
+    # with recompute of one layer less it does not fit
     less = replace(model, recompute_num_layers=model.recompute_num_layers - 1)
     assert rank_memory(replace(tight.work, model=less), 0).total / GIB > 39.3 - 5
 
@@ -99,7 +99,7 @@ def test_flags_are_those_of_the_run() -> None:
         "--mask-noise-streams 8 --bf16"
     )
     (wide,) = found(chosen=Choices(tensor=8, pipeline=1, virtual=1))
-    # 20 heads go into 4 ranks, not into 8
+    # 4 ranks divide 20 heads, 8 do not
     assert "--target-tensor-model-parallel-size 4" in wide.flags(job())
     continued = wide.flags(job(target=None, masks=frozenset()))
     assert "--target" not in continued
@@ -139,7 +139,7 @@ def test_flags_are_those_of_the_run() -> None:
             "--pruning-global-batch-size 32 is not a multiple of --micro-batch-size \\* "
             "data-parallel size = 3 \\* 8",
         ),
-        # over eight tensor ranks 8 divide 32; it is the streams that they cannot be divided among
+        # with eight tensor ranks, microbatches of 8 divide 32 but not the streams
         (
             8,
             Choices(micro_batch_size=8),

@@ -1,4 +1,4 @@
-"""docs/planning.md shows what the command prints; run as a module, this writes it anew."""
+"""docs/planning.md shows what the command prints; run as a module, this writes it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SEVEN = Work(
     data_size=8,
     masks=frozenset({"hidden", "head", "intermediate"}),
 )
-"""What section 1 explains."""
+"""The step that section 1 explains."""
 
 
 def printed(command: str) -> str:
@@ -47,7 +47,7 @@ def printed(command: str) -> str:
 
 
 def outputs(text: str) -> list[tuple[str, str]]:
-    """Commands that the text shows with what they print."""
+    """Return the commands in the text, with their output there."""
     shown = [(found[2], found[3]) for found in OUTPUT.finditer(text)]
     # indented, so that it is not taken for a command
     return shown + [(found[2], found[3].removeprefix("  ")) for found in REFUSED.finditer(text)]
@@ -67,7 +67,7 @@ def test_the_examples_are_found() -> None:
 
 
 def table_row(text: str, line: str) -> str:
-    """The last cell of the row of a table that begins with a line's name."""
+    """Return the last cell of the table row that begins with this name."""
     (row,) = re.findall(rf"^\| (?:\*\*)?{re.escape(line)}(?:\*\*)? \|.*$", text, re.MULTILINE)
     return row.rstrip("| ").rpartition("| ")[2].strip("* ")
 
@@ -147,7 +147,7 @@ def test_the_table_of_gpus_is_the_one_that_is_used() -> None:
 
 
 def write() -> None:
-    """Put what the commands print now into the document."""
+    """Write the present output of the commands into the document."""
     text = DOC.read_text()
     text = OUTPUT.sub(lambda found: found[1] + printed(found[2]) + found[4], text)
     text = REFUSED.sub(lambda found: found[1] + "  " + printed(found[2]), text)

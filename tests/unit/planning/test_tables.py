@@ -1,4 +1,4 @@
-"""What a plan prints of masks is what its layout holds of them."""
+"""A plan prints of masks what its layout holds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLUSTER = Cluster(gpu=GPUS["H200-141G"], num_gpus=8, gpus_per_node=8, network=50
 
 
 def printed(work: Work) -> dict[str, str]:
-    """What stands behind the number of each part of a rank of the first stage."""
+    """Return the text after the number of each part, for a rank of the first stage."""
     time = step_time(work, CLUSTER, mfu=0.3)
     found = Candidate(work=work, stage=0, memory=rank_memory(work, 0), time=time)
     parts = (line.split(maxsplit=2) for line in _memory(found, CLUSTER))

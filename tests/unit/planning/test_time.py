@@ -225,7 +225,7 @@ def test_overlap_leaves_the_last_bucket_and_what_is_longer_than_a_pass() -> None
     both = layout(**sharded, overlap_grad_reduce=True, overlap_param_gather=True)
     beside = step_time(work(parallel=both, data_size=8), cluster(8), mfu=0.5)
     assert beside.data.sent == plain.data.sent
-    # passes are longer here than what lies beside them: one bucket of 40 million is left
+    # passes last longer than the communication beside them: one bucket of 40 million is left
     bucket = 40e6 / PRESETS["llama2-7b"].num_params()
     assert beside.data.exposed == pytest.approx(bucket * plain.data.exposed)
     slow = Cluster(gpu=H100, num_gpus=8, gpus_per_node=1, network=GB)

@@ -1,4 +1,4 @@
-"""What a layout leaves a rank of a step."""
+"""Noise streams of a replica."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.tiny import layout
 
 
 def met(streams: int, replicas: int) -> int:
-    """Noise streams that sequences of one replica belong to, at most."""
-    batch = streams * replicas  # the least that both divide
+    """Return the most noise streams to which sequences of one replica belong."""
+    batch = streams * replicas  # least common multiple
     each = batch // replicas
     return max(
         len({place * streams // batch for place in range(first, first + each)})
