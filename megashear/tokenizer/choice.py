@@ -1,4 +1,4 @@
-"""Which file fixes the ids where a directory holds two forms of a tokenizer."""
+"""Choice of the file that fixes the ids where a directory holds two forms of a tokenizer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megashear.tokenizer.companions import (
     SENTENCEPIECE_NAME,
     named,
     some,
+    stamps_of,
 )
 from megashear.tokenizer.models import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
@@ -19,24 +20,25 @@ PROBE = (
     "caf\u00e9 na\u00efve \u00fcber \u4f60\u597d \u041f\u0440\u0438\u0432\u0435\u0442 "
     "\u0645\u0631\u062d\u0628\u0627 \U0001f642 e\u0301 \ufb01 <|x|> [INST] ok\r\n  end  "
 )
-"""Text that two tokenizers of one model must cut alike. It begins with no blank: LlamaTokenizer of
-transformers 5 drops a first one, SentencePiece does not, and files made by the former say so."""
+"""Text that two tokenizers of one model must cut alike. It does not begin with a blank, which
+LlamaTokenizer of transformers 5 (and files it wrote) drops and SentencePiece keeps."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer in a file, or in a model directory.
 
-    Where a directory holds tokenizer.model and tokenizer.json, the first is taken if the two agree:
-    on `PROBE`, on the tokens that can come from text, on BOS and EOS. Else tokenizer.json is, which
-    transformers takes, and the tokenizer's ``note`` says why; so is one of them where the other
-    cannot be read. A file that is named is taken, and a ``note`` says where it disagrees.
+    Where a directory holds tokenizer.model and tokenizer.json, the first is used if the two agree
+    on `PROBE`, on the tokens that can come from text, and on BOS and EOS. If they disagree,
+    tokenizer.json is used, as transformers does; if one cannot be read, the other is used; in both
+    cases the tokenizer's ``note`` says why. A file that is named is used, and ``note`` says where
+    another file disagrees.
 
     Args:
         path: a SentencePiece ``*.model``, a Hugging Face ``tokenizer.json``, or a directory that
             holds tokenizer.model or tokenizer.json.
 
     Raises:
-        ValueError: nothing there, or nothing there is a tokenizer of these two kinds.
+        ValueError: the path does not exist, or is no tokenizer of these two kinds.
     """
     path = Path(path)
     if path.is_dir():
@@ -54,19 +56,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def preferred(model: Path, fast: Path) -> Path:
-    """Return which of a tokenizer.model and a tokenizer.json fixes the ids, as `load_tokenizer`.
+    """Return which of a tokenizer.model and a tokenizer.json `load_tokenizer` would use.
 
     Raises:
         ValueError: neither can be read.
     """
     beside = [model, *(fast.with_name(name) for name in COMPANION_NAMES)]
-    stats = [(file.stat().st_mtime_ns, file.stat().st_size) for file in beside if file.exists()]
-    return _preferred(model, fast, tuple(stats))
+    return _preferred(model, fast, stamps_of(beside))
 
 
 @functools.lru_cache(maxsize=16)
-def _preferred(model: Path, fast: Path, stats: tuple[tuple[int, int], ...]) -> Path:
-    """Return `preferred`, remembered while the files do not change: a run asks at every save."""
+def _preferred(model: Path, fast: Path, stamps: tuple[tuple[Path, int, int], ...]) -> Path:
+    """Return `preferred`, cached while no file changes, for a run asks at every save."""
     return _choose(model, fast).path
 
 
@@ -104,7 +105,7 @@ def _load_named_model(path: Path) -> Tokenizer:
                 f"beside it, which disagrees: {'; '.join(differences)}; to use that, name "
                 f"{fast} or the directory"
             )
-            tokenizer._goes_alone = True  # a copy with the other file would be read as that
+            tokenizer._goes_alone = True  # beside a copy of the other file it would be ignored
         return tokenizer
     return SentencePieceTokenizer(path)
 
@@ -117,7 +118,7 @@ def _choose(model: Path, fast: Path) -> Tokenizer:
         try:
             other = HuggingFaceTokenizer(fast)
         except ValueError as second:
-            raise ValueError(f"{error}; and {second}: none of the two can be read") from None
+            raise ValueError(f"{error}; and {second}: neither can be read") from None
         other.note = f"{fast} is used, not {model.name} beside it: {error}"
         return other
     try:
@@ -130,19 +131,19 @@ def _choose(model: Path, fast: Path) -> Tokenizer:
         return pieces
     other.note = (
         f"{fast} is used, as transformers does, and not {model.name} beside it, which disagrees: "
-        f"{'; '.join(differences)}; to use that nevertheless, name the file"
+        f"{'; '.join(differences)}; to use that file anyway, name it"
     )
     return other
 
 
 def _differences(pieces: SentencePieceTokenizer, other: HuggingFaceTokenizer) -> list[str]:
-    """What tokenizer.json knows or does otherwise than tokenizer.model."""
+    """Return in what a tokenizer.json differs from a tokenizer.model."""
     found = []
     if lacking := [token.content for token in other.added if pieces.lacks(token)]:
         found.append(f"{len(lacking)} added tokens are no pieces of it ({some(lacking)})")
     for name in ("bos", "eos"):
         ids = [getattr(each, f"{name}_id") for each in (pieces, other)]
-        # without a name for it anywhere, tokenizer.json does not say which token it is
+        # Where no file names the token, tokenizer.json does not say which token it is.
         if ids[0] != ids[1] and (ids[1] is not None or named(other.path, f"{name}_token")):
             found.append(f"{name.upper()} is {ids[1]}, not {ids[0]}")
     if pieces.encode(PROBE) != other.encode(PROBE):

@@ -1,12 +1,14 @@
-"""The files that describe a tokenizer beside its model: names of tokens, and added tokens."""
+"""The files of a tokenizer: their names, and what those beside its model say of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megashear.files.regular import open_regular
 from megashear.files.structured import read_json_object
 
 SENTENCEPIECE_NAME = "tokenizer.model"
@@ -25,44 +27,52 @@ COMPANION_NAMES = (
     "chat_template.jinja",
 )
 """Files that describe one tokenizer in a Hugging Face model directory."""
+CARRIED = (
+    *COMPANION_NAMES,
+    "tekken.json",
+    "tokenizer.model.v3",
+    "generation_config.json",
+    "chat_template.json",
+)
+"""Files that checkpoints carry along, as Hugging Face directories spell them."""
 
 _OPTIONS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
 @dataclass(frozen=True, slots=True)
-class Added:
+class AddedToken:
     """A token beside the vocabulary of a model."""
 
     number: int
-    """Its id."""
+    """Id of the token."""
     content: str
-    """Its text."""
+    """Text of the token."""
     special: bool
-    """Never comes from text."""
+    """Whether the token never comes from text."""
     rest: tuple[tuple[str, bool], ...] = ()
-    """How the library finds it in text."""
+    """Options by which the tokenizers library finds the token in text."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the tokenizers library calls these."""
+        """Arguments of the tokenizers library for this token."""
         return {"content": self.content, **dict(self.rest)}
 
 
-def declared(path: Path) -> dict[int, Added]:
-    """Return the tokens that the files beside a tokenizer add, by id.
+def declared(path: Path) -> dict[int, AddedToken]:
+    """Return the tokens that the files beside a tokenizer add, by id, as transformers 5 reads them.
 
-    As transformers 5 reads them: tokenizer_config.json's ``added_tokens_decoder``; without it
-    added_tokens.json, in which those are special that another file calls so.
+    They are those of ``added_tokens_decoder`` in tokenizer_config.json; without it those of
+    added_tokens.json, in which a token is special if another file calls it so.
 
     Raises:
-        ValueError: these files cannot be read.
+        ValueError: the files cannot be read.
     """
     file = path.with_name(CONFIG_NAME)
     config = _read(file)
     try:
         if "added_tokens_decoder" in config:
             return {
-                int(number): Added(
+                int(number): AddedToken(
                     int(number),
                     str(token["content"]),
                     bool(token.get("special")),
@@ -74,7 +84,7 @@ def declared(path: Path) -> dict[int, Added]:
         found = _read(file)
         special = _special_names(config) | _special_names(_read(path.with_name(SPECIAL_NAME)))
         return {
-            int(number): Added(
+            int(number): AddedToken(
                 int(number), name, name in special, (("normalized", name not in special),)
             )
             for name, number in found.items()
@@ -95,12 +105,12 @@ def _special_names(values: Mapping[str, Any]) -> set[str]:
 def named(path: Path, key: str) -> tuple[Path, str | None] | None:
     """Return the file beside a tokenizer that names ``key``, and the name; None where none does.
 
-    The name is None where the file says that there is no such token.
+    The name is None where that file says that there is no such token.
     """
     config = _read(path.with_name(CONFIG_NAME))
     order = [CONFIG_NAME, SPECIAL_NAME]
     if "added_tokens_decoder" not in config:
-        order.reverse()  # as transformers, to which the other file is a leftover then
+        order.reverse()  # like transformers, which then takes the other file for a leftover
     for name in order:
         file = path.with_name(name)
         values = config if name == CONFIG_NAME else _read(file)
@@ -108,7 +118,7 @@ def named(path: Path, key: str) -> tuple[Path, str | None] | None:
             continue
         token = values[key]
         token = token.get("content") if isinstance(token, dict) else token
-        if token != "":  # early conversions of LLaMA say nothing in these words
+        if token != "":  # "" says nothing; early conversions of LLaMA have it
             return file, None if token is None else str(token)
     return None
 
@@ -117,13 +127,13 @@ def declared_ids(path: Path) -> dict[str, int]:
     """Return the ids of the tokens that the files beside a tokenizer add, by their text.
 
     Raises:
-        ValueError: these files cannot be read.
+        ValueError: the files cannot be read.
     """
     return {token.content: token.number for token in declared(path).values()}
 
 
 def of_another(file: Path, key: str, token: str, path: Path) -> ValueError:
-    """Return what to raise where ``file`` names a token that the tokenizer in ``path`` lacks."""
+    """Return the error for a ``file`` that names a token which the tokenizer in ``path`` lacks."""
     return ValueError(
         f"{file} names {key} {token!r}, which {path} does not have; the two files belong to "
         f"different tokenizers"
@@ -133,6 +143,18 @@ def of_another(file: Path, key: str, token: str, path: Path) -> ValueError:
 def some(names: Sequence[str]) -> str:
     """Return the first few names, for messages."""
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of a file, hex."""
+    with open_regular(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def stamps_of(files: Iterable[Path]) -> tuple[tuple[Path, int, int], ...]:
+    """Return path, time of change and size of each file that exists; equal while none changes."""
+    found = [(file, file.stat()) for file in files if file.exists()]
+    return tuple((file, stat.st_mtime_ns, stat.st_size) for file, stat in found)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from megashear.files.regular import read_bytes
 logger = logging.getLogger(__name__)
 
 MODEL_BYTES = 100 * 2**20
-"""Largest SentencePiece model that is read, bytes; LLaMA's has half a MB, Gemma's four."""
+"""Largest SentencePiece model that is read, bytes; LLaMA's has 0.5 MB, Gemma's 4 MB."""
 _BPE = 2  # trainer_spec.model_type. Source: sentencepiece_model.proto
 _CONTROL = 3  # type of a piece, from the same file
 _USER_DEFINED = 4
@@ -22,17 +22,17 @@ _SPACE = "\u2581"  # how SentencePiece writes a space inside of pieces
 def write_for_transformers(model: Path, directory: Path) -> bool:
     """Write tokenizer.json and tokenizer_config.json beside a bare SentencePiece model.
 
-    Left alone, transformers 5 rebuilds the merges from the order of the pieces and not from their
-    scores: LLaMA's pieces of several spaces then win over words, and text with two spaces in a row
-    is cut in another way than the model was trained on.
+    Without tokenizer.json, transformers 5 rebuilds the merges from the order of the pieces instead
+    of their scores: LLaMA's pieces of several spaces then win over words, and text with two spaces
+    in a row is cut otherwise than in training.
 
     Args:
         model: a SentencePiece model file.
-        directory: where to write.
+        directory: directory to write into.
 
     Returns:
-        Whether tokenizer.json was written: only for byte-pair models without text normalisation,
-        which LLaMA's are. Where it was not, transformers builds its own.
+        Whether tokenizer.json was written. It is for byte-pair models without text normalisation,
+        such as LLaMA's; for others transformers builds its own.
 
     Raises:
         ValueError: ``model`` is not a SentencePiece model.
@@ -50,7 +50,7 @@ def write_for_transformers(model: Path, directory: Path) -> bool:
         if 0 <= number < len(proto.pieces)
     }
     rules = proto.normalizer_spec
-    exact = (
+    is_reproducible = (
         proto.trainer_spec.model_type == _BPE
         and rules.add_dummy_prefix
         and not rules.precompiled_charsmap
@@ -58,21 +58,21 @@ def write_for_transformers(model: Path, directory: Path) -> bool:
         and all(piece.type != _USER_DEFINED for piece in proto.pieces)
     )
     config = {
-        # Takes tokenizer.json as it is; LlamaTokenizer puts its own rule for spaces into it.
-        "tokenizer_class": "PreTrainedTokenizerFast" if exact else "LlamaTokenizer",
+        # This class leaves tokenizer.json unchanged; LlamaTokenizer adds its own rule for spaces.
+        "tokenizer_class": "PreTrainedTokenizerFast" if is_reproducible else "LlamaTokenizer",
         "clean_up_tokenization_spaces": False,
         **tokens,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if exact:
+    if is_reproducible:
         _build(proto, pieces, tokens).save(str(directory / "tokenizer.json"))
     else:
         logger.warning(
             "%s: transformers builds this kind of SentencePiece model by rules of its own and may "
-            "cut some text in another way; encode with SentencePiece where that matters",
+            "cut some text otherwise; encode with SentencePiece where that matters",
             model,
         )
-    return exact
+    return is_reproducible
 
 
 def _build(proto: Any, pieces: dict[str, int], tokens: dict[str, str]) -> Any:
@@ -113,8 +113,8 @@ def _build(proto: Any, pieces: dict[str, int], tokens: dict[str, str]) -> Any:
 
 
 def _merges(proto: Any, pieces: dict[str, int]) -> list[tuple[str, str]]:
-    """Pairs of pieces that make a piece, those of the best-scored piece first."""
-    # A stable sort: pieces of one score (those of several spaces) keep their order.
+    """Return the pairs of pieces that make a piece, beginning with the best-scored piece."""
+    # The sort is stable: pieces of one score (those of several spaces) keep their order.
     ranked = sorted(proto.pieces, key=lambda piece: -piece.score)
     merges = []
     for whole in (piece.piece for piece in ranked):
@@ -128,7 +128,7 @@ def _parse(model: Path) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    # the class is made when the module is imported, unseen by type checkers
+    # The class is made when the module is imported, unseen by type checkers.
     proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009
     try:
         proto.ParseFromString(read_bytes(model, MODEL_BYTES))

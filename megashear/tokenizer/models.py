@@ -15,31 +15,32 @@ from megashear.tokenizer.companions import (
     COMPANION_NAMES,
     HUGGING_FACE_NAME,
     SENTENCEPIECE_NAME,
-    Added,
+    AddedToken,
     declared,
     named,
     of_another,
+    sha256_of,
     some,
 )
 
 WELL_KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 WELL_KNOWN_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
-"""Names looked for when nothing beside a tokenizer.json says which tokens begin and end a text."""
+"""Names tried where nothing beside a tokenizer.json says which tokens begin and end a text."""
 
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\n")
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back, whatever library made the file."""
+    """Turns text into token ids and back, whatever library made the file."""
 
     vocab_size: int
-    """One more than the largest id the tokenizer can give, so at least rows of an embedding."""
+    """Largest id that the tokenizer can give, plus 1: the least number of rows of an embedding."""
     bos_id: int | None
-    """Id that begins a document; None where the tokenizer has none."""
+    """Id that begins a document; None where the tokenizer has no such token."""
     eos_id: int | None
-    """Id that ends a document; None where the tokenizer has none."""
+    """Id that ends a document; None where the tokenizer has no such token."""
     note: str | None = None
-    """What a user must hear of the choice between the files that are there; None for nothing."""
+    """Warning for the user about the choice between several files; None where there is none."""
 
     added_fingerprint: str | None = None
     """SHA-256 of the tokens that the files beside the model add to it; None where they add none."""
@@ -47,25 +48,24 @@ class Tokenizer(ABC):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._goes_alone = path.name not in COMPANION_NAMES
-        """A file of another name may share its directory with another model's tokenizer."""
-        with open_regular(path) as stream:
-            self.fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
+        """Whether to ignore files beside it: they may belong to another model's tokenizer."""
+        self.fingerprint = sha256_of(path)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, without special tokens.
+        """Return the ids of ``text``, without special tokens.
 
-        A special token spelled out in the text is encoded as the letters it is made of: a
-        document that talks about ``</s>`` must not end there.
+        A special token spelled out in the text is encoded as its letters: a document that talks
+        about ``</s>`` must not end there.
         """
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; special tokens leave no trace."""
+        """Return the text of ``ids``; special tokens leave no trace."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The model file, then what belongs beside it in an exported model directory."""
+        """The model file, then the files that belong beside it in an exported directory."""
         if self._goes_alone:
             return (self.path,)
         beside = (self.path.with_name(name) for name in COMPANION_NAMES)
@@ -91,9 +91,9 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece ``*.model``, as LLaMA-1 and -2 ship it.
 
     Args:
-        path: of the file.
-        alone: take BOS and EOS from the model; else those that the files beside a tokenizer.model
-            name go first.
+        path: path of the file.
+        alone: take BOS and EOS from the model; else from the files beside a tokenizer.model, as
+            far as they name them.
     """
 
     def __init__(self, path: Path, *, alone: bool = False) -> None:
@@ -115,25 +115,25 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = max([self._model.get_piece_size(), *(number + 1 for number in used)])
         if unknown := [t.content for t in self._added.values() if self.lacks(t)]:
             self.note = (
-                f"{path} knows nothing of {len(unknown)} tokens that the files beside it add "
-                f"({some(unknown)}): text that spells them is cut into letters; to have their "
+                f"{path} lacks {len(unknown)} tokens that the files beside it add "
+                f"({some(unknown)}): text that spells them is cut into letters; to use their "
                 f"ids, save the tokenizer as {HUGGING_FACE_NAME} with transformers: "
                 f"AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``; see ``Tokenizer.encode``."""
+        """Return the ids of ``text``; see ``Tokenizer.encode``."""
         ids: list[int] = self._model.encode(text)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; see ``Tokenizer.decode``."""
+        """Return the text of ``ids``; see ``Tokenizer.decode``."""
         size = self._model.get_piece_size()
         text: str = self._model.decode([number for number in ids if number < size])
         return text
 
-    def lacks(self, token: Added) -> bool:
-        """Whether a token that can come from text is not one piece of the model, of its id."""
+    def lacks(self, token: AddedToken) -> bool:
+        """Whether a token can come from text and is not a piece of the model with its id."""
         return not token.special and self._piece_id(token.content) != token.number
 
     def _piece_id(self, token: str) -> int | None:
@@ -157,8 +157,8 @@ class SentencePieceTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json`` of the tokenizers library, with the tokens that the files beside it add.
 
-    It is read as the library reads it, which is what ``AutoTokenizer`` gives, unless
-    tokenizer_config.json names a class of transformers with rules of its own.
+    The library's reading of it is what ``AutoTokenizer`` gives, unless tokenizer_config.json names
+    a class of transformers with rules of its own.
     """
 
     def __init__(self, path: Path) -> None:
@@ -173,36 +173,36 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{path} is not a {HUGGING_FACE_NAME} of the tokenizers library "
                 f"({str(error)[:80].strip()})"
             ) from error
-        # Files are saved with the settings of the code that trained them: a truncation left on
-        # would silently cut every document.
+        # Files keep the settings of the code that trained them: a truncation left on would
+        # silently cut every document.
         self._model.no_truncation()
         self._model.no_padding()
         self._model.encode_special_tokens = True
         if not self._goes_alone:
             self._add(declared(path))
-        # The count of tokens is too small where ids have gaps.
+        # Where ids have gaps, the count of tokens is too small.
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = self._special_id("bos_token", WELL_KNOWN_BOS)
         self.eos_id = self._special_id("eos_token", WELL_KNOWN_EOS)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``; see ``Tokenizer.encode``."""
+        """Return the ids of ``text``; see ``Tokenizer.encode``."""
         ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; see ``Tokenizer.decode``."""
+        """Return the text of ``ids``; see ``Tokenizer.decode``."""
         text: str = self._model.decode(list(ids), skip_special_tokens=True)
         return text
 
     @property
-    def added(self) -> list[Added]:
+    def added(self) -> list[AddedToken]:
         """Tokens beside the vocabulary of the model, by id."""
         found = self._model.get_added_tokens_decoder()
-        return [Added(n, token.content, token.special) for n, token in sorted(found.items())]
+        return [AddedToken(n, token.content, token.special) for n, token in sorted(found.items())]
 
-    def _add(self, declared: Mapping[int, Added]) -> None:
-        """Add what the files beside tokenizer.json declare and it does not have."""
+    def _add(self, declared: Mapping[int, AddedToken]) -> None:
+        """Add the tokens that the files beside tokenizer.json declare and it lacks."""
         import tokenizers
 
         known = {token.content for token in self.added}
@@ -221,11 +221,11 @@ class HuggingFaceTokenizer(Tokenizer):
                 )
 
     def _special_id(self, key: str, well_known: Sequence[str]) -> int | None:
-        """Id of the token that the files beside the model name ``key``."""
+        """Return the id of the token that the files beside the model name ``key``."""
         said = named(self.path, key)
         if said is not None:
             file, token = said
-            if token is None:  # said not to exist, as Qwen says of its bos_token
+            if token is None:  # declared missing, as Qwen declares its bos_token
                 return None
             found: int | None = self._model.token_to_id(token)
             if found is None:
@@ -239,7 +239,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _not_sentencepiece(path: Path, error: Exception) -> str:
-    """What to tell of a ``.model`` file that SentencePiece cannot read."""
+    """Return the message for a ``.model`` file that SentencePiece cannot read."""
     with open_regular(path) as stream:
         is_tiktoken = _TIKTOKEN.match(stream.read(1024)) is not None
     if is_tiktoken:

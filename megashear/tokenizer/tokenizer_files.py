@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megashear.files.pointers import refuse_pointer
-from megashear.files.regular import open_regular
 from megashear.files.structured import LARGE_JSON_BYTES, read_json_object
 from megashear.tokenizer import fast_tokenizer
 from megashear.tokenizer.choice import preferred
-from megashear.tokenizer.companions import COMPANION_NAMES, declared_ids
+from megashear.tokenizer.companions import (
+    CARRIED,
+    COMPANION_NAMES,
+    declared_ids,
+    sha256_of,
+    stamps_of,
+)
 from megashear.tokenizer.models import SentencePieceTokenizer
 
-CARRIED = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tekken.json",
-    "tokenizer.model.v3",
-    "generation_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-"""Names of the files that are carried along, as Hugging Face directories spell them."""
 TEMPLATES = "additional_chat_templates"
-"""Folder of chat templates beside the first, ``*.jinja``, that is carried along too."""
+"""Folder of further chat templates, ``*.jinja``, that checkpoints carry along too."""
 
 
 def find(source: Path | str | Iterable[Path | str] | None) -> list[Path]:
@@ -41,11 +30,11 @@ def find(source: Path | str | Iterable[Path | str] | None) -> list[Path]:
 
     Args:
         source: a directory, of which the `CARRIED` files and `TEMPLATES` are taken; or files, all
-            of them taken (a lone ``x.model`` file counts as ``tokenizer.model``); None gives none.
+            of which are taken (``x.model`` counts as ``tokenizer.model``); None gives no files.
 
     Raises:
-        ValueError: the directory or a file does not exist, or a file's name is not in `CARRIED`, or
-            a file is a pointer of Git LFS.
+        ValueError: the directory or a file does not exist, a file's name is not in `CARRIED`, or a
+            file is a pointer of Git LFS.
     """
     if source is None:
         return []
@@ -71,7 +60,7 @@ def find(source: Path | str | Iterable[Path | str] | None) -> list[Path]:
 
 
 def copy(files: Sequence[Path], directory: Path) -> None:
-    """Copy ``files`` into ``directory`` under the names transformers looks for."""
+    """Copy ``files`` into ``directory`` under the names that transformers looks for."""
     for path in files:
         target = directory / _carried_name(path)
         target.parent.mkdir(exist_ok=True)
@@ -79,7 +68,7 @@ def copy(files: Sequence[Path], directory: Path) -> None:
 
 
 def copy_for_transformers(files: Sequence[Path], directory: Path) -> None:
-    """Copy as `copy` does; beside a bare SentencePiece model, write what transformers needs, too.
+    """Copy ``files``; beside a bare SentencePiece model, also write what transformers needs.
 
     Raises:
         ValueError: the SentencePiece model cannot be read.
@@ -93,36 +82,28 @@ def copy_for_transformers(files: Sequence[Path], directory: Path) -> None:
 def fingerprint(files: Sequence[Path]) -> str | None:
     """Return the SHA-256 of the file that fixes the token ids; None where there is none.
 
-    That is tokenizer.model or tokenizer.json, as `megashear.tokenizer.choice` has it.
+    `megashear.tokenizer.choice` chooses between tokenizer.model and tokenizer.json.
     """
     chosen = _chosen({_carried_name(path): path for path in files})
-    if chosen is None:
-        return None
-    with open_regular(chosen) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return None if chosen is None else sha256_of(chosen)
 
 
 def token_ids(files: Sequence[Path]) -> dict[str, Any]:
-    """``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` as far as the files tell.
+    """Return ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` as far as the files say.
 
-    A generation_config.json is believed first, then the SentencePiece model unless tokenizer.json
-    knows more than it, then the added tokens of tokenizer.json under the names that
+    A generation_config.json comes first, then the SentencePiece model unless tokenizer.json is
+    preferred to it, then the added tokens of tokenizer.json under the names that
     tokenizer_config.json gives.
     """
     beside = {path.with_name(name) for path in files for name in COMPANION_NAMES}
-    stats = [
-        (path, found.st_mtime_ns, found.st_size)
-        for path in sorted({*files, *beside})
-        if path.exists() and (found := path.stat())
-    ]
-    return dict(_token_ids(tuple(files), tuple(stats)))
+    return dict(_token_ids(tuple(files), stamps_of(sorted({*files, *beside}))))
 
 
 @functools.lru_cache(maxsize=4)
 def _token_ids(
-    files: tuple[Path, ...], stats: tuple[tuple[Path, int, int], ...]
+    files: tuple[Path, ...], stamps: tuple[tuple[Path, int, int], ...]
 ) -> Mapping[str, Any]:
-    """Return `token_ids`, remembered while the files do not change: a run asks at every save."""
+    """Return `token_ids`, cached while no file changes, for a run asks at every save."""
     by_name = {_carried_name(path): path for path in files}
     chosen = _chosen(by_name)
     ids: dict[str, Any] = {}

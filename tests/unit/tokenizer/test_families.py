@@ -203,7 +203,7 @@ def test_tokens_of_text_beside_a_lone_sentencepiece_model_are_said(
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "[PAD]"}))
     note = load_tokenizer(tmp_path).note
     assert note is not None
-    assert "knows nothing of 1 tokens that the files beside it add ('<tool>')" in note
+    assert "lacks 1 tokens that the files beside it add ('<tool>')" in note
 
 
 @pytest.mark.parametrize("config", [{"bos_token": "", "eos_token": ""}, {}])
@@ -240,7 +240,7 @@ def test_llama_3_beside_a_tiktoken_file_is_read(
     with pytest.raises(ValueError, match=r"but tiktoken's, as LLaMA-3 .*give its tokenizer\.json"):
         load_tokenizer(tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tiktoken's.*; and .*tokenizer\.json is not .*: none of"):
+    with pytest.raises(ValueError, match=r"tiktoken's.*; and .*tokenizer\.json is not .*: neither can"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(
