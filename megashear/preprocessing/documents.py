@@ -27,61 +27,61 @@ from megashear.preprocessing.text_files import Chunk, Record
 from megashear.tokenizer.choice import load_tokenizer
 
 EMPTY = "empty"
-"""Why a document is skipped: no text but blanks, or no token."""
+"""Reason to skip a document: it has no text but blanks, or no token."""
 NOT_TEXT = "not a string"
-"""Why a document is skipped: null, a number, a list where text belongs."""
+"""Reason to skip a document: null, a number or a list stands where text belongs."""
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half of a surrogate pair. JSON can escape one, as web text cut at a place does, and no tokenizer
-accepts it; whole pairs are one character by then."""
+"""Half of a surrogate pair. JSON can escape one, as in web text that was cut, and no tokenizer
+accepts it; the reader of JSON has made one character of each whole pair."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodingPolicy:
-    """What becomes of a record; hashable and picklable: workers load their tokenizer from it."""
+    """How a record is encoded; hashable and picklable, for workers load their tokenizer from it."""
 
     tokenizer_path: Path
-    """Tokenizer file or directory."""
+    """File or directory of the tokenizer."""
     json_key: str
-    """Key under which a line holds its text."""
+    """Key of the text in a line."""
     prepend_bos: bool
     """Begin every document of text with the tokenizer's BOS."""
     append_eod: bool
     """End every document of text with the tokenizer's EOS."""
     held_out_fraction: float
-    """Documents that go to the held-out set, expected share."""
+    """Expected share of held-out documents."""
     dtype: str
-    """Name of the numpy type that tokens are stored in."""
+    """Name of the numpy type of stored tokens."""
 
 
 class EncodedSide(NamedTuple):
-    """Documents of a chunk that go to one side, back to back."""
+    """Documents of a chunk on one side, training or held out, back to back."""
 
     tokens: npt.NDArray[np.integer]  # [tokens]
     lengths: npt.NDArray[np.int32]  # [documents]
 
 
 class EncodedChunk(NamedTuple):
-    """What a chunk became."""
+    """Chunk whose documents are tokenised and assigned to a side."""
 
     train: EncodedSide
     held_out: EncodedSide
     skipped: Counter[str]
-    """Records left out, by reason."""
+    """Number of records left out, by reason."""
     text_bytes: int
     """Size of the texts that were tokenised, bytes of UTF-8."""
     num_pretokenised: int
-    """Documents that came as tokens."""
+    """Number of documents that came as tokens."""
     lone_surrogates: int = 0
-    """Halves of surrogate pairs in the texts, replaced by U+FFFD."""
+    """Number of halves of surrogate pairs in the texts; each was replaced by U+FFFD."""
 
     @property
     def num_documents(self) -> int:
-        """Documents on both sides."""
+        """Number of documents on both sides."""
         return len(self.train.lengths) + len(self.held_out.lengths)
 
 
 def read_texts(file: Path, json_key: str) -> Iterator[str]:
-    """Text of every document of a file of text, one held at a time.
+    """Yield the text of every document of a file of text; one is held at a time.
 
     Raises:
         ValueError: a record is not a JSON object with text under ``json_key``; names the file and
@@ -104,10 +104,11 @@ def read_texts(file: Path, json_key: str) -> Iterator[str]:
 def check_first(
     file: Path, json_key: str, tokens_dtype: str, max_document_mb: int = MAX_DOCUMENT_MB
 ) -> None:
-    """Look at the first record of a file: most mistakes are made in all of them.
+    """Check the first record of a file, for most mistakes are in all records.
 
     Raises:
-        ValueError: the file cannot be read, or the record is none; names the file and the line.
+        ValueError: the file cannot be read, or its first record is not valid; names the file and
+            the line.
     """
     chunks = read_chunks(
         file,
@@ -156,7 +157,7 @@ def encode_chunk(policy: EncodingPolicy, chunk: Chunk) -> EncodedChunk:
                 text, replaced = LONE_SURROGATE.subn("\ufffd", text)
                 content = text.encode()
             size, is_held_out = len(content), encoder.is_held_out(content)
-            del content  # a document may be long, and its tokens take more
+            del content  # a document may be long, and its tokens take even more
             found = encoder.encode(text)
             if found is None:
                 skipped[EMPTY] += 1
@@ -196,7 +197,7 @@ class _Encoder:
         self._held_out_below = int(policy.held_out_fraction * 2**64)
 
     def encode(self, text: str) -> npt.NDArray[np.integer] | None:
-        """Tokens of a document; None where it is blank."""
+        """Return the tokens of a document; None where it is blank."""
         if not text or text.isspace():
             return None
         parts = [
@@ -211,7 +212,7 @@ class _Encoder:
     def check_tokens(
         self, tokens: npt.NDArray[np.number], place: str
     ) -> tuple[npt.NDArray[np.integer], bytes]:
-        """Tokens as they are stored, and the bytes by which their side is chosen."""
+        """Return tokens in the stored type, and the bytes by which their side is chosen."""
         size = self._tokenizer.vocab_size
         wrong = np.flatnonzero((tokens < 0) | (tokens >= size))
         if len(wrong):
@@ -220,19 +221,20 @@ class _Encoder:
                 f"{self._tokenizer.path} has {size} ids; give the tokenizer that made these data "
                 f"(--tokenizer-model), or their type (--tokens-dtype)"
             )
-        # One type whatever the file's, or the same tokens would change sides with it.
+        # The bytes have one type whatever the file's: a document keeps its side in any type.
         return tokens.astype(self._dtype), tokens.astype("<i4").tobytes()
 
     def is_held_out(self, content: bytes) -> bool:
-        # Of the content alone: a document stays on its side whatever files join the domain, and
-        # copies of a text never end up on both sides.
+        """Whether a document belongs to the held-out side."""
+        # By the content alone: a document keeps its side whatever files join the domain, and
+        # copies of a text share a side.
         digest = hashlib.blake2b(content, digest_size=8).digest()
         return int.from_bytes(digest, "big") < self._held_out_below
 
 
 @lru_cache(maxsize=1)
 def _encoder(policy: EncodingPolicy) -> _Encoder:
-    """Loaded once in each process: a tokenizer takes longer to load than a chunk to encode."""
+    """Load the encoder once in each process: that takes longer than to encode a chunk."""
     return _Encoder(policy)
 
 
@@ -242,11 +244,11 @@ def _side(documents: list[npt.NDArray[np.integer]], dtype: str) -> EncodedSide:
 
 
 def _text(record: Record, key: str, place: str) -> object:
-    """What a record holds as its text, which may be anything."""
+    """Return what a record holds as its text, of any type."""
     if not isinstance(record, bytes):
         return record
     try:
-        # Not the bytes: json guesses UTF-16 and UTF-32 there, whose lines have been cut wrongly.
+        # From text, for json takes bytes for UTF-16 or UTF-32 too, whose lines were cut wrongly.
         line = json.loads(record.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise ValueError(f"{place} is not UTF-8: {error}; convert the file to UTF-8") from None
@@ -262,25 +264,25 @@ def _text(record: Record, key: str, place: str) -> object:
             f"{place} has no key {key!r}, only {sorted(line)}; name the key of the text with "
             f"--json-key, or move the file away if it is no text"
         )
-    if isinstance(line, _Repeating) and line.counts[key] > 1:
+    if isinstance(line, _RepeatedKeys) and line.counts[key] > 1:
         raise ValueError(
             f"{place} has the key {key!r} {line.counts[key]} times, so its text is not clear; "
-            f"leave one"
+            f"keep one of them"
         )
     return line[key]
 
 
-class _Repeating(dict[str, object]):
-    """A JSON object in which a key is there more than once; the last one counts."""
+class _RepeatedKeys(dict[str, object]):
+    """JSON object in which a key occurs more than once; its last value counts."""
 
     counts: Counter[str]
-    """How often each key is there."""
+    """Number of times that each key occurs."""
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
-    repeating = _Repeating(found)
-    repeating.counts = Counter(key for key, _ in pairs)
-    return repeating
+    repeated = _RepeatedKeys(found)
+    repeated.counts = Counter(key for key, _ in pairs)
+    return repeated

@@ -1,4 +1,4 @@
-"""What can be preprocessed: which files make a domain, and how each kind is read."""
+"""Files that can be preprocessed: which of them make a domain, and how each kind is read."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ JSON_SUFFIXES = tuple(
 )
 PLAIN_SUFFIXES = tuple(f".txt{packing}" for packing in ("", *PACKINGS))
 TEXT_SUFFIXES = (*JSON_SUFFIXES, *PLAIN_SUFFIXES, ".parquet")
-"""Of text that is read, in any case: ``.JSONL`` too."""
+"""Suffixes of text files, in upper or lower case."""
 SHARD_SUFFIXES = (".mds", ".mds.zstd", ".mds.gz")
 MEGATRON_SUFFIX = ".bin"
 KINDS = (
     "JSON lines or arrays (*.jsonl, *.json), plain text (*.txt), either as *.gz or *.zst, "
     "*.parquet, Megatron's *.bin with *.idx, or MDS shards"
 )
-"""What a directory of data may hold, for messages."""
+"""Kinds of files that are read, for messages."""
 REFUSED_SUFFIXES = frozenset(
     [
         *(".xz", ".bz2", ".lzma", ".lz4", ".br", ".zip", ".7z", ".rar", ".tar", ".tgz", *PACKINGS),
         *(".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".warc"),
     ]
 )
-"""Of what is likely data and is not read: archives, tables, packed files of unknown content."""
+"""Suffixes of files that are likely data and are not read: archives, tables, packed files."""
 NUM_NAMED = 5
-"""Files named in a message that counts them all."""
-NUM_LOOKED_AT = 256
-"""JSON files of a folder whose first record is looked at, one open each."""
+"""Number of files named in a message that counts them all."""
+NUM_CHECKED = 256
+"""Number of JSON files of a folder whose first record is checked; each is opened once."""
 
 
 class Inputs(dict[str, list[Path]]):
-    """Files of each domain, domains and files in the order of their names."""
+    """Files of each domain; domains and files are in the order of their names."""
 
     def __init__(self, domains: dict[str, list[Path]], unread: list[Path]) -> None:
         super().__init__(sorted(domains.items()))
         self.unread = unread
-        """Files of no kind that is read, which lie among the others."""
+        """Files of other kinds, which are not read."""
 
     def summary(self) -> str:
         """Return how many files are read, of each kind."""
@@ -67,7 +67,7 @@ class Inputs(dict[str, list[Path]]):
         return f"{count} {'file' if count == 1 else 'files'} read: {named}"
 
     def unread_summary(self) -> str:
-        """Return how many files are not read, and which; empty where all are."""
+        """Return how many files are not read, and which; empty where all are read."""
         if not self.unread:
             return ""
         count = len(self.unread)
@@ -80,18 +80,18 @@ def find_domains(directory: str | Path, json_key: str = JSON_KEY) -> Inputs:
     """Find the domains of a directory: one per data file, one per subdirectory that holds some.
 
     A subdirectory is searched to any depth. Data files are text (``TEXT_SUFFIXES``), Megatron's
-    ``.bin`` with its ``.idx``, and directories of MDS shards, which are a domain each. Files of no
-    kind that is read are counted and named.
+    ``.bin`` with its ``.idx``, and directories of MDS shards, each of which is a domain. Files of
+    other kinds are counted and named in a warning.
 
     Args:
-        directory: where to look.
+        directory: directory of the data.
         json_key: Megatron-LM's preprocess_data.py appends ``_{json_key}_document`` to the names of
-            its files, which is no part of the domain's name.
+            its files; this is not part of the domain's name.
 
     Raises:
-        ValueError: no such directory, no data in it, one name given twice, one file twice by
-            whatever links, a data directory of our own, or files that look like data and cannot be
-            read.
+        ValueError: the directory does not exist or holds no data, a name or a file (by links)
+            occurs twice, the data are what ``megashear preprocess`` wrote, or a file looks like
+            data and cannot be read.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -109,7 +109,7 @@ def find_domains(directory: str | Path, json_key: str = JSON_KEY) -> Inputs:
         files = search.files_of(entry)
         if not files:
             if entry.is_dir() and not entry.name.startswith("."):
-                logger.warning("%s holds no data: it is no domain", entry)
+                logger.warning("%s holds no data, so it is not a domain", entry)
             continue
         if any(f.suffix == MEGATRON_SUFFIX and (f.parent / MANIFEST_NAME).is_file() for f in files):
             raise ValueError(
@@ -124,8 +124,8 @@ def find_domains(directory: str | Path, json_key: str = JSON_KEY) -> Inputs:
         plain = [file for file in files if file.name.lower().endswith(PLAIN_SUFFIXES)]
         if plain and len(plain) < len(files):
             logger.warning(
-                "%s: %d of its %d files are plain text, each taken as one document, %s first; move "
-                "away what is no data, such as a README",
+                "%s: %d of its %d files are plain text, each read as one document, %s first; move "
+                "away what is not data, such as a README",
                 *(entry, len(plain), len(files), plain[0]),
             )
         name = entry.name if entry.is_dir() else _domain_name(entry, json_key)
@@ -137,24 +137,24 @@ def find_domains(directory: str | Path, json_key: str = JSON_KEY) -> Inputs:
         domains[name], came_from[name] = files, entry
     inputs = Inputs(domains, search.unread)
     if not domains:
-        told = f"; {inputs.unread_summary()}" if inputs.unread else ""
-        raise ValueError(f"no data in {directory} or below it: wanted {KINDS}{told}")
+        unread = f"; {inputs.unread_summary()}" if inputs.unread else ""
+        raise ValueError(f"no data in {directory} or below it: wanted {KINDS}{unread}")
     if inputs.unread:
-        logger.warning("%s; read are %s", inputs.unread_summary(), KINDS)
+        logger.warning("%s; wanted %s", inputs.unread_summary(), KINDS)
     return inputs
 
 
 def samples_of(files: Sequence[Path]) -> list[Path]:
-    """Return the files whose first record is looked at before any text is tokenised.
+    """Return the files whose first record is checked before any text is tokenised.
 
-    Of JSON up to `NUM_LOOKED_AT` of each folder, for a description that is no data
-    (``dataset_infos.json``) may lie among shards under any name; of other kinds, whose files are
-    all alike, the first of each folder.
+    These are up to `NUM_CHECKED` JSON files of each folder, for a description
+    (``dataset_infos.json``) may lie among shards under any name. Files of another kind are all
+    alike, so the first of each folder is checked.
     """
     chosen: dict[tuple[Path, str], list[Path]] = {}
     for file in files:
         alike = chosen.setdefault((file.parent, _suffix(file)), [])
-        if len(alike) < (NUM_LOOKED_AT if file.name.lower().endswith(JSON_SUFFIXES) else 1):
+        if len(alike) < (NUM_CHECKED if file.name.lower().endswith(JSON_SUFFIXES) else 1):
             alike.append(file)
     return [file for alike in chosen.values() for file in alike]
 
@@ -167,17 +167,17 @@ def read_chunks(
     chunk_bytes: int = CHUNK_BYTES,
     max_document_mb: int = MAX_DOCUMENT_MB,
 ) -> Iterator[Chunk]:
-    """Cut a data file of any kind into chunks; what is held does not grow with the file.
+    """Cut a data file of any kind into chunks, in memory that does not grow with the file.
 
     Args:
-        file: one of those that ``find_domains`` finds.
+        file: a file that ``find_domains`` finds.
         json_key: column of the text in a parquet file.
         tokens_dtype: numpy type of ids in an MDS shard.
         chunk_bytes: size of a chunk, bytes of text, or of tokens at 4 each.
         max_document_mb: longest line, item, row or file of plain text, MB.
 
     Raises:
-        ValueError: the file is damaged, of no known kind, or has a longer document.
+        ValueError: the file is damaged, of unknown kind, or has too long a document.
     """
     name = file.name.lower()
     if name.endswith(".parquet"):
@@ -190,7 +190,7 @@ def read_chunks(
         return read_json(file, chunk_bytes, max_document_mb)
     if name.endswith(PLAIN_SUFFIXES):
         return read_plain(file, max_document_mb)
-    raise ValueError(f"{file} is of no kind that is read; wanted {KINDS}")
+    raise ValueError(f"{file} is none of the kinds that are read; wanted {KINDS}")
 
 
 def _read_megatron(file: Path, chunk_bytes: int) -> Iterator[Chunk]:
@@ -208,16 +208,16 @@ def _read_megatron(file: Path, chunk_bytes: int) -> Iterator[Chunk]:
 
 
 class _Search:
-    """Looks for data files, each of which may be met once."""
+    """Search for data files, each of which may occur once."""
 
     def __init__(self) -> None:
         self.unread: list[Path] = []
-        self._met: dict[tuple[int, int], Path] = {}
+        self._found: dict[tuple[int, int], Path] = {}
 
     def files_of(self, entry: Path) -> list[Path]:
         """Return the data files that an entry of a directory is or holds, by name."""
         if entry.name.startswith("."):
-            # Caches and leavings of other programs, but for text that somebody hid.
+            # Caches and leftovers of other programs, or text that somebody hid.
             if entry.name.lower().endswith(TEXT_SUFFIXES) and not entry.name.startswith("._"):
                 self.unread.append(entry)
             return []
@@ -230,20 +230,20 @@ class _Search:
         return self._folder(entry)
 
     def check_new(self, path: Path) -> None:
-        """Refuse a file or folder that was met before under another name.
+        """Refuse a file or folder that was found before under another name.
 
         Raises:
-            ValueError: it was; its text would be there twice.
+            ValueError: it was found before, so its text would be used twice.
         """
         found = path.stat()
         if not found.st_ino:  # some file systems in user space number no files
             return
-        first = self._met.setdefault((found.st_dev, found.st_ino), path)
+        first = self._found.setdefault((found.st_dev, found.st_ino), path)
         if first is not path:
             if first == path:
-                raise ValueError(f"{path} is listed twice by its {INDEX_NAME}; mend the list")
+                raise ValueError(f"{path} is listed twice by its {INDEX_NAME}; correct the list")
             raise ValueError(
-                f"{path} is {first} once more, by a link, and its text would be taken twice; "
+                f"{path} is {first} once more, by a link, and its text would be used twice; "
                 f"remove one of them"
             )
 
@@ -272,8 +272,8 @@ class _Search:
         name = file.name.lower()
         if name.endswith(SHARD_SUFFIXES):
             raise ValueError(
-                f"{file} lies in no directory whose index.json lists it, so nobody knows which "
-                f"shards are missing; copy the index.json too"
+                f"{file} lies in no directory whose index.json lists it, so missing shards would "
+                f"not be noticed; copy the index.json too"
             )
         if file.suffix == ".idx" and file.with_suffix(MEGATRON_SUFFIX).is_file():
             return []  # comes with its .bin
@@ -292,7 +292,7 @@ class _Search:
                 f"{file} is no regular file but a pipe, a device or a link to nothing; remove it"
             )
         refuse_pointer(file)
-        if file.stat().st_size:  # copies of an empty file are one in some caches
+        if file.stat().st_size:  # some caches keep one file for all empty ones
             self.check_new(file)
         return [file]
 

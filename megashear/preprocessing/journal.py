@@ -1,9 +1,10 @@
-"""What an unfinished run of preprocessing has done, so that the next one goes on there.
+"""Journal of what an unfinished run of preprocessing has done, so that the next run resumes there.
 
-Beside the files in the making lies a folder with one JSON file a domain. It lists, for every input
-file that was read to its end and for the one being read, how long the outputs were then: whatever
-lies behind the last of these places is cut off before going on. The outputs are on the disk before
-the journal says so, and the journal changes in one step, so a run may be killed anywhere.
+Beside the unfinished files lies a folder with one JSON file for each domain. It lists, for every
+input file that was read to its end and for the one being read, how long the outputs were then: a
+run that resumes first cuts off what lies after the last of these places. The outputs are on the
+disk before the journal says so, and the journal changes in one step, so a run may be killed
+anywhere.
 """
 
 from __future__ import annotations
@@ -24,61 +25,61 @@ from megashear.files.structured import read_json_object
 logger = logging.getLogger(__name__)
 
 FOLDER = ".progress"
-"""Name in the directory in the making; no domain's name begins with a dot."""
+"""Name of the journal's folder; no domain's name begins with a dot."""
 SETTINGS_NAME = "settings"
 LOCK_NAME = "lock"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SideState:
-    """How far one side of a domain has been written."""
+    """State of one written side of a domain."""
 
     documents: int = 0
-    """Documents in the ``.bin``."""
+    """Number of documents in the ``.bin``."""
     tokens: int = 0
-    """Tokens in the ``.bin``."""
+    """Number of tokens in the ``.bin``."""
     largest_id: int = -1
-    """Largest id among them."""
+    """Largest id in the ``.bin``."""
     largest_id_at: int = -1
-    """Where it is first, in tokens from the file's beginning."""
+    """Number of the first token with the largest id, from 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DomainState:
-    """How far a domain has been written."""
+    """State of a written domain."""
 
     train: SideState = SideState()
-    """Training side."""
+    """State of the training side."""
     held_out: SideState = SideState()
-    """Held-out side."""
+    """State of the held-out side."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Documents left out, by reason."""
+    """Number of documents left out, by reason."""
     text_bytes: int = 0
     """Size of the texts tokenised, bytes of UTF-8."""
     pretokenised: int = 0
-    """Documents that came as tokens."""
+    """Number of documents that came as tokens."""
     lone_surrogates: int = 0
-    """Halves of surrogate pairs replaced."""
+    """Number of halves of surrogate pairs that were replaced."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """The state of a domain at some point of its input."""
+    """Point of a domain's input, and the state of its output there."""
 
     file: str
-    """Input file, absolute."""
+    """Absolute path of the input file."""
     size: int
-    """Its size, bytes."""
+    """Size of the file, bytes."""
     mtime_ns: int
-    """Its time of change."""
+    """Time of the file's last change."""
     chunks: int | None
-    """Chunks of it that have been written; None where it has been read to its end."""
+    """Number of the file's chunks that are written; None where it was read to its end."""
     state: DomainState
-    """All that was written up to here, of this file and those before."""
+    """State of everything written up to here, of this file and those before it."""
 
     @classmethod
     def of(cls, file: Path, chunks: int | None, state: DomainState) -> Place:
-        """The place after ``chunks`` chunks of ``file``, or at its end."""
+        """Return the place after ``chunks`` chunks of ``file``, or at its end."""
         found = file.stat()
         return cls(
             file=str(file.absolute()),
@@ -89,7 +90,7 @@ class Place:
         )
 
     def is_in(self, file: Path) -> bool:
-        """Whether ``file`` is what was read: the same path, size and time of change."""
+        """Whether ``file`` is the one that was read: path, size and time of change are equal."""
         found = file.stat()
         return (self.file, self.size, self.mtime_ns) == (
             str(file.absolute()),
@@ -103,12 +104,12 @@ class Journal:
     """What is known of one domain."""
 
     places: tuple[Place, ...] = ()
-    """Ends of the input files that were read, in order; the last may lie within its file."""
+    """Ends of the input files that were read, in order; the last place may lie within its file."""
     counts: dict[str, Any] | None = None
-    """Fields of the domain's DomainCounts where it is finished."""
+    """Fields of the domain's DomainCounts; None while the domain is unfinished."""
 
     def fitting(self, files: Sequence[Path]) -> tuple[Place, ...]:
-        """The places that lie in the first of these files, unchanged and in the same order."""
+        """Return the places up to the first one that does not fit its file in ``files``."""
         fitting = []
         for place, file in zip(self.places, files):
             if not place.is_in(file):
@@ -118,11 +119,11 @@ class Journal:
 
 
 def read_journal(directory: Path, name: str) -> Journal:
-    """The journal of a domain; an empty one where there is none."""
+    """Read the journal of a domain; return an empty one where there is none."""
     path = directory / FOLDER / f"{name}.json"
     if not path.is_file():
         return Journal()
-    # Of any size, for it is ours: some 420 bytes for each input file.
+    # Read at any size, for we wrote it: some 420 bytes for each input file.
     content = read_json_object(path, max_bytes=path.stat().st_size)
     places = []
     try:
@@ -146,17 +147,17 @@ def write_journal(directory: Path, name: str, journal: Journal) -> None:
 
 @contextlib.contextmanager
 def unfinished(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Hold ``directory`` for a run with these settings, new or left behind by another.
+    """Hold ``directory``, new or left by an earlier run, for a run with these settings.
 
-    Where the block raises before anything worth keeping was written, the directory goes.
+    If the block raises before anything worth keeping was written, the directory is removed.
 
     Args:
-        directory: made if it is not there.
-        settings: all that the output depends on besides its input; fit for JSON.
+        directory: directory to hold; made if it does not exist.
+        settings: everything that the output depends on besides its input; fit for JSON.
 
     Raises:
-        ValueError: a run is writing there, or one with other settings left it behind.
-        KeyboardInterrupt: passed on, with what is kept as its text.
+        ValueError: another run is writing there, or a run with other settings left the directory.
+        KeyboardInterrupt: raised again; its text says what is kept.
     """
     folder = directory / FOLDER
     if directory.exists() and not folder.is_dir():
@@ -188,7 +189,7 @@ def unfinished(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _is_kept(directory: Path, name: str) -> bool:
-    """Return whether a domain's journal lists work; a journal that cannot be read may."""
+    """Whether a domain's journal lists work; True where it cannot be read."""
     try:
         journal = read_journal(directory, name)
     except ValueError:  # must not take the place of the error that ends the run
@@ -218,8 +219,8 @@ def _check_settings(path: Path, settings: Mapping[str, Any], directory: Path) ->
     begun = read_json_object(path)
     changed = [key for key in {**wanted, **begun} if wanted.get(key) != begun.get(key)]
     if changed:
-        told = ", ".join(f"{key} {begun.get(key)!r}, now {wanted.get(key)!r}" for key in changed)
+        pairs = ", ".join(f"{key} {begun.get(key)!r}, now {wanted.get(key)!r}" for key in changed)
         raise ValueError(
-            f"{directory} was begun with other settings ({told}); go on with those, or delete "
+            f"{directory} was begun with other settings ({pairs}); resume with those, or delete "
             f"{directory} to begin anew"
         )

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator
 
 BLOCK = 1 << 18
-"""Bytes of an array looked at together."""
+"""Bytes of an array that are scanned together."""
 MARKS = re.compile(rb'["\[\]{},]')
-"""What gives an array its structure, outside of strings."""
+"""Characters that structure an array, outside of strings."""
 STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
-"""The inside of a string, or as much of it as is there."""
+"""Inside of a string, as far as the block holds it."""
 SPACE = b" \t\r\n"
 """White space of JSON."""
 BOM = b"\xef\xbb\xbf"
@@ -26,7 +26,7 @@ class ArrayError(Exception):
 
 
 def is_array(stream: io.BufferedReader) -> bool:
-    """Whether a stream begins an array; nothing is taken from it."""
+    """Whether a stream begins an array; consumes nothing."""
     return stream.peek(4096).removeprefix(BOM).lstrip(SPACE).startswith(b"[")
 
 
@@ -34,7 +34,7 @@ def split_lines(stream: io.BufferedReader, limit: int) -> Iterator[bytes]:
     """Yield the lines of a stream, with their ends.
 
     Args:
-        stream: of bytes.
+        stream: stream of bytes.
         limit: longest line, bytes.
 
     Raises:
@@ -47,12 +47,12 @@ def split_lines(stream: io.BufferedReader, limit: int) -> Iterator[bytes]:
 
 
 def split_array(stream: io.BufferedReader, limit: int) -> Iterator[bytes]:
-    """Yield the items of the JSON array that a stream is, as they are written.
+    """Yield the items of a JSON array as they are written.
 
-    Whether an item is valid JSON is left to who parses it. One item and one block are held.
+    The caller's parser finds out whether an item is valid JSON. One item and one block are held.
 
     Args:
-        stream: of bytes, ``is_array``.
+        stream: stream of bytes for which ``is_array`` is True.
         limit: longest item, bytes.
 
     Raises:
@@ -78,6 +78,7 @@ def split_array(stream: io.BufferedReader, limit: int) -> Iterator[bytes]:
     while block := stream.read(BLOCK):
         begin, at, skip = 0, skip, 0
         while not is_over:
+            # Skip a string.
             if in_string:
                 inside = STRING.match(block, at)
                 assert inside is not None
@@ -88,6 +89,7 @@ def split_array(stream: io.BufferedReader, limit: int) -> Iterator[bytes]:
                     skip = 1
                     break
                 in_string, at = False, at + 1
+            # Find the next mark.
             mark = MARKS.search(block, at)
             if mark is None:
                 break
@@ -110,6 +112,7 @@ def split_array(stream: io.BufferedReader, limit: int) -> Iterator[bytes]:
                 if not is_over or num_items or item.strip(SPACE):
                     yield taken()
                     num_items += 1
+        # Keep the rest of the block.
         if is_over:
             if block[begin:].strip(SPACE):
                 raise ArrayError("is no part of the array, which has ended before it")

@@ -1,4 +1,4 @@
-"""Long texts encoded part by part, with the ids of the whole."""
+"""Long texts, encoded in parts with the ids of the whole."""
 
 from __future__ import annotations
 
@@ -6,44 +6,45 @@ import re
 from collections.abc import Callable, Iterator
 
 PART = 1 << 20
-"""Characters encoded at a time; tokenizers take some 50 bytes of memory for each."""
+"""Number of characters encoded at a time; a tokenizer takes some 50 bytes of memory for each."""
 WINDOW = 256
-"""Characters on each side of a place by which it is tested."""
+"""Number of characters on each side of a place that are encoded to test it."""
 TRIES = 64
-"""Places tested before the rest is encoded as a whole."""
+"""Number of places tested before the rest is encoded as a whole."""
 PLACES = re.compile(r"(?<=\S)[ \n](?=\S)")
-"""Where most tokenizers begin a new word, whatever comes before."""
+"""Places where most tokenizers begin a new word, whatever comes before."""
 
-Encode = Callable[[str], list[int]]
+Encoder = Callable[[str], list[int]]
+"""Function that returns the ids of a text, without special tokens."""
 
 
-def encode_parts(encode: Encode, text: str) -> Iterator[list[int]]:
+def encode_parts(encode: Encoder, text: str) -> Iterator[list[int]]:
     """Yield the ids of a text in parts; joined, they are those of the whole.
 
-    A tokenizer's memory grows with what it is given at once. Text is parted at a space or a line
-    end between two words where the ids of the text around it are those of its two parts: so the
-    tokenizer itself says whether words are apart there, and in which of three ways a part is to
-    begin. SentencePiece puts a space before each text, so the space between two parts is left out;
-    byte-level tokenizers want it. Where no place passes, as in text without spaces, the rest is
-    encoded as a whole.
+    A tokenizer's memory grows with the text it is given. Text is cut at a space or a line end
+    between two words where the ids of the text around that place are those of its two parts. So
+    the tokenizer itself decides where a cut is allowed, and in which of three ways the next part
+    begins: SentencePiece puts a space before each text, so the space between two parts is left
+    out; byte-level tokenizers need it. Where no place passes, as in text without spaces, the rest
+    is encoded as a whole.
 
     Args:
-        encode: ids of a text, without special tokens.
-        text: of any length.
+        encode: returns the ids of a text.
+        text: text of any length.
     """
     begin = 0
     while len(text) - begin > 2 * PART:
-        parting = _parting(encode, text, begin + PART)
-        if parting is None:
+        cut = _find_cut(encode, text, begin + PART)
+        if cut is None:
             break
-        end, after = parting
+        end, after = cut
         yield encode(text[begin:end])
         begin = after
     yield encode(text[begin:] if begin else text)
 
 
-def _parting(encode: Encode, text: str, earliest: int) -> tuple[int, int] | None:
-    """Return where a part may end and the next begin; None where no place is found."""
+def _find_cut(encode: Encoder, text: str, earliest: int) -> tuple[int, int] | None:
+    """Return where a part may end and the next one begin; None where no place is found."""
     for number, place in enumerate(PLACES.finditer(text, earliest)):
         if number == TRIES:
             return None

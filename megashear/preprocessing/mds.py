@@ -1,10 +1,11 @@
 """Tokens in MDS shards, the format of mosaicml-streaming, in which LLM-Shearing keeps its data.
 
 A directory has an index.json that lists shards. A shard is, little-endian: the number of samples n
-(u32), n + 1 offsets of samples in the shard (u32), its description as JSON, the samples. A sample
-is the size (u32) of each column of no fixed size, then the columns, in the order of their names.
+(u32), n + 1 offsets of samples in the shard (u32), its description as JSON, and the samples. A
+sample is the size (u32) of each column without a fixed size, then the columns in the order of their
+names.
 
-Source: mosaicml-streaming 0.13.0, streaming/base/format/mds; read, and its shards compared
+Source: mosaicml-streaming 0.13.0, streaming/base/format/mds; checked against shards that it wrote
 (tests/data/README.md).
 """
 
@@ -28,16 +29,16 @@ INDEX_NAME = "index.json"
 COLUMN = "tokens"
 SET = "set"
 PACKED = {".zstd": "zstd", ".gz": "gz"}
-"""Suffixes of packed shards that are read, and mosaicml-streaming's names of the packings."""
+"""Suffixes of packed shards that are read, with mosaicml-streaming's names of the packings."""
 LARGEST = 2**32 - 1
-"""Bytes of the largest shard: places in it have four bytes."""
+"""Size of the largest possible shard, bytes: offsets have four bytes."""
 
 
 def is_mds(directory: Path) -> bool:
     """Whether a directory's index.json lists shards.
 
     Raises:
-        ValueError: it cannot be read, and shards lie beside it.
+        ValueError: index.json cannot be read, and shards lie beside it.
     """
     index = directory / INDEX_NAME
     if not index.is_file():
@@ -54,11 +55,11 @@ def is_mds(directory: Path) -> bool:
 
 
 def shards_of(directory: Path) -> list[Path]:
-    """Shards that the directory's index.json lists, each there and as large as it says.
+    """Return the shards that the directory's index.json lists, after a check of their sizes.
 
     Raises:
-        ValueError: a shard is missing, is cut short, is of another format, or is packed in a way
-            that is not read.
+        ValueError: a shard is missing, was cut short, is of another format, or has a packing that
+            is not read.
     """
     index = directory / INDEX_NAME
     shards = []
@@ -82,10 +83,10 @@ def listed_files(directory: Path) -> set[Path]:
 def read_mds(
     file: Path, tokens_dtype: str = TOKENS_DTYPE, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[Chunk]:
-    """Cut the samples of a shard into chunks; holds one shard (64 MiB unless made otherwise).
+    """Cut the samples of a shard into chunks; holds one shard, by default 64 MiB.
 
     Args:
-        file: a shard.
+        file: path of the shard.
         tokens_dtype: numpy type of the ids in its column ``tokens``.
         chunk_bytes: size of a chunk, bytes, at 4 a token.
 
@@ -143,7 +144,7 @@ def _shard(directory: Path, shard: Mapping[str, Any]) -> Path:
             f"'mds' version 2 is read"
         )
     packed, packing = shard["zip_data"], (shard["compression"] or "").partition(":")[0]
-    # Both forms may be there, for mosaicml-streaming unpacks shards beside themselves.
+    # Both forms may exist, for mosaicml-streaming unpacks shards beside the packed ones.
     for described in filter(None, (shard["raw_data"], packed)):
         file = inside(directory, described["basename"], index)
         if not file.is_file():
@@ -183,7 +184,7 @@ def _unpacked(file: Path) -> bytes:
 
 
 def _description(data: bytes) -> tuple[dict[str, Any], list[int]]:
-    """The JSON of a shard and where its samples begin; the last number is its size."""
+    """Return the description of a shard and the offsets of its samples; the last is its size."""
     if len(data) < 8:
         raise ValueError(f"it has {len(data)} bytes")
     (count,) = np.frombuffer(data, "<u4", count=1).tolist()
@@ -233,7 +234,7 @@ def _tokens(column: bytes, dtype: np.dtype[Any], place: str) -> npt.NDArray[np.n
             f"{dtype.name}; name their type with --tokens-dtype"
         )
     tokens = np.frombuffer(column, dtype=dtype)
-    # Wider ids read as narrow ones are small numbers with zeros between: none is out of range.
+    # Wide ids read in a narrow type are small numbers with zeros between: none is out of range.
     if dtype.itemsize < 8 and len(tokens) > 3 and not tokens[1::2].any():
         raise ValueError(
             f"{place}: as {dtype.name}, every other id is 0, so its tokens are wider; name their "

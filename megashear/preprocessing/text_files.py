@@ -1,4 +1,4 @@
-"""Records of files of text, JSON, plain and parquet, packed or not, read in bounded memory."""
+"""Records of JSON, plain text and parquet files, packed or not, read in bounded memory."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from megashear.preprocessing.unpack import DAMAGES, unpacked
 CHUNK_BYTES = 1 << 20
 """Text handed to a worker at a time, bytes; a longer document is a chunk of its own."""
 PARQUET_ROWS = 64
-"""Rows decoded at a time; a chunk is made of as many of these as it takes."""
+"""Number of rows decoded at a time; a chunk takes as many batches as it needs."""
 
 Record = bytes | str | None | npt.NDArray[np.number]
-"""A line or an item of JSON; a text, or none where a row holds null; tokens."""
+"""A line or an item of JSON (bytes), a text (None where a row holds null), or tokens."""
 
 
 class Chunk(NamedTuple):
@@ -36,14 +36,14 @@ class Chunk(NamedTuple):
 
     file: Path
     unit: str
-    """What a record is called: line, item, row, sample, document."""
+    """Name of a record in messages: line, item, row, sample or document."""
     first: int
-    """Number of the first record, 1-based, as editors count."""
+    """Number of the first record, from 1, as editors count."""
     records: list[Record]
     position: int
-    """Bytes of the file, as it lies on the disk, that have been read up to here."""
+    """Bytes of the file on the disk that were read up to the chunk's end."""
     set_name: str | None = None
-    """The set that MDS samples say they are of."""
+    """Name of the set that MDS samples say they belong to."""
 
     @property
     def last_place(self) -> str:
@@ -52,7 +52,7 @@ class Chunk(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of the records, or characters; 4 a token."""
+        """Size of the records, in bytes, characters, or 4 per token."""
         return sum(
             4 * len(record) if isinstance(record, np.ndarray) else len(record or "")
             for record in self.records
@@ -64,12 +64,12 @@ def read_json(
 ) -> Iterator[Chunk]:
     """Cut the lines of a file of JSON, or the items of its one array, into chunks.
 
-    A file that begins with ``[`` is an array. ``.gz`` and ``.zst`` are unpacked on the way. One
-    chunk is held at a time: whole records, about ``chunk_bytes`` of them.
+    A file that begins with ``[`` is an array. ``.gz`` and ``.zst`` files are unpacked while they
+    are read. One chunk is held at a time: whole records of about ``chunk_bytes`` together.
 
     Raises:
-        ValueError: the file is damaged, is of another kind than its name says, or has a longer
-            record than the limit.
+        ValueError: the file is damaged, is of another kind than its name says, or has a record
+            longer than the limit.
     """
     records: list[Record] = []
     first, size, unit = 1, 0, "line"
@@ -95,15 +95,15 @@ def read_json(
             raise _too_long(f"{file}, {unit} {first + len(records)}", max_document_mb) from None
         except ArrayError as error:
             raise ValueError(
-                f"{file}, item {first + len(records)} {error}; mend the file, download it again, "
-                f"or write an object a line"
+                f"{file}, item {first + len(records)} {error}; correct the file, download it "
+                f"again, or write one object per line"
             ) from None
         if records:
             yield Chunk(file, unit, first, records, raw.tell())
 
 
 def read_plain(file: Path, max_document_mb: int = MAX_DOCUMENT_MB) -> Iterator[Chunk]:
-    """Read a file of plain text, packed or not, which is one document.
+    """Read a file of plain text, packed or not, as one document.
 
     Raises:
         ValueError: the file is damaged, is of another kind than its name says, is not UTF-8, or is
@@ -148,8 +148,8 @@ def read_parquet(
     One chunk is held at a time, and one page of the column with its dictionary.
 
     Raises:
-        ValueError: pyarrow is not installed, the file is damaged, has no such text column, or a
-            longer text than the limit.
+        ValueError: pyarrow is not installed, or the file is damaged, has no such text column, or
+            has a text longer than the limit.
     """
     try:
         import pyarrow
@@ -162,7 +162,7 @@ def read_parquet(
     first = 1
     refuse_pointer(file)
     try:
-        # Buffered: pages are read as they are wanted. Pre-buffered, whole row groups would be.
+        # Buffered, pages are read when they are needed; pre-buffered, whole row groups would be.
         with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
             _check_column(file, table.schema_arrow, column)
             _check_groups(file, table.metadata, column, max_document_mb)
@@ -190,12 +190,12 @@ def read_parquet(
 
 
 def _is_longer(text: str, limit: int) -> bool:
-    """Whether a text has more bytes than ``limit``; counts them only where they may be."""
+    """Whether a text has more bytes than ``limit``; encodes it only if it may have."""
     return 4 * len(text) > limit and len(text.encode(errors="surrogatepass")) > limit
 
 
 def _check_groups(file: Path, metadata: Any, column: str, max_document_mb: int) -> None:
-    """Refuse rows that must be longer than the limit before they are unpacked."""
+    """Refuse rows before they are unpacked where one must be longer than the limit."""
     first = 1
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -203,7 +203,7 @@ def _check_groups(file: Path, metadata: Any, column: str, max_document_mb: int) 
         for place in range(group.num_columns):
             chunk = group.column(place)
             most = max_document_mb * 1_000_000 * max(group.num_rows, 1)
-            # Twice: pages have headers and lengths beside the texts.
+            # Times 2, for pages also hold headers and lengths.
             if chunk.path_in_schema == column and chunk.total_uncompressed_size > 2 * most:
                 raise _too_long(f"{file}: one of the rows {first} to {last}", max_document_mb)
         first = last + 1

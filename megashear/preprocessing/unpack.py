@@ -1,4 +1,4 @@
-"""Bytes of text files, unpacked on the way where the name says that they are packed."""
+"""Bytes of text files, unpacked where the name says that they are packed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, BinaryIO
 import zstandard
 
 PACKINGS = {".gz": "gzip", ".zst": "Zstandard", ".zstd": "Zstandard"}
-"""Suffixes of packed text that is read."""
+"""Suffixes of packed text that is read, and the names of the packings."""
 FEED_BYTES = (1 << 8, 1 << 12)
-"""Zstandard input taken at a time, bytes, least and most: what it unfolds to is held at once, and
-that can be 32,768 times as much where a text repeats itself; least after such a place."""
+"""Least and most Zstandard input unpacked at a time, bytes. The output is held at once, and can be
+32,768 times as large where a text repeats itself; after such a place the least is taken."""
 DENSE_BYTES = 1 << 20
-"""What input taken at a time may unfold to, bytes, before less is taken."""
+"""Size of the output, bytes, above which less input is taken next."""
 BEGINNINGS = {
     b"\x1f\x8b": ("gzip", ".gz"),
     b"\x28\xb5\x2f\xfd": ("Zstandard", ".zst"),
@@ -26,19 +26,19 @@ BEGINNINGS = {
     b"BZh": ("bzip2", None),
     b"\xfd7zXZ": ("xz", None),
 }
-"""First bytes of what is no plain text, and the suffix it should have; None: not read."""
+"""Kind and suffix of files that are not plain text, by their first bytes; None: not read."""
 
 
 class DamagedError(Exception):
-    """What is wrong with a packed file."""
+    """A packed file is damaged; the text says how."""
 
 
 DAMAGES = (EOFError, gzip.BadGzipFile, zlib.error, DamagedError)
-"""What reading a stream of ``unpacked`` raises where the file is damaged."""
+"""Exceptions from reading a stream of ``unpacked`` where the file is damaged."""
 
 
 def unpacked(raw: BinaryIO, file: Path) -> io.BufferedReader:
-    """Return the text of ``file`` as a stream over its bytes ``raw``.
+    """Return the unpacked bytes of ``file`` as a stream over its bytes ``raw``.
 
     Raises:
         ValueError: the file is of another kind than its name says.
@@ -66,14 +66,14 @@ def unpacked(raw: BinaryIO, file: Path) -> io.BufferedReader:
 
 
 class _ZstdStream(io.RawIOBase):
-    """Unpacked Zstandard frames.
+    """Stream of the unpacked bytes of Zstandard frames.
 
-    Not zstandard's own stream reader, which takes a frame that was cut short for a whole one.
+    zstandard's own stream reader takes a frame that was cut short for a whole one.
     """
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
-        # As wide as any frame may ask for: archives of text are packed with --long.
+        # The widest window of any frame: archives of text are packed with --long.
         self._unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
         self._frame: Any = None
         self._unpacked = memoryview(b"")

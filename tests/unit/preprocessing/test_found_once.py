@@ -40,7 +40,7 @@ LINKS = {
 def test_links_that_repeat_text_are_refused(folder, link: str) -> None:
     at, to = LINKS[link]
     (folder / at).symlink_to(folder / to)
-    pattern = r"/(\S+) is \S+/(\S+) once more, by a link, and its text would be taken twice; remove"
+    pattern = r"/(\S+) is \S+/(\S+) once more, by a link, and its text would be used twice; remove"
     with pytest.raises(ValueError, match=pattern) as caught:
         find_domains(folder)
     assert str(folder / at) in str(caught.value)
@@ -109,7 +109,7 @@ def test_what_is_not_read_is_counted_and_named(folder, caplog) -> None:
     unread = found.unread_summary()
     assert unread.startswith(f"4 files are not read: {folder}/README.md, {folder}/cc/")
     assert "4 files are not read" in caplog.text
-    assert "read are JSON lines or arrays (*.jsonl, *.json), plain text" in caplog.text
+    assert "wanted JSON lines or arrays (*.jsonl, *.json), plain text" in caplog.text
     for number in range(3):
         (folder / f"{number}.md").touch()
     assert find_domains(folder).unread_summary().endswith(" and 2 more")

@@ -126,9 +126,9 @@ def test_domains_are_files_or_folders_of_any_depth(tmp_path, caplog) -> None:
     }
     assert list(found) == ["cc", "code", "shards", "wiki"]
     assert found.summary() == "9 files read: 5 .mds, 1 .parquet, 1 .jsonl, 1 .bin, 1 .jsonl.zst"
-    assert re.search(r"/notes holds no data: it is no domain", caplog.text)
+    assert re.search(r"/notes holds no data, so it is not a domain", caplog.text)
     assert found.unread == [tmp_path / ".x.jsonl", tmp_path / "notes/readme.md"]
-    assert re.search(r"2 files are not read: \S+/\.x\.jsonl, \S+/readme\.md; read are", caplog.text)
+    assert re.search(r"2 files are not read: \S+/\.x\.jsonl, \S+/readme\.md; wanted", caplog.text)
     assert len(caplog.records) == 2
     (tmp_path / "cc/2/README.txt").write_text("no data")
     assert tmp_path / "cc/2/README.txt" in find_domains(tmp_path)["cc"]
@@ -158,7 +158,7 @@ def test_directories_without_clear_data_are_refused(tmp_path, paths, message: st
         find_domains(tmp_path)
     with pytest.raises(ValueError, match="gone is not a directory"):
         find_domains(tmp_path / "gone")
-    with pytest.raises(ValueError, match=r"x\.csv is of no kind that is read"):
+    with pytest.raises(ValueError, match=r"x\.csv is none of the kinds that are read"):
         read_chunks(tmp_path / "x.csv")
 
 
@@ -221,7 +221,7 @@ def test_text_files_are_a_document_each(tmp_path, texts, tokenise, sentencepiece
         ('{\n  "text": "a"\n}', r"x\.json, line 1 is not valid JSON: .*an object a line, or one"),
         (
             '{"text": "a", "text": "b"}',
-            r"x\.json, line 1 has the key 'text' 2 times, so its text is not clear; leave one",
+            r"x\.json, line 1 has the key 'text' 2 times, so its text is not clear; keep one",
         ),
     ],
 )

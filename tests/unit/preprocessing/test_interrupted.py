@@ -237,7 +237,7 @@ def test_domains_no_longer_asked_for_leave_no_trace(run, tmp_path, caplog) -> No
     ("options", "message"),
     [
         ({"append_eod": False}, r"other settings \(append_eod True, now False\)"),
-        ({"held_out_fraction": 0.2}, r"held_out_fraction 0\.1, now 0\.2\); go on with those, or"),
+        ({"held_out_fraction": 0.2}, r"held_out_fraction 0\.1, now 0\.2\); resume with those, or"),
     ],
 )
 def test_other_settings_do_not_mix(run, tmp_path, options, message) -> None:

@@ -240,7 +240,9 @@ def test_llama_3_beside_a_tiktoken_file_is_read(
     with pytest.raises(ValueError, match=r"but tiktoken's, as LLaMA-3 .*give its tokenizer\.json"):
         load_tokenizer(tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tiktoken's.*; and .*tokenizer\.json is not .*: neither can"):
+    with pytest.raises(
+        ValueError, match=r"tiktoken's.*; and .*tokenizer\.json is not .*: neither can"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(
