@@ -31,6 +31,6 @@ def check(config: EvaluateRun) -> None:
         ValueError: anything a user can correct.
     """
     check_there(config, "load", "load_hf", "data_path")
-    from megashear.train.measure import check_evaluate
+    from megashear.train.measure import prepare_evaluate
 
-    check_evaluate(config)
+    prepare_evaluate(config)

@@ -50,8 +50,8 @@ def check(config: ReferenceLossRun) -> None:
     check_there(config, "load", "losses", "data_path")
     check_new(config, "output")
     from megashear.data.reference_loss import find_references
-    from megashear.train.measure import check_models
+    from megashear.train.measure import prepare_models
 
-    known, runs, params = check_models(config)
+    known, runs, params = prepare_models(config)
     if not runs:  # nothing is left to measure
         find_references(known, method=config.method, params=params)
