@@ -63,14 +63,13 @@ def distributed(
         _choose_kernels(model)
         found = [name for name, is_here in device.find_accelerators().items() if is_here]
         logger.info(
-            "%d processes on %s: tensor %d, pipeline %d, data %d; found of apex and "
-            "transformer_engine: %s",
+            "%d processes on %s: tensor %d, pipeline %d, data %d; optional packages found: %s",
             groups.world_size,
             device.device().type,
             groups.tensor_size,
             groups.pipeline_size,
             groups.data_size,
-            ", ".join(found) or "none, torch's own optimizers and kernels serve",
+            ", ".join(found) or "no apex or transformer_engine, so torch's own are used",
         )
         if (wrong := device.engine_mismatch()) is not None:
             logger.warning("%s", wrong)

@@ -36,10 +36,10 @@ def tell_memory(
     when = ""
     for other, evaluation in _evaluations(config, work):
         if evaluation.total > memory.total:
-            stage, memory, when = other, evaluation, ", in an evaluation"
+            stage, memory, when = other, evaluation, " in an evaluation"
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.parts().items() if size)
     logger.info(
-        "a rank of stage %d is planned to hold most, %.2f GiB at its fullest%s: %s%s",
+        "planned memory of the fullest rank, in stage %d: %.2f GiB%s: %s%s",
         *(stage, memory.total / GIB, when, parts, _not_counted(config)),
     )
 

@@ -61,8 +61,8 @@ def told(
 def test_the_log_has_the_plan(pruning: bool, caplog: pytest.LogCaptureFixture) -> None:
     message, work = told(caplog, pruning=pruning)
     stage, memory = fullest_stage(work)
-    assert message.startswith(f"a rank of stage {stage} is planned to hold most, ")
-    assert f"{memory.total / 2**30:.2f} GiB at its fullest: " in message
+    assert message.startswith(f"planned memory of the fullest rank, in stage {stage}: ")
+    assert f"{memory.total / 2**30:.2f} GiB: " in message
     assert f"activations {memory.activations / 2**30:.2f}" in message
     assert "not counted" not in message
 
@@ -81,7 +81,7 @@ def test_an_evaluation_of_many_sequences_is_the_fullest(caplog: pytest.LogCaptur
         fullest_stage(work)[1].parts()[name] for name in ("activations", "buffers")
     )
     total = (rank_memory(work, 1).lasting + buffers) / 2**30
-    wanted = f"a rank of stage 1 is planned to hold most, {total:.2f} GiB at its fullest, in an "
+    wanted = f"planned memory of the fullest rank, in stage 1: {total:.2f} GiB in an "
     assert message.startswith(wanted + "evaluation: ")
     assert f"buffers {buffers / 2**30:.2f}" in message
 
