@@ -142,7 +142,7 @@ def check_pair(prefix: Path) -> IndexedText:
 
 
 def read_documents(prefix: Path) -> Iterator[npt.NDArray[np.integer]]:
-    """Tokens of each document of ``prefix``, its sentences joined; one held at a time.
+    """Yield the tokens of each document of ``prefix``, its sentences joined; one is held at a time.
 
     Raises:
         ValueError: as ``check_pair``, or the index's lengths, places and documents do not belong
@@ -202,20 +202,20 @@ def _check_entries(text: IndexedText) -> None:
             ends = begin + np.cumsum(lengths, dtype=np.int64) * item
             wanted = np.concatenate([[begin], ends[:-1]])
             if (at := _first(lengths < 0)) is not None:
-                told = f"sequence {number + at} has {lengths[at]} tokens; wanted at least 0"
-                raise _contradiction(index, told)
+                fault = f"sequence {number + at} has {lengths[at]} tokens; wanted at least 0"
+                raise _contradiction(index, fault)
             if (at := _first(places != wanted)) is not None:
-                told = (
+                fault = (
                     f"sequence {number + at} begins at byte {places[at]} of the .bin; wanted "
                     f"{wanted[at]}, where the one before it ends"
                 )
-                raise _contradiction(index, told)
+                raise _contradiction(index, fault)
             begin, number = int(ends[-1]), number + len(lengths)
         before = number = 0
         for borders in _blocks(rest, np.dtype(np.int64), text.num_borders):
             if (at := _first(np.diff(borders, prepend=before) < 0)) is not None:
-                told = f"document {number + at} ends at sequence {borders[at]}, before it begins"
-                raise _contradiction(index, told)
+                fault = f"document {number + at} ends at sequence {borders[at]}, before it begins"
+                raise _contradiction(index, fault)
             before, number = int(borders[-1]), number + len(borders)
 
 
@@ -224,8 +224,8 @@ def _first(wrong: npt.NDArray[np.bool_]) -> int | None:
     return int(wrong.argmax()) if wrong.any() else None
 
 
-def _contradiction(index: Path, told: str) -> ValueError:
-    return ValueError(f"{index}: {told}; copy both files again, or tokenise again")
+def _contradiction(index: Path, fault: str) -> ValueError:
+    return ValueError(f"{index}: {fault}; copy both files again, or tokenise again")
 
 
 def _header_fields(header: bytes) -> tuple[int, int, int, int]:

@@ -190,7 +190,7 @@ class ReadAhead:
         """End the workers; the next read starts others."""
         self._answers = None
         self._forecast.issued.clear()
-        _kill(self._workers)  # a worker whose disk hangs has not heard of it
+        _kill(self._workers)  # torch cannot end one whose disk hangs
 
     def _read_changed(self, wanted: Sequence[Request], mixture: DomainMixture) -> list[Tensor]:
         """Return the text of requests that differ from the forecast."""

@@ -227,6 +227,7 @@ def find_references(models: Sequence[Model], *, method: str, params: int | None)
         ValueError: models of different domains or the same size, too few of them, no target, or
             losses that no law fits.
     """
+    # Choose the method.
     models = sorted(models, key=lambda model: model.parameters)
     domains = list(models[0].losses)
     _check_models(models, domains)
@@ -238,6 +239,7 @@ def find_references(models: Sequence[Model], *, method: str, params: int | None)
             f"--method {method} is {METHODS[method]}, and {len(models)} are given; "
             f"--method auto takes what fits their number"
         )
+    # Find the references.
     found: dict[str, Any] = {"method": method, "meaning": METHODS[method]}
     if method == "own-loss":
         found[REFERENCE] = dict(models[0].losses)
@@ -268,6 +270,7 @@ def find_references(models: Sequence[Model], *, method: str, params: int | None)
             }
             for name, law in laws.items()
         }
+    # Note the origin.
     if (length := models[0].sequence_length) is not None:
         found[SEQUENCE_LENGTH] = length
     found["models"] = [

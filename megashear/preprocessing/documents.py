@@ -139,14 +139,14 @@ def encode_chunk(policy: EncodingPolicy, chunk: Chunk) -> EncodedChunk:
         if isinstance(record, bytes) and not record.strip():
             continue  # a blank line is no document
         place = f"{chunk.file}, {chunk.unit} {number}"
-        if isinstance(record, np.ndarray):
+        if isinstance(record, np.ndarray):  # tokens: check them
             if not len(record):
                 skipped[EMPTY] += 1
                 continue
             tokens, content = encoder.check_tokens(record, place)
             is_held_out = encoder.is_held_out(content)
             num_pretokenised += 1
-        else:
+        else:  # text: replace halves of surrogate pairs, choose the side, tokenise
             text = _text(record, policy.json_key, place)
             if not isinstance(text, str):
                 skipped[NOT_TEXT] += 1

@@ -106,11 +106,13 @@ def find_domains(directory: str | Path, json_key: str = JSON_KEY) -> Inputs:
     domains: dict[str, list[Path]] = {}
     came_from: dict[str, Path] = {}
     for entry in sorted(directory.iterdir()):
+        # Find the files.
         files = search.files_of(entry)
         if not files:
             if entry.is_dir() and not entry.name.startswith("."):
                 logger.warning("%s holds no data, so it is not a domain", entry)
             continue
+        # Refuse or name likely mistakes.
         if any(f.suffix == MEGATRON_SUFFIX and (f.parent / MANIFEST_NAME).is_file() for f in files):
             raise ValueError(
                 f"{entry} is what megashear preprocess wrote, held-out sets among it: use it with "
@@ -128,6 +130,7 @@ def find_domains(directory: str | Path, json_key: str = JSON_KEY) -> Inputs:
                 "away what is not data, such as a README",
                 *(entry, len(plain), len(files), plain[0]),
             )
+        # Name the domain.
         name = entry.name if entry.is_dir() else _domain_name(entry, json_key)
         if name in domains:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""SentencePiece and Hugging Face tokenizers behind one interface."""
+"""SentencePiece and Hugging Face tokenizers under one interface."""
 
 from __future__ import annotations
 
@@ -141,10 +141,10 @@ class SentencePieceTokenizer(Tokenizer):
         return number if self._model.id_to_piece(number) == token else None
 
     def _special_id(self, key: str, own: int | None) -> int | None:
-        said = named(self.path, key)
-        if said is None:
+        naming = named(self.path, key)
+        if naming is None:
             return own
-        file, token = said
+        file, token = naming
         if token is None:
             return None
         ids = {added.content: added.number for added in self._added.values()}
@@ -222,9 +222,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _special_id(self, key: str, well_known: Sequence[str]) -> int | None:
         """Return the id of the token that the files beside the model name ``key``."""
-        said = named(self.path, key)
-        if said is not None:
-            file, token = said
+        naming = named(self.path, key)
+        if naming is not None:
+            file, token = naming
             if token is None:  # declared missing, as Qwen declares its bos_token
                 return None
             found: int | None = self._model.token_to_id(token)
