@@ -70,8 +70,8 @@ class MaskBinding:
         Returns:
             By stream and kind, shaped like the gates; equal on ranks that hold the same gates.
         """
-        # add up over ranks that hold copies
         gradients = self._model.gradients()
+        # sums over ranks with copies
         held = [(stream, kind) for stream, of_kind in gradients.items() for kind in of_kind]
         for split, group in (
             (SPLIT_OVER_TENSOR, self.groups.tensor),
@@ -123,13 +123,7 @@ class MaskBinding:
             rows = torch.zeros(part.num_rows, dtype=torch.float64)
             rows[list(part.rows)] = sums.detach().double()
             whole[kind] = rows
-        # Each sum is over exactly the ranks that hold different parts. Summed over the whole model
-        # group, layer would count tp times and hidden tp * pp times.
-        for kinds, group in self._owners():
-            named = [kind for kind in whole if kind in kinds]
-            reduced = ordered_sum([whole[kind] for kind in named], group)
-            whole.update(zip(named, reduced))
-        return whole
+        return self._summed(whole)
 
     def clip(self, optimizer: MaskOptimizer, max_norm: float) -> tuple[float, float]:
         """Return the norm of the gradients of all masks and multipliers, and a factor to clip it.
@@ -139,12 +133,8 @@ class MaskBinding:
         Returns:
             The norm, and the factor that brings it to at most ``max_norm``.
         """
-        squares = {kind: s.double().reshape(1) for kind, s in optimizer.grad_square_sums().items()}
-        for kinds, group in self._owners():
-            named = [kind for kind in squares if kind in kinds]
-            reduced = ordered_sum([squares[kind] for kind in named], group)
-            squares.update(zip(named, reduced))
-        norm = float(sum(square.item() for square in squares.values())) ** 0.5
+        own = {kind: s.double().reshape(1) for kind, s in optimizer.grad_square_sums().items()}
+        norm = float(sum(square.item() for square in self._summed(own).values())) ** 0.5
         return norm, clip_factor(norm, max_norm)
 
     def gather_log_alpha(self) -> dict[str, Tensor]:
@@ -174,6 +164,17 @@ class MaskBinding:
             kind: whole[kind][list(part.rows)][:, list(part.units)]
             for kind, part in self.masks.parts.items()
         }
+
+    def _summed(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return values by kind, each summed over exactly the ranks that hold different parts.
+
+        Summed over the whole model group, layer would count tp times and hidden tp * pp times.
+        """
+        whole = dict(own)
+        for kinds, group in self._owners():
+            named = [kind for kind in whole if kind in kinds]
+            whole.update(zip(named, ordered_sum([whole[kind] for kind in named], group)))
+        return whole
 
     def _owners(self) -> list[tuple[frozenset[str], torch.distributed.ProcessGroup]]:
         """Return kinds, and the ranks that hold different parts of them; all ranks hold hidden."""

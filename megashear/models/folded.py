@@ -291,7 +291,7 @@ class _FoldedWeight:
         # what linears look up
         if stream.is_trained:
             weight.main_grad = self._raw()
-            weight.grad_added_to_main_grad = False  # linears look whether it exists
+            weight.grad_added_to_main_grad = False  # linears check whether it exists
             weight.zero_out_wgrad = self._is_tied
         # In place: an attribute of the instance hides the parameter, which stays in checkpoints.
         self._module.__dict__["weight"] = weight
