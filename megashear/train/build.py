@@ -32,7 +32,7 @@ from megashear.train.memory import tell_memory
 from megashear.train.mixing import RunData
 from megashear.train.objectives import LanguageModelling, Objective
 from megashear.train.optim import build_optimizer, build_schedule
-from megashear.train.prepare import Prepared
+from megashear.train.prepare import PreparedRun
 from megashear.train.pruning import StructuredPruning
 from megashear.train.start import Start
 from megashear.train.state import RunState, Stateful
@@ -40,7 +40,7 @@ from megashear.train.step import TrainStep
 
 
 def assemble(
-    prepared: Prepared,
+    prepared: PreparedRun,
     groups: ParallelGroups,
     *,
     command: Sequence[str],
@@ -108,7 +108,7 @@ def assemble(
     )
 
 
-def _check_same(prepared: Prepared) -> None:
+def _check_same(prepared: PreparedRun) -> None:
     """Refuse to begin where ranks see other files or flags than each other.
 
     Raises:
@@ -133,7 +133,7 @@ def _check_same(prepared: Prepared) -> None:
     )
 
 
-def _build_objective(prepared: Prepared, groups: ParallelGroups) -> Objective:
+def _build_objective(prepared: PreparedRun, groups: ParallelGroups) -> Objective:
     """Build the model, with weights that are drawn from the seed, and what it is trained for."""
     config, shape, train = prepared.config, prepared.start.shape, prepared.config.train
     if isinstance(config, PretrainRun):
@@ -162,7 +162,7 @@ def _build_objective(prepared: Prepared, groups: ParallelGroups) -> Objective:
     )
 
 
-def _build_loader(prepared: Prepared, groups: ParallelGroups) -> MixtureLoader:
+def _build_loader(prepared: PreparedRun, groups: ParallelGroups) -> MixtureLoader:
     """Build the loader at its first sample; its state is yet to be filled in."""
     config, inputs = prepared.config, prepared.inputs
     borders = DocumentBorders.of(config.model)
@@ -180,7 +180,7 @@ def _build_loader(prepared: Prepared, groups: ParallelGroups) -> MixtureLoader:
 
 
 def _build_state(
-    prepared: Prepared, step: TrainStep, loader: MixtureLoader, command: Sequence[str]
+    prepared: PreparedRun, step: TrainStep, loader: MixtureLoader, command: Sequence[str]
 ) -> RunState:
     """Name all that checkpoints keep; what has state is yet to be filled."""
     start, inputs = prepared.start, prepared.inputs

@@ -19,7 +19,7 @@ from megashear.train.in_flight import ModelAndOptimizer, cut_in_flight
 from megashear.train.inputs import check_vocabulary
 from megashear.train.loop import Trainer
 from megashear.train.objectives import LOSS, Objective
-from megashear.train.prepare import Prepared, prepare, prepare_from
+from megashear.train.prepare import PreparedRun, prepare, prepare_from
 from megashear.train.pruning import EXACT, StructuredPruning
 from megashear.train.start import Start, check_events
 
@@ -31,7 +31,7 @@ SAME_LOSS_BF16 = 3e-2
 """Relative; bfloat16 keeps 8 bits, and replicas that share masters fold rounded weights."""
 
 
-def prepare_both(config: PruneRun, then: PretrainRun, *, is_dry_run: bool = False) -> Prepared:
+def prepare_both(config: PruneRun, then: PretrainRun, *, is_dry_run: bool = False) -> PreparedRun:
     """Prepare what is left of a job that prunes and then pretrains.
 
     Args:
@@ -45,7 +45,7 @@ def prepare_both(config: PruneRun, then: PretrainRun, *, is_dry_run: bool = Fals
         past its pruning.
 
     Raises:
-        ValueError: anything a user can mend in either.
+        ValueError: anything a user can correct in either.
     """
     check_then(config, then)
     if config.train.resume and holds_iterations(then.train.save):
@@ -60,7 +60,7 @@ def prepare_both(config: PruneRun, then: PretrainRun, *, is_dry_run: bool = Fals
     return dataclasses.replace(pruning, then=following)
 
 
-def hand_over(pruned: Trainer, pruning: Prepared, *, command: Sequence[str]) -> Trainer:
+def hand_over(pruned: Trainer, pruning: PreparedRun, *, command: Sequence[str]) -> Trainer:
     """Cut the model where it lies, and build the run that follows. Collective over the world.
 
     Args:
@@ -187,7 +187,7 @@ def check_losses(masked: dict[str, float], cut: dict[str, float], *, bf16: bool)
 
 
 def _losses(
-    objective: Objective, mode: str, following: Prepared, groups: ParallelGroups
+    objective: Objective, mode: str, following: PreparedRun, groups: ParallelGroups
 ) -> dict[str, float]:
     """Return the loss by domain, nats per token, on the text that the run that follows is
     evaluated on. Collective over the world."""

@@ -1,4 +1,4 @@
-"""Cut the model while the job runs: weights, float32 masters and Adam's moments, at any layout."""
+"""Cut a model in memory: weights, float32 masters and Adam's moments, at any layout."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from megashear.shape import ModelShape
 
 WEIGHT = "weight"
 POWERS = {WEIGHT: 1, "exp_avg": -1, "exp_avg_sq": -2}
-"""What is cut, and the power of the folded gates that goes into it.
+"""Quantities that are cut, and the power of the folded gates that each is multiplied by.
 
 The masked model computes with W * g, the cut one with one tensor V = W * g. By the chain rule
-dL/dW = g dL/dV, so the mean of V's gradients is W's over g, and that of their squares W's over
-g squared. Adam's step, the one over the root of the other, is then the same for V as for W.
+dL/dW = g dL/dV: the mean of V's gradients is that of W's over g, and the mean of their squares is
+that of W's over g squared. Adam's step, the first mean over the root of the second, is then equal
+for V and W.
 """
 
 
@@ -36,37 +37,37 @@ class ModelAndOptimizer(NamedTuple):
     """A model, its optimizer, and where this rank stands."""
 
     chunks: Sequence[torch.nn.Module]
-    """This rank's."""
+    """This rank's chunks of the model."""
     optimizer: MegatronOptimizer
-    """Of the weights of ``chunks``."""
+    """Optimizer of the weights of ``chunks``."""
     shape: ModelShape
-    """Of the whole model."""
+    """Extents of the whole model."""
     groups: ParallelGroups
+    """Where this rank stands."""
 
 
 def cut_in_flight(
     old: ModelAndOptimizer, new: ModelAndOptimizer, gates: Mapping[str, Tensor]
 ) -> None:
-    """Fill a smaller model, and its optimizer, with what the gates leave open of a larger one.
+    """Fill a smaller model and its optimizer with what the gates leave open of a larger one.
 
-    Tensor by tensor each is made whole in every replica, cut as `checkpoint.cut.cut` cuts, and
-    sliced for the new model's stages and shards, whatever its layout; memory beside the two models
-    is that of one layer's largest tensor. Collective over the world.
+    Each tensor is made whole in every replica, cut by `checkpoint.cut.cut`, and sliced for the new
+    model's stages and shards, at any layout. Memory beside the two models is that of one layer's
+    largest tensor. Collective over the world.
 
     Args:
-        old: after at least one step.
-        new: of the target's shape; its optimizer has not stepped.
+        old: the larger model; its optimizer has stepped at least once.
+        new: the smaller model, of the target's shape; its optimizer has not stepped.
         gates: whole deterministic gates by kind, equal on every rank; see `cut`.
 
     Raises:
-        ValueError: on every rank alike, if a row of gates keeps another number of units than the
-            target has.
+        ValueError: on every rank, if a row of gates keeps more or fewer units than the target.
     """
     had = _parameters(old)
     _start_state(new.optimizer, old)
     gets = _parameters(new)
     for quantity, power in POWERS.items():
-        whole = _Replica(_Whole(had, quantity, old.groups), old.shape, old.groups)
+        whole = _WholeWeights(_Quantity(had, quantity, old.groups), old.shape, old.groups)
         smaller = cut(whole, gates, old.shape, new.shape, power=power)
         _fill(gets, quantity, smaller, new.shape, new.groups)
 
@@ -75,18 +76,20 @@ class _Parameter(NamedTuple):
     """What this rank holds of a parameter."""
 
     live: Tensor
+    """The parameter, which the model computes with."""
     steps: Stepped | None
-    """What its optimizer steps of it, and the state of that; None where other replicas' do."""
+    """Elements that this rank's optimizer steps, and their state; None where only other replicas
+    step the parameter."""
 
     def quantity(self, name: str) -> Tensor | None:
-        """Return a quantity of `POWERS`, of the elements that this rank steps."""
+        """Return a quantity of `POWERS` for the elements that this rank steps."""
         if self.steps is None:
             return None
         return (self.steps.main if name == WEIGHT else self.steps.state[name]).detach()
 
 
 _Parameters = dict[str, _Parameter]
-"""By Megatron name with global layer numbers."""
+"""Parameters by Megatron name, with global layer numbers."""
 
 
 def _parameters(model: ModelAndOptimizer) -> _Parameters:
@@ -101,7 +104,7 @@ def _parameters(model: ModelAndOptimizer) -> _Parameters:
 
 
 def _start_state(optimizer: MegatronOptimizer, old: ModelAndOptimizer) -> None:
-    """Give every new parameter an optimizer state, and the old one's step."""
+    """Give every new parameter an optimizer state, at the step of the old optimizer."""
     assert not any(each.state for each in stepped(optimizer).values()), "it has stepped already"
     # a rank of a sharded optimizer may step nothing of a small model
     num_steps = max(gather_objects(count_steps(old.optimizer), old.groups.data))
@@ -109,8 +112,8 @@ def _start_state(optimizer: MegatronOptimizer, old: ModelAndOptimizer) -> None:
     start_state(optimizer, num_steps)
 
 
-class _Whole(Mapping[str, Tensor]):
-    """One quantity of this rank's parameters, put together where replicas share the state.
+class _Quantity(Mapping[str, Tensor]):
+    """One quantity of this rank's parameters, gathered where replicas share the state.
 
     Ranks of a data-parallel group must ask for the same names in the same order.
     """
@@ -143,11 +146,11 @@ class _Whole(Mapping[str, Tensor]):
         return len(self._own)
 
 
-class _Replica(Mapping[str, Tensor]):
-    """Tensors that a replica's ranks hold shards of, whole, by Hugging Face name, on the host.
+class _WholeWeights(Mapping[str, Tensor]):
+    """Whole weights by Hugging Face name, on the host, from the shards of a replica's ranks.
 
-    Every rank of the model group must ask for the same names in the same order. What Megatron
-    fuses is made whole together: ask for q, k, v one after the other.
+    Every rank of the model group must ask for the same names in the same order. Weights that
+    Megatron fuses are made whole together: ask for q, k, v one after the other.
     """
 
     def __init__(
@@ -201,21 +204,23 @@ def _fill(
     shape: ModelShape,
     groups: ParallelGroups,
 ) -> None:
-    """Copy this rank's slices of whole tensors, by Hugging Face name, into its shards."""
+    """Copy this rank's slices of whole weights, by Hugging Face name, into its shards."""
     owners = weight_table.owners(shape)
     local = weight_table.shape_of_shard(shape, groups.tensor_size)
     pending: dict[str, list[Tensor]] = {}
     filled = set()
-    for name, whole in wholes:  # every rank goes through all of them: they are made together
+    for name, whole in wholes:  # every rank takes all of them: ranks make each one together
         row, layer = owners[name]
         fused = row.name.format(layer=layer)
         if fused not in own:
             continue
+        # slice a part
         parts = pending.setdefault(fused, [])
         part = row.parts[len(parts)]
         assert part.hf_name.format(layer=layer) == name, "parts come in the table's order"
         live = own[fused].live
         parts.append(_slice(part, whole, live, groups))
+        # fill the fused tensor
         if len(parts) == len(row.parts):
             value = weight_table.fuse(row, pending.pop(fused), local).to(live.device)
             held, steps = own[fused].quantity(quantity), own[fused].steps

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Prepared:
+class PreparedRun:
     """A run as far as files and flags make it, read once and checked."""
 
     config: PruneRun | PretrainRun
@@ -48,7 +48,7 @@ class Prepared:
     """Shape that pruning works towards; None of a run that does not prune."""
     lineage: dict[str, Any]
     """Plain values about pruning, past or to come, that every checkpoint of the run keeps."""
-    then: Prepared | None = None
+    then: PreparedRun | None = None
     """Continued pretraining that follows in the same job."""
 
 
@@ -57,7 +57,7 @@ def prepare(
     *,
     cut_for: PretrainRun | None = None,
     is_dry_run: bool = False,
-) -> Prepared:
+) -> PreparedRun:
     """Find, read and check what a run needs, before its processes meet.
 
     Args:
@@ -68,7 +68,7 @@ def prepare(
             replica is taken then.
 
     Raises:
-        ValueError: anything a user can mend; equal on every rank, before any of them waits for
+        ValueError: anything a user can correct; equal on every rank, before any of them waits for
             another.
     """
     if isinstance(config, PretrainRun):
@@ -92,7 +92,7 @@ def prepare_from(
     *,
     target: ModelShape | None = None,
     is_dry_run: bool = False,
-) -> Prepared:
+) -> PreparedRun:
     """Read and check what a run needs besides its beginning, which is known; see `prepare`."""
     _check_flags(config, start, is_dry_run=is_dry_run)
     inputs = read_inputs(config, start)
@@ -101,10 +101,10 @@ def prepare_from(
         assert target is not None
         check_masks(config.masks, config.train, start, target)
         lineage = {TARGET_SHAPE: target.to_dict()}
-    return Prepared(config=config, start=start, inputs=inputs, target=target, lineage=lineage)
+    return PreparedRun(config=config, start=start, inputs=inputs, target=target, lineage=lineage)
 
 
-def settle(prepared: Prepared, groups: ParallelGroups) -> Prepared:
+def settle(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun:
     """Settle where the run begins, once all ranks have held the checkpoint to its checksums.
 
     An older iteration is taken where the newest is damaged, and the run that is resumed names it

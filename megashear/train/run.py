@@ -13,7 +13,7 @@ from megashear.parallel.launch import distributed
 from megashear.parallel.watchdog import collective_timeout_s
 from megashear.train.build import assemble
 from megashear.train.handover import hand_over, prepare_both
-from megashear.train.prepare import Prepared, prepare, settle
+from megashear.train.prepare import PreparedRun, prepare, settle
 from megashear.train.result import RunResult
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def prune(
         command: words of the command line, which checkpoints keep.
 
     Raises:
-        ValueError: anything a user can mend, found before processes meet where it can be.
+        ValueError: anything a user can correct, found before processes meet where it can be.
     """
     return _run(prepare_prune(config, then), command)
 
@@ -45,25 +45,25 @@ def pretrain(config: PretrainRun, *, command: Sequence[str] = ()) -> RunResult:
         command: words of the command line, which checkpoints keep.
 
     Raises:
-        ValueError: anything a user can mend, found before processes meet where it can be.
+        ValueError: anything a user can correct, found before processes meet where it can be.
     """
     return _run(prepare(config), command)
 
 
 def prepare_prune(
     config: PruneRun, then: PretrainRun | None = None, *, is_dry_run: bool = False
-) -> Prepared:
+) -> PreparedRun:
     """Prepare `prune` before processes meet; no device is needed.
 
     Raises:
-        ValueError: anything a user can mend.
+        ValueError: anything a user can correct.
     """
     if then is None:
         return prepare(config, is_dry_run=is_dry_run)
     return prepare_both(config, then, is_dry_run=is_dry_run)
 
 
-def _run(prepared: Prepared, command: Sequence[str]) -> RunResult:
+def _run(prepared: PreparedRun, command: Sequence[str]) -> RunResult:
     config, then = prepared.config, prepared.then
     timeout_s = collective_timeout_s(config.train.distributed_timeout_minutes)
     saves = [config.train.save, None if then is None else then.config.train.save]

@@ -102,7 +102,7 @@ class Sheared(NamedTuple):
     """One job that pruned and recovered."""
 
     folder: Path
-    seam: Path
+    cut: Path
     """Checkpoint of the cut model before its first step."""
     target: ModelShape
 
@@ -114,7 +114,7 @@ def shear(
     broken: Callable[[], None] | None = None,
     **more: Any,
 ) -> Sheared:
-    """Run both parts on forked ranks as torchrun would; keep what stood at the seam."""
+    """Run both parts on forked ranks as torchrun would; keep the model that was cut."""
     parallel, replicas = at
     prune, then = jobs(text, folder, parallel, **more)
     world_size = parallel.model_parallel_size * replicas
@@ -126,7 +126,7 @@ def shear(
         def keep(old: Any, new: Any, gates: Any) -> None:
             cut_in_flight(old, new, gates)
             description = Description(shape=new.shape, iteration=0, stage="pretrain")
-            save_run(folder / "seam", description, new.chunks, new.optimizer, new.groups)
+            save_run(folder / "handover", description, new.chunks, new.optimizer, new.groups)
 
         handover.cut_in_flight = keep
         if broken is not None:
@@ -135,7 +135,7 @@ def shear(
 
     run_ranks(world_size, body)
     details = read_description(folder / "pruned" / f"iter_{PRUNED:07d}").details
-    return Sheared(folder, folder / "seam", ModelShape(**details["target_shape"]))
+    return Sheared(folder, folder / "handover", ModelShape(**details["target_shape"]))
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +150,9 @@ def weights_offline(pruned: Path, output: Path) -> dict[str, Tensor]:
 
 def same_weights(sheared: Sheared, offline: dict[str, Tensor]) -> list[str]:
     """Names of the weights that are not bit-equal."""
-    at_seam = finished_tensors(sheared.seam, 0)
-    assert set(offline) <= set(at_seam)
-    return [name for name, weight in offline.items() if not torch.equal(at_seam[name], weight)]
+    just_cut = finished_tensors(sheared.cut, 0)
+    assert set(offline) <= set(just_cut)
+    return [name for name, weight in offline.items() if not torch.equal(just_cut[name], weight)]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_moments_are_those_of_the_cut_weights(sheared: Sheared) -> None:
 
 def check_moments(sheared: Sheared) -> None:
     pruned = finished_tensors(sheared.folder / "pruned", PRUNED)
-    at_seam = finished_tensors(sheared.seam, 0)
+    just_cut = finished_tensors(sheared.cut, 0)
     source = text_run.SHAPE
     targets = target_units(source, sheared.target)
     run_dir = sheared.folder / "pruned"
@@ -201,7 +201,7 @@ def check_moments(sheared: Sheared) -> None:
     for moment, power in (("exp_avg", -1), ("exp_avg_sq", -2)):
         prefix = f"optimizer.state.{moment}."
         kept = dict(cut(in_hf_names(pruned, prefix, source), opened, source, sheared.target))
-        found = in_hf_names(at_seam, prefix, sheared.target)
+        found = in_hf_names(just_cut, prefix, sheared.target)
         assert kept.keys() == found.keys()
         for name, before in kept.items():
             assert relative_error(found[name], before * folded[name] ** power) < 1e-6, name
@@ -219,7 +219,7 @@ def test_a_wrong_order_of_shards_is_noticed(text: TextRun, tmp_path: Path) -> No
     with pytest.raises(AssertionError, match=r"the cut model is not the one that was trained"):
         shear(text, tmp_path, SPLIT, broken)
     offline = weights_offline(tmp_path / "pruned", tmp_path / "cut")
-    found = finished_tensors(tmp_path / "seam", 0)
+    found = finished_tensors(tmp_path / "handover", 0)
     assert any(not torch.equal(found[name], weight) for name, weight in offline.items())
 
 
@@ -239,13 +239,13 @@ def test_layouts_recover_alike(
         assert here[tag] == pytest.approx(there[tag], rel=REDUCTION_ORDER), tag
 
 
-def test_a_job_is_resumed_on_either_side_of_the_seam(
+def test_a_job_is_resumed_on_either_side_of_the_handover(
     sheared: Sheared, text: TextRun, tmp_path: Path
 ) -> None:
     wanted = finished_tensors(sheared.folder / "recovered", RECOVERED)
     # stopped between pruning's last checkpoint and the first of what follows
-    shutil.copytree(sheared.folder / "pruned", tmp_path / "seam" / "pruned")
-    shear(text, tmp_path / "seam", SPLIT, resume=True)
+    shutil.copytree(sheared.folder / "pruned", tmp_path / "handover" / "pruned")
+    shear(text, tmp_path / "handover", SPLIT, resume=True)
     # stopped while it recovers
     half = tmp_path / "half"
     shutil.copytree(sheared.folder / "pruned", half / "pruned")
@@ -258,7 +258,7 @@ def test_a_job_is_resumed_on_either_side_of_the_seam(
         run.prune(prune, then)
 
     run_ranks(4, go_on)
-    for folder in (tmp_path / "seam", half):
+    for folder in (tmp_path / "handover", half):
         found = finished_tensors(folder / "recovered", RECOVERED)
         assert found.keys() == wanted.keys()
         different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
@@ -274,7 +274,7 @@ def test_float32_masters_are_cut_under_bf16(
     text: TextRun, tmp_path: Path, at: tuple[ParallelConfig, int]
 ) -> None:
     job = shear(text, tmp_path, at, bf16=True)
-    found = finished_tensors(job.seam, 0)
+    found = finished_tensors(job.cut, 0)
     masters = {
         name.removeprefix("optimizer.state.fp32_param."): tensor
         for name, tensor in found.items()
