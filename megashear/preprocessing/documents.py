@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megashear.config.defaults import MAX_DOCUMENT_MB
 from megashear.preprocessing.inputs import read_chunks
 from megashear.preprocessing.long_text import encode_parts
 from megashear.preprocessing.text_files import Chunk, Record
@@ -101,9 +100,7 @@ def read_texts(file: Path, json_key: str) -> Iterator[str]:
                 yield LONE_SURROGATE.sub("\ufffd", text)
 
 
-def check_first(
-    file: Path, json_key: str, tokens_dtype: str, max_document_mb: int = MAX_DOCUMENT_MB
-) -> None:
+def check_first(file: Path, json_key: str, tokens_dtype: str, max_document_mb: int) -> None:
     """Check the first record of a file, for most mistakes are in all records.
 
     Raises:

@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megashear.config.defaults import TOKENS_DTYPE
 from megashear.files.regular import inside, open_regular
 from megashear.files.structured import LARGE_JSON_BYTES, parse_json, read_json, read_json_object
-from megashear.preprocessing.text_files import CHUNK_BYTES, Chunk, Record
+from megashear.preprocessing.text_files import Chunk, Record
 from megashear.preprocessing.unpack import DAMAGES, unpacked
 
 INDEX_NAME = "index.json"
@@ -80,9 +79,7 @@ def listed_files(directory: Path) -> set[Path]:
     return {inside(directory, form["basename"], index) for form in forms if form}
 
 
-def read_mds(
-    file: Path, tokens_dtype: str = TOKENS_DTYPE, chunk_bytes: int = CHUNK_BYTES
-) -> Iterator[Chunk]:
+def read_mds(file: Path, tokens_dtype: str, chunk_bytes: int) -> Iterator[Chunk]:
     """Cut the samples of a shard into chunks; holds one shard, by default 64 MiB.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megashear.config.defaults import MAX_DOCUMENT_MB, MOST_DOCUMENT_MB
+from megashear.config.defaults import MOST_DOCUMENT_MB
 from megashear.files.pointers import refuse_pointer
 from megashear.files.regular import open_regular
 from megashear.preprocessing.json_records import (
@@ -59,9 +59,7 @@ class Chunk(NamedTuple):
         )
 
 
-def read_json(
-    file: Path, chunk_bytes: int = CHUNK_BYTES, max_document_mb: int = MAX_DOCUMENT_MB
-) -> Iterator[Chunk]:
+def read_json(file: Path, chunk_bytes: int, max_document_mb: int) -> Iterator[Chunk]:
     """Cut the lines of a file of JSON, or the items of its one array, into chunks.
 
     A file that begins with ``[`` is an array. ``.gz`` and ``.zst`` files are unpacked while they
@@ -102,7 +100,7 @@ def read_json(
             yield Chunk(file, unit, first, records, raw.tell())
 
 
-def read_plain(file: Path, max_document_mb: int = MAX_DOCUMENT_MB) -> Iterator[Chunk]:
+def read_plain(file: Path, max_document_mb: int) -> Iterator[Chunk]:
     """Read a file of plain text, packed or not, as one document.
 
     Raises:
@@ -140,8 +138,8 @@ def _too_long(place: str, max_document_mb: int) -> ValueError:
 def read_parquet(
     file: Path,
     column: str,
-    chunk_bytes: int = CHUNK_BYTES,
-    max_document_mb: int = MAX_DOCUMENT_MB,
+    chunk_bytes: int,
+    max_document_mb: int,
 ) -> Iterator[Chunk]:
     """Cut the texts of one column of a parquet file into chunks of about ``chunk_bytes``.
 

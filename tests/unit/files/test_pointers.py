@@ -11,8 +11,8 @@ from megashear.data.indexed import check_pair
 from megashear.files.pointers import is_pointer
 from megashear.files.regular import open_regular
 from megashear.files.torch_files import load_mapped
+from megashear.preprocessing.inputs import read_chunks
 from megashear.preprocessing.mds import _unpacked
-from megashear.preprocessing.text_files import read_json, read_parquet, read_plain
 from megashear.tokenizer import tokenizer_files
 from megashear.tokenizer.choice import load_tokenizer
 
@@ -37,10 +37,10 @@ def check_text(index: Path) -> None:
         ("tokenizer.json", load_tokenizer),
         ("tokenizer.json", lambda path: tokenizer_files.find(path.parent)),
         ("tokenizer.model", tokenizer_files.find),
-        ("text.jsonl", lambda path: list(read_json(path))),
-        ("text.jsonl.gz", lambda path: list(read_json(path))),
-        ("text.txt", lambda path: list(read_plain(path))),
-        ("text.parquet", lambda path: list(read_parquet(path, "text"))),
+        ("text.jsonl", lambda path: list(read_chunks(path))),
+        ("text.jsonl.gz", lambda path: list(read_chunks(path))),
+        ("text.txt", lambda path: list(read_chunks(path))),
+        ("text.parquet", lambda path: list(read_chunks(path))),
         ("shard.00000.mds", _unpacked),
         ("text.idx", check_text),
         (".metadata", lambda path: check_index(path.parent)),

@@ -112,10 +112,10 @@ def test_more_than_a_shard_can_hold_is_refused(monkeypatch, tmp_path, suffix: st
     file = tmp_path / f"shard.00000{suffix}"
     file.write_bytes(pack(raw))
     monkeypatch.setattr(mds, "LARGEST", len(raw))
-    assert len(list(mds.read_mds(file))) == 1
+    assert len(list(mds.read_mds(file, "uint16", 1 << 20))) == 1
     monkeypatch.setattr(mds, "LARGEST", len(raw) - 1)
     with pytest.raises(ValueError, match=r"is no MDS shard: it has more than the [\d,]+ bytes"):
-        list(mds.read_mds(file))
+        list(mds.read_mds(file, "uint16", 1 << 20))
 
 
 def test_sets_are_compared_over_shards(wiki, tmp_path, hugging_face_file) -> None:
@@ -163,10 +163,10 @@ def test_damaged_packed_shards_are_refused(tmp_path) -> None:
     for content in (packed[:-9], b"\0" * 90):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"mds\.zstd is (damaged|no Zst).*download it again"):
-            list(read_mds(file))
+            list(read_mds(file, "uint16", 1 << 20))
     file.write_bytes(zstandard.compress(b"no shard"))
     with pytest.raises(ValueError, match=r"is not an MDS shard: it has 8 bytes"):
-        list(read_mds(file))
+        list(read_mds(file, "uint16", 1 << 20))
 
 
 def test_a_directory_of_shards_is_no_directory_of_domains(wiki) -> None:
