@@ -11,9 +11,11 @@ from tokenizers import Tokenizer
 
 from megashear.__main__ import main
 from megashear.parallel import device
-from megashear.quickstart import pipeline
-from megashear.quickstart.pipeline import Quickstart, Result, table, train_tokenizer
+from megashear.quickstart import tokenizer as tokenizer_module
+from megashear.quickstart.pipeline import Quickstart, Result, rows
 from megashear.quickstart.recipe import FULL, SHORT, SOURCE, TARGET
+from megashear.quickstart.tokenizer import train_tokenizer
+from megashear.report.tables import table
 from megashear.tokenizer.fast_tokenizer import write_for_transformers
 
 CODE = "def f(x):\n    return  x + 1  # kept: \u00e4, tabs\t and ends \n"
@@ -33,7 +35,7 @@ def jsonl(tmp_path: Path) -> Path:
 def test_the_tokenizer_keeps_code_as_it_is(
     jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "VOCABULARY", 310)
+    monkeypatch.setattr(tokenizer_module, "VOCABULARY", 310)
     train_tokenizer(jsonl, tmp_path / "tokenizer.model")
     tokenizer = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
     assert tokenizer.vocab_size() == 310
@@ -47,8 +49,8 @@ def test_the_tokenizer_keeps_code_as_it_is(
 def test_the_same_text_gives_the_same_tokenizer(
     jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "VOCABULARY", 270)
-    monkeypatch.setattr(pipeline, "_TOKENIZER_LINES", 100)  # of 800: most are left out
+    monkeypatch.setattr(tokenizer_module, "VOCABULARY", 270)
+    monkeypatch.setattr(tokenizer_module, "_LINES", 100)  # of 800: most are left out
     models = [tmp_path / f"{number}.model" for number in range(3)]
     for model in models:
         train_tokenizer(jsonl, model)
@@ -73,11 +75,11 @@ def test_a_broken_line_of_the_users_text_is_named(jsonl: Path, tmp_path: Path) -
 
 
 def test_the_table_shows_every_model_and_domain() -> None:
-    rows = [
+    results = [
         Result(name="source", parameters=3_443_136, losses={"c": 3.0, "prose": 4.0}),
         Result(name="sheared", parameters=1_279_104, losses={"c": 3.25, "prose": 4.5}),
     ]
-    assert table(rows).splitlines() == [
+    assert table(rows(results)).splitlines() == [
         "held-out loss (nats per token)  parameters      c  prose   mean",
         "---------------------------------------------------------------",
         "source                           3,443,136  3.000  4.000  3.500",
@@ -103,7 +105,7 @@ def test_an_existing_output_is_left_alone(
 def test_a_stage_that_fails_ends_the_quickstart(tmp_path: Path) -> None:
     stages = Quickstart(output=tmp_path / "out", recipe=SHORT, seed=1)
     with pytest.raises(ValueError, match=r"a stage ended with status 2; its message is above"):
-        stages._command("convert", input=tmp_path / "missing", output=tmp_path / "hf")
+        stages._run("convert", input=tmp_path / "missing", output=tmp_path / "hf")
 
 
 def test_the_users_text_must_be_a_directory(
