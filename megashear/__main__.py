@@ -86,7 +86,7 @@ def _print_completion(words: Sequence[str]) -> int:
 
 
 def usage() -> str:
-    """The commands with a line each."""
+    """Return a line for each command, and how to call them."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {line}" for name, line in COMMANDS.items()]
     return "\n".join(
@@ -103,11 +103,11 @@ def usage() -> str:
 
 
 def recorded_main() -> int:
-    """`main`, which leaves the traceback of an error where torchrun looks for it."""
+    """Run `main`, and leave the traceback of an error where torchrun looks for it."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return main()
-    # only here: importing torch takes seconds that --help should not; and its warnings, and those
-    # of megatron-core, come while it is imported
+    # Imported here, because torch takes seconds that --help should not. Logging comes first,
+    # because torch and megatron-core warn while they are imported.
     from megashear.monitor.console import configure_logging
 
     configure_logging(int(os.environ.get("RANK", "0")))

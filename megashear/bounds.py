@@ -13,8 +13,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 class Between:
     """Metadata of a number's type: ``Annotated[int, Between(1, 1024)]``.
 
-    It holds for the number itself, for each number of a list, and for the number of each
-    ``name=number``. ``None`` and words that are no number pass: their own type judges them.
+    The range applies to the number itself, to each number of a list, and to the number of each
+    ``name=number``. ``None`` and words that are no number pass, because their type checks them.
     """
 
     least: float
@@ -30,14 +30,14 @@ class Between:
         return f"{_plain(self.least)} to {_plain(self.most)}"
 
     def allows(self, value: float) -> bool:
-        """Whether a number is in the range; NaN is in none."""
+        """Return whether a number is in the range; NaN is in no range."""
         return self.least <= value and (value < self.most if self.below else value <= self.most)
 
     def check(self, value: object, flag: str) -> None:
         """Refuse a value with a number out of the range.
 
         Args:
-            value: of a field.
+            value: value of a field.
             flag: the name as the user typed it.
 
         Raises:
@@ -53,7 +53,7 @@ def check_bounds(config: object) -> None:
     """Refuse a configuration with a number out of its field's range.
 
     Args:
-        config: a dataclass; of its fields those whose type has a range are looked at.
+        config: a dataclass; only fields whose type has a range are checked.
 
     Raises:
         ValueError: with the flag, the number and the range.
@@ -79,7 +79,7 @@ def _ranges(hint: Any) -> Iterator[Between]:
 
 
 def _numbers(value: object) -> Iterator[tuple[object, float]]:
-    """Yield what was written and the number it says, for each number of a value."""
+    """Yield the word as written and its number, for each number of a value."""
     for word in value if isinstance(value, tuple) else (value,):
         if isinstance(word, str):
             try:
@@ -98,7 +98,7 @@ def _plain(number: float) -> str:
 
 
 def _short(found: str) -> str:
-    """Return a text without the middle of a number of hundreds of digits."""
+    """Return a text, without the middle of a number of hundreds of digits."""
     return found if len(found) <= _LONGEST else f"{found[:24]}...{found[-8:]}"
 
 
@@ -108,7 +108,7 @@ _LONGEST = 64
 MOST_EXTENT = 2**31 - 1
 """Largest extent of a model: kernels index with 32 bits."""
 TINY = 1e-30
-"""Least of what must be above 0: float32 still holds it."""
+"""Smallest value of a number that must be above 0; float32 holds it."""
 MOST_RATE = 1e4
 """Largest learning rate, of weights and of masks."""
 
@@ -132,7 +132,7 @@ Rate = Annotated[float, Between(TINY, MOST_RATE)]
 Epsilon = Annotated[float, Between(TINY, 1)]
 
 COMMON = "common"
-"""Metadata of a field's type: ``--help`` shows it, and not only ``--help-all``."""
+"""Metadata of a field's type: ``--help`` shows the field, and not only ``--help-all``."""
 
 
 @functools.cache

@@ -1,5 +1,7 @@
-"""Kill -9 tiny training jobs at random instants, start them again with --resume, and hold what is
-left to jobs that were never killed, bit by bit; needs a checkout and `pip install -e ".[test]"`."""
+"""Kill -9 tiny training jobs at random instants, start them again with --resume, and compare the
+result, bit by bit, with jobs that were never killed.
+
+Needs a checkout and `pip install -e ".[test]"`."""
 
 from __future__ import annotations
 
@@ -17,23 +19,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Kill and compare; 0 if every start succeeded, nothing differs and no phase was left out."""
+    """Kill and compare; return 0 if all starts succeed, nothing differs and no phase is missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--kills",
         type=int,
         default=50,
-        help="least number of kills; more until each phase had one; default 50",
+        help="least number of kills; kills go on until each phase had one; default 50",
     )
     parser.add_argument(
         "--restarts", type=int, default=4, help="more kills, under torchrun --max-restarts"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all choices; default 0")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all choices; default 0")
     parser.add_argument(
         "--output",
         required=True,
         type=Path,
-        help="new directory: crash_test.json and crash_test.md, and jobs that went wrong",
+        help="new directory for crash_test.json, crash_test.md and jobs that failed",
     )
     args = parser.parse_args(argv)
     if args.output.exists():

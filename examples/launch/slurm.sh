@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A training script on the nodes of a Slurm job, which is queued again where it ended before its end:
+# Run a training script on the nodes of a Slurm job, and queue the job again until the run has ended:
 #   sbatch --nodes 2 .../launch/slurm.sh .../recipe/04_prune.sh
 # Flags of sbatch override the lines below; accounts, partitions and modules are yours to add.
 #SBATCH --job-name=megashear
@@ -11,22 +11,22 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# SIGTERM to all processes of the step, not to this script, 300 s before the time is over.
+# Send SIGTERM to all processes of the step, not to this script, 300 s before the time limit.
 #SBATCH --signal=TERM@300
 set -euo pipefail
 
-# The run's --save: the job is queued again only when a later checkpoint has come since its start.
+# The run's --save: the job is queued again only if it has saved a later checkpoint since its start.
 SAVE="${SAVE:-}"
-# Without SAVE nobody sees whether the run moves: a failure before the time is over is no reason to
-# queue the job again once it has been, for whatever reason, this often.
+# Without SAVE this script cannot see progress: after a failure before the time limit it queues the
+# job again only until the job was queued, for whatever reason, this often.
 MAX_BLIND_REQUEUES="${MAX_BLIND_REQUEUES:-3}"
-# Seconds before the end of the time at which SIGTERM comes; the number in --signal.
+# Seconds between SIGTERM and the time limit; the number in --signal.
 SIGNAL="${SIGNAL:-300}"
-# A failure sooner than this, in seconds, is one of the call or of a node, and would come again.
+# A failure sooner than this, in seconds, is due to the call or a node, and would happen again.
 SHORTEST="${SHORTEST:-600}"
-# How often the job is queued again, at most.
+# Largest number of times that the job is queued again.
 MAX_REQUEUES="${MAX_REQUEUES:-50}"
-# Words before the script that runs on every node; `srun` and its flags.
+# Words before the script on every node: `srun` and its flags.
 SRUN="${SRUN:-srun --kill-on-bad-exit=1}"
 
 if (($# == 0)); then
@@ -34,7 +34,7 @@ if (($# == 0)); then
   exit 2
 fi
 
-# What Slurm knows of this job under a name, and nothing where it does not say.
+# Print what Slurm knows of this job under a name; nothing if it knows nothing.
 shown() {
   local all
   all="$(SLURM_TIME_FORMAT=standard scontrol -o show job "$SLURM_JOB_ID")" || return 0
@@ -82,20 +82,20 @@ PREEMPTED="$(shown PreemptTime)"
 if ((RESTARTS >= MAX_REQUEUES)); then
   give_up ", and MAX_REQUEUES=$MAX_REQUEUES reached"
 elif [[ "${PREEMPTED:-None}" != None && "$PREEMPTED" != "$PREEMPTED_BEFORE" ]]; then
-  # Slurm gave the job time to leave, and does not queue again what has left in it.
+  # Slurm gave the job time to end, and does not queue it again if it ended in that time.
   echo "preempted at $PREEMPTED"
 elif ((SECONDS < SHORTEST)); then
   give_up ", sooner than SHORTEST=$SHORTEST: read the log above"
 elif [[ -n "$SAVE" ]]; then
   SAVED="$(checkpoint)"
-  # A run that diverged names an older one: that is no progress.
+  # A run that diverged names an older checkpoint, which is no progress.
   if ((${SAVED/none/-1} <= ${SAVED_BEFORE/none/-1})); then
     give_up ", and no later checkpoint in $SAVE since the start ($SAVED_BEFORE then, $SAVED now): read the log above"
   fi
 elif ((RESTARTS >= MAX_BLIND_REQUEUES)) && ! is_time_over; then
   give_up ", before the time was over, and queued again $RESTARTS times already (at most \
-MAX_BLIND_REQUEUES=$MAX_BLIND_REQUEUES): read the log above. With SAVE set to the run's --save it goes on \
-as long as checkpoints come"
+MAX_BLIND_REQUEUES=$MAX_BLIND_REQUEUES): read the log above. With SAVE set to the run's --save the job is \
+queued again as long as it saves checkpoints"
 fi
-echo "status $status after $SECONDS s: queued again, to go on from the last checkpoint"
+echo "status $status after $SECONDS s: queued again, to resume from the last checkpoint"
 scontrol requeue "$SLURM_JOB_ID"

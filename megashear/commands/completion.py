@@ -12,7 +12,7 @@ from megashear.commands.parse import CONFIG, DRY_RUN, HELP_ALL
 from megashear.commands.settings import Setting, settings_of
 
 SHELLS = ("bash", "zsh")
-"""Shells that a script can be made for."""
+"""Shells for which there is a script."""
 _COMMAND = re.compile(r"`megashear ([\w-]+)`: ")
 
 
@@ -32,7 +32,7 @@ def script(shell: str, commands: Iterable[str]) -> str:
 
     Args:
         shell: one of ``SHELLS``.
-        commands: of ``megashear``.
+        commands: names of the commands of ``megashear``.
     """
     settings = {name: settings_of(owner) for name, owner in configurations().items()}
     flags = [f"{name}) words='{' '.join(_flags(found))}' ;;" for name, found in settings.items()]

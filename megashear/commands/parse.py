@@ -1,4 +1,4 @@
-"""YAML and flags to a typed configuration."""
+"""Read flags and YAML into a typed configuration, and check the paths it names."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ DRY_RUN = Setting(
     key="dry_run",
     group="",
     wanted=bool,
-    help="Print the resolved run as YAML for --config, check all that needs no device (paths, "
-    "layout, batches, targets, references) and exit; nothing is started or written.",
+    help="Print the run as YAML for --config, check what needs no device (paths, layout, batches, "
+    "targets, references) and exit. Nothing is started or written.",
     default=False,
 )
 
@@ -63,16 +63,16 @@ def parse(
         argv: arguments after the command's name.
         prog: the command as the user typed it, for help and errors.
         description: first lines of the help.
-        positional: keys that words before the first flag stand for, in this order; the last one
-            takes all words left where it is a list.
-        check: what the command itself looks at before it starts and no device is needed for;
-            ``--dry-run`` calls it once the run is printed.
+        positional: keys that words before the first flag stand for, in this order; if the last key
+            is a list, it takes all words that are left.
+        check: checks of the command that need no device; ``--dry-run`` calls it after printing the
+            run.
 
     Raises:
-        UsageError: too many words before the first flag, an unknown key or flag (names the
-            nearest), a value of another type in the file, a number out of its range, empty text, a
-            flag that is needed and not given, or values that the configuration refuses; looked at
-            in this order, so that a wrong value is reported whatever else is missing.
+        UsageError: too many words before the first flag, an unknown flag or key (names the
+            nearest), a value of another type, a number out of its range, empty text, a needed flag
+            that is not given, or values that the configuration refuses. Checked in this order, so
+            that a wrong value is reported even if another flag is missing.
         ValueError: of ``check``, with --dry-run.
         SystemExit: 0 after --help and --dry-run.
     """
@@ -102,11 +102,11 @@ def parse(
 
 
 def check_there(config: object, *keys: str) -> None:
-    """Refuse paths that lead nowhere, without the import of anything that could open them.
+    """Refuse paths that do not exist, without importing anything that could open them.
 
     Args:
         config: the run.
-        keys: its settings that name what is read: a path, several, or None.
+        keys: settings that name what is read: a path, several paths, or None.
 
     Raises:
         ValueError: with the flag and the path.
@@ -120,9 +120,9 @@ def check_there(config: object, *keys: str) -> None:
 
 
 def check_run_paths(config: PruneRun | PretrainRun) -> None:
-    """Refuse paths of a run that lead nowhere, and outputs that cannot be written.
+    """Refuse paths of a run that do not exist, and outputs that cannot be written.
 
-    A run that is resumed reads nothing of its source, which may be gone.
+    A run that is resumed does not read its source, which may be deleted.
 
     Args:
         config: the run.
@@ -141,8 +141,8 @@ def check_outputs(train: TrainConfig, of: str = "") -> None:
     """Refuse outputs of a run that cannot be written.
 
     Args:
-        train: whose flags they are.
-        of: what to say behind a flag of a run that is not the command's own.
+        train: configuration with the flags.
+        of: text after each flag, if the run is not the command's own.
 
     Raises:
         UnwritableError: with the flag, the path and the way out.
@@ -155,7 +155,7 @@ def check_outputs(train: TrainConfig, of: str = "") -> None:
 
 
 def check_new(config: object, *keys: str) -> None:
-    """Refuse outputs that are there already.
+    """Refuse outputs that exist.
 
     Raises:
         ValueError: with the flag and the path.
@@ -167,7 +167,7 @@ def check_new(config: object, *keys: str) -> None:
 
 
 def to_yaml(config: object, *, prog: str) -> str:
-    """A configuration as the flat YAML that ``--config`` reads.
+    """Return a configuration as the flat YAML that ``--config`` reads.
 
     Args:
         config: dataclass of a run.

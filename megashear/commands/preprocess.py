@@ -1,4 +1,4 @@
-"""Tokenise text, one file or folder a domain, into training and held-out sets."""
+"""Tokenise text, one file or folder per domain, into training and held-out sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse(PreprocessConfig, argv, prog=PROG, description=__doc__ or "", check=check)
     refuse_torchrun(PROG)
     check_writable("--output", config.output)
-    # Here, not above: numpy and megatron-core take seconds that --help should not.
+    # Imported here, because numpy and megatron-core take seconds that --help should not.
     from megashear.preprocessing.domains import preprocess
     from megashear.preprocessing.inputs import find_domains
 

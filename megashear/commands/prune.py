@@ -14,10 +14,10 @@ PROG = "megashear prune"
 
 @user_errors(PROG, interrupted=UNSAVED)
 def main(argv: Sequence[str]) -> int:
-    """Run the command on the arguments after its name; the exit status."""
+    """Run the command on the arguments after its name and return the exit status."""
     config = parse(PruneRun, argv, prog=PROG, description=__doc__ or "", check=check)
     then = _then(config)
-    # Here, not above: torch and megatron-core take seconds that --help should not.
+    # Imported here, because torch and megatron-core take seconds that --help should not.
     from megashear.train.run import prune
 
     reached = prune(config, then, command=["prune", *argv])
@@ -33,7 +33,7 @@ def check(config: PruneRun) -> None:
         ValueError: anything a user can mend.
     """
     then = _then(config)
-    # past its pruning, a job of both that is resumed reads nothing of it
+    # a job of both that is resumed after its pruning reads nothing of the pruning run
     if then is None or not (config.train.resume and holds_iterations(then.train.save)):
         check_run_paths(config)
     if then is not None:

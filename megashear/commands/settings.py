@@ -1,4 +1,4 @@
-"""The flat list of keys of a configuration, and which values each one takes."""
+"""The flat list of keys of a configuration, and the values that each key takes."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Setting:
     key: str
     """Name of the field, with underscores; also the key in YAML."""
     group: str
-    """Field of the run that holds it (``train``), or "" where the run does itself."""
+    """Field of the run that holds the key (``train``), or "" for a key of the run itself."""
     wanted: Any
-    """Its type."""
+    """Type of the value."""
     help: str
     """The string under the field, on one line."""
     default: Any
-    """Value where none is given; ``dataclasses.MISSING`` where one must be."""
+    """Value unless another is given; ``dataclasses.MISSING`` if a value is needed."""
     aliases: tuple[str, ...] = ()
     """Other names of the key that users know from elsewhere."""
     range: Between | None = None
-    """What its numbers must lie in; None where it holds none."""
+    """Range of the numbers; None for a value without numbers."""
     is_common: bool = False
-    """Whether the short help shows it."""
+    """Whether the short help shows the key."""
 
     @property
     def is_needed(self) -> bool:
@@ -51,28 +51,28 @@ class Setting:
         return "--" + self.key.replace("_", "-")
 
     def accepts(self, value: object) -> bool:
-        """Whether a value as YAML reads it fits the type."""
+        """Return whether a value that YAML read fits the type."""
         return _fits(self.wanted, value)
 
     @property
     def is_list(self) -> bool:
-        """Whether it takes several words."""
+        """Whether the flag takes several words."""
         return get_origin(self.wanted) is tuple
 
     @property
     def default_text(self) -> str | None:
-        """The default as a person says it; None where nothing is set."""
+        """The default in words; None if nothing is set."""
         if isinstance(self.default, bool):
             return "on" if self.default else "off"
         return None if self.default in (None, (), "") else str(self.default)
 
     @property
     def metavar(self) -> str:
-        """What stands for the value in the help."""
+        """Placeholder of the value in the help."""
         return _metavar(self.wanted)
 
     def read(self, value: object) -> Any:
-        """Return what a word, a list of words or a value that `accepts` takes means.
+        """Return the value of a word, of a list of words, or of a YAML value that `accepts` takes.
 
         Raises:
             ValueError: a word is no value of the type.
@@ -84,7 +84,7 @@ class Setting:
         return _read(self.wanted, str(value))
 
     def as_list(self, value: object) -> object:
-        """Numbers by name, or one number, as the list that they stand for; others as they are."""
+        """Return numbers by name, or one number, as the list they mean; other values unchanged."""
         if self.wanted != NamedNumbers:
             return value
         if isinstance(value, Mapping):
@@ -93,7 +93,7 @@ class Setting:
 
 
 def settings_of(config_type: type) -> dict[str, Setting]:
-    """Every setting of a run by its key, in the order in which the configuration lists them.
+    """Return every setting of a run by its key, in the order of the configuration.
 
     Args:
         config_type: a dataclass whose fields are plain values or dataclasses of plain values.
@@ -104,7 +104,7 @@ def settings_of(config_type: type) -> dict[str, Setting]:
         for field in dataclasses.fields(owner):
             if dataclasses.is_dataclass(hints[field.name]):
                 continue
-            # Flags carry no group in their name, so a second owner of one would hide the first.
+            # The name of a flag has no group, so a second owner would hide the first.
             assert field.name not in found, f"two groups of {config_type.__name__}: {field.name}"
             found[field.name] = Setting(
                 key=field.name,
@@ -123,7 +123,7 @@ def settings_of(config_type: type) -> dict[str, Setting]:
 
 
 def groups_of(config_type: type) -> dict[str, type]:
-    """The dataclasses a run is made of, by field name; none for a flat configuration."""
+    """Return the dataclasses that a run consists of, by field name; none if it is flat."""
     hints = get_type_hints(config_type)
     return {
         field.name: hints[field.name]
@@ -133,7 +133,7 @@ def groups_of(config_type: type) -> dict[str, type]:
 
 
 def build(config_type: type[Config], values: Mapping[str, Any]) -> Config:
-    """Make the tree from flat values; keys that are absent take their defaults.
+    """Build a configuration from flat values; absent keys take their defaults.
 
     Raises:
         ValueError: a configuration refuses its values.
@@ -147,7 +147,7 @@ def build(config_type: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def check_values(config_type: type, values: Mapping[str, Any]) -> None:
-    """Refuse numbers out of their ranges, whatever else is missing or does not go together.
+    """Refuse numbers out of their ranges, even if other values are missing or wrong.
 
     Raises:
         ValueError: with the flag, the number and the range.
@@ -158,7 +158,7 @@ def check_values(config_type: type, values: Mapping[str, Any]) -> None:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """Flat values of a configuration, the inverse of ``build``."""
+    """Return the flat values of a configuration, the inverse of ``build``."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -167,14 +167,14 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Up to three known names that look like ``name``, best first; always at least one."""
+    """Return up to three known names that look like ``name``, best first; at least one."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
     return " or ".join(close or difflib.get_close_matches(name, known, n=1, cutoff=0.0))
 
 
 def type_name(wanted: Any) -> str:
-    """A type as a person says it, for messages: "a whole number or null"."""
+    """Return a type in words, for messages: "a whole number or null"."""
     if get_origin(wanted) in (Union, types.UnionType):
         return " or ".join(type_name(choice) for choice in get_args(wanted))
     if get_origin(wanted) is Literal:
@@ -205,7 +205,7 @@ def _fits(wanted: Any, value: object) -> bool:
 
 
 def _read(wanted: Any, word: str) -> Any:
-    """Return what a word means as a value of a type, with None and the first choice first."""
+    """Return a word as a value of a type; of a union None first, then in its order."""
     if get_origin(wanted) in (Union, types.UnionType):
         if types.NoneType in get_args(wanted) and word == "None":
             return None
@@ -230,7 +230,7 @@ def _metavar(wanted: Any) -> str:
 
 
 def _is_number(text: str) -> bool:
-    """YAML 1.1 reads 1e-4, without a point, as text."""
+    """Return whether text is a number; YAML 1.1 reads 1e-4, without a point, as text."""
     try:
         float(text)
     except ValueError:
@@ -244,7 +244,7 @@ def _is_number_type(wanted: Any) -> bool:
 
 @functools.cache  # reads the source, which takes longer than all the rest
 def _field_notes(owner: type) -> dict[str, str]:
-    """The string under each field; Python keeps it in the source only."""
+    """Return the string under each field, which Python keeps only in the source."""
     notes = {}
     for part in filter(dataclasses.is_dataclass, reversed(owner.__mro__)):  # what it inherits too
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body

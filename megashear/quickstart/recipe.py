@@ -1,4 +1,4 @@
-"""The numbers of the quickstart: shapes, steps and rates, tuned on two CPU cores."""
+"""Numbers of the quickstart: shapes, steps and rates, tuned on two CPU cores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SOURCE = ModelShape(
     vocab_size=VOCABULARY,
     max_position_embeddings=128,
 )
-"""3.4 M parameters."""
+"""Shape of the source: 3.4 M parameters."""
 TARGET = replace(
     SOURCE,
     num_layers=4,
@@ -28,7 +28,7 @@ TARGET = replace(
     num_query_groups=4,
     ffn_hidden_size=320,
 )
-"""1.3 M parameters: smaller in all four dimensions."""
+"""Shape of the pruned model: 1.3 M parameters, smaller in all four dimensions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,15 +49,15 @@ class Recipe:
     prune_lr: float = 2e-3
     recover_lr: float = 2e-3
     init_method_std: float = 0.05
-    """Of fresh weights; 0.02 learns far slower at this width."""
+    """Standard deviation of fresh weights; with 0.02 a model of this width learns far slower."""
     sparsity_warmup_iters: int = 40
     """Steps over which the target sparsity rises: a fifth of pruning, as in the recipes."""
     noise_streams: int = 4
-    """Mask draws per step."""
+    """Independent draws of the masks per step."""
     eval_interval: int = 50
     """Steps between the evaluations that move the mixture."""
     eval_sequences: int = 16
-    """Held-out sequences per domain in those."""
+    """Held-out sequences per domain in each evaluation."""
     held_out_fraction: float = 0.02
 
 
@@ -71,4 +71,4 @@ SHORT = replace(
     eval_interval=20,
     eval_sequences=4,
 )
-"""For checking that everything runs, in a third of the time; too few steps to compare models."""
+"""Steps to check that everything runs, in a third of the time; too few to compare models."""

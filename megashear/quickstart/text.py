@@ -1,4 +1,4 @@
-"""Domains of real text that any Python installation with torch carries."""
+"""Domains of real text that every Python installation with torch has."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ logger = logging.getLogger(__name__)
 NUM_DOMAINS = 4
 """Domains that the quickstart wants."""
 MOST_BYTES = 4_000_000
-"""Text taken of one domain: some 1.5 M tokens, more than the quickstart reads of any."""
+"""Most bytes of one domain: about 1.5 M tokens, more than the quickstart reads of any domain."""
 LEAST_BYTES = 300_000
-"""A source with less text is replaced: held-out losses of so little would be noise."""
+"""Least bytes of one domain: held-out losses of less text would be noise, so a spare source
+replaces it."""
 _LARGEST_DOCUMENT = 48_000
-"""Bytes; longer texts, generated code and tables mostly, would be half a held-out set on their
-own."""
+"""Most bytes of a document: a longer text, usually generated code or a table, could be half of a
+held-out set."""
 _CHUNK_LINES = 120
-"""Lines of a document where a source is one long text."""
+"""Lines of a document from a source that is one long text."""
 
 
 def write_domains(directory: Path) -> dict[str, int]:
-    """Write one jsonl file per domain, a document a line.
+    """Write one jsonl file per domain, with a document per line.
 
-    Sources that this installation lacks are replaced by spare ones, with a note in the log.
+    A source that this installation lacks is replaced by a spare one, with a note in the log.
 
     Args:
-        directory: made; receives ``<domain>.jsonl``.
+        directory: directory to make, for ``<domain>.jsonl``.
 
     Returns:
         Bytes of text by domain.
@@ -69,14 +70,14 @@ def write_domains(directory: Path) -> dict[str, int]:
 
 
 def python_code() -> Iterator[str]:
-    """The standard library's code, a file a document, docstrings taken out."""
+    """Yield the code of the standard library without docstrings, a document per file."""
     for path in _files(Path(sysconfig.get_path("stdlib")), "*.py"):
         if (parsed := _parse(path)) is not None:
             yield _without_docstrings(*parsed)
 
 
 def prose() -> Iterator[str]:
-    """English about software: the manual's topics, and the docstrings of the standard library."""
+    """Yield English about software: topics of the manual, docstrings of the standard library."""
     if importlib.util.find_spec("pydoc_data") is not None:
         from pydoc_data import topics
 
@@ -87,7 +88,7 @@ def prose() -> Iterator[str]:
 
 
 def c_headers() -> Iterator[str]:
-    """C and C++ headers: torch's, then Python's own, a file a document."""
+    """Yield C and C++ headers of torch, then of Python, a document per file."""
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin is not None:
         include = Path(spec.origin).parent / "include"
@@ -97,12 +98,12 @@ def c_headers() -> Iterator[str]:
 
 
 def unicode_tables() -> Iterator[str]:
-    """The Unicode character database as lines of code point, category and name."""
+    """Yield the Unicode character database as lines of code point, category and name."""
 
     def lines() -> Iterator[str]:
         for point in range(sys.maxunicode + 1):
             if name := unicodedata.name(chr(point), ""):
-                # names that only count up, 97,680 of them, teach nothing
+                # 97,680 names only count up, from which a model learns nothing
                 if "IDEOGRAPH-" in name or name.startswith("HANGUL SYLLABLE"):
                     continue
                 yield f"{point:04X};{unicodedata.category(chr(point))};{name}"
@@ -111,12 +112,12 @@ def unicode_tables() -> Iterator[str]:
 
 
 def package_code() -> Iterator[str]:
-    """Code of installed packages, a file a document: a spare."""
+    """Yield code of installed packages, a document per file: a spare source."""
     yield from _texts(Path(sysconfig.get_path("purelib")), "*.py")
 
 
 def package_descriptions() -> Iterator[str]:
-    """Metadata and licences of installed packages: a spare."""
+    """Yield metadata and licences of installed packages: a spare source."""
     for pattern in ("METADATA", "LICENSE*", "*.rst", "*.md"):
         yield from _texts(Path(sysconfig.get_path("purelib")), pattern)
 
@@ -129,7 +130,7 @@ SOURCES: dict[str, Callable[[], Iterator[str]]] = {
     "packages": package_code,
     "metadata": package_descriptions,
 }
-"""Sources by domain, in the order in which they are taken; the last two are spares."""
+"""Sources by domain, in the order in which they are used; the last two are spares."""
 
 
 def _up_to(documents: Iterator[str], most_bytes: int) -> Iterator[str]:
@@ -145,14 +146,14 @@ def _up_to(documents: Iterator[str], most_bytes: int) -> Iterator[str]:
 
 
 def _files(root: Path, pattern: str) -> list[Path]:
-    """Files below ``root`` in a fixed order that mixes folders, tests and packages left out."""
+    """Return files below ``root``, without tests and packages, in an order that mixes folders."""
     skipped = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
     found = [
         path
         for path in sorted(root.rglob(pattern))
         if path.is_file() and not skipped & set(path.relative_to(root).parts)
     ]
-    # by length of name first: a cap on bytes then cuts across folders and not the alphabet
+    # sorted by length of name first, so that a limit of bytes takes files of all folders
     return sorted(found, key=lambda path: (len(path.name), path.name, str(path)))
 
 
@@ -166,7 +167,7 @@ def _read(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):
-        return None  # a file in another encoding, or not ours to read
+        return None  # the file has another encoding or may not be read
 
 
 def _parse(path: Path) -> tuple[str, ast.Module] | None:

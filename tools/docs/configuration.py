@@ -24,25 +24,25 @@ Every key of every command. `python tools/docs/configuration.py` writes this pag
 `megashear/config/`; change the help texts there, not this page.
 
 A key is a flag, `--global-batch-size 256`, and a line of the YAML file that `--config` names,
-`global_batch_size: 256`; flags override the file. Dashes and underscores are the same. What is on
-or off is turned off by its negation, `--no-bf16`, and is `true` or `false` in YAML. A list is
-several words, or a YAML list. Where the default is `-`, nothing is set, and the text says what that
-means.
+`global_batch_size: 256`; flags override the file. Dashes and underscores are the same. A key that
+is on or off is turned off by its negation, `--no-bf16`, and is `true` or `false` in YAML. A list is
+several words, or a YAML list. If the default is `-`, nothing is set, and the last column says what
+that means.
 
-`--help` of a command shows the keys that most calls need, `--help-all` every one. Every command
-takes `--config` and `--dry-run`. The latter prints the run as it was understood, as a
-file for `--config`, then checks what the start would check and no device is needed for: paths,
-layout, batches, targets, references. It writes nothing and exits with 2 where something is wrong,
-with 3 where an output cannot be written. The source of a run that is resumed may be gone.
-A run of several processes is checked for one replica, or for as many processes as the environment
-variable `WORLD_SIZE` says: `WORLD_SIZE=64 megashear prune --config prune.yaml --dry-run`.
+`--help` of a command shows the keys that most calls need, `--help-all` shows all. Every command
+takes `--config` and `--dry-run`. `--dry-run` prints the run as a file for `--config`, then checks
+everything that needs no device: paths, layout, batches, targets, references. It writes nothing and
+exits with 2 if something is wrong, or with 3 if an output cannot be written. The source of a run
+that is resumed need not exist any more. A run of several processes is checked for one replica, or
+for as many processes as the environment variable `WORLD_SIZE` says:
+`WORLD_SIZE=64 megashear prune --config prune.yaml --dry-run`.
 
 """
 _COMMAND = re.compile(r"`megashear ([\w-]+)`: ")
 
 
 def configurations() -> dict[str, type]:
-    """The dataclass of each command, in the order of `COMMANDS`; its docstring names the command.
+    """Return the dataclass of each command, in the order of `COMMANDS`.
 
     Raises:
         ValueError: a command has none.
@@ -57,7 +57,7 @@ def configurations() -> dict[str, type]:
 
 
 def page() -> str:
-    """The page as it should be."""
+    """Return the page as it should be."""
     owners = configurations()
     shared: dict[type, list[str]] = {}
     for command, owner in owners.items():
@@ -134,7 +134,7 @@ def _cell(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page, or with --check only say whether it is what it should be."""
+    """Write the page, or with --check only report whether it is up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
     check = parser.parse_args(argv).check

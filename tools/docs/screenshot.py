@@ -17,18 +17,18 @@ from PIL import Image
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 COLOURS = 256
-"""Enough for a page of text, curves and masks; a third of the bytes of all colours."""
+"""Colours of the picture: enough for text, curves and masks, with a third of the bytes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, take the picture, say how large it is."""
+    """Take the picture and print its size."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("url", help="Page; quote it, for # begins a comment.")
+    parser.add_argument("url", help="URL of the page; quote it, because # begins a comment.")
     parser.add_argument("output", type=Path, help="PNG to write; must not exist.")
+    parser.add_argument("--size", default="1400x2400", help="Width x height of the window, pixels.")
     parser.add_argument(
-        "--size", default="1400x2400", help="Of the window: width x height, pixels."
+        "--wait", type=int, default=20, help="Seconds to wait for what the page loads."
     )
-    parser.add_argument("--wait", type=int, default=20, help="For what the page loads, seconds.")
     args = parser.parse_args(argv)
     if args.output.exists():
         print(f"{args.output} exists; choose another or remove it first", file=sys.stderr)
