@@ -14,7 +14,11 @@ from megashear.planning.time import Cluster, forward_seconds
 from megashear.planning.work import GIB, Work
 
 HOUR = 3600.0
-"""Seconds."""
+"""Seconds of an hour."""
+_COLUMNS = (
+    *("tp", "pp", "vpp", "dp", "sp", "distopt", "micro", "recompute", "GiB/GPU", "s/step"),
+    *("tokens/s/GPU", "MFU", "bubble", "hours", "GPU-hours"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,27 +73,7 @@ def lines(plan: Plan, *, top: int) -> Iterator[str]:
         f"{100 * job.mfu:g} % of the peak while computing"
     )
     yield ""
-    yield from _table(
-        [
-            (
-                *(
-                    "tp",
-                    "pp",
-                    "vpp",
-                    "dp",
-                    "sp",
-                    "distopt",
-                    "micro",
-                    "recompute",
-                    "GiB/GPU",
-                    "s/step",
-                ),
-                *("tokens/s/GPU", "MFU", "bubble", "hours"),
-                "GPU-hours",
-            ),
-            *(_row(plan, found) for found in plan.candidates[:top]),
-        ]
-    )
+    yield from _table([_COLUMNS, *(_row(plan, found) for found in plan.candidates[:top])])
     left = len(plan.candidates) - top
     if left > 0:
         yield f"and {left} more that fit; --top {len(plan.candidates)} shows all"
