@@ -131,7 +131,7 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def tell_stop(prog: str, result: RunResult, *, resumes: bool) -> None:
+def report_stop(prog: str, result: RunResult, *, resumes: bool) -> None:
     """Print, on rank 0, what a run that stopped early or skipped steps saved and how to resume.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megashear.commands.outcome import UNSAVED, report, tell_stop, user_errors
+from megashear.commands.outcome import UNSAVED, report, report_stop, user_errors
 from megashear.commands.parse import check_run_paths, parse
 from megashear.config import PretrainRun
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
 
     reached = pretrain(config, command=["pretrain", *argv])
     report(reached.summary())
-    tell_stop(PROG, reached, resumes=config.train.resume)
+    report_stop(PROG, reached, resumes=config.train.resume)
     return reached.exit_status
 
 

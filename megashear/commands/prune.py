@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.checkpoint.description import holds_iterations
-from megashear.commands.outcome import UNSAVED, report, tell_stop, user_errors
+from megashear.commands.outcome import UNSAVED, report, report_stop, user_errors
 from megashear.commands.parse import check_outputs, check_run_paths, parse
 from megashear.config import PretrainRun, PruneRun
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
 
     reached = prune(config, then, command=["prune", *argv])
     report(reached.summary())
-    tell_stop(PROG, reached, resumes=config.train.resume)
+    report_stop(PROG, reached, resumes=config.train.resume)
     return reached.exit_status
 
 

@@ -47,7 +47,7 @@ def prepare_both(config: PruneRun, then: PretrainRun, *, is_dry_run: bool = Fals
     Raises:
         ValueError: anything a user can correct in either.
     """
-    check_then(config, then)
+    _check_then(config, then)
     if config.train.resume and holds_iterations(then.train.save):
         logger.info("pruning is done: resuming continued pretraining")
         train = dataclasses.replace(then.train, resume=True)
@@ -102,11 +102,11 @@ def hand_over(pruned: Trainer, pruning: PreparedRun, *, command: Sequence[str]) 
         exact_gates(log_alpha, objective.targets),
     )
     cut = _losses(trainer.objective, LOSS, following, new_groups)
-    check_losses(masked, cut, bf16=following.config.model.bf16)
+    _check_losses(masked, cut, bf16=following.config.model.bf16)
     return trainer
 
 
-def check_then(config: PruneRun, then: PretrainRun) -> None:
+def _check_then(config: PruneRun, then: PretrainRun) -> None:
     """Refuse continued pretraining that cannot follow in this job.
 
     Raises:
@@ -162,7 +162,7 @@ def check_then(config: PruneRun, then: PretrainRun) -> None:
         )
 
 
-def check_losses(masked: dict[str, float], cut: dict[str, float], *, bf16: bool) -> None:
+def _check_losses(masked: dict[str, float], cut: dict[str, float], *, bf16: bool) -> None:
     """Compare the cut model's losses with those of the masked one.
 
     Args:

@@ -206,7 +206,7 @@ def test_a_run_that_ends_while_steps_are_skipped_ends_with_the_code_too(
             replace(config, train=replace(config.train, resume=again))  # type: ignore[arg-type]
         )
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            outcome.tell_stop("megashear pretrain", reached, resumes=False)
+            outcome.report_stop("megashear pretrain", reached, resumes=False)
         return reached.exit_status, stderr.getvalue()
 
     more = {"save_interval": 1, "keep": 1}

@@ -96,7 +96,7 @@ def test_of_several_ranks_one_speaks(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     assert pressed()([]) == 130
-    outcome.tell_stop("megashear prune", STOPPED, resumes=True)
+    outcome.report_stop("megashear prune", STOPPED, resumes=True)
     assert capsys.readouterr().err == ""
 
 
@@ -132,7 +132,7 @@ DONE = replace(STOPPED, stopped=None, exit_status=0)
 def test_a_stopped_run_ends_with_what_is_saved(
     result: RunResult, resumes: bool, wanted: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcome.tell_stop("megashear prune", result, resumes=resumes)
+    outcome.report_stop("megashear prune", result, resumes=resumes)
     said = capsys.readouterr().err
     assert said.startswith("megashear prune: stopped because SIGTERM was received; ")
     assert wanted in said
@@ -140,6 +140,6 @@ def test_a_stopped_run_ends_with_what_is_saved(
 
 
 def test_a_run_that_is_done_ends_without(capsys: pytest.CaptureFixture[str]) -> None:
-    outcome.tell_stop("megashear prune", DONE, resumes=True)
-    outcome.tell_stop("megashear prune", replace(DONE, pruning=DONE), resumes=True)
+    outcome.report_stop("megashear prune", DONE, resumes=True)
+    outcome.report_stop("megashear prune", replace(DONE, pruning=DONE), resumes=True)
     assert capsys.readouterr().err == ""

@@ -108,7 +108,7 @@ def test_a_share_that_pays_for_nothing_is_refused_with_its_arithmetic() -> None:
 
 
 def test_sizes_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(ValueError, match="--eval-sequences and --eval-share both say how much"):
+    with pytest.raises(ValueError, match="--eval-sequences and --eval-share set the size of"):
         TrainConfig(eval_sequences=4, eval_share=0.1)
     with pytest.raises(ValueError, match="--eval-tokens 100 is less than one sequence of --seq-l"):
         TrainConfig(eval_tokens=100, seq_length=128)
