@@ -13,13 +13,14 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "bounds": set(),
     "files": set(),
+    "text_table": set(),
     "config": {"bounds"},
     "shape": {"bounds", "files"},
     "tokenizer": {"files"},
     "parallel": {"config", "files"},
     "masks": {"shape", "config"},
     "models": {"masks", "parallel", "shape", "config", "files"},
-    "planning": {"models", "masks", "shape", "config"},
+    "planning": {"models", "masks", "shape", "config", "text_table"},
     "checkpoint": {"models", "masks", "parallel", "shape", "tokenizer", "config", "files"},
     "conversion": {
         *("checkpoint", "models", "masks", "parallel", "shape", "tokenizer", "config", "files"),
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "monitor": {"masks", "parallel", "config", "files"},
     "report": {
         *("checkpoint", "conversion", "models", "masks", "monitor", "parallel", "shape"),
-        *("config", "files"),
+        *("config", "files", "text_table"),
     },
     "train": {
         *("checkpoint", "conversion", "models", "masks", "data", "monitor", "planning", "parallel"),

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from megashear.monitor.tags import MEANINGS
+
 READING, TAGS, SETTINGS, ENVIRONMENT = (
     f"about/{name}" for name in ("1-reading", "2-tags", "3-settings", "4-environment")
 )
@@ -24,60 +26,6 @@ HINTS = """\
 - **Outliers**: TensorBoard leaves them out of a chart's frame until that is switched off.
 - **Images** has the masks at every evaluation, **Histograms** their log_alpha.
 """
-
-MEANINGS = {
-    "train/lm-loss": "Loss on training text, nats per token, mean over the log window; falls, but "
-    "rises while pruning closes more and more.",
-    "train/term/<name>": "A further term of the loss on training text, mean over the log window.",
-    "train/grad-norm": "Gradient norm of the weights, before clipping.",
-    "train/learning-rate": "Learning rate of the weights.",
-    "train/skipped-steps": "Steps not taken, for loss or gradient were not finite; 0 is healthy.",
-    "prune/penalty": "What the constraint adds to the loss; small after the warm-up.",
-    "prune/expected-sparsity/<kind>": "Share of units the masks expect to close; on its target.",
-    "prune/target-sparsity/<kind>": "Share of units that shall be closed at this step.",
-    "prune/lambda1/<kind>": "Linear multiplier of the constraint; settles.",
-    "prune/lambda2/<kind>": "Quadratic multiplier; rises, at most to --lambda2-max.",
-    "prune/expected-parameters": "Parameters of the whole model that the masks expect to keep.",
-    "prune/actual-parameters": "Parameters of the whole model that gates open in evaluation keep.",
-    "prune/target-parameters": "Parameters of the target; the other two meet it.",
-    "prune/expected-size/<kind>": "Sum of a row's chances to be open, units, mean over rows.",
-    "prune/actual-size/<kind>": "Gates of a row that evaluation leaves open, mean over rows.",
-    "prune/target-size/<kind>": "Units that a row shall leave open at this step.",
-    "prune/undecided/<kind>": "Share of gates whose chance to be open is between .1 and .9; falls "
-    "once the target stands.",
-    "prune/churn/<kind>": "Share of gates that changed side since the last evaluation; falls to 0.",
-    "prune/rounding/<kind>": "Share of gates that rounding to the target changes; near 0.",
-    "prune/grad-norm": "Gradient norm of log_alpha and multipliers, before clipping.",
-    "prune/learning-rate": "Learning rate of log_alpha and multipliers.",
-    "prune/mask/<kind>": "Picture of what is kept, blue, and pruned, vermilion (Images).",
-    "prune/log-alpha/<kind>": "Distribution of log_alpha (Histograms); two hills, at the clamps.",
-    "mix/weight/<domain>": "Share of the samples to come that the domain is owed.",
-    "mix/share/<domain>": "Share of the samples drawn so far.",
-    "mix/epoch/<domain>": "Times the domain's text was read.",
-    "eval/loss/<domain>": "Held-out loss, nats per token, on the run's subsample.",
-    "eval/mean-loss": "Mean of these over domains, each counted once.",
-    "eval/standard-error/<domain>": "Standard error of the domain's held-out loss.",
-    "eval/mean-standard-error": "Standard error of the mean held-out loss.",
-    "eval/full-loss/<domain>": "Held-out loss over all held-out text, once, at the end.",
-    "eval/full-mean-loss": "Mean of these over domains.",
-    "eval/excess/<domain>": "Held-out loss less the reference; domains draw together.",
-    "eval/exact-mean-loss": "Held-out mean loss under exactly the target's gates.",
-    "eval/discretisation-gap": "How far that is above eval/mean-loss; near 0 at the end.",
-    "eval/relaxed-mean-loss": "Held-out mean loss under gates sampled as in training.",
-    "system/save-seconds": "How long a checkpoint took.",
-    "system/save-stall-seconds": "How long training stood still for it.",
-    "system/tokens-per-second": "Training alone, over all processes.",
-    "system/tokens-per-second-per-device": "Training alone, per process.",
-    "system/seconds-per-step": "Training alone, mean over the log window.",
-    "system/model-flops-utilisation": "Arithmetic the model needs over the device's peak (MFU).",
-    "system/step-seconds/<part>": "Time of a step by part, mean over ranks.",
-    "system/evaluation-share": "Share of the wall time since this start that evaluations took.",
-    "system/checkpoint-share": "Share of the wall time since this start that saving took.",
-    "system/memory-resident": "GB that a process has on its host, of the rank that has most.",
-    "system/memory-allocated": "Most GB that tensors took on a GPU so far, of that rank.",
-    "system/memory-reserved": "Most GB that torch's allocator took from a GPU, of that rank.",
-}
-"""What every tag means, in a sentence; docs/monitoring.md says more."""
 
 
 def notes(

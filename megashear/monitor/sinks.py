@@ -19,7 +19,7 @@ import numpy.typing as npt
 from megashear.config import TrainConfig
 from megashear.files.output import writing
 from megashear.files.structured import parse_json
-from megashear.monitor.tags import HISTOGRAM_BINS, TensorBoardSink
+from megashear.monitor.tensorboard_sink import HISTOGRAM_BINS, TensorBoardSink
 
 logger = logging.getLogger(__name__)
 

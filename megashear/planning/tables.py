@@ -12,6 +12,7 @@ from megashear.planning.layouts import Candidate, Job
 from megashear.planning.memory import checkpoint_bytes
 from megashear.planning.time import Cluster, forward_seconds
 from megashear.planning.work import GIB, Work
+from megashear.text_table import text_table
 
 HOUR = 3600.0
 """Seconds of an hour."""
@@ -73,7 +74,8 @@ def lines(plan: Plan, *, top: int) -> Iterator[str]:
         f"{100 * job.mfu:g} % of the peak while computing"
     )
     yield ""
-    yield from _table([_COLUMNS, *(_row(plan, found) for found in plan.candidates[:top])])
+    table = [_COLUMNS, *(_row(plan, found) for found in plan.candidates[:top])]
+    yield text_table(table, left=0, rule=False)
     left = len(plan.candidates) - top
     if left > 0:
         yield f"and {left} more that fit; --top {len(plan.candidates)} shows all"
@@ -234,9 +236,3 @@ def _time(plan: Plan, found: Candidate) -> Iterator[str]:
         f"  {'evaluation':12} {plan.evaluation_seconds(found):8.3f}  a step, "
         f"{plan.job.held_out_per_step:.2f} sequences forward"
     )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths))

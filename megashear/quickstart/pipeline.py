@@ -20,6 +20,7 @@ from megashear.quickstart.recipe import SOURCE, TARGET, Recipe
 from megashear.quickstart.text import write_domains
 from megashear.quickstart.tokenizer import train_tokenizer
 from megashear.shape import ModelShape
+from megashear.text_table import text_table
 
 RANKS = 2
 """Processes of every training stage: tensor, pipeline or data parallel."""
@@ -162,7 +163,6 @@ class Quickstart:
         self._read_result(name, f"from scratch, {tokens}")
 
     def _write_results(self) -> None:
-        from megashear.report.tables import table
 
         path = self._path("results.json")
         content = {
@@ -172,7 +172,7 @@ class Quickstart:
         }
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         self._title("done")
-        print(table(rows(self.results)))
+        print(text_table(rows(self.results)))
         print(
             f"\nsheared model (Hugging Face): {self._path('sheared-hf')}\n"
             f"figures: tensorboard --logdir {self._path('tensorboard')}\n"

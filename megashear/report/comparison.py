@@ -13,7 +13,7 @@ from torch import Tensor
 from megashear.checkpoint.details import PASSING
 from megashear.models import weight_table
 from megashear.report.kept import MaskReading, Mode
-from megashear.report.opened import Opened
+from megashear.report.open_model import OpenModel
 from megashear.shape import ModelShape
 
 COMPARED_AT_ONCE = 2**22
@@ -66,7 +66,7 @@ class WeightDistance:
         return self.distance / self.norm if self.norm else math.inf
 
 
-def differing_fields(first: Opened, second: Opened) -> list[Difference]:
+def differing_fields(first: OpenModel, second: OpenModel) -> list[Difference]:
     """What two models say of themselves and do not agree on, by name of the field.
 
     States that change with every step (those of schedule, loader and guard) are left out.
@@ -166,7 +166,7 @@ def _open_gates(reading: MaskReading, mode: Mode) -> dict[str, Tensor]:
     return {kind: gates != 0 for kind, gates in reading.gates(mode).items()}
 
 
-def _fields(opened: Opened) -> dict[str, Any]:
+def _fields(opened: OpenModel) -> dict[str, Any]:
     values: dict[str, Any] = {"shape": opened.shape.to_dict()}
     if opened.description is not None:
         values |= asdict(opened.description)

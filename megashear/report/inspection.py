@@ -25,7 +25,7 @@ from megashear.report.comparison import (
 )
 from megashear.report.kept import Mode
 from megashear.report.mask_map import mask_map
-from megashear.report.opened import Opened, open_model
+from megashear.report.open_model import OpenModel, open_model
 
 
 def inspect(
@@ -87,7 +87,7 @@ def inspect(
     return "\n\n".join([text, *(["\n".join(written)] if written else [])])
 
 
-def as_values(opened: Opened) -> dict[str, Any]:
+def as_values(opened: OpenModel) -> dict[str, Any]:
     """All that is known of a model as plain values."""
     values: dict[str, Any] = {
         "path": str(opened.path),
@@ -111,7 +111,7 @@ def as_values(opened: Opened) -> dict[str, Any]:
 
 
 def _compare(
-    first: Opened, second: Opened, mode: Mode, with_weights: bool
+    first: OpenModel, second: OpenModel, mode: Mode, with_weights: bool
 ) -> tuple[str, dict[str, Any]]:
     notes = []
     fields = differing_fields(first, second)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class PageFigure:
     """A figure of a page."""
 
     name: str
@@ -43,13 +43,15 @@ class Section:
     name: str
     """Where links lead to."""
     title: str
-    parts: Sequence[str | Drawn]
+    parts: Sequence[str | PageFigure]
     """HTML, or figures."""
     level: int = 2
 
     def html(self) -> str:
         """The section."""
-        body = "\n".join(part.html() if isinstance(part, Drawn) else part for part in self.parts)
+        body = "\n".join(
+            part.html() if isinstance(part, PageFigure) else part for part in self.parts
+        )
         heading = f"<h{self.level}>{text(self.title)}</h{self.level}>"
         return f'<section id="{text(self.name)}">{heading}\n{body}\n</section>'
 
@@ -168,7 +170,7 @@ def save_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
     written = []
     for section in sections:
         for part in section.parts:
-            if isinstance(part, Drawn):
+            if isinstance(part, PageFigure):
                 written.append(folder / f"{part.name}.png")
                 save(part.figure, written[-1])
     return written

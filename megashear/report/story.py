@@ -39,7 +39,7 @@ from megashear.report.losses import (
 )
 from megashear.report.mask_map import mask_map
 from megashear.report.page import (
-    Drawn,
+    PageFigure,
     Section,
     bars,
     cards,
@@ -315,16 +315,16 @@ def _recovery_section(records: Sequence[RunRecord], source: MeanLoss | None) -> 
     return Section(
         name="joined",
         title="From pruning to recovery",
-        parts=[Drawn(name="recovery", figure=figure, caption=caption)],
+        parts=[PageFigure(name="recovery", figure=figure, caption=caption)],
     )
 
 
 def _run_section(record: RunRecord, name: str, source: MeanLoss | None) -> Section:
     points = record.points
-    parts: list[str | Drawn] = []
+    parts: list[str | PageFigure] = []
 
     def drawn(what: str, figure: Any, caption: str) -> None:
-        parts.append(Drawn(name=f"{name}-{what}", figure=figure, caption=caption))
+        parts.append(PageFigure(name=f"{name}-{what}", figure=figure, caption=caption))
 
     if record.masks is not None:
         parts.append("<h3>What is kept where</h3>")

@@ -17,8 +17,9 @@ from megashear.models.formats import dtypes_of, name_of
 from megashear.models.kept import KeptUnits
 from megashear.report.comparison import Difference, GateDifference, WeightDistance
 from megashear.report.kept import MaskReading, Mode
-from megashear.report.opened import Opened
+from megashear.report.open_model import OpenModel
 from megashear.shape import ModelShape
+from megashear.text_table import text_table
 
 _NAMES = {
     **{k.extent: f"{k.units} per layer" if k.per_layer else k.units for k in KINDS.values()},
@@ -35,26 +36,7 @@ LISTED = 20
 """Lines of a list that a terminal gets; JSON has all."""
 
 
-def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Rows of cells as aligned text, the first row a head.
-
-    Args:
-        rows: equally long.
-        left: how many columns, from the first, are aligned to the left; the others to the right.
-    """
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
-
-
-def describe(opened: Opened, *, mode: Mode = "exact") -> str:
+def describe(opened: OpenModel, *, mode: Mode = "exact") -> str:
     """Describe a model in words and tables: extents, parameters, masks where it has some.
 
     Args:
@@ -100,7 +82,7 @@ def mask_table(masks: MaskReading) -> str:
             "",
         ]
     )
-    return table(rows)
+    return text_table(rows)
 
 
 def layer_map(masks: MaskReading, mode: Mode) -> str:
@@ -122,7 +104,7 @@ def layer_map(masks: MaskReading, mode: Mode) -> str:
                 f"{int(neurons.sum()):,} of {source.ffn_hidden_size:,}",
             ]
         )
-    text = table(rows, left=4)
+    text = text_table(rows, left=4)
     pruned, hidden = kept.removed_layers, kept.units[HIDDEN][0]
     lines = [
         f"in {mode} mode (# kept, . pruned; bins from ' ' none to '{SHADES[-1]}' all kept):",
@@ -179,7 +161,7 @@ def compare_text(
     return "\n\n".join([*parts, *notes])
 
 
-def _extents(opened: Opened) -> str:
+def _extents(opened: OpenModel) -> str:
     shapes: dict[str, ModelShape] = {"model": opened.shape}
     known = RunDetails() if opened.description is None else opened.description.known
     if known.source_shape is not None:
@@ -192,7 +174,7 @@ def _extents(opened: Opened) -> str:
     for name, wanted in PARTS.items():
         rows.append([name, *(f"{part_params(shape, wanted):,}" for shape in shapes.values())])
     rows.append(["parameters", *(f"{shape.num_params():,}" for shape in shapes.values())])
-    return table(rows)
+    return text_table(rows)
 
 
 PARTS = {
@@ -213,7 +195,7 @@ def part_params(shape: ModelShape, wanted: str) -> int:
     )
 
 
-def _facts(opened: Opened) -> str:
+def _facts(opened: OpenModel) -> str:
     shape = opened.shape
     lines = [f"family {shape.family}, rotary base {shape.rotary_base:g}"]
     lines[0] += ", tied embeddings" if shape.tied_embeddings else ""
@@ -245,7 +227,7 @@ def _fields_text(fields: Sequence[Difference]) -> str:
     rows = [["descriptions differ in", "first", "second"]]
     rows += [[f.field, _short(f.first), _short(f.second)] for f in fields[: 3 * LISTED]]
     more = len(fields) - 3 * LISTED
-    return table(rows, left=3) + (f"\n... and {more} more, see --json" if more > 0 else "")
+    return text_table(rows, left=3) + (f"\n... and {more} more, see --json" if more > 0 else "")
 
 
 def _gates_text(gates: Sequence[GateDifference]) -> str:
@@ -267,7 +249,7 @@ def _gates_text(gates: Sequence[GateDifference]) -> str:
         num = len(found.only_first) + len(found.only_second)
         total[found.kind] = total.get(found.kind, 0) + num
     sums = ", ".join(f"{num:,} {KINDS[kind].units}" for kind, num in total.items())
-    text = table(rows, left=4)
+    text = text_table(rows, left=4)
     text += f"\n... and {more} more rows, see --json" if more > 0 else ""
     return f"{text}\nin all: {sums}"
 
@@ -296,7 +278,7 @@ def _weights_text(weights: Sequence[WeightDistance]) -> str:
             ]
         )
     return (
-        table(rows)
+        text_table(rows)
         + "\ndistances are relative, ||a - b|| / ||a|| of each weight; --json lists every one"
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megashear.monitor.tags import TensorBoardSink
+from megashear.monitor.tensorboard_sink import TensorBoardSink
 from tests.crash.attempt import Kill
 from tests.crash.jobs import Crashes, Result, Scenario
 from tests.crash.phases import LINGER_S

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from megashear.monitor import figures, tags
 from megashear.monitor.figures import plot_mixture, read_events, runs_in
 from megashear.monitor.notes import READING
-from megashear.monitor.tags import TensorBoardSink
+from megashear.monitor.tensorboard_sink import TensorBoardSink
 
 DOMAINS = ("cc", "wiki")
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megashear.monitor.notes import ENVIRONMENT, HINTS, MEANINGS, SETTINGS, TAGS, notes
-from megashear.monitor.tags import TensorBoardSink
+from megashear.monitor.notes import ENVIRONMENT, HINTS, SETTINGS, TAGS, notes
+from megashear.monitor.tags import MEANINGS
+from megashear.monitor.tensorboard_sink import TensorBoardSink
 
 DOCS = Path(__file__).parents[3] / "docs" / "monitoring.md"
 CONFIG = {"train": {"lr": 1e-4, "data_path": ("a b", "c")}, "then_pretrain": None}

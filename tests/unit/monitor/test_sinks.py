@@ -23,7 +23,7 @@ from megashear.config import TrainConfig
 from megashear.models.kept import KeptUnits
 from megashear.monitor import sinks
 from megashear.monitor.sinks import JsonLinesSink, Sinks, check_sinks, open_sinks
-from megashear.monitor.tags import TensorBoardSink
+from megashear.monitor.tensorboard_sink import TensorBoardSink
 from megashear.train import survey as surveys
 from megashear.train.survey import MaskSurvey
 from tests.text_run import scalars
@@ -232,7 +232,7 @@ def test_wandb_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_flags_of_wandb_without_a_project_are_refused() -> None:
-    with pytest.raises(ValueError, match="--wandb-entity and --wandb-exp-name say nothing without"):
+    with pytest.raises(ValueError, match="--wandb-exp-name need --wandb-project"):
         TrainConfig(wandb_entity="us", wandb_exp_name="first")
 
 

@@ -21,15 +21,15 @@ from megashear.report.comparison import (
     weight_distances,
 )
 from megashear.report.kept import MaskReading
-from megashear.report.opened import Opened
+from megashear.report.open_model import OpenModel
 from megashear.report.tables import compare_text
 from tests.reference_llama import random_weights
 from tests.tiny import PAIRS, SOURCE, TARGET
 from tests.unit.report.test_kept import half_open
 
 
-def opened(**details: Any) -> Opened:
-    return Opened(
+def opened(**details: Any) -> OpenModel:
+    return OpenModel(
         path=Path("somewhere"),
         kind=CHECKPOINT,
         shape=SOURCE,

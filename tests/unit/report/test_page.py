@@ -13,7 +13,7 @@ import pytest
 from megashear.checkpoint.description import Description
 from megashear.monitor import tags
 from megashear.monitor.figures import Point
-from megashear.monitor.tags import TensorBoardSink
+from megashear.monitor.tensorboard_sink import TensorBoardSink
 from megashear.report import costs
 from megashear.report.costs import COSTS
 from megashear.report.curves import (
@@ -23,7 +23,7 @@ from megashear.report.curves import (
     speed_figure,
     training_figure,
 )
-from megashear.report.page import Drawn, Section, bars, cards, large, moment, page, table
+from megashear.report.page import PageFigure, Section, bars, cards, large, moment, page, table
 from megashear.report.record import RunRecord, Session, read_run
 from megashear.report.story import headline, sections_of, title_of
 from megashear.report.write import write_report
@@ -217,7 +217,7 @@ def test_large_numbers_have_three_digits(number: float, words: str) -> None:
 
 def test_a_figure_has_its_name_and_sentence(events: Path) -> None:
     (run, *_) = sections_of([read_run(events)], None)
-    drawn = [part for part in run.parts if isinstance(part, Drawn)]
+    drawn = [part for part in run.parts if isinstance(part, PageFigure)]
     assert [part.name for part in drawn] == [
         *("run-loss", "run-sparsity", "run-domains", "run-timeline", "run-speed")
     ]

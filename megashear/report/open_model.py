@@ -27,7 +27,7 @@ STAGES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class OpenModel:
     """A model to look into. No weight is read before it is asked for."""
 
     path: Path
@@ -53,7 +53,7 @@ class Opened:
         return f"checkpoint, {stage}"
 
 
-def open_model(path: Path | str, *, contents: bool = False) -> Opened:
+def open_model(path: Path | str, *, contents: bool = False) -> OpenModel:
     """Open whatever lies at ``path``.
 
     Args:
@@ -76,7 +76,7 @@ def open_model(path: Path | str, *, contents: bool = False) -> Opened:
     if not ours or find_megatron_lm(path) is not None:
         source = open_source(path)
         assert source.kind != CHECKPOINT, "ours are opened below"
-        return Opened(
+        return OpenModel(
             path=path,
             kind=source.kind,
             shape=source.shape,
@@ -89,7 +89,7 @@ def open_model(path: Path | str, *, contents: bool = False) -> Opened:
     known, masks = weights.description.known, None
     if known.mask_extents is not None:
         masks = MaskReading.of(read_log_alpha(directory), weights.shape, known.target)
-    return Opened(
+    return OpenModel(
         path=directory,
         kind=CHECKPOINT,
         shape=weights.shape,
