@@ -15,7 +15,7 @@ from megashear.quickstart import tokenizer as tokenizer_module
 from megashear.quickstart.pipeline import Quickstart, Result, rows
 from megashear.quickstart.recipe import FULL, SHORT, SOURCE, TARGET
 from megashear.quickstart.tokenizer import train_tokenizer
-from megashear.report.tables import table
+from megashear.text_table import text_table
 from megashear.tokenizer.fast_tokenizer import write_for_transformers
 
 CODE = "def f(x):\n    return  x + 1  # kept: \u00e4, tabs\t and ends \n"
@@ -79,7 +79,7 @@ def test_the_table_shows_every_model_and_domain() -> None:
         Result(name="source", parameters=3_443_136, losses={"c": 3.0, "prose": 4.0}),
         Result(name="sheared", parameters=1_279_104, losses={"c": 3.25, "prose": 4.5}),
     ]
-    assert table(rows(results)).splitlines() == [
+    assert text_table(rows(results)).splitlines() == [
         "held-out loss (nats per token)  parameters      c  prose   mean",
         "---------------------------------------------------------------",
         "source                           3,443,136  3.000  4.000  3.500",
