@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command_main = importlib.import_module(module).main
     except KeyboardInterrupt:  # later the command itself handles it
         if is_first_rank():
-            print(f"megashear {command}: interrupted; nothing was begun", file=sys.stderr)
+            print(f"megashear {command}: interrupted before it began", file=sys.stderr)
         return INTERRUPTED
     status: int = command_main(rest)
     return status

@@ -67,5 +67,5 @@ class DataConfig:
         if self.domain_phases is not None and self.domain_weights:
             raise ValueError(
                 f"--domain-weights and --domain-phases {self.domain_phases} both say how the "
-                f"mixture starts; leave --domain-weights out, for the first phase begins at 0"
+                f"mixture starts; leave --domain-weights out, because the first phase begins at 0"
             )

@@ -501,7 +501,7 @@ def _training_caption(record: RunRecord, points: Mapping[str, Mapping[int, float
         words += f", the median norm is {norms[len(norms) // 2]:.2f}"
     skipped = record.points.get(tags.SKIPPED_STEPS, {})
     if skipped and max(skipped.values()) > 0:
-        words += f"; {max(skipped.values()):.0f} steps were skipped, for they were not finite"
+        words += f"; {max(skipped.values()):.0f} steps were skipped, because they were not finite"
     return words + "."
 
 

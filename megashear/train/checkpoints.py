@@ -169,7 +169,7 @@ class RunCheckpoints:
         """
         saver, way_out = self._saver, "lower --lr, or look at the text of these steps"
         if saver is None:
-            return DivergedError(f"{what}. Nothing was saved, for --save is not given: {way_out}")
+            return DivergedError(f"{what}. Nothing was saved, as no --save is given: {way_out}")
         saver.wait()
         good = saver.go_back(self._newest_good(step))
         if good is None:
@@ -213,7 +213,7 @@ class RunCheckpoints:
                 {tags.SAVE_SECONDS: saved.seconds, tags.SAVE_STALL_SECONDS: saved.stall_seconds},
             )
             logger.info(
-                "step %d: saved %s, %.3f GB in %.1f s, training stood still for %.1f s",
+                "step %d: saved %s, %.3f GB in %.1f s, training paused for %.1f s",
                 *(saved.iteration, saved.directory, saved.num_bytes / 1e9),
                 *(saved.seconds, saved.stall_seconds),
             )

@@ -50,7 +50,7 @@ def test_ctrl_c_while_a_command_is_imported_is_one_line(
 
     monkeypatch.setattr(importlib, "import_module", interrupted)
     assert main(["cut"]) == 130
-    assert capsys.readouterr().err == "megashear cut: interrupted; nothing was begun\n"
+    assert capsys.readouterr().err == "megashear cut: interrupted before it began\n"
 
 
 @pytest.mark.parametrize(
