@@ -29,9 +29,10 @@ from megashear.checkpoint.description import (
     latest_iteration,
     write_description,
 )
-from megashear.checkpoint.writer import ShardedWrite, Task
+from megashear.checkpoint.writer import ShardedWrite
 from megashear.files import durable, integrity
 from megashear.files.integrity import SaveError
+from megashear.files.workers import Task
 from megashear.parallel.agree import broadcast_object, flat_all_reduce, gather_objects
 from megashear.parallel.groups import ParallelGroups
 from megashear.tokenizer import tokenizer_files

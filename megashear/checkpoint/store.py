@@ -34,7 +34,7 @@ from megashear.checkpoint.description import (
 from megashear.checkpoint.finite import not_finite_anywhere
 from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
-from megashear.checkpoint.saver import Saver, fail_together
+from megashear.checkpoint.saver import fail_together
 from megashear.checkpoint.weights import MASTERS, without_extra_state
 from megashear.files import integrity
 from megashear.files.integrity import DamagedError, FileSum
@@ -116,28 +116,6 @@ def run_state(
         state |= common_state(description.shape, description.iteration)
     _without_padding(state, unwrap(chunks[0]).num_tokens)
     return state
-
-
-def save_run(
-    root: Path | str,
-    description: Description,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    groups: ParallelGroups,
-    *,
-    masks: MaskState | None = None,
-    tokenizer: Path | str | None = None,
-) -> Path:
-    """Write one iteration and wait until it is visible. Collective over the world.
-
-    Args and errors are those of `run_state` and `Saver.save`.
-
-    Returns:
-        The iteration's directory.
-    """
-    state = run_state(description, chunks, optimizer, groups, masks=masks)
-    (saved,) = Saver(root, groups).save(description, state, tokenizer=tokenizer)
-    return saved.directory
 
 
 def checkpoint_bytes(shape: ModelShape, *, bf16: bool) -> int:

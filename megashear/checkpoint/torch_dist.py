@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megashear.checkpoint.pickles import COMMON, METADATA
-from megashear.files.aside import begin_writing
+from megashear.files.aside import forget
 from megashear.files.integrity import FileSum, HashingFile
 from megashear.files.regular import open_regular
 
@@ -73,6 +73,57 @@ def without_crc32() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
+
+
+class EntryFile(HashingFile):
+    """A ``*.distcp`` file being written: entries of ``torch.save``, one after the other.
+
+    Source: torch 2.13, torch.distributed.checkpoint.filesystem.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._name = path.name
+        self._error: OSError | None = None
+
+    def __enter__(self) -> EntryFile:
+        return self
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append bytes and return their number."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            self._error = error
+            raise
+
+    def append(self, data: Tensor | io.BytesIO) -> _StorageInfo:
+        """Append one entry and return its place.
+
+        Args:
+            data: a tensor on the CPU, or the bytes of an entry that is none.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        begin = self.tell()
+        if isinstance(data, io.BytesIO):
+            self.write(data.getbuffer())
+        else:
+            if data.untyped_storage().nbytes() != data.nbytes:
+                data = data.clone()  # torch.save would write the whole storage
+            try:
+                torch.save(data, cast(IO[bytes], self))
+            except RuntimeError:
+                if self._error is not None:  # torch hides it behind an error of its own
+                    raise self._error from None
+                raise
+        return _StorageInfo(self._name, begin, self.tell() - begin)
+
+    def forget(self, place: _StorageInfo) -> None:
+        """Let the kernel write an entry to the disk now, and drop its copy."""
+        self.flush()
+        forget(self._file.fileno(), place.offset, place.length)
 
 
 class TorchDistWriter:
@@ -133,22 +184,19 @@ class TorchDistWriter:
 
 
 class TorchDistFile:
-    """One ``*.distcp`` file: entries of ``torch.save`` one after the other, as torch writes them.
-
-    Source: torch 2.13, torch.distributed.checkpoint.filesystem.
-    """
+    """One ``*.distcp`` file of a `TorchDistWriter`, in a ``with`` block."""
 
     def __init__(self, writer: TorchDistWriter, name: str) -> None:
         self.writer, self.name = writer, name
         self.num_bytes = 0
 
     def __enter__(self) -> TorchDistFile:
-        self._stream = _Stream(self.writer.directory / self.name)
+        self._file = EntryFile(self.writer.directory / self.name)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._stream.__exit__(kind, *rest)
-        self.writer.sums[self.name] = self._stream.sum
+        self._file.__exit__(kind, *rest)
+        self.writer.sums[self.name] = self._file.sum
 
     def add(self, key: str, tensor: Tensor, extents: Sequence[int], offsets: Sequence[int]) -> None:
         """Append one box of a tensor.
@@ -165,18 +213,8 @@ class TorchDistFile:
         """
         self.writer._check_dtype(key, extents, tensor.dtype)
         assert len(tensor.shape) == len(extents) == len(offsets), f"{key} {list(tensor.shape)}"
-        tensor = tensor.contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # torch.save would write the whole storage
-        begin = self._stream.tell()
-        try:
-            torch.save(tensor, cast(IO[bytes], self._stream))
-        except RuntimeError:
-            if self._stream.error is not None:  # torch words it as its own
-                raise self._stream.error from None
-            raise
-        self._stream.begin_writing(begin)
-        place = _StorageInfo(self.name, begin, self._stream.tell() - begin)
+        place = self._file.append(tensor.contiguous())
+        self._file.forget(place)
         self.writer._add(key, offsets, tensor.shape, place)
         self.num_bytes += tensor.nbytes
 
@@ -211,22 +249,3 @@ class _Window(io.RawIOBase):
         count = self._file.readinto(view) or 0
         self._position += count
         return count
-
-
-class _Stream(HashingFile):
-    """Keeps the error of writing, which torch.save would hide behind one of its own."""
-
-    error: OSError | None = None
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Append ``data``; how many bytes it has."""
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def begin_writing(self, begin: int) -> None:
-        """Have what was written from ``begin`` on put on the disk."""
-        self.flush()
-        begin_writing(self._file.fileno(), begin, self.tell() - begin)

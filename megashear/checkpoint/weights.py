@@ -83,17 +83,48 @@ def write_weights(
     tokenizer: Path | str | Iterable[Path | str] | None = None,
     workers: int = 1,
     witness: Witness | None = None,
-    finish: Callable[[Path], None] | None = None,
 ) -> int:
-    """Write a Megatron checkpoint of one iteration that loads at any layout.
+    """Write a Megatron checkpoint of one iteration, which appears whole or not at all.
 
-    ``output`` becomes ``iter_NNNNNNN/`` (dist_checkpointing, format torch_dist, with
-    megashear.json and tokenizer/) and ``latest_checkpointed_iteration.txt``; it is written aside
-    and renamed. Needs no process group; of several processes only one may call it. In memory are
-    the weights of one Megatron parameter for each worker, not the model.
+    Args and errors are those of `fill_checkpoint`.
 
     Args:
         output: directory to make; must not exist.
+
+    Raises:
+        ValueError: ``output`` exists.
+    """
+    with written_aside(output) as aside:
+        return fill_checkpoint(
+            aside,
+            weights,
+            description,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            workers=workers,
+            witness=witness,
+        )
+
+
+def fill_checkpoint(
+    checkpoint: Path,
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    description: Description,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer: Path | str | Iterable[Path | str] | None = None,
+    workers: int = 1,
+    witness: Witness | None = None,
+) -> int:
+    """Write a Megatron checkpoint of one iteration that loads at any layout.
+
+    It consists of ``iter_NNNNNNN/`` (dist_checkpointing, format torch_dist, with megashear.json
+    and tokenizer/) and ``latest_checkpointed_iteration.txt``. No process group is needed; of
+    several processes only one may call this function. Memory holds the weights of one Megatron
+    parameter for each worker, not the model.
+
+    Args:
+        checkpoint: an empty directory.
         weights: every weight of the model by its Hugging Face name, each read once; or pairs of
             both (what `cut` gives) in any order, taken one at a time by one worker.
         description: what goes into megashear.json; the tokenizer's fingerprint and the token ids
@@ -101,35 +132,30 @@ def write_weights(
         dtype: number format to store; None keeps each weight's own.
         tokenizer: what `tokenizer_files.find` takes; its files are carried along.
         workers: threads, each at its own file; the bytes written do not depend on their number.
-        witness: told of every weight when it is written; called by all workers.
-        finish: called with the checkpoint's directory when all is written, before it appears
-            under its name; if it raises, nothing appears.
+        witness: called by all workers with every weight that they write.
 
     Returns:
         Bytes of weights written.
 
     Raises:
-        ValueError: ``output`` exists; names or shapes are not the model's; weights that Megatron
-            keeps in one tensor are of different formats; the disk is full, or will be.
+        ValueError: names or shapes are not the model's; weights that Megatron keeps in one tensor
+            are of different formats; the disk is full, or will be.
     """
     shape, files = description.shape, tokenizer_files.find(tokenizer)
-    with written_aside(output) as aside:
-        directory = aside / iteration_name(description.iteration)
-        directory.mkdir()
-        model = _Model(TorchDistWriter(directory), shape, dtype, witness)
-        with without_crc32():
-            if isinstance(weights, Mapping):
-                num_bytes = model.write_by_name(weights, workers)
-            else:
-                num_bytes = model.write_pairs(weights)
-        model.writer.finish(common_state(shape, description.iteration))
-        (directory / TOKENIZER).mkdir()
-        tokenizer_files.copy(files, directory / TOKENIZER)
-        write_description(directory, _with_tokenizer(description, files))
-        integrity.write(directory, model.writer.sums)
-        durable.replace(aside / TRACKER, str(description.iteration))
-        if finish is not None:
-            finish(aside)
+    directory = checkpoint / iteration_name(description.iteration)
+    directory.mkdir()
+    model = _Model(TorchDistWriter(directory), shape, dtype, witness)
+    with without_crc32():
+        if isinstance(weights, Mapping):
+            num_bytes = model.write_by_name(weights, workers)
+        else:
+            num_bytes = model.write_pairs(weights)
+    model.writer.finish(common_state(shape, description.iteration))
+    (directory / TOKENIZER).mkdir()
+    tokenizer_files.copy(files, directory / TOKENIZER)
+    write_description(directory, _with_tokenizer(description, files))
+    integrity.write(directory, model.writer.sums)
+    durable.replace(checkpoint / TRACKER, str(description.iteration))
     return num_bytes
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import functools
 import io
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,51 +25,17 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megashear.checkpoint.pickles import COMMON
+from megashear.checkpoint.torch_dist import EntryFile
 from megashear.files.integrity import FileSum, HashingFile
+from megashear.files.workers import Task
 
 FILES_PER_RANK = 2
 """Files that a rank writes at a time, as megatron-core does."""
-
-Result = TypeVar("Result")
-
-
-class Task(Generic[Result]):
-    """A function that runs in a thread of its own and ends with the process, done or not."""
-
-    def __init__(self, function: Callable[[], Result]) -> None:
-        self._function = function
-        self._error: BaseException | None = None
-        # a daemon: a rank that fails must not wait for minutes of writing before it is gone
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until it is done, ``seconds`` at most; whether it is."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def result(self) -> Result:
-        """What the function returned, when it is done.
-
-        Raises:
-            BaseException: what the function raised.
-        """
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def _run(self) -> None:
-        try:
-            self._result = self._function()
-        except BaseException as error:
-            self._error = error
 
 
 @dataclass(frozen=True)
@@ -179,19 +144,13 @@ class ShardedWrite:
         self, name: str, bucket: list[tuple[WriteItem, Any]]
     ) -> tuple[list[WriteResult], FileSum]:
         results = []
-        with HashingFile(self.directory / name) as file:
+        with EntryFile(self.directory / name) as file:
             for item, data in bucket:
                 if self._cancelled.is_set():
                     raise InterruptedError(f"{self.directory / name}: the process ends")
-                start = file.tell()
-                if isinstance(data, io.BytesIO):
-                    file.write(data.getbuffer())
-                else:
-                    torch.save(_alone(data), file)  # type: ignore[arg-type]  # writes, no more
-                length = file.tell() - start
+                place = file.append(data.cpu() if isinstance(data, Tensor) else data)
                 self._written[name] = file.tell()
-                place = _StorageInfo(name, start, length)
-                results.append(WriteResult(item.index, length, place))
+                results.append(WriteResult(item.index, place.length, place))
         return results, file.sum
 
 
@@ -216,12 +175,6 @@ class _PlannedWriter(FileSystemWriterAsync):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
-
-
-def _alone(data: Tensor) -> Tensor:
-    """On the host, and without the rest of its storage, which torch.save would write too."""
-    data = data.cpu()
-    return data.clone() if data.untyped_storage().nbytes() != data.nbytes else data
 
 
 def _size(data: Tensor | io.BytesIO) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,9 @@ class Record:
 class Witness:
     """Hashes every weight as it passes, from several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
         self.records: dict[str, Record] = {}
+        self._advance = advance
         self._lock = threading.Lock()
 
     def __call__(self, name: str, source: Tensor, result: Tensor) -> None:
@@ -73,6 +74,12 @@ class Witness:
         )
         with self._lock:
             self.records[name] = record
+        self._advance(source.nbytes)
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Return the number formats that were written, sorted."""
+        return sorted({record.dtype for record in self.records.values()})
 
     @property
     def rounded_to(self) -> torch.dtype | None:

@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megashear.checkpoint.description import checksums
-from megashear.checkpoint.weights import Witness, write_weights
+from megashear.checkpoint.weights import fill_checkpoint
 from megashear.conversion import certificate, hf
-from megashear.conversion.sources import (
-    CHECKPOINT,
-    HUGGING_FACE,
-    Source,
-    open_checkpoint,
-    open_hf,
-)
+from megashear.conversion.certificate import Witness
+from megashear.conversion.sources import CHECKPOINT, HUGGING_FACE, Source
 from megashear.files import integrity
-from megashear.files.aside import check_absent
-from megashear.files.workers import byte_bar
+from megashear.files.aside import check_absent, written_aside
+from megashear.files.workers import Task, byte_bar
 from megashear.models.formats import dtype_of, dtypes_of, stored_bytes
 from megashear.tokenizer import tokenizer_files
-
-
-def hf_to_megatron(hf_dir: Path | str, output: Path | str, **options: Any) -> dict[str, Any]:
-    """`to_checkpoint` of a Hugging Face directory, which is opened."""
-    check_absent(output)
-    return to_checkpoint(open_hf(hf_dir), output, **options)
-
-
-def megatron_to_hf(
-    checkpoint: Path | str, output: Path | str, *, iteration: int | None = None, **options: Any
-) -> dict[str, Any]:
-    """`to_hf` of a checkpoint, which is opened at one iteration, by default the newest."""
-    check_absent(output)
-    return to_hf(open_checkpoint(checkpoint, iteration), output, **options)
 
 
 def to_checkpoint(
@@ -59,42 +39,46 @@ def to_checkpoint(
     Args:
         source: the model.
         output: directory to make; must not exist.
-        dtype: number format to store, a key of `hf.DTYPES`; None keeps each weight's own.
-        tokenizer: directory or files of the tokenizer to carry along; by default the source's.
+        dtype: number format to store, a key of `formats.DTYPES`; None keeps each weight's own.
+        tokenizer: directory or files of the tokenizer to copy; by default the source's.
         workers: threads.
-        verify: compare logits with transformers before the output appears, on these tokens, or on
-            random ones where it is empty; None compares nothing. Needs memory for the model in
-            float32, and a Hugging Face directory on the other side.
+        verify: tokens on which to compare logits with transformers before the output appears,
+            random ones where it is empty; None compares nothing. The comparison needs memory for
+            the model in float32, and a Hugging Face directory as the source.
         progress: show a bar; None shows it when stderr is a terminal.
 
     Returns:
-        ``bytes`` of weights written, their ``dtypes``, and ``logits``, what their comparison found,
-        or None.
+        ``bytes`` of weights written, their ``dtypes``, and ``logits``: the result of their
+        comparison, or None.
 
     Raises:
-        ValueError: see `weights.write_weights`; ``dtype`` is unknown; logits differ, or there is
-            nothing to compare them with.
+        ValueError: see `weights.fill_checkpoint`; ``output`` exists; ``dtype`` is unknown; logits
+            differ, or there is nothing to compare them with.
     """
     check_absent(output)
-    stored = dtype_of(dtype)
-    description = source.described()
-    compare = _comparison(verify, source, HUGGING_FACE)
-    return _convert(
-        source,
-        iteration=description.iteration,
-        compare=lambda aside, rounded_to: compare(aside, source.path, rounded_to),
-        progress=progress,
-        write=lambda witness, finish: write_weights(
-            output,
-            source.weights,
-            description,
-            dtype=stored,
-            tokenizer=source.tokenizer if tokenizer is None else tokenizer,
-            workers=workers,
-            witness=witness,
-            finish=finish,
-        ),
-    )
+    stored, description = dtype_of(dtype), source.described()
+    tokens = _tokens_to_compare(verify, source, HUGGING_FACE)
+    with written_aside(output) as aside:
+        with _read(source, progress) as witness:
+            num_bytes = fill_checkpoint(
+                aside,
+                source.weights,
+                description,
+                dtype=stored,
+                tokenizer=source.tokenizer if tokenizer is None else tokenizer,
+                workers=workers,
+                witness=witness,
+            )
+        found = _compare(aside, source.path, tokens, witness)
+        certificate.write(
+            aside,
+            witness,
+            source.shape,
+            source=source.named,
+            logits=found,
+            iteration=description.iteration,
+        )
+    return {"bytes": num_bytes, "dtypes": witness.dtypes, "logits": found}
 
 
 def to_hf(
@@ -115,127 +99,79 @@ def to_hf(
     Args:
         source: the model.
         output: directory to make; must not exist.
-        dtype: number format to store, a key of `hf.DTYPES`; None keeps each weight's own, but of
-            what a --bf16 run made stores bfloat16, the weights that the run computes with.
+        dtype: number format to store, a key of `formats.DTYPES`. None keeps each weight's own, but
+            stores a model that a --bf16 run made in bfloat16, in which the run computed.
         tokenizer: directory or files of the tokenizer; by default the source's.
         max_shard_bytes: largest weights file, bytes.
         workers: threads.
-        verify: as for `to_checkpoint`, and a checkpoint on the other side.
+        verify: as for `to_checkpoint`; the comparison needs a checkpoint as the source.
         progress: show a bar; None shows it when stderr is a terminal.
 
     Returns:
         As `to_checkpoint`.
 
     Raises:
-        ValueError: as `to_checkpoint`; see `hf.write_directory`.
+        ValueError: as `to_checkpoint`; see `hf.fill_directory`.
     """
     check_absent(output)
     dtype_of(dtype)
-    dtype = dtype or source.trained_in
     files = tokenizer_files.find(source.tokenizer if tokenizer is None else tokenizer)
-    compare = _comparison(verify, source, CHECKPOINT)
-    return _convert(
-        source,
-        iteration=None,
-        compare=lambda aside, rounded_to: compare(source.path, aside, rounded_to),
-        progress=progress,
-        write=lambda witness, finish: hf.write_directory(
-            output,
-            source.weights,
-            source.shape,
-            dtype=dtype,
-            tokenizer=files,
-            token_ids=source.token_ids if tokenizer is None else None,
-            kept_fields=source.kept_fields,
-            max_shard_bytes=max_shard_bytes,
-            workers=workers,
-            witness=witness,
-            finish=finish,
-        ),
-    )
-
-
-def _convert(
-    source: Source,
-    *,
-    iteration: int | None,
-    compare: Callable[[Path, torch.dtype | None], dict[str, Any] | None],
-    progress: bool | None,
-    write: Callable[[Witness, Callable[[Path], None]], int],
-) -> dict[str, Any]:
-    """Write under a bar and the eyes of a witness, whose certificate goes into the output."""
-    witness = certificate.Witness()
-    logits: dict[str, Any] | None = None
-    files = _ChecksumThread(source.path) if source.kind == CHECKPOINT else None
-    with byte_bar(
-        "converting", stored_bytes(dtypes_of(source.weights), source.shape), progress
-    ) as advance:
-
-        def watch(name: str, given: Tensor, result: Tensor) -> None:
-            witness(name, given, result)
-            advance(given.nbytes)
-
-        def finish(aside: Path) -> None:
-            nonlocal logits
-            if files is not None:
-                files.finish()
-            logits = compare(aside, witness.rounded_to)
-            certificate.write(
+    tokens = _tokens_to_compare(verify, source, CHECKPOINT)
+    with written_aside(output) as aside:
+        with _read(source, progress) as witness:
+            num_bytes = hf.fill_directory(
                 aside,
-                witness,
+                source.weights,
                 source.shape,
-                source=source.named,
-                logits=logits,
-                iteration=iteration,
+                dtype=dtype or source.trained_in,
+                tokenizer=files,
+                token_ids=source.token_ids if tokenizer is None else None,
+                kept_fields=source.kept_fields,
+                max_shard_bytes=max_shard_bytes,
+                workers=workers,
+                witness=witness,
             )
+        found = _compare(source.path, aside, tokens, witness)
+        certificate.write(aside, witness, source.shape, source=source.named, logits=found)
+    return {"bytes": num_bytes, "dtypes": witness.dtypes, "logits": found}
 
-        if files is not None:
-            files.start()
+
+@contextlib.contextmanager
+def _read(source: Source, progress: bool | None) -> Iterator[Witness]:
+    """Give the witness of a block that reads a source's weights, which advances a bar.
+
+    The files of a checkpoint are compared with their checksums meanwhile, by a thread: hashing
+    waits for the disk where the conversion does not.
+
+    Raises:
+        DamagedError: a file of the checkpoint is not what was written.
+        OSError: such a file cannot be read.
+    """
+    num_bytes = stored_bytes(dtypes_of(source.weights), source.shape)
+    verified = Task(lambda: _verify(source))
+    with byte_bar("converting", num_bytes, progress) as advance:
         try:
-            num_bytes = write(watch, finish)
+            yield Witness(advance)
         except ValueError:
-            if files is not None and files.error is not None:
-                raise files.error from None  # why a weight could not be read
+            if verified.wait(0.0):
+                verified.result()  # damage explains why a weight could not be read
             raise
-    dtypes = sorted({record.dtype for record in witness.records.values()})
-    return {"bytes": num_bytes, "dtypes": dtypes, "logits": logits}
+        verified.result()
 
 
-class _ChecksumThread(threading.Thread):
-    """Holds a checkpoint's files to their checksums while its weights are converted: beside the
-    conversion, because hashing waits for the disk when that does not, and the other way round."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(name="checksums", daemon=True)  # a failed conversion need not wait for it
-        self.directory = directory
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        """Compare every file; what is wrong waits in ``error``."""
-        try:
-            if checksums(self.directory) is not None:
-                integrity.verify(self.directory, threads=1)
-        except (ValueError, OSError) as error:
-            self.error = error
-
-    def finish(self) -> None:
-        """Wait for the last file.
-
-        Raises:
-            DamagedError: a file is not what was written.
-            OSError: a file cannot be read.
-        """
-        self.join()
-        if self.error is not None:
-            raise self.error
+def _verify(source: Source) -> None:
+    if source.kind == CHECKPOINT and checksums(source.path) is not None:
+        integrity.verify(source.path, threads=1)
 
 
-def _comparison(
-    verify: Sequence[int] | None, source: Source, other: str
-) -> Callable[[Path | str, Path | str, torch.dtype | None], dict[str, Any] | None]:
-    """What compares the logits of a checkpoint and a Hugging Face directory, if asked to."""
+def _tokens_to_compare(verify: Sequence[int] | None, source: Source, other: str) -> Tensor | None:
+    """Return the tokens on which logits are compared; None where they are not.
+
+    Raises:
+        ValueError: the source is not of the kind ``other``; tokens are unknown to the model.
+    """
     if verify is None:
-        return lambda checkpoint, hf_dir, rounded_to: None
+        return None
     if source.kind != other:
         raise ValueError(
             f"--verify compares a {CHECKPOINT} with a {HUGGING_FACE}; {source.path} is a "
@@ -246,7 +182,15 @@ def _comparison(
     from megashear.conversion import logits
 
     logits.require_transformers()
-    tokens = logits.check_tokens(verify, source.shape)
-    return lambda checkpoint, hf_dir, rounded_to: logits.compare(
-        checkpoint, hf_dir, tokens, rounded_to=rounded_to
-    )
+    return logits.check_tokens(verify, source.shape)
+
+
+def _compare(
+    checkpoint: Path, hf_dir: Path, tokens: Tensor | None, witness: Witness
+) -> dict[str, Any] | None:
+    """Compare the logits of a checkpoint and a Hugging Face directory; None without tokens."""
+    if tokens is None:
+        return None
+    from megashear.conversion import logits
+
+    return logits.compare(checkpoint, hf_dir, tokens, rounded_to=witness.rounded_to)

@@ -45,8 +45,6 @@ from megashear.tokenizer import tokenizer_files
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["DTYPES", "MAX_SHARD_BYTES", "HfWeights", "dtype_of", "read_shape", "write_directory"]
-
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _OLD_SINGLE = "pytorch_model.bin"
@@ -254,6 +252,30 @@ def write_directory(
     output: Path | str,
     weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     shape: ModelShape,
+    **options: Any,
+) -> int:
+    """Write a Hugging Face directory, which appears whole or not at all.
+
+    Args:
+        output: directory to make; must not exist.
+        weights: see `fill_directory`.
+        shape: extents of the model.
+        options: those of `fill_directory`.
+
+    Returns:
+        Bytes of weights written.
+
+    Raises:
+        ValueError: ``output`` exists; see `fill_directory`.
+    """
+    with written_aside(output) as aside:
+        return fill_directory(aside, weights, shape, **options)
+
+
+def fill_directory(
+    directory: Path,
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    shape: ModelShape,
     *,
     dtype: str | None = None,
     tokenizer: Path | str | Iterable[Path | str] | None = None,
@@ -262,75 +284,70 @@ def write_directory(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     workers: int = 1,
     witness: Callable[[str, Tensor, Tensor], None] | None = None,
-    finish: Callable[[Path], None] | None = None,
 ) -> int:
-    """Write a Hugging Face directory that transformers and vLLM load.
+    """Write the files of a Hugging Face directory that transformers and vLLM load.
 
-    It is written aside and renamed, so it appears whole or not at all. In memory are the weights
-    of one Megatron parameter for each worker.
+    Memory holds the weights of one Megatron parameter for each worker.
 
     Args:
-        output: directory to make; must not exist.
+        directory: an empty directory.
         weights: every weight of the model by name, each read once. Pairs are gathered first, so
-            what is on disk comes as a mapping.
+            weights on disk come as a mapping.
         shape: extents of the model.
-        dtype: number format to store, a key of `DTYPES`; None keeps each weight's own.
+        dtype: number format to store, a key of `formats.DTYPES`; None keeps each weight's own.
         tokenizer: what `tokenizer_files.find` takes; its files are copied.
-        token_ids: ``bos_token_id`` and the like; what they lack is taken from the tokenizer.
+        token_ids: ``bos_token_id`` and the like; missing ones are taken from the tokenizer.
         kept_fields: `hf_fields.kept_fields` of the config.json that the model came with.
         max_shard_bytes: largest weights file, bytes.
         workers: threads; the bytes written do not depend on their number.
-        witness: told of every weight by name, as it was given and as it is stored; called by all
-            workers.
-        finish: called with the directory when all is written, before it appears under its name;
-            if it raises, nothing appears.
+        witness: called by all workers with the name of every weight that they write, the weight as
+            it was given, and the weight as it is stored.
 
     Returns:
         Bytes of weights written.
 
     Raises:
-        ValueError: ``output`` exists; ``dtype`` is unknown; names or shapes of the weights are
-            not the model's; no config.json describes it; a tokenizer file does not exist; the disk
-            is full, or will be.
+        ValueError: ``dtype`` is unknown; names or shapes of the weights are not the model's; no
+            config.json describes it; a tokenizer file does not exist; the disk is full, or will be.
     """
+    # check what can be checked
     stored = dtype_of(dtype)
     check_expressible(shape)
-    loadable.warn(shape)  # before hours of writing, not after
+    loadable.warn(shape)
     files = tokenizer_files.find(tokenizer)
     ids = tokenizer_files.token_ids(files) | {
         name: value for name, value in (token_ids or {}).items() if value is not None
     }
     weights = weights if isinstance(weights, Mapping) else dict(weights)
-    with written_aside(output) as aside:
-        where = f"the model to be written to {output}"
-        weight_table.check_names(weights.keys(), shape, where)
-        kept = {name: stored or found for name, found in dtypes_of(weights).items()}
-        num_bytes = stored_bytes(kept, shape)
-        check_space(aside, num_bytes)
-        with _opened(aside, shape, kept, max_shard_bytes) as writer_of:
+    where = "the model to be written"
+    weight_table.check_names(weights.keys(), shape, where)
+    kept = {name: stored or found for name, found in dtypes_of(weights).items()}
+    num_bytes = stored_bytes(kept, shape)
+    check_space(directory, num_bytes)
+    # write the weights
+    with _opened(directory, shape, kept, max_shard_bytes) as writer_of:
 
-            def write(
-                row: weight_table.MegatronTensor, layer: int | None
-            ) -> Generator[int, None, None]:
-                # what one parameter holds is read together
-                for part in row.parts:
-                    name = part.hf_name.format(layer=layer)
-                    weight = weights[name]
-                    weight_table.check_extents(name, weight.shape, part.extents(shape), where)
-                    result = rounded(name, weight, kept[name])
-                    writer_of[name].write(name, result)
-                    if witness is not None:
-                        witness(name, weight, result)
-                    yield result.nbytes
+        def write(
+            row: weight_table.MegatronTensor, layer: int | None
+        ) -> Generator[int, None, None]:
+            # weights of one Megatron parameter are read together
+            for part in row.parts:
+                name = part.hf_name.format(layer=layer)
+                weight = weights[name]
+                weight_table.check_extents(name, weight.shape, part.extents(shape), where)
+                result = rounded(name, weight, kept[name])
+                writer_of[name].write(name, result)
+                if witness is not None:
+                    witness(name, weight, result)
+                yield result.nbytes
 
-            run_all([write(row, layer) for row, layer in weight_table.tensors(shape)], workers)
-        config = config_of_shape(
-            shape, dtype=name_of(widest(kept.values())), token_ids=ids, kept=kept_fields
-        )
-        _write_json(aside / CONFIG, config)
-        tokenizer_files.copy_for_transformers(files, aside)
-        if finish is not None:
-            finish(aside)
+        run_all([write(row, layer) for row, layer in weight_table.tensors(shape)], workers)
+    # write the small files
+    config = config_of_shape(
+        shape, dtype=name_of(widest(kept.values())), token_ids=ids, kept=kept_fields
+    )
+    _write_json(directory / CONFIG, config)
+    tokenizer_files.copy_for_transformers(files, directory)
     return num_bytes
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megashear.files.aside import begin_writing, forget
+from megashear.files.aside import forget
 from megashear.files.pointers import refuse_pointer
 from megashear.files.regular import open_regular
 from megashear.files.structured import parse_json
@@ -174,7 +174,7 @@ class SafetensorsWriter:
             assert name in self._missing, f"{name} given twice"
             self._missing.remove(name)
         self._write(bytes_of(weight), len(self._header) + begin)
-        begin_writing(self._handle, len(self._header) + begin, num_bytes)
+        forget(self._handle, len(self._header) + begin, num_bytes)
 
     def __exit__(
         self,

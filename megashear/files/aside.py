@@ -82,22 +82,18 @@ def check_space(directory: Path, num_bytes: int) -> None:
         )
 
 
-def begin_writing(handle: int, begin: int, num_bytes: int) -> None:
-    """Have the kernel begin to put part of a file on the disk.
+def forget(handle: int, begin: int, num_bytes: int) -> None:
+    """Let the kernel drop its copy of part of a file that this process needs no longer.
 
-    Left alone it gathers gigabytes before it begins, which the sync at the end then waits for.
+    Without this advice the kernel drops copies of other files too, slowly, once memory is full. Of
+    a file that was written, it also gathers gigabytes for the sync at the end to wait for; with the
+    advice it begins to write them to the disk now.
 
     Args:
-        handle: of the open file.
-        begin: where the part begins, bytes.
-        num_bytes: how long it is.
+        handle: number of the open file.
+        begin: first byte of the part.
+        num_bytes: length of the part, bytes.
     """
-    forget(handle, begin, num_bytes)
-
-
-def forget(handle: int, begin: int, num_bytes: int) -> None:
-    """Have the kernel drop its copy of part of a file that will not be read again, or it drops
-    other files', and slowly, when the memory is full of it. Arguments as of `begin_writing`."""
     with contextlib.suppress(OSError):  # advice: some file systems take none
         os.posix_fadvise(handle, begin, num_bytes, os.POSIX_FADV_DONTNEED)
 

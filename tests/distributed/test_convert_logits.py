@@ -26,9 +26,9 @@ from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import ModelConfig
 from megashear.conversion import hf, logits
 from megashear.conversion.certificate import CERTIFICATE, check
-from megashear.conversion.convert import hf_to_megatron, megatron_to_hf
 from megashear.files import integrity
 from megashear.models import weight_table
+from tests.conversions import hf_to_megatron, megatron_to_hf
 from tests.distributed.test_resume import configuration, start
 from tests.ranks import run_ranks
 from tests.reference_llama import random_weights

@@ -14,10 +14,9 @@ from torch import Tensor
 from megashear.checkpoint.cut import cut
 from megashear.checkpoint.description import Description
 from megashear.checkpoint.shear import cut_checkpoint
-from megashear.checkpoint.store import load_weights, save_run
+from megashear.checkpoint.store import load_weights
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megashear.conversion.convert import megatron_to_hf
 from megashear.masks.mask_set import exact_gates
 from megashear.masks.targets import target_units, whole_parts
 from megashear.models.llama import build_llama
@@ -26,11 +25,13 @@ from megashear.shape import ModelShape
 from megashear.train.optim import build_optimizer
 from megashear.train.pruning import EXACT, StructuredPruning
 from tests import reference_llama
+from tests.conversions import megatron_to_hf
 from tests.distributed.masked_model import by_megatron_name, own_logits, whole_logits
 from tests.families import FAMILIES
 from tests.families import pruned as pruned_shape
 from tests.live import fill
 from tests.ranks import run_ranks
+from tests.saving import save_run
 from tests.tiny import BATCH, PAIRS, layout, microbatches, relative_error, set_weights
 
 OTHER_ORDER = 1e-5

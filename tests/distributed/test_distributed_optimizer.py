@@ -13,7 +13,7 @@ import torch
 
 from megashear.checkpoint import optimizer_state
 from megashear.checkpoint.description import Description
-from megashear.checkpoint.store import load_run, save_run
+from megashear.checkpoint.store import load_run
 from megashear.checkpoint.weights import MASTERS
 from megashear.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megashear.models.llama import build_llama
@@ -33,6 +33,7 @@ from tests.distributed.test_resume import (
     start,
 )
 from tests.ranks import run_ranks
+from tests.saving import save_run
 from tests.text_run import TextRun
 from tests.tiny import SOURCE, layout, megatron_weights, microbatches, set_weights
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megashear.checkpoint.description import Description
-from megashear.checkpoint.store import load_run, load_weights, save_run
+from megashear.checkpoint.store import load_run, load_weights
 from megashear.checkpoint.weights import CheckpointWeights, write_weights
 from megashear.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megashear.models import weight_table
@@ -24,6 +24,7 @@ from megashear.train.optim import build_optimizer
 from tests.families import FAMILIES
 from tests.ranks import run_ranks
 from tests.reference_llama import random_weights
+from tests.saving import save_run
 from tests.tiny import layout
 
 SHAPES = {

@@ -16,7 +16,7 @@ from torch import Tensor
 from megashear.checkpoint.cut import cut
 from megashear.checkpoint.description import Description, read_description
 from megashear.checkpoint.shear import cut_checkpoint
-from megashear.checkpoint.store import read_log_alpha, save_run
+from megashear.checkpoint.store import read_log_alpha
 from megashear.config import (
     DataConfig,
     MaskConfig,
@@ -35,6 +35,7 @@ from megashear.train import handover, in_flight, run
 from tests import text_run
 from tests.distributed.test_resume import finished_tensors
 from tests.ranks import run_ranks
+from tests.saving import save_run
 from tests.text_run import TextRun, scalars
 from tests.tiny import layout, relative_error
 

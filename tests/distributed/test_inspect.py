@@ -13,8 +13,8 @@ import torch
 from megashear.__main__ import main
 from megashear.checkpoint.shear import cut_checkpoint
 from megashear.checkpoint.weights import CheckpointWeights
-from megashear.conversion.convert import megatron_to_hf
 from megashear.report.inspection import inspect
+from tests.conversions import megatron_to_hf
 from tests.distributed.test_cut import PRUNED_AT, SHAPES, prune_half_way
 from tests.ranks import run_ranks
 

@@ -25,13 +25,13 @@ from megashear.config import (
     TrainConfig,
 )
 from megashear.conversion import hf, sharded_hf
-from megashear.conversion.convert import megatron_to_hf
 from megashear.models import weight_table
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train import measure, run
 from tests import text_run
+from tests.conversions import megatron_to_hf
 from tests.distributed.test_resume import finished_tensors
 from tests.ranks import run_ranks
 from tests.reference_llama import random_weights

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from megashear.checkpoint.description import Description
-from megashear.checkpoint.store import load_weights, save_run
+from megashear.checkpoint.store import load_weights
 from megashear.checkpoint.weights import MASTERS, CheckpointWeights, write_weights
 from megashear.config import ModelConfig, OptimizerConfig
 from megashear.conversion import hf
-from megashear.conversion.convert import megatron_to_hf
 from megashear.conversion.sharded_hf import load_hf
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.planning.memory import checkpoint_bytes
 from megashear.train.optim import build_optimizer
+from tests.conversions import megatron_to_hf
 from tests.distributed.test_resume import finished_tensors
 from tests.ranks import run_ranks
 from tests.reference_llama import random_weights
+from tests.saving import save_run
 from tests.tiny import SOURCE, layout
 
 BF16 = ModelConfig(bf16=True)

@@ -23,11 +23,11 @@ from megashear.__main__ import main
 from megashear.checkpoint import weights
 from megashear.checkpoint.pickles import check_pickles
 from megashear.conversion import certificate, hf
-from megashear.conversion.convert import hf_to_megatron, megatron_to_hf
 from megashear.files import aside as aside_module
 from megashear.files import integrity
 from megashear.files.aside import written_aside
 from megashear.shape import ModelShape
+from tests.conversions import hf_to_megatron, megatron_to_hf
 from tests.ranks import run_ranks
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.shapes import GROUPED

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from megashear.conversion import hf
-from megashear.conversion.convert import hf_to_megatron, megatron_to_hf
 from megashear.shape import ModelShape
+from tests.conversions import hf_to_megatron, megatron_to_hf
 from tests.ranks import run_ranks
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.shapes import GROUPED

@@ -15,6 +15,7 @@ from torch import Tensor
 from megashear.conversion import hf
 from megashear.files.workers import default_workers
 from megashear.models import weight_table
+from megashear.models.formats import DTYPES
 from megashear.shape import PRESETS, ModelShape
 
 
@@ -45,11 +46,11 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", required=True, help="directory to make; must not exist")
     parser.add_argument("--shape", default="llama2-7b", choices=sorted(PRESETS))
-    parser.add_argument("--dtype", default="bfloat16", choices=sorted(hf.DTYPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
     parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args(argv)
     shape = PRESETS[args.shape]
-    weights = RandomWeights(shape, hf.DTYPES[args.dtype], args.seed)
+    weights = RandomWeights(shape, DTYPES[args.dtype], args.seed)
     written = hf.write_directory(args.output, weights, shape, workers=default_workers())
     print(f"wrote {args.output}: {shape.num_params():,} parameters, {written / 2**30:.2f} GiB")
     return 0

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from megashear.conversion import certificate, hf
 from megashear.conversion.certificate import CERTIFICATE, check
-from megashear.conversion.convert import hf_to_megatron, megatron_to_hf
 from megashear.models import weight_table
+from tests.conversions import hf_to_megatron, megatron_to_hf
 from tests.families import FAMILIES
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.shapes import GROUPED

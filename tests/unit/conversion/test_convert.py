@@ -10,9 +10,9 @@ from torch import Tensor
 from megashear.checkpoint.description import read_description
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.conversion import hf
-from megashear.conversion.convert import hf_to_megatron, megatron_to_hf
 from megashear.models import weight_table
 from megashear.shape import ModelShape
+from tests.conversions import hf_to_megatron, megatron_to_hf
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.shapes import CUT_GROUPED, GROUPED, MULTI_HEAD
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from megashear.checkpoint.description import find_iteration, read_description, write_description
 from megashear.checkpoint.details import HF_CONFIG
 from megashear.conversion import hf
-from megashear.conversion.convert import hf_to_megatron, megatron_to_hf
-from megashear.conversion.hf_config import config_of_shape, shape_of_config
+from megashear.conversion.hf_config import config_of_shape, read_shape, shape_of_config
 from megashear.conversion.sources import open_hf
 from megashear.files import integrity
 from megashear.files.integrity import DamagedError
+from megashear.models.formats import DTYPES
 from megashear.shape import ModelShape
+from tests.conversions import hf_to_megatron, megatron_to_hf
 from tests.families import FAMILIES
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.shapes import CUT_GROUPED, GROUPED, MULTI_HEAD
@@ -80,11 +81,11 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
         assert read[name].data_ptr() % weight.itemsize == 0, f"{name} is not aligned"
 
 
-@pytest.mark.parametrize("dtype", hf.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_are_stored_in_the_format_asked_for(tmp_path: Path, dtype: str) -> None:
     hf.write_directory(tmp_path / "model", WEIGHTS.items(), GROUPED, dtype=dtype)
     for name, weight in hf.HfWeights(tmp_path / "model").items():
-        assert torch.equal(weight, WEIGHTS[name].to(hf.DTYPES[dtype])), name
+        assert torch.equal(weight, WEIGHTS[name].to(DTYPES[dtype])), name
     assert json.loads((tmp_path / "model/config.json").read_text())["torch_dtype"] == dtype
 
 
@@ -169,7 +170,7 @@ def test_other_mathematics_is_refused(
 ) -> None:
     edit_config(directory, **fields)
     with pytest.raises(ValueError, match=message):
-        hf.read_shape(directory)
+        read_shape(directory)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_rotary_base_is_found_where_any_release_put_it(
     directory: Path, fields: dict[str, Any], base: float
 ) -> None:
     edit_config(directory, **fields)
-    assert hf.read_shape(directory).rotary_base == base
+    assert read_shape(directory).rotary_base == base
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -217,9 +218,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 def test_what_published_models_say_beside_their_extents_is_accepted(
     directory: Path, name: str
 ) -> None:
-    wanted = hf.read_shape(directory)
+    wanted = read_shape(directory)
     edit_config(directory, **PUBLISHED[name])
-    assert hf.read_shape(directory) == wanted
+    assert read_shape(directory) == wanted
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ def test_the_same_fields_at_a_value_that_changes_something_are_refused(
 ) -> None:
     edit_config(directory, **fields)
     with pytest.raises(ValueError, match=message):
-        hf.read_shape(directory)
+        read_shape(directory)
 
 
 def test_what_is_not_used_comes_back_as_it_went_in(directory: Path, tmp_path: Path) -> None:
@@ -296,7 +297,7 @@ def test_a_foreign_checkpoint_puts_no_other_field_into_config_json(
 def test_fields_without_effect_are_ignored(directory: Path) -> None:
     fields = {"pretraining_tp": 2, "use_cache": False, "head_dim": None, "_name_or_path": "x"}
     edit_config(directory, **fields, num_attention_heads=5, num_key_value_heads=None)
-    shape = hf.read_shape(directory)
+    shape = read_shape(directory)
     assert (shape.head_dim, shape.num_query_groups) == (8, 5)
 
 

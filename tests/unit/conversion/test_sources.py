@@ -15,10 +15,10 @@ from megashear.__main__ import main
 from megashear.checkpoint.description import read_description
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.conversion import hf
-from megashear.conversion.convert import hf_to_megatron, megatron_to_hf
 from megashear.conversion.sources import open_source
 from megashear.shape import ModelShape
 from tests.composer import state_dict, write_trainer
+from tests.conversions import hf_to_megatron, megatron_to_hf
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.shapes import CUT_MULTI_HEAD
 

@@ -11,7 +11,7 @@ import pytest
 from megashear.__main__ import main
 from megashear.checkpoint.description import Description
 from megashear.checkpoint.weights import write_weights
-from megashear.conversion.convert import megatron_to_hf
+from tests.conversions import megatron_to_hf
 from tests.reference_llama import random_weights
 from tests.tiny import SOURCE, TARGET
 from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)

@@ -11,8 +11,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
 from megashear.conversion import hf
-from megashear.conversion.convert import hf_to_megatron, megatron_to_hf
 from megashear.tokenizer import tokenizer_files
+from tests.conversions import hf_to_megatron, megatron_to_hf
 from tests.reference_llama import random_weights
 from tests.unit.checkpoint.shapes import GROUPED
 
