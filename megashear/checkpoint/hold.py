@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -16,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from megashear.checkpoint.description import MisnamedError, check_name, iterations
-from megashear.checkpoint.saver import fail_together, forget_partial
+from megashear.checkpoint.saver import forget_partial
+from megashear.files import locks
 from megashear.files.structured import parse_json
+from megashear.parallel.agree import raise_together
 from megashear.parallel.groups import ParallelGroups
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,6 @@ _LEASE_S = 100.0
 """Seconds to wait for an owner on another host, which may be gone: a Linux server of NFSv4 keeps
 the locks of a host that is gone for 90 s (nfsd's lease time)."""
 _PAUSE_S = 0.05
-_HELD = (errno.EACCES, errno.EAGAIN)
-"""Errors of a lock that another process has; all others say that there are no locks here."""
 
 
 @contextlib.contextmanager
@@ -51,7 +49,7 @@ def held_together(roots: Sequence[Path | str | None], groups: ParallelGroups) ->
         for root in roots:
             if root is None:
                 continue
-            with fail_together(f"--save {root}"):
+            with raise_together(task=f"--save {root}"):
                 if groups.rank == 0:
                     stack.enter_context(held(Path(root)))
         yield
@@ -106,7 +104,7 @@ def _take(root: Path) -> int:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         owner = _owner(handle)
         is_taken = _lock(handle, owner)
-        if is_taken and _is_at(handle, path):
+        if is_taken and locks.is_at(handle, path):
             break
         os.close(handle)
         waited, is_elsewhere = time.monotonic() - start, _is_elsewhere(owner)
@@ -143,14 +141,10 @@ def _take(root: Path) -> int:
 
 def _lock(handle: int, owner: dict[str, Any]) -> bool:
     try:
-        # by process, not by open file: one that a killed rank forked would hold it on
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _HELD:
-            return False
-        # a file system without locks: of this host it can be told who lives
+        # a process that a killed rank forked must not hold the lock
+        return locks.take(handle, by_process=True)
+    except OSError:  # without locks, a process of this host can be asked for
         return not (owner.get("host") == socket.gethostname() and _lives(owner))
-    return True
 
 
 def _owner(handle: int) -> dict[str, Any]:
@@ -194,11 +188,3 @@ def _started(pid: int) -> int | None:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return None
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether the file is still there: its last owner removes it."""
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False

@@ -27,7 +27,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SHARDS = "optimizer_shards"
 
 
-class Stepped(NamedTuple):
+class OptimizerShard(NamedTuple):
     """What this rank's optimizer steps of a parameter."""
 
     main: Tensor
@@ -51,7 +51,7 @@ def is_sharded(optimizer: MegatronOptimizer) -> bool:
     return isinstance(_only(optimizer), DistributedOptimizer)
 
 
-def stepped(optimizer: MegatronOptimizer) -> dict[int, Stepped]:
+def optimizer_shards(optimizer: MegatronOptimizer) -> dict[int, OptimizerShard]:
     """What this rank steps, by the id of the parameter; without those it steps nothing of."""
     part = _only(optimizer)
     state, groups = part.optimizer.state, part.optimizer.param_groups
@@ -60,7 +60,7 @@ def stepped(optimizer: MegatronOptimizer) -> dict[int, Stepped]:
         for parameter, (group, number) in part.model_param_group_index_map.items():
             main = groups[group]["params"][number]
             start = part._get_model_param_range_map(parameter)["param"].start
-            found[id(parameter)] = Stepped(main, state.get(main, {}), start)
+            found[id(parameter)] = OptimizerShard(main, state.get(main, {}), start)
         return found
     masters = {
         id(main): parameter
@@ -70,7 +70,7 @@ def stepped(optimizer: MegatronOptimizer) -> dict[int, Stepped]:
         for parameter, main in zip(parameters, mains)
     }
     return {
-        id(masters.get(id(main), main)): Stepped(main, state.get(main, {}), 0)
+        id(masters.get(id(main), main)): OptimizerShard(main, state.get(main, {}), 0)
         for group in groups
         for main in group["params"]
     }
@@ -168,7 +168,7 @@ def master_shards(
         model: as for `entries`.
         prefix: before each key.
     """
-    own = stepped(optimizer)
+    own = optimizer_shards(optimizer)
     found = {}
     for name, shard, parameter in shards(model):
         if id(parameter) not in own or own[id(parameter)].main.dtype == parameter.dtype:
@@ -182,14 +182,14 @@ def master_shards(
 
 @torch.no_grad()
 def fill_master(
-    shard: Tensor, parameter: Tensor, own: Mapping[int, Stepped], exact: Tensor
+    shard: Tensor, parameter: Tensor, own: Mapping[int, OptimizerShard], exact: Tensor
 ) -> None:
     """Put what this rank owns of a shard into its float32 master, if the parameter has one.
 
     Args:
         shard: a part of ``parameter``, as `shards` gives it.
         parameter: live.
-        own: by `stepped`.
+        own: by `optimizer_shards`.
         exact: values of the shard, float32.
     """
     if id(parameter) not in own or own[id(parameter)].main.dtype == parameter.dtype:
@@ -251,7 +251,7 @@ def _values(part: Any) -> dict[str, Any]:
 
 def _owned(part: Any, model: Mapping[str, Any]) -> Iterator[tuple[str, ShardedTensor, Tensor]]:
     """Name, entry and live tensor of every box of masters and moments that this rank owns."""
-    own = stepped(part)
+    own = optimizer_shards(part)
     for name, shard, parameter in shards(model):
         if id(parameter) not in own:
             continue
@@ -267,7 +267,7 @@ def _owned(part: Any, model: Mapping[str, Any]) -> Iterator[tuple[str, ShardedTe
 
 
 def _boxes(
-    shard: ShardedTensor, parameter: Tensor, own: Stepped
+    shard: ShardedTensor, parameter: Tensor, own: OptimizerShard
 ) -> Iterator[tuple[ShardedTensor, slice]]:
     """What this rank owns of a shard, as boxes of the whole tensor without data, and where each
     lies in ``own.main`` flattened."""
@@ -303,7 +303,7 @@ def _boxes(
         begin = stop
 
 
-def _stretch(shard: Tensor, parameter: Tensor, own: Stepped) -> tuple[int, int, int]:
+def _stretch(shard: Tensor, parameter: Tensor, own: OptimizerShard) -> tuple[int, int, int]:
     """Elements [begin, end) of a flattened shard that this rank owns, and what to add to them for
     their place in ``own.main``. A shard is a contiguous part of the parameter."""
     first = shard.storage_offset() - parameter.storage_offset()

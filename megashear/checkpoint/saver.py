@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
 import logging
-import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,13 @@ from megashear.checkpoint.writer import ShardedWrite
 from megashear.files import durable, integrity
 from megashear.files.integrity import SaveError
 from megashear.files.workers import Task
-from megashear.parallel.agree import broadcast_object, flat_all_reduce, gather_objects
+from megashear.parallel.agree import (
+    broadcast_object,
+    flat_all_reduce,
+    gather_objects,
+    raise_together,
+    reason,
+)
 from megashear.parallel.groups import ParallelGroups
 from megashear.tokenizer import tokenizer_files
 
@@ -50,7 +54,7 @@ _GIVE_UP_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
+class SaveReport:
     """A checkpoint that is visible now."""
 
     directory: Path
@@ -96,7 +100,7 @@ class Saver:
     ) -> None:
         self.root, self._groups, self._beat = Path(root), groups, beat
         self._background, self._keep, self._protected = background, keep, protected
-        self._pending: _Pending | None = None
+        self._pending: _SaveInFlight | None = None
         # iterations that this process has made visible, or begins with
         self._unproven = [] if resumed is None else [resumed]
         self._deletion: Task[Any] | None = None
@@ -118,7 +122,7 @@ class Saver:
         Raises:
             SaveError: on every rank: it cannot be made or written, or its disk has less free.
         """
-        with fail_together(f"--save {self.root}"):
+        with raise_together(task=f"--save {self.root}"):
             if self._groups.rank == 0:
                 self.root.mkdir(parents=True, exist_ok=True)
                 probe = self.root / ".writable"  # one name, so that none of a killed run stays
@@ -134,7 +138,7 @@ class Saver:
         state: dict[str, Any],
         *,
         tokenizer: Path | str | None = None,
-    ) -> list[Saved]:
+    ) -> list[SaveReport]:
         """Save one iteration.
 
         Args:
@@ -160,20 +164,20 @@ class Saver:
         final = self.root / iteration_name(description.iteration)
         name = broadcast_object(f".{final.name}.{uuid.uuid4().hex[:8]}.partial", 0)
         aside = self.root / name
-        with fail_together(f"{final} cannot be made"):
+        with raise_together(task=f"{final} cannot be made"):
             if self._groups.rank == 0:
                 _make_way(self.root, final, description.iteration)
                 if _is_done(self._deletion):  # else it removes its own by itself, and takes long
                     forget_partial(self.root)
                 aside.mkdir(parents=True)
-        with fail_together(f"{final} cannot be written"):
+        with raise_together(task=f"{final} cannot be written"):
             carried = tokenizer_files.find(tokenizer)
         write = ShardedWrite(state, aside, keep_copy=self._background)
         total = sum(gather_objects(write.num_bytes))
-        with fail_together(f"{final} cannot be written"):
+        with raise_together(task=f"{final} cannot be written"):
             if self._groups.rank == 0:
                 _check_space(self.root, total)
-        self._pending = _Pending(
+        self._pending = _SaveInFlight(
             description=description,
             tokenizer=carried,
             write=write,
@@ -188,7 +192,7 @@ class Saver:
             self._pending.stall_seconds = time.monotonic() - start
         return finished
 
-    def poll(self) -> list[Saved]:
+    def poll(self) -> list[SaveReport]:
         """See how the save in flight is doing, without waiting for it.
 
         Returns:
@@ -210,7 +214,7 @@ class Saver:
         self._results(pending)
         self._pending = None
         self._unproven.append(pending.description.iteration)
-        saved = Saved(
+        saved = SaveReport(
             directory=pending.final,
             iteration=pending.description.iteration,
             num_bytes=pending.num_bytes,
@@ -219,10 +223,10 @@ class Saver:
         )
         return [saved]
 
-    def wait(self) -> list[Saved]:
+    def wait(self) -> list[SaveReport]:
         """Wait until nothing is in flight any more; as `poll`."""
         pause, written = 1e-3, -1
-        finished: list[Saved] = []
+        finished: list[SaveReport] = []
         while self._pending is not None:
             pending = self._pending
             if pending.task.wait(pause) or pending.write.num_written != written:
@@ -276,7 +280,7 @@ class Saver:
             SaveError: on every rank, if it cannot be named.
         """
         good = None
-        with fail_together(f"{self.root / TRACKER} cannot be written"):
+        with raise_together(task=f"{self.root / TRACKER} cannot be written"):
             if self._groups.rank == 0:
                 good = next(iter(_ours(self.root, iteration)), None)
                 if good is not None:
@@ -290,7 +294,7 @@ class Saver:
         try:
             forget_older(self.root, good, keep=self._keep, protected=self._protected)
         except OSError as error:  # a full disk ends the next save, this one is whole
-            logger.warning("--keep %d: nothing is deleted: %s", self._keep, _reason(error))
+            logger.warning("--keep %d: nothing is deleted: %s", self._keep, reason(error))
 
     def _abandon(self) -> None:
         """Give up a save in flight, for this process ends; collective over nothing."""
@@ -300,10 +304,10 @@ class Saver:
             self._pending.write.cancel()
             self._pending.task.wait(_GIVE_UP_S)
 
-    def _results(self, pending: _Pending) -> list[Any]:
+    def _results(self, pending: _SaveInFlight) -> list[Any]:
         """What the tasks of all ranks returned, once they are done."""
         try:
-            with fail_together(f"{pending.final} cannot be written"):
+            with raise_together(task=f"{pending.final} cannot be written"):
                 own = pending.task.result()
         except SaveError:
             self._pending = None
@@ -312,7 +316,7 @@ class Saver:
             raise
         return gather_objects(own)
 
-    def _commit(self, pending: _Pending, written: list[Any]) -> None:
+    def _commit(self, pending: _SaveInFlight, written: list[Any]) -> None:
         """Make a written iteration whole, visible and the latest, in this order; on rank 0."""
         aside, iteration = pending.write.directory, pending.description.iteration
         sums = pending.write.finish(written)
@@ -331,7 +335,7 @@ class Saver:
 
 
 @dataclass(kw_only=True)
-class _Pending:
+class _SaveInFlight:
     """A save in flight."""
 
     description: Description
@@ -435,39 +439,3 @@ def _done_everywhere(task: Task[Any] | None) -> bool:
     done = torch.tensor([int(_is_done(task))], dtype=torch.int32)
     world: Any = dist.group.WORLD
     return bool(flat_all_reduce([done], world, dist.ReduceOp.MIN)[0])
-
-
-@contextlib.contextmanager
-def fail_together(what: str) -> Iterator[None]:
-    """Run a block without collectives; if it fails on any rank, SaveError on all of them.
-
-    Collective over the world.
-
-    Args:
-        what: cannot be done, for the message.
-
-    Raises:
-        ValueError: on every rank, where the first rank that failed raised one.
-        SaveError: on every rank, where it raised anything else.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    told = None if error is None else (isinstance(error, ValueError), _reason(error))
-    failed = {rank: said for rank, said in enumerate(gather_objects(told)) if said is not None}
-    if not failed:
-        return
-    rank = min(failed)
-    can_be_mended, reason = failed[rank]
-    if can_be_mended:
-        raise ValueError(reason) from error
-    others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-    raise SaveError(f"{what}: rank {rank}{others}: {reason}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}" + (f": {os.fspath(error.filename)}" if error.filename else "")
-    return str(error) or type(error).__name__

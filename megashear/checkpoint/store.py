@@ -34,7 +34,6 @@ from megashear.checkpoint.description import (
 from megashear.checkpoint.finite import not_finite_anywhere
 from megashear.checkpoint.megatron_lm_args import common_state
 from megashear.checkpoint.pickles import check_pickles
-from megashear.checkpoint.saver import fail_together
 from megashear.checkpoint.weights import MASTERS, without_extra_state
 from megashear.files import integrity
 from megashear.files.integrity import DamagedError, FileSum
@@ -135,7 +134,7 @@ def amend_description(directory: Path, details: Mapping[str, Any], groups: Paral
     Raises:
         SaveError: on every rank, if they cannot be written.
     """
-    with fail_together(f"{directory} cannot be added to"):
+    with raise_together(task=f"{directory} cannot be added to"):
         if groups.rank == 0:
             add_details(directory, details)
 

@@ -39,7 +39,7 @@ FILES_PER_RANK = 2
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenFiles:
     """What one rank has written."""
 
     results: list[WriteResult]
@@ -92,7 +92,7 @@ class ShardedWrite:
         """Let `write` end soon, with an error."""
         self._cancelled.set()
 
-    def write(self) -> Written:
+    def write(self) -> WrittenFiles:
         """Write and sync this rank's files.
 
         Raises:
@@ -121,9 +121,9 @@ class ShardedWrite:
                 file.write(self._common.getbuffer())
             sums[COMMON] = file.sum
         self._writer.entries = []  # gives the copies back
-        return Written(results, sums)
+        return WrittenFiles(results, sums)
 
-    def finish(self, written: list[Written]) -> dict[str, FileSum]:
+    def finish(self, written: list[WrittenFiles]) -> dict[str, FileSum]:
         """Write what tells readers where all entries lie; on rank 0.
 
         Args:

@@ -68,7 +68,7 @@ def load_hf(
     with raise_together():
         weights = HfWeights(directory)
         shards = [shard for chunk in chunks for shard in _shards(chunk)]
-        own = {} if optimizer is None else optimizer_state.stepped(optimizer)
+        own = {} if optimizer is None else optimizer_state.optimizer_shards(optimizer)
         disable = groups.rank != 0 or (None if progress is None else not progress)
         with torch.no_grad():
             for shard, parameter in tqdm(shards, desc="reading", unit="tensor", disable=disable):

@@ -7,8 +7,6 @@ import functools
 import multiprocessing
 import os
 import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing.process import BaseProcess
@@ -23,10 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from megashear.data.mixture import DomainMixture
 from megashear.data.sequences import DomainSequences
+from megashear.files.processes import begin_worker
 from megashear.parallel import device
 
-_LOOK_S = 5.0
-"""Seconds between looks at whether the parent is there, as torch's workers look."""
+_JOIN_S = 5.0
+"""Seconds to wait for a worker that was killed."""
 _FIRST = 100
 """Priority of what is done at the end of a process; torch's own queues have 10 at most."""
 _UNREADABLE = "cannot be read"
@@ -261,21 +260,6 @@ class ReadAhead:
         return self._forecast.issued.popleft(), answer
 
 
-def _end_with(parent: int, worker: int) -> None:
-    """End this worker when its parent is gone, also where it went before torch's worker looked.
-
-    That takes whoever is its parent when it is ready to work for the one to wait for; an orphan by
-    then would stay for ever.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_LOOK_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
-
-
 def make_reader(reader: SequenceReader, num_workers: int, draw_batch: DrawBatch) -> Reader:
     """Return a reader with worker processes, or one that reads in this process.
 
@@ -297,9 +281,7 @@ def make_reader(reader: SequenceReader, num_workers: int, draw_batch: DrawBatch)
 
 def _begin_worker(rank: int, worker: int) -> None:
     # Signals to a whole job are for the ranks, which still read until they have saved.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    _end_with(rank, worker)
+    begin_worker(rank, (signal.SIGTERM, signal.SIGINT))
 
 
 def _end_at_exit(workers: Collection[BaseProcess]) -> None:
@@ -319,7 +301,7 @@ def _kill(workers: Collection[BaseProcess]) -> None:
                 if worker.is_alive():
                     worker.kill()
             for worker in workers:
-                worker.join(_LOOK_S)
+                worker.join(_JOIN_S)
 
 
 def _to_send(block: Any) -> npt.NDArray[np.int64] | None:

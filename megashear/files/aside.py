@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megashear.files import durable
+from megashear.files import durable, locks
 from megashear.files.output import WAYS_OUT, UnwritableError
 
 _SPARE_BYTES = 2**24
@@ -107,7 +106,7 @@ def _locked(aside: Path) -> Iterator[None]:
         handle = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
         try:
             _lock(handle, aside)
-            if not _is_at(handle, aside):
+            if not locks.is_at(handle, aside):
                 continue  # its writer ended, well or not, while this process waited for nothing
             for path in aside.iterdir():  # of one that was killed
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -120,25 +119,19 @@ def _locked(aside: Path) -> Iterator[None]:
 
 def _lock(handle: int, aside: Path) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"another process is writing {aside}; wait for it, end it, or choose another output"
-        ) from None
+        is_taken = locks.take(handle)
     except OSError:
-        # A file system without locks: what another process may be writing is not touched.
+        # without locks, what another process may be writing is not touched
         if any(aside.iterdir()):
             raise ValueError(
                 f"{aside} was left by a process that was killed, or one is still writing it, which "
                 f"this file system cannot tell; remove it if none is"
             ) from None
-
-
-def _is_at(handle: int, aside: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), aside.stat())
-    except FileNotFoundError:
-        return False
+        return
+    if not is_taken:
+        raise ValueError(
+            f"another process is writing {aside}; wait for it, end it, or choose another output"
+        )
 
 
 def _explain(error: OSError, output: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megashear.files.integrity import SaveError
 from megashear.parallel import device
 
 
@@ -193,26 +195,49 @@ def assert_same_bits(
 
 
 @contextlib.contextmanager
-def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def raise_together(
+    group: dist.ProcessGroup | None = None, *, task: str | None = None
+) -> Iterator[None]:
     """Run a block without collectives, and if it fails on any rank, fail on all ranks.
 
     If one rank alone raised an error, the others would wait for it in their next collective.
     Collective over ``group``, the world if None.
 
+    Args:
+        group: the ranks that run the block.
+        task: what cannot be done where saving fails, for the message of the SaveError.
+
     Raises:
         ValueError: on ranks where the block did not fail, with the message of the first that did.
+            With ``task``, on every rank, where the first rank that failed raised a ValueError.
+        SaveError: with ``task``, on every rank, where that rank raised any other error.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    messages = gather_objects(None if error is None else str(error), group)
-    if error is not None:
-        raise error
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise ValueError(f"rank {rank}: {message}")
+    own = None if error is None else (isinstance(error, ValueError), str(error), reason(error))
+    failed = {rank: one for rank, one in enumerate(gather_objects(own, group)) if one is not None}
+    if not failed:
+        return
+    rank = min(failed)
+    can_be_mended, text, short = failed[rank]
+    if task is None:
+        if error is not None:
+            raise error
+        raise ValueError(f"rank {rank}: {text}")
+    if can_be_mended:
+        raise ValueError(text) from error
+    others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    raise SaveError(f"{task}: rank {rank}{others}: {short}") from error
+
+
+def reason(error: Exception) -> str:
+    """Return why something failed, in few words: of an OSError the cause and the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}" + (f": {os.fspath(error.filename)}" if error.filename else "")
+    return str(error) or type(error).__name__
 
 
 def _on(group: dist.ProcessGroup, tensor: Tensor) -> torch.device:

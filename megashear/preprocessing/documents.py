@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import re
-import signal
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,22 +160,6 @@ def encode_chunk(policy: EncodingPolicy, chunk: Chunk) -> EncodedChunk:
         sides[is_held_out].append(tokens)
     train, held_out = (_side(side, policy.dtype) for side in sides)
     return EncodedChunk(train, held_out, skipped, text_bytes, num_pretokenised, lone_surrogates)
-
-
-def end_with_parent() -> None:
-    """Begin a worker: keep it from waiting for ever where the process that started it is killed.
-
-    An interrupt from the keyboard reaches all processes; that which started the workers ends them.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Encoder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -25,12 +26,12 @@ from megashear.data.manifest import (
     DataManifest,
     DomainCounts,
 )
+from megashear.files.processes import begin_worker
 from megashear.preprocessing.documents import (
     EncodedChunk,
     EncodingPolicy,
     check_first,
     encode_chunk,
-    end_with_parent,
 )
 from megashear.preprocessing.domain_writer import DomainWriter
 from megashear.preprocessing.inputs import read_chunks, samples_of
@@ -223,7 +224,9 @@ class _Run:
             pool = ProcessPoolExecutor(
                 self._workers,
                 mp_context=multiprocessing.get_context("spawn"),
-                initializer=end_with_parent,
+                initializer=begin_worker,
+                # an interrupt from the keyboard reaches all processes; this one ends the others
+                initargs=(os.getpid(), (signal.SIGINT,)),
             )
         sizes = {file: file.stat().st_size for files in inputs.values() for file in files}
         counts = []

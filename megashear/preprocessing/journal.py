@@ -10,7 +10,6 @@ anywhere.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import shutil
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megashear.files import durable
+from megashear.files import durable, locks
 from megashear.files.structured import read_json_object
 
 logger = logging.getLogger(__name__)
@@ -167,7 +166,7 @@ def unfinished(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         )
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_NAME).open("w") as lock:
-        _lock(lock, directory)
+        _lock(lock.fileno(), directory)
         _check_settings(folder / SETTINGS_NAME, settings, directory)
         try:
             yield
@@ -197,17 +196,17 @@ def _is_kept(directory: Path, name: str) -> bool:
     return bool(journal.places or journal.counts)
 
 
-def _lock(lock: Any, directory: Path) -> None:
+def _lock(handle: int, directory: Path) -> None:
     try:
-        # Held by the process: a killed one leaves no lock behind.
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"another run is writing {directory}; wait for it, or write to another directory"
-        ) from None
+        is_taken = locks.take(handle)
     except OSError as error:
         logger.warning(
             "%s cannot be locked (%s): make sure that no other run writes to it", directory, error
+        )
+        return
+    if not is_taken:
+        raise ValueError(
+            f"another run is writing {directory}; wait for it, or write to another directory"
         )
 
 

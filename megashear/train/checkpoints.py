@@ -9,7 +9,7 @@ from pathlib import Path
 from megashear.checkpoint.description import iteration_name, read_description
 from megashear.checkpoint.details import HELD_OUT_ERROR, HELD_OUT_LOSS
 from megashear.checkpoint.finite import not_finite_anywhere
-from megashear.checkpoint.saver import Saved, Saver
+from megashear.checkpoint.saver import Saver, SaveReport
 from megashear.checkpoint.store import amend_description, checkpoint_bytes
 from megashear.config import TrainConfig
 from megashear.models.llama import gather_weights
@@ -206,7 +206,7 @@ class RunCheckpoints:
         if not any(gather_objects(done)):
             amend_description(saved, details, self._state.groups)
 
-    def _report(self, finished: Sequence[Saved], sink: Sink) -> None:
+    def _report(self, finished: Sequence[SaveReport], sink: Sink) -> None:
         for saved in finished:
             sink.scalars(
                 saved.iteration,

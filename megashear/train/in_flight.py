@@ -10,7 +10,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megashear.checkpoint.cut import cut
-from megashear.checkpoint.optimizer_state import Stepped, count_steps, start_state, stepped
+from megashear.checkpoint.optimizer_state import (
+    OptimizerShard,
+    count_steps,
+    optimizer_shards,
+    start_state,
+)
 from megashear.models import weight_table
 from megashear.models.llama import names_in_whole, unwrap
 from megashear.parallel.agree import (
@@ -77,7 +82,7 @@ class _Parameter(NamedTuple):
 
     live: Tensor
     """The parameter, which the model computes with."""
-    steps: Stepped | None
+    steps: OptimizerShard | None
     """Elements that this rank's optimizer steps, and their state; None where only other replicas
     step the parameter."""
 
@@ -93,7 +98,7 @@ _Parameters = dict[str, _Parameter]
 
 
 def _parameters(model: ModelAndOptimizer) -> _Parameters:
-    steps = stepped(model.optimizer)
+    steps = optimizer_shards(model.optimizer)
     found: _Parameters = {}
     for gpt in map(unwrap, model.chunks):
         parameters = dict(gpt.named_parameters())
@@ -105,7 +110,8 @@ def _parameters(model: ModelAndOptimizer) -> _Parameters:
 
 def _start_state(optimizer: MegatronOptimizer, old: ModelAndOptimizer) -> None:
     """Give every new parameter an optimizer state, at the step of the old optimizer."""
-    assert not any(each.state for each in stepped(optimizer).values()), "it has stepped already"
+    shards = optimizer_shards(optimizer).values()
+    assert not any(shard.state for shard in shards), "it has stepped already"
     # a rank of a sharded optimizer may step nothing of a small model
     num_steps = max(gather_objects(count_steps(old.optimizer), old.groups.data))
     assert num_steps > 0, "the optimizer has not stepped yet"

@@ -276,7 +276,7 @@ def test_a_replica_holds_its_share_of_the_state(replicas: int) -> None:
         for parameter in chunks[0].parameters():
             parameter.main_grad.fill_(0.1)
         optimizer.step()
-        own = optimizer_state.stepped(optimizer).values()
+        own = optimizer_state.optimizer_shards(optimizer).values()
         held = [tensor for each in own for tensor in (each.main, *each.state.values())]
         assert {tensor.dtype for tensor in held} == {torch.float32}
         return sum(tensor.nbytes for tensor in held if tensor.dim())

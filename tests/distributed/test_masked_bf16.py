@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megashear.checkpoint.cut import cut
-from megashear.checkpoint.optimizer_state import stepped
+from megashear.checkpoint.optimizer_state import optimizer_shards
 from megashear.config import ModelConfig, OptimizerConfig
 from megashear.masks.mask_set import MaskSet, exact_gates
 from megashear.masks.targets import target_units, whole_parts
@@ -100,7 +100,7 @@ def masked(
         whole = by_megatron_name(masters(), SOURCE)
         set_weights(chunks, whole, 0, 1)
         optimizer = build_optimizer(chunks, OptimizerConfig(), bf16=True, sharded=sharded)
-        own = stepped(optimizer)
+        own = optimizer_shards(optimizer)
         with torch.no_grad():
             for name, parameter in named_parameters(chunks).items():
                 if id(parameter) in own:

@@ -31,7 +31,7 @@ from megashear.checkpoint.description import (
     read_description,
 )
 from megashear.checkpoint.saver import Saver
-from megashear.checkpoint.writer import ShardedWrite, Written
+from megashear.checkpoint.writer import ShardedWrite, WrittenFiles
 from megashear.files import integrity
 from megashear.files.integrity import SaveError
 from megashear.parallel.groups import ParallelGroups
@@ -137,7 +137,7 @@ def held_back(release: threading.Event, rank: int) -> None:
     """Let rank 1 write only when it is told to."""
     write = ShardedWrite.write
 
-    def later(self: ShardedWrite) -> Written:
+    def later(self: ShardedWrite) -> WrittenFiles:
         if rank == 1:
             release.wait()
         return write(self)

@@ -20,6 +20,7 @@ from megashear.data import read_ahead
 from megashear.data.loader import MixtureLoader
 from megashear.data.read_ahead import ReadAhead, _Forecast
 from megashear.data.sequences import DomainSequences
+from megashear.files import processes
 from tests.unit.data.test_loader import OTHER_WEIGHTS, WEIGHTS, loader, rows
 
 PATIENCE_S = 60.0
@@ -307,11 +308,11 @@ def test_a_killed_rank_leaves_no_workers(data) -> None:
 def test_a_worker_ends_that_was_an_orphan_before_it_looked(
     is_there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read_ahead, "_LOOK_S", 0.01)
+    monkeypatch.setattr(processes, "LOOK_S", 0.01)
     parent = os.getpid() if is_there else os.getpid() + 1
 
     def worker() -> None:
-        read_ahead._end_with(parent, 0)
+        processes.begin_worker(parent)
         time.sleep(0.5 if is_there else 60.0)
 
     process = multiprocessing.get_context("fork").Process(target=worker)
