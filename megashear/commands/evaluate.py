@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.commands.outcome import report, user_errors
-from megashear.commands.parse import check_there, parse
+from megashear.commands.parse import parse
+from megashear.commands.paths import check_there
 from megashear.config import EvaluateRun
 
 PROG = "megashear evaluate"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.commands.outcome import refuse_torchrun, report, user_errors
-from megashear.commands.parse import check_new, check_there, parse
+from megashear.commands.parse import parse
+from megashear.commands.paths import check_new, check_there
 from megashear.config import InspectConfig
 
 PROG = "megashear inspect"

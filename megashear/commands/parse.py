@@ -1,4 +1,4 @@
-"""Read flags and YAML into a typed configuration, and check the paths it names."""
+"""Read flags and YAML into a typed configuration."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from typing import Any, TypeVar
 
 import yaml
 
-from megashear.checkpoint.description import holds_iterations
 from megashear.commands.outcome import UsageError, is_first_rank
 from megashear.commands.settings import (
     Setting,
     build,
     check_values,
+    flag_of,
     flatten,
     groups_of,
     nearest,
     settings_of,
     type_name,
 )
-from megashear.config import PretrainRun, PruneRun, TrainConfig
-from megashear.files.output import check_writable
 from megashear.files.structured import read_yaml_pairs
 
 Config = TypeVar("Config")
@@ -101,71 +99,6 @@ def parse(
     return config
 
 
-def check_there(config: object, *keys: str) -> None:
-    """Refuse paths that do not exist, without importing anything that could open them.
-
-    Args:
-        config: the run.
-        keys: settings that name what is read: a path, several paths, or None.
-
-    Raises:
-        ValueError: with the flag and the path.
-    """
-    values = flatten(config)
-    for key in keys:
-        named = values[key]
-        for path in named if isinstance(named, tuple) else (named,):
-            if path is not None and not Path(path).exists():
-                raise ValueError(f"{_flag(key)} {path} does not exist")
-
-
-def check_run_paths(config: PruneRun | PretrainRun) -> None:
-    """Refuse paths of a run that do not exist, and outputs that cannot be written.
-
-    A run that is resumed does not read its source, which may be deleted.
-
-    Args:
-        config: the run.
-
-    Raises:
-        ValueError: with the flag and the path.
-    """
-    train = config.train
-    resumed = train.resume and holds_iterations(train.save)
-    source = () if resumed else ("load", "load_hf")
-    check_there(config, *source, "data_path", "reference_loss", "domain_phases")
-    check_outputs(train)
-
-
-def check_outputs(train: TrainConfig, of: str = "") -> None:
-    """Refuse outputs of a run that cannot be written.
-
-    Args:
-        train: configuration with the flags.
-        of: text after each flag, if the run is not the command's own.
-
-    Raises:
-        UnwritableError: with the flag, the path and the way out.
-    """
-    for key in ("save", "tensorboard_dir"):
-        if (path := getattr(train, key)) is not None:
-            check_writable(_flag(key) + of, path, into=True)
-    if train.jsonl_log is not None:
-        check_writable("--jsonl-log" + of, train.jsonl_log)
-
-
-def check_new(config: object, *keys: str) -> None:
-    """Refuse outputs that exist.
-
-    Raises:
-        ValueError: with the flag and the path.
-    """
-    for key in keys:
-        path = getattr(config, key)
-        if path is not None and Path(path).exists():
-            raise ValueError(f"{_flag(key)} {path} exists; choose another or remove it first")
-
-
 def to_yaml(config: object, *, prog: str) -> str:
     """Return a configuration as the flat YAML that ``--config`` reads.
 
@@ -188,7 +121,7 @@ def to_yaml(config: object, *, prog: str) -> str:
 
 def _read_flags(words: Sequence[str], settings: Sequence[Setting]) -> dict[str, Any]:
     """Return the value of each flag by its key; the last one given wins."""
-    flags = {_flag(name): s for s in settings for name in (s.key, *s.aliases)}
+    flags = {flag_of(name): s for s in settings for name in (s.key, *s.aliases)}
     negations = {"--no-" + s.flag[2:]: s for s in settings if s.wanted is bool}
     values: dict[str, Any] = {}
     words = list(words)
@@ -241,10 +174,6 @@ def _named(argv: Sequence[str], positional: Sequence[Setting], prog: str) -> lis
         last = number == len(positional) - 1
         named += [setting.flag, *(words[number:] if last else words[number : number + 1])]
     return [*named, *rest]
-
-
-def _flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
 
 
 def _read_file(file: str | None, settings: Mapping[str, Setting]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megashear.commands.outcome import UNSAVED, report, report_stop, user_errors
-from megashear.commands.parse import check_run_paths, parse
+from megashear.commands.parse import parse
+from megashear.commands.paths import check_run_paths
 from megashear.config import PretrainRun
 
 PROG = "megashear pretrain"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from megashear.checkpoint.description import holds_iterations
 from megashear.commands.outcome import UNSAVED, report, report_stop, user_errors
-from megashear.commands.parse import check_outputs, check_run_paths, parse
+from megashear.commands.parse import parse
+from megashear.commands.paths import check_outputs, check_run_paths
 from megashear.config import PretrainRun, PruneRun
 
 PROG = "megashear prune"

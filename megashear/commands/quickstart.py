@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megashear.commands.outcome import refuse_torchrun, report, user_errors
-from megashear.commands.parse import check_new, check_there, parse
+from megashear.commands.parse import parse
+from megashear.commands.paths import check_new, check_there
 from megashear.config import QuickstartConfig
 from megashear.files.output import check_writable
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megashear.commands.outcome import is_first_rank, refuse_torchrun, report, user_errors
-from megashear.commands.parse import check_new, check_there, parse
+from megashear.commands.parse import parse
+from megashear.commands.paths import check_new, check_there
 from megashear.config import ReferenceLossRun
 from megashear.files import durable
 from megashear.files.output import check_writable, writing

@@ -48,7 +48,7 @@ class Setting:
     @property
     def flag(self) -> str:
         """The name as typed: ``--tensor-model-parallel-size``."""
-        return "--" + self.key.replace("_", "-")
+        return flag_of(self.key)
 
     def accepts(self, value: object) -> bool:
         """Return whether a value that YAML read fits the type."""
@@ -90,6 +90,11 @@ class Setting:
         if isinstance(value, Mapping):
             return [f"{name}={number}" for name, number in value.items()]
         return [value] if isinstance(value, int | float) else value
+
+
+def flag_of(key: str) -> str:
+    """Return a key as a flag."""
+    return "--" + key.replace("_", "-")
 
 
 def settings_of(config_type: type) -> dict[str, Setting]:
