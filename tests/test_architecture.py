@@ -220,3 +220,42 @@ def test_committed_files_are_ascii_and_name_no_machine() -> None:
 def test_a_bad_file_is_noticed(text: str) -> None:
     assert len(complaints(text)) == 1
     assert complaints("see https://example.org/home and ../data/home/x") == []
+
+
+PAGE = ROOT / "docs/architecture.md"
+PATH = re.compile(r"`([\w/]+(?:/|\.(?:py|md)))`")
+"""A file, or a folder with a slash at its end, as the page writes it."""
+
+
+def unknown_paths(text: str) -> list[str]:
+    """Paths that a page names and that do not exist, from the root or from megashear/."""
+    return [
+        name
+        for name in PATH.findall(text)
+        if not any((root / name).exists() for root in (ROOT, ROOT / "megashear"))
+    ]
+
+
+def imports_of_the_page(text: str) -> dict[str, set[str]]:
+    """What each package may import, as the table of the page has it."""
+    table = text.partition("<!-- imports")[2].partition("\n\n")[2].partition("\n\n")[0]
+    rows = [row.split("|")[1:3] for row in table.splitlines()[2:]]
+    return {name.strip(" `"): set(re.findall(r"`(\w+)`", allowed)) for name, allowed in rows}
+
+
+def test_every_path_of_the_architecture_page_exists() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert len(PATH.findall(text)) > 60
+    assert unknown_paths(text) == []
+    for package in sorted(path.parent.name for path in ROOT.glob("megashear/*/__init__.py")):
+        assert f"| `{package}/` |" in text, f"the tree leaves out {package}/"
+
+
+def test_the_architecture_page_says_who_may_import_whom() -> None:
+    assert imports_of_the_page(PAGE.read_text(encoding="utf-8")) == MAY_IMPORT
+
+
+def test_a_path_that_is_gone_and_an_import_that_changed_are_noticed() -> None:
+    assert unknown_paths("see `train/watch.py`, `train/step.py` and `train/`") == ["train/watch.py"]
+    text = PAGE.read_text(encoding="utf-8").replace("| `files` | nothing |", "| `files` | `data` |")
+    assert imports_of_the_page(text) != MAY_IMPORT
