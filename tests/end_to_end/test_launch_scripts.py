@@ -280,7 +280,7 @@ def test_a_batch_script_runs_a_recipe_on_its_nodes(
     ("knobs", "said", "calls"),
     [
         ({}, "status 143 after", []),
-        ({"SHORTEST": 0}, "queued again, to go on", ["requeue 4711"]),
+        ({"SHORTEST": 0}, "queued again, to resume", ["requeue 4711"]),
         ({"SHORTEST": 0, "SLURM_RESTART_COUNT": 50}, "MAX_REQUEUES=50 reached", []),
     ],
     ids=["too soon", "stopped", "too often"],
