@@ -1,4 +1,4 @@
-"""Fold deterministic gates into the weights and drop what they closed."""
+"""Fold deterministic gates into the weights and drop the units that they close."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cut(
             query head is open where its own gate and its group's are.
         source: extents of ``weights``.
         target: extents of the model to make.
-        power: of the gates that is multiplied into what stays; 1 for weights.
+        power: power of the gates to multiply into kept values; 1 for weights.
 
     Returns:
         Name and weight, in the order of a Hugging Face file, layers renumbered from 0; each in
@@ -91,7 +91,7 @@ def _kept_indices(kept: KeptUnits, axis: str, layer: int | None) -> Tensor | Non
 
 
 def _check_counts(kept: KeptUnits, target: ModelShape) -> None:
-    """Hold every row that stays to the target's count, so that the cut cannot fail midway."""
+    """Refuse a kept row with another count than the target's: the cut must not fail midway."""
     source = kept.source
     for kind in kinds_of(source):
         outer, wanted = kind.outer(source), kind.row_length(target, source)
@@ -104,7 +104,7 @@ def _check_counts(kept: KeptUnits, target: ModelShape) -> None:
             if outer is not None:
                 where += f" {outer.name} {group}"
                 around = kept.units[outer.name][layer, group]
-            if around:  # what goes with a layer or a group need keep nothing
+            if around:  # in a pruned layer or group, a row need keep nothing
                 _check_count(where, f"its {kind.name} mask", row, wanted)
 
 

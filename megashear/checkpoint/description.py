@@ -1,4 +1,4 @@
-"""Where the iterations of a Megatron checkpoint lie, and what each says of itself."""
+"""Find the iterations of a Megatron checkpoint, and read and write their descriptions."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ logger = logging.getLogger(__name__)
 TRACKER = "latest_checkpointed_iteration.txt"
 """Text file that names the newest whole iteration, as Megatron-LM writes it."""
 TRACKER_BYTES = 64
-"""Most that it holds, bytes."""
+"""Largest tracker file that is read, bytes."""
 DESCRIPTION = "megashear.json"
 TOKENIZER = "tokenizer"
-"""Folder of an iteration that carries the tokenizer's files."""
+"""Folder of an iteration with the tokenizer's files."""
 EVALUATION = "evaluation.json"
-"""What is measured after an iteration was saved; counts once the list of checksums has it."""
+"""File of losses measured after an iteration was saved; valid once the list of checksums has it."""
 FORMAT = 2
-"""Version of the layout of these directories; raised when an older megashear cannot read it, or
-may not trust it: from 2 on there is a list of checksums."""
+"""Version of the format of these directories, raised when an older megashear cannot read it, or
+must not trust it: from 2 on there is a list of checksums."""
 FIRST_FORMAT = 1
 
 _ITERATION = re.compile(r"iter_([0-9]{7,})")
 
 
 class MisnamedError(DamagedError):
-    """An iteration's directory was renamed, or is a link to another's."""
+    """An iteration's directory was renamed, or is a link to another iteration."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Description:
-    """What ``megashear.json`` says: all that the tensors of a checkpoint do not."""
+    """Content of ``megashear.json``: all that the tensors of a checkpoint do not say."""
 
     shape: ModelShape
     """Extents of the model."""
     iteration: int
-    """Training steps done."""
+    """Training steps that were done."""
     stage: str
-    """What made it: "converted", "cut", "prune", "pretrain" ..."""
+    """Stage that made the checkpoint: "converted", "cut", "prune", "pretrain" ..."""
     tokenizer_sha256: str | None = None
-    """Fingerprint of the tokenizer (`tokenizer_files.fingerprint`), if one is carried."""
+    """Fingerprint of the tokenizer (`tokenizer_files.fingerprint`), if the checkpoint has one."""
     token_ids: dict[str, Any] = field(default_factory=dict)
     """``bos_token_id`` and the like, as Hugging Face's config.json has them."""
     details: dict[str, Any] = field(default_factory=dict)
@@ -80,12 +80,12 @@ class Description:
 
 
 def iteration_name(iteration: int) -> str:
-    """Name of an iteration's directory, as Megatron-LM spells it."""
+    """Return the name of an iteration's directory, as Megatron-LM spells it."""
     return f"iter_{iteration:07d}"
 
 
 def iterations(checkpoint: Path) -> dict[int, Path]:
-    """Directories of all iterations by their number, newest first, whole or not."""
+    """Return the directories of all iterations by number, newest first, whole or not."""
     found = {
         int(name[1]): path
         for path in checkpoint.iterdir()
@@ -95,19 +95,19 @@ def iterations(checkpoint: Path) -> dict[int, Path]:
 
 
 def holds_iterations(checkpoint: Path | str | None) -> bool:
-    """Whether anything was saved in a directory, whole or not; False for None."""
+    """Return whether a directory holds any iteration, whole or not; False for None."""
     if checkpoint is None or not Path(checkpoint).is_dir():
         return False
     return (Path(checkpoint) / TRACKER).is_file() or bool(iterations(Path(checkpoint)))
 
 
 def candidates(checkpoint: Path | str, iteration: int | None = None) -> list[Path]:
-    """Directories that a reader of a checkpoint may take, best first.
+    """Return the directories that a reader of a checkpoint may take, best first.
 
     Args:
         checkpoint: the checkpoint's directory, or directly one iteration's.
-        iteration: which one; by default the one that the tracker names, then older ones, then
-            newer ones that were never named.
+        iteration: the iteration to take; by default the one that the tracker names, then older
+            ones, then newer ones that the tracker never named.
 
     Raises:
         ValueError: there is none, or not this one; those that exist are named.
@@ -153,15 +153,15 @@ def candidates(checkpoint: Path | str, iteration: int | None = None) -> list[Pat
 def find_iteration(
     checkpoint: Path | str, iteration: int | None = None, *, contents: bool = False
 ) -> Path:
-    """Directory of one iteration of a checkpoint: the newest whole one.
+    """Return the directory of one iteration of a checkpoint, by default the newest whole one.
 
-    A damaged one is skipped with a warning, unless it was asked for by name or number.
+    A damaged iteration is skipped with a warning, unless it was asked for by name or number.
 
     Args:
         checkpoint: the checkpoint's directory, or directly one iteration's.
-        iteration: which one; by default the newest whole one.
-        contents: compare the checksums of all files; without, of the small ones only, and the
-            sizes of those that hold tensors.
+        iteration: the iteration to take; by default the newest whole one.
+        contents: compare the checksums of all files; otherwise those of small files, and the sizes
+            of files that hold tensors.
 
     Raises:
         ValueError: there is none, or not this one; those that exist are named.
@@ -184,7 +184,7 @@ def find_iteration(
 
 
 def none_whole(checkpoint: Path | str, damage: Sequence[str]) -> DamagedError:
-    """What to raise where every iteration is damaged; ``damage`` says how, one text each."""
+    """Return the error for a checkpoint whose iterations are all damaged, as ``damage`` says."""
     return DamagedError(
         f"no whole checkpoint in {checkpoint}; tried, newest first: {'; '.join(damage)}; copy one "
         f"there again, or start from another with --load"
@@ -192,17 +192,16 @@ def none_whole(checkpoint: Path | str, damage: Sequence[str]) -> DamagedError:
 
 
 def check_whole(directory: Path, *, contents: bool = True) -> None:
-    """Hold one iteration to its list of checksums.
+    """Compare one iteration with its list of checksums.
 
     Args:
-        directory: one iteration's.
-        contents: read all files; without, all but those that hold tensors, of which the size must
-            do.
+        directory: an iteration's directory.
+        contents: read all files; otherwise compare only the sizes of files that hold tensors.
 
     Raises:
         DamagedError: a file is missing or not what was written.
-        MisnamedError: the directory is named for another step than it is of.
-        ValueError: it is of a newer format.
+        MisnamedError: the directory is named for another step.
+        ValueError: the format is newer.
     """
     sums = checksums(directory)
     if sums is None:
@@ -215,7 +214,7 @@ def check_whole(directory: Path, *, contents: bool = True) -> None:
 
 
 def checksums(directory: Path) -> dict[str, FileSum] | None:
-    """The sums of an iteration's files by name; None where an older megashear wrote none.
+    """Return the sums of an iteration's files by name; None where an older megashear wrote none.
 
     Raises:
         DamagedError: there should be a list, and it is missing or damaged.
@@ -230,7 +229,7 @@ def checksums(directory: Path) -> dict[str, FileSum] | None:
 
 
 def is_iteration(directory: Path) -> bool:
-    """Whether a directory is one iteration's, and not a checkpoint's of several."""
+    """Return whether a directory is one iteration, and not a checkpoint of several."""
     return (
         (directory / DESCRIPTION).is_file()
         or (directory / integrity.CHECKSUMS).is_file()
@@ -239,7 +238,7 @@ def is_iteration(directory: Path) -> bool:
 
 
 def latest_iteration(checkpoint: Path) -> int | None:
-    """The newest whole iteration by the tracker file; None where nothing was saved yet.
+    """Return the newest whole iteration by the tracker file; None before the first save.
 
     Raises:
         ValueError: the tracker holds anything but a number.
@@ -264,7 +263,7 @@ def write_description(directory: Path, description: Description) -> None:
 
 
 def add_details(directory: Path, details: Mapping[str, Any]) -> None:
-    """Add plain values to an iteration that is visible already, in one step; only once.
+    """Add plain values to an iteration that is visible already, in one step and only once.
 
     Raises:
         DamagedError: its list of checksums is not whole.
@@ -274,11 +273,11 @@ def add_details(directory: Path, details: Mapping[str, Any]) -> None:
 
 
 def read_description(directory: Path) -> Description:
-    """Read ``directory/megashear.json``, and what was added to its details later.
+    """Read ``directory/megashear.json``, and the details that were added later.
 
     Raises:
-        DamagedError: missing or broken.
-        ValueError: of a newer format, or not of a model megashear knows.
+        DamagedError: the file is missing or broken, or a value has another type.
+        ValueError: the format is newer, or megashear does not know the model.
     """
     path = directory / DESCRIPTION
     found, values = _format(directory), _values(path)
@@ -291,7 +290,7 @@ def read_description(directory: Path) -> Description:
     later = directory / EVALUATION
     try:
         check_fields(Description, values)
-        # what is not listed was cut short
+        # a file that is not listed was not written to its end
         if later.is_file() and later.name in integrity.read(directory):
             values["details"] |= _values(later)
         values["shape"] = ModelShape(**values["shape"])
@@ -306,11 +305,11 @@ def read_description(directory: Path) -> Description:
 
 
 def check_name(directory: Path) -> None:
-    """Hold an iteration's name to the step that it says it is of; other names may be any.
+    """Refuse an iteration whose directory is named for another step; other names are free.
 
     Raises:
-        MisnamedError: it is named for another step.
-        DamagedError: what it says of itself cannot be read.
+        MisnamedError: the directory is named for another step.
+        DamagedError: the description cannot be read.
     """
     name = _ITERATION.fullmatch(directory.name)
     step = _values(directory / DESCRIPTION).get("iteration")
@@ -322,7 +321,7 @@ def check_name(directory: Path) -> None:
 
 
 def _format(directory: Path) -> Any:
-    """What megashear.json says its format is."""
+    """Return the format that megashear.json names."""
     path = directory / DESCRIPTION
     try:
         return _values(path)["format"]

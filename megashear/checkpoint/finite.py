@@ -1,4 +1,4 @@
-"""Find numbers that are not finite in what a checkpoint is about to hold, or was read from one."""
+"""Find numbers that are not finite in a checkpoint's tensors, before saving and after loading."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _entries(state: Any) -> Iterator[ShardedTensor | ShardedTensorFactory]:
 def _in_the_whole(
     entry: ShardedTensor | ShardedTensorFactory, place: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Index in the whole tensor; a factory's is that of its own part."""
+    """Return an index in the whole tensor; of a factory, in its own part."""
     if not isinstance(entry, ShardedTensor):
         return place
     ahead = len(entry.global_offset) - len(place)

@@ -1,4 +1,4 @@
-"""Hold a run's checkpoint directory: one run at a time, whose names agree with what they hold."""
+"""Hold a run's checkpoint directory for one run at a time, with names that agree with contents."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from megashear.parallel.groups import ParallelGroups
 logger = logging.getLogger(__name__)
 
 LOCK = ".megashear.lock"
-"""File in --save that says whose it is, locked as long as its owner lives."""
+"""File in --save that names the run that holds it, locked while that run lives."""
 _PATIENCE_S = 5.0
-"""Seconds to wait for an owner that is being killed, or ends just now."""
+"""Seconds to wait for an owner that is ending."""
 _LEASE_S = 100.0
 """Seconds to wait for an owner on another host, which may be gone: a Linux server of NFSv4 keeps
 the locks of a host that is gone for 90 s (nfsd's lease time)."""
@@ -57,10 +57,10 @@ def held_together(roots: Sequence[Path | str | None], groups: ParallelGroups) ->
 
 @contextlib.contextmanager
 def held(root: Path) -> Iterator[None]:
-    """Hold a directory against other runs, and clear away what killed saves left in it.
+    """Hold a directory against other runs, and remove what killed saves left in it.
 
-    The kernel gives the lock back when the process dies, however it dies; processes that it forked
-    do not have it.
+    The kernel takes the lock back when the process ends, however it ends; processes that it forked
+    do not hold the lock.
 
     Raises:
         ValueError: another run holds it, or a name in it contradicts what it holds.
@@ -75,7 +75,7 @@ def held(root: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            (root / LOCK).unlink()  # first: who finds it afterwards makes one of his own
+            (root / LOCK).unlink()  # first, so that the next run makes a file of its own
         os.close(handle)
         if is_new:
             with contextlib.suppress(OSError):
@@ -94,11 +94,11 @@ def check_names(root: Path) -> None:
         except MisnamedError as error:
             raise ValueError(f"--save {root}: {error}") from None
         except (ValueError, OSError):
-            continue  # damaged, or a disk that fails: whether the run needs it shows later
+            continue  # damaged, or a disk that fails: refused later if the run needs the iteration
 
 
 def _take(root: Path) -> int:
-    """Lock the file of a directory, and write into it whose it is; the open file's number."""
+    """Lock the file of a directory, write its owner into it, and return the open file's number."""
     path, start, is_told = root / LOCK, time.monotonic(), False
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -118,7 +118,7 @@ def _take(root: Path) -> int:
         if not is_taken and waited > (_LEASE_S if is_elsewhere else _PATIENCE_S):
             raise ValueError(
                 f"--save {root} is held by another run, {_name(owner)}; wait for it, end it, or "
-                f"choose another --save; if it is gone and this stays, remove {path}"
+                f"choose another --save; if that run is gone, remove {path}"
             )
         time.sleep(_PAUSE_S)
     if owner:
@@ -148,7 +148,7 @@ def _lock(handle: int, owner: dict[str, Any]) -> bool:
 
 
 def _owner(handle: int) -> dict[str, Any]:
-    """Whose the file says it is; nothing where it is new, or half written."""
+    """Return the owner that the lock file names; empty where the file is new or half written."""
     try:
         found = parse_json(os.pread(handle, 4096, 0), "the lock")
     except ValueError:
@@ -182,7 +182,7 @@ def _lives(owner: dict[str, Any]) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """Return when a process began, in ticks since its host did; None where that is not told."""
+    """Return when a process began, in ticks since its host began; None if unknown."""
     try:
         # the second field, a name in brackets, may have spaces; the 22nd is the start
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

@@ -73,7 +73,7 @@ _ROPE_LLAMA3_FACTOR = 8.0
 
 
 def arguments_of_shape(shape: ModelShape) -> argparse.Namespace:
-    """The arguments from which Megatron-LM builds a GPT of ``shape``, for ``common.pt``.
+    """Return the arguments from which Megatron-LM builds a GPT of ``shape``, for ``common.pt``.
 
     They are what ``--use-checkpoint-args`` takes over and what every load compares, and the rest
     of what fixes the model, which Megatron-LM does not take over: see `flags_beside`. No value of
@@ -136,8 +136,10 @@ def arguments_of_shape(shape: ModelShape) -> argparse.Namespace:
 
 
 def common_state(shape: ModelShape, iteration: int) -> dict[str, Any]:
-    """What ``common.pt`` holds for Megatron-LM beside the tensors; empty where it has no arguments
-    for the model."""
+    """Return what ``common.pt`` holds for Megatron-LM beside tensors.
+
+    It is empty where Megatron-LM has no arguments for the model.
+    """
     try:
         args = arguments_of_shape(shape)
     except ValueError:
@@ -146,8 +148,8 @@ def common_state(shape: ModelShape, iteration: int) -> dict[str, Any]:
 
 
 def flags_beside(shape: ModelShape) -> list[str]:
-    """Flags that Megatron-LM needs on its command line: ``--use-checkpoint-args`` does not take
-    these arguments over.
+    """Return the flags that Megatron-LM needs on its command line, because
+    ``--use-checkpoint-args`` does not read these arguments.
 
     Source: Megatron-LM, megatron/training/checkpointing.py, `load_args_from_checkpoint`.
     """
@@ -164,7 +166,7 @@ def flags_beside(shape: ModelShape) -> list[str]:
 
 
 def shape_of_arguments(args: argparse.Namespace, where: str, *, vocab_size: int) -> ModelShape:
-    """The model that Megatron-LM builds from its arguments.
+    """Return the model that Megatron-LM builds from its arguments.
 
     Args:
         args: as a checkpoint holds them, after Megatron-LM has filled in what follows from others.
@@ -217,7 +219,7 @@ def shape_of_arguments(args: argparse.Namespace, where: str, *, vocab_size: int)
 
 
 def vocab_size_of_arguments(args: argparse.Namespace, where: str, *, stored: int) -> int | None:
-    """How many of the ``stored`` rows of a padded vocabulary are tokens; None if that is unknown.
+    """Return how many of the ``stored`` rows of a padded vocabulary are tokens; None if unknown.
 
     Raises:
         ValueError: the arguments contradict what is stored.
@@ -246,7 +248,7 @@ def _rope_scaling(args: argparse.Namespace, where: str) -> RopeScaling | None:
 
 
 def _family(*, qkv_bias: bool, qk_norm: bool, where: str) -> Family:
-    """Whose class in transformers computes the same."""
+    """Return the family whose class in transformers computes the same."""
     if qkv_bias and qk_norm:
         raise ValueError(
             f"{where}: --add-qkv-bias and --qk-layernorm together belong to no family that is "
@@ -268,7 +270,7 @@ def _number(args: argparse.Namespace, name: str, where: str, *, default: float) 
 
 
 def _plain_number(value: float) -> int | float:
-    """Whole numbers as int, which is the type of Megatron-LM's flags."""
+    """Return a whole number as int, which is the type of Megatron-LM's flags."""
     return int(value) if value == int(value) else value
 
 

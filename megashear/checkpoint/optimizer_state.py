@@ -1,10 +1,11 @@
-"""What the weights' optimizer keeps, as entries of a checkpoint: whole, or sharded over replicas.
+"""State of the weights' optimizer as entries of a checkpoint: whole, or sharded over replicas.
 
 megatron-core 0.16.1 cannot resume its DistributedOptimizer with torch's AdamW: it saves nothing
 before the first step, cannot load what it saved, and leaves all parameters one common count of
 steps (docs/megatron_core.md). None of that is called here. A replica's rank owns a stretch of each
-flattened parameter; in the parameter's own axes that is up to three boxes, so every rank saves and
-reads its own, nothing is gathered, and a checkpoint is the plain optimizer's: either loads it.
+flattened parameter. In the parameter's own axes, that stretch is up to three boxes. Every rank
+saves and reads its own boxes, nothing is gathered, and the checkpoint is that of the plain
+optimizer: either optimizer loads it.
 """
 
 from __future__ import annotations
@@ -28,31 +29,31 @@ _SHARDS = "optimizer_shards"
 
 
 class OptimizerShard(NamedTuple):
-    """What this rank's optimizer steps of a parameter."""
+    """Part of a parameter that this rank's optimizer steps."""
 
     main: Tensor
-    """The parameter or a stretch of it flattened, or the float32 master of either."""
+    """The parameter, or a stretch of the flattened parameter, or the float32 master of either."""
     state: dict[str, Tensor]
-    """The optimizer's, live; empty before the first step."""
+    """Live state of the optimizer; empty before the first step."""
     start: int
-    """Element of the flattened parameter that ``main`` begins with."""
+    """Element of the flattened parameter where ``main`` begins."""
 
 
 def metadata() -> dict[str, Any]:
-    """How dist_checkpointing shapes optimizer state; the same for saving and loading.
+    """Return how dist_checkpointing shapes optimizer state, equal for saving and loading.
 
-    A new one each time: megatron-core puts the data-parallel group of the day into it.
+    Each call makes a new mapping: megatron-core puts the current data-parallel group into it.
     """
     return {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 
 def is_sharded(optimizer: MegatronOptimizer) -> bool:
-    """Whether replicas share the state (--use-distributed-optimizer)."""
+    """Return whether replicas share the state (--use-distributed-optimizer)."""
     return isinstance(_only(optimizer), DistributedOptimizer)
 
 
 def optimizer_shards(optimizer: MegatronOptimizer) -> dict[int, OptimizerShard]:
-    """What this rank steps, by the id of the parameter; without those it steps nothing of."""
+    """Return what this rank steps by the id of the parameter, without parameters of other ranks."""
     part = _only(optimizer)
     state, groups = part.optimizer.state, part.optimizer.param_groups
     if isinstance(part, DistributedOptimizer):
@@ -77,14 +78,14 @@ def optimizer_shards(optimizer: MegatronOptimizer) -> dict[int, OptimizerShard]:
 
 
 def start_state(optimizer: MegatronOptimizer, num_steps: int) -> None:
-    """Zero moments where there are none, as if ``num_steps`` steps had been made."""
+    """Make moments of zeros where there are none, and count ``num_steps`` steps."""
     part = _only(optimizer)
     part.init_state_fn(part.optimizer, part.config)
     _set_counts(part, num_steps)
 
 
 def count_steps(optimizer: MegatronOptimizer) -> int:
-    """Steps made, as far as this rank's share of the parameters tells."""
+    """Return the steps that this rank's share of the parameters counts."""
     part = _only(optimizer)
     counted = [*part.optimizer.state.values(), *part.optimizer.param_groups]
     return max((int(each["step"]) for each in counted if "step" in each), default=0)
@@ -93,12 +94,12 @@ def count_steps(optimizer: MegatronOptimizer) -> int:
 def entries(
     optimizer: MegatronOptimizer, model: Mapping[str, Any], *, is_loading: bool = False
 ) -> dict[str, Any]:
-    """The optimizer's part of a sharded state dict.
+    """Return the optimizer's part of a sharded state dict.
 
     Args:
         optimizer: of the weights.
         model: the sharded state dict of its model, with live parameters.
-        is_loading: whether it is to be filled.
+        is_loading: whether the state dict is to be filled.
     """
     part = _only(optimizer)
     # zero moments: before the first step there is nothing, which could not be loaded
@@ -113,7 +114,7 @@ def entries(
 
 @torch.no_grad()
 def load(optimizer: MegatronOptimizer, model: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
-    """Take over what was read for `entries`.
+    """Fill the optimizer with what was read for `entries`.
 
     Args:
         optimizer: of the weights.
@@ -145,7 +146,7 @@ def load(optimizer: MegatronOptimizer, model: Mapping[str, Any], loaded: Mapping
 
 
 def shards(model: Mapping[str, Any]) -> Iterator[tuple[str, ShardedTensor, Tensor]]:
-    """Every parameter of a sharded state dict by a name, part by part where it is kept in parts."""
+    """Yield name, entry and live tensor of every parameter, or of the parts it is saved in."""
     seen: set[int] = set()
     for chunk, of_chunk in model.items():
         for name, entry in of_chunk.items():
@@ -161,7 +162,7 @@ def shards(model: Mapping[str, Any]) -> Iterator[tuple[str, ShardedTensor, Tenso
 def master_shards(
     optimizer: MegatronOptimizer, model: Mapping[str, Any], prefix: str
 ) -> dict[str, tuple[ShardedTensor, Tensor]]:
-    """Float32 masters of this rank as entries under the weights' keys, and where to put them.
+    """Return this rank's float32 masters as entries under the weights' keys, with their tensors.
 
     Args:
         optimizer: of bfloat16 weights.
@@ -184,7 +185,7 @@ def master_shards(
 def fill_master(
     shard: Tensor, parameter: Tensor, own: Mapping[int, OptimizerShard], exact: Tensor
 ) -> None:
-    """Put what this rank owns of a shard into its float32 master, if the parameter has one.
+    """Copy this rank's part of a shard into its float32 master, if the parameter has one.
 
     Args:
         shard: a part of ``parameter``, as `shards` gives it.
@@ -227,7 +228,7 @@ def _set_counts(part: Any, num_steps: int) -> None:
 
 
 def _count(num_steps: int, parameter: Tensor) -> Tensor:
-    # torch's fused AdamW wants it beside the parameter
+    # torch's fused AdamW needs the count on the parameter's device
     return torch.tensor(float(num_steps), device=parameter.device)
 
 
@@ -236,7 +237,7 @@ def _identity(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _values(part: Any) -> dict[str, Any]:
-    """Plain values under the plain optimizer's names."""
+    """Return plain values under the names of the plain optimizer."""
     groups = [
         {name: value for name, value in group.items() if name != "params"}
         for group in part.optimizer.param_groups
@@ -250,7 +251,7 @@ def _values(part: Any) -> dict[str, Any]:
 
 
 def _owned(part: Any, model: Mapping[str, Any]) -> Iterator[tuple[str, ShardedTensor, Tensor]]:
-    """Name, entry and live tensor of every box of masters and moments that this rank owns."""
+    """Yield name, entry and live tensor of every box of masters and moments that this rank owns."""
     own = optimizer_shards(part)
     for name, shard, parameter in shards(model):
         if id(parameter) not in own:
@@ -269,13 +270,16 @@ def _owned(part: Any, model: Mapping[str, Any]) -> Iterator[tuple[str, ShardedTe
 def _boxes(
     shard: ShardedTensor, parameter: Tensor, own: OptimizerShard
 ) -> Iterator[tuple[ShardedTensor, slice]]:
-    """What this rank owns of a shard, as boxes of the whole tensor without data, and where each
-    lies in ``own.main`` flattened."""
+    """Yield this rank's boxes of a shard, without data, and their places in flattened ``own.main``.
+
+    A stretch of a flattened matrix is the end of a row, some whole rows, and the start of a row.
+    """
     assert shard.data is not None
     begin, end, lies = _stretch(shard.data, parameter, own)
     shape = shard.data.shape
     width = math.prod(shape[1:])
     while begin < end:
+        # choose the next box
         row, column = divmod(begin, width)
         if column or end - begin < width:  # part of a row
             stop = min(end, (row + 1) * width)
@@ -285,18 +289,19 @@ def _boxes(
             rows = (end - begin) // width
             stop = begin + rows * width
             at, size = (row, 0), (rows, width)
+        # place it in the whole tensor
         before = shard.global_offset[: shard.prepend_axis_num]
         inside = shard.global_offset[shard.prepend_axis_num :]
         box = ShardedTensor(
             key=shard.key,
             data=None,
             dtype=shard.dtype,
-            # of a vector the row is the element
+            # in a vector, a row is an element
             local_shape=(*[1 for _ in before], *size[: len(shape)]),
             global_shape=shard.global_shape,
             global_offset=(*before, *(i + o for i, o in zip(inside, at))),
             axis_fragmentations=None,  # boxes of unequal size
-            # replicas differ; the last number is theirs
+            # the last number is the replica's, and replicas own different boxes
             replica_id=(*shard.replica_id[:-1], 0),
         )
         yield box, slice(begin + lies, stop + lies)
@@ -304,8 +309,10 @@ def _boxes(
 
 
 def _stretch(shard: Tensor, parameter: Tensor, own: OptimizerShard) -> tuple[int, int, int]:
-    """Elements [begin, end) of a flattened shard that this rank owns, and what to add to them for
-    their place in ``own.main``. A shard is a contiguous part of the parameter."""
+    """Return [begin, end) of this rank's elements of a flat shard, and their shift in ``own.main``.
+
+    A shard is a contiguous part of the parameter.
+    """
     first = shard.storage_offset() - parameter.storage_offset()
     begin = max(own.start - first, 0)
     end = min(own.start + own.main.numel() - first, shard.numel())

@@ -78,7 +78,7 @@ and 0.19.2, safe_globals.py, and what these are made of when they are unpickled.
 
 
 def check_pickles(directory: Path) -> Metadata:
-    """Read what a dist_checkpointing directory says of itself, and run none of its code.
+    """Read the index of a dist_checkpointing directory, and run none of its code.
 
     torch and megatron-core unpickle ``.metadata`` and byte entries without limits, so a
     checkpoint from elsewhere could run anything. Call this before they see the directory.
@@ -103,7 +103,7 @@ def check_pickles(directory: Path) -> Metadata:
 
 
 def check_index(directory: Path) -> Metadata:
-    """As `check_pickles`, but leave byte entries alone, for those who never read them.
+    """Check the index as `check_pickles` does, for callers that never read byte entries.
 
     Raises:
         ValueError: as `check_pickles`.
@@ -187,14 +187,14 @@ def _read_byte_entry(
 
 
 class _Restricted(pickle.Unpickler):
-    """Makes only what is on the allow-list."""
+    """Unpickler that makes only objects on the allow-list."""
 
     def __init__(self, file: io.BufferedIOBase, where: Path) -> None:
         super().__init__(file)
         self.where = where
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a pickle asks for by name.
+        """Return what a pickle asks for by name.
 
         Raises:
             ValueError: it is not on the allow-list.
@@ -207,7 +207,7 @@ class _Restricted(pickle.Unpickler):
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
-        """Refuse what lies outside of the pickle.
+        """Refuse an object outside of the pickle.
 
         Raises:
             ValueError: always; no checkpoint has such a thing.
@@ -235,7 +235,7 @@ def _read_plain(data: bytes, where: str, known: Sequence[tuple[type, str]] = ())
         with only_known(known):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # of torch's message only this: it goes on to explain how to load the file all the same
+        # only this part of torch's message: the rest explains how to load the file anyway
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"wants to load {found[1]}" if found else "is no plain torch.save file"
         raise ValueError(

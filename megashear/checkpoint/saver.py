@@ -44,7 +44,7 @@ from megashear.tokenizer import tokenizer_files
 logger = logging.getLogger(__name__)
 
 SPARE_BYTES = 64 * 2**20
-"""Free space to leave beside the tensors: their index, the tokenizer, what else a run writes."""
+"""Free space to leave beside the tensors, bytes: for their index, the tokenizer, other files."""
 _LONGEST_PAUSE_S = 0.5
 """Seconds between looks at a save that all ranks wait for; short beside any large one."""
 
@@ -55,20 +55,20 @@ _GIVE_UP_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class SaveReport:
-    """A checkpoint that is visible now."""
+    """What a finished save made, and how long it took."""
 
     directory: Path
     iteration: int
     num_bytes: int
-    """Of all tensors in it."""
+    """Size of all its tensors, bytes."""
     stall_seconds: float
-    """How long the loop stood still for it, on this rank."""
+    """Seconds that training stood still for the save, on this rank."""
     seconds: float
-    """From its beginning until it was visible."""
+    """Seconds from the beginning of the save until the checkpoint was visible."""
 
 
 class Saver:
-    """Saves a run's iterations into one directory, one at a time.
+    """Writer of a run's iterations into one directory, one at a time.
 
     Every rank makes one and calls the same methods in the same order; all are collective over the
     world.
@@ -77,14 +77,14 @@ class Saver:
         root: the run's checkpoint directory.
         groups: where this rank stands.
         background: let `save` return once everything is copied to host memory; the rest is done
-            by threads, and `poll` or `wait` tells when the checkpoint is visible.
+            by threads, and `poll` or `wait` reports when the checkpoint is visible.
         keep: newest iterations to keep; older ones are deleted once a newer one is known to be
             good, see `prove`. 0 keeps all.
         protected: an iteration that is never deleted: the one that the run started from.
         resumed: the iteration in ``root`` that the run resumes from, which counts as this
             process's own: a job that saves only when it is stopped proves it, and no other.
-        beat: told while a save is waited for and goes on, see `Watchdog`; not of a disk that
-            hangs.
+        beat: called while a save is waited for and makes progress, see `Watchdog`; not called
+            while a disk hangs.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Saver:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save has begun and is not visible yet; equal on all ranks."""
+        """Return whether a save has begun and is not visible yet; equal on all ranks."""
         return self._pending is not None
 
     def check(self, needed: int) -> None:
@@ -125,7 +125,9 @@ class Saver:
         with raise_together(task=f"--save {self.root}"):
             if self._groups.rank == 0:
                 self.root.mkdir(parents=True, exist_ok=True)
-                probe = self.root / ".writable"  # one name, so that none of a killed run stays
+                probe = (
+                    self.root / ".writable"
+                )  # one name, so that a killed run leaves one file at most
                 try:
                     durable.replace(probe, "can this be written?\n")
                 finally:
@@ -147,12 +149,13 @@ class Saver:
             tokenizer: directory of the tokenizer's files, carried along.
 
         Returns:
-            What has become visible: an earlier save that had to be waited for, and, unless in the
-            background, this one.
+            Saves that have become visible: an earlier one that had to be waited for, and this one
+            unless it is in the background.
 
         Raises:
             SaveError: on every rank, if it cannot be written; what was saved before is untouched.
         """
+        # wait for the save before
         start = time.monotonic()
         finished = []
         if self._pending is not None:
@@ -161,15 +164,17 @@ class Saver:
                 *(description.iteration, self._pending.description.iteration),
             )
             finished += self.wait()
+        # make the directory
         final = self.root / iteration_name(description.iteration)
         name = broadcast_object(f".{final.name}.{uuid.uuid4().hex[:8]}.partial", 0)
         aside = self.root / name
         with raise_together(task=f"{final} cannot be made"):
             if self._groups.rank == 0:
                 _make_way(self.root, final, description.iteration)
-                if _is_done(self._deletion):  # else it removes its own by itself, and takes long
+                if _is_done(self._deletion):  # a deletion under way removes its own, and takes long
                     forget_partial(self.root)
                 aside.mkdir(parents=True)
+        # plan who writes what
         with raise_together(task=f"{final} cannot be written"):
             carried = tokenizer_files.find(tokenizer)
         write = ShardedWrite(state, aside, keep_copy=self._background)
@@ -177,6 +182,7 @@ class Saver:
         with raise_together(task=f"{final} cannot be written"):
             if self._groups.rank == 0:
                 _check_space(self.root, total)
+        # begin to write
         self._pending = _SaveInFlight(
             description=description,
             tokenizer=carried,
@@ -193,13 +199,13 @@ class Saver:
         return finished
 
     def poll(self) -> list[SaveReport]:
-        """See how the save in flight is doing, without waiting for it.
+        """Look at the save in flight without waiting for it.
 
         Returns:
-            It, if it has become visible since; else nothing.
+            The save, if it has become visible; else nothing.
 
         Raises:
-            SaveError: on every rank, if it could not be written on some.
+            SaveError: on every rank, if some rank could not write.
         """
         pending = self._pending
         if pending is None or not _done_everywhere(pending.task):
@@ -224,7 +230,7 @@ class Saver:
         return [saved]
 
     def wait(self) -> list[SaveReport]:
-        """Wait until nothing is in flight any more; as `poll`."""
+        """Wait until no save is in flight, and return what `poll` returns."""
         pause, written = 1e-3, -1
         finished: list[SaveReport] = []
         while self._pending is not None:
@@ -238,15 +244,15 @@ class Saver:
         return finished
 
     def prove(self, iteration: int) -> None:
-        """Take note that iterations up to one are good, and delete what --keep has too many.
+        """Note that iterations up to one are good, and delete those beyond --keep.
 
-        The weights of a checkpoint are known to be good when a later step was taken from them:
-        until then it does not count, and nothing older goes. A thread deletes, for large
-        iterations take long and the other ranks go on; `finish` waits for it. Collective over
+        A checkpoint is known to be good when a later step was taken from its weights. Until then
+        it does not count, and nothing older is deleted. A thread deletes, for large iterations
+        take long and the other ranks train meanwhile; `finish` waits for it. Collective over
         nothing.
 
         Args:
-            iteration: the newest that is known to be good.
+            iteration: the newest iteration that is known to be good.
         """
         proven = [number for number in self._unproven if number <= iteration]
         if not proven:
@@ -258,7 +264,7 @@ class Saver:
         self._deletion = Task(lambda: self._delete(max(proven), before))
 
     def finish(self) -> None:
-        """Wait until what --keep has too many is deleted. Collective over the world."""
+        """Wait until iterations beyond --keep are deleted. Collective over the world."""
         pause = 1e-3
         while not _done_everywhere(self._deletion):
             time.sleep(pause)
@@ -268,16 +274,16 @@ class Saver:
     def go_back(self, iteration: int) -> Path | None:
         """Name the newest iteration up to one the latest, so that a resume begins there.
 
-        Later ones stay where they are, until the run gets there again. Collective over the world.
+        Later iterations remain until the run reaches their step again. Collective over the world.
 
         Args:
-            iteration: the newest that is known to be good.
+            iteration: the newest iteration that is known to be good.
 
         Returns:
-            Where it lies; None if there is none so old, and nothing is changed.
+            Its directory; None if no iteration is so old, and nothing is changed.
 
         Raises:
-            SaveError: on every rank, if it cannot be named.
+            SaveError: on every rank, if the tracker cannot be written.
         """
         good = None
         with raise_together(task=f"{self.root / TRACKER} cannot be written"):
@@ -293,11 +299,11 @@ class Saver:
             before.wait()
         try:
             forget_older(self.root, good, keep=self._keep, protected=self._protected)
-        except OSError as error:  # a full disk ends the next save, this one is whole
+        except OSError as error:  # this save is whole; a full disk would end the next one
             logger.warning("--keep %d: nothing is deleted: %s", self._keep, reason(error))
 
     def _abandon(self) -> None:
-        """Give up a save in flight, for this process ends; collective over nothing."""
+        """Give up a save in flight, because this process ends. Collective over nothing."""
         if self._deletion is not None:
             self._deletion.wait(_GIVE_UP_S)
         if self._pending is not None:
@@ -305,7 +311,7 @@ class Saver:
             self._pending.task.wait(_GIVE_UP_S)
 
     def _results(self, pending: _SaveInFlight) -> list[Any]:
-        """What the tasks of all ranks returned, once they are done."""
+        """Return what the tasks of all ranks returned, once they are done."""
         try:
             with raise_together(task=f"{pending.final} cannot be written"):
                 own = pending.task.result()
@@ -350,20 +356,20 @@ class _SaveInFlight:
 
 
 def forget_older(root: Path, newest: int, *, keep: int, protected: Path | None) -> list[Path]:
-    """Delete iterations of a run until ``keep`` are left, those newer than ``newest`` not counted.
+    """Delete old iterations of a run, so that ``keep`` are left up to ``newest``.
 
-    Only directories that megashear wrote are touched, none newer than ``newest``, no links, and
-    never ``protected``. A deletion that is cut short leaves a hidden directory, which is no
-    checkpoint and goes with the next one.
+    Only directories that megashear wrote are deleted: none newer than ``newest``, no links, and
+    never ``protected``. A deletion that is interrupted leaves a hidden directory, which is no
+    checkpoint and is removed by the next deletion.
 
     Args:
         root: the run's checkpoint directory.
         newest: the newest iteration that is known to be good.
-        keep: how many to keep, ``newest`` among them.
+        keep: number of iterations to keep, with ``newest``.
         protected: an iteration to keep in any case.
 
     Returns:
-        What was deleted.
+        Directories that were deleted.
     """
     deleted = []
     ours = [path for path in _ours(root, newest).values() if not path.is_symlink()]
@@ -399,18 +405,18 @@ def _make_way(root: Path, final: Path, iteration: int) -> None:
     newest = latest_iteration(root)
     if newest is None or newest >= iteration:
         raise ValueError(f"{final} exists; choose another --save, or remove it if it is not needed")
-    # Damaged, or a save that was killed before it was named: the run went on from an older one and
-    # is here again. It stays beside, for nothing is overwritten.
+    # damaged, or killed before it was named: the run resumed from an older iteration and is here
+    # again; the directory is renamed, for nothing is overwritten
     beside = root / f".{final.name}.unnamed"
     if beside.is_symlink():
         beside.unlink()
     shutil.rmtree(beside, ignore_errors=True)
     final.rename(beside)
-    logger.warning("the run did not go on from %s; it is %s now", final, beside.name)
+    logger.warning("the run did not resume from %s; it is %s now", final, beside.name)
 
 
 def forget_partial(root: Path) -> None:
-    """Remove what killed saves and deletions left of a run's checkpoints, and nothing else."""
+    """Remove what killed saves and deletions left behind, and nothing else."""
     for path in root.glob(".iter_*.partial"):
         if re.fullmatch(r"\.iter_\d{7,}\.(\w+\.)?partial", path.name):
             shutil.rmtree(path, ignore_errors=True)

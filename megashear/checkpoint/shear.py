@@ -1,4 +1,4 @@
-"""Cut a pruning run's checkpoint to its target: masks folded in, closed units gone."""
+"""Cut a pruning run's checkpoint to its target: fold its masks in and drop closed units."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megashear.models import loadable
 
 
 def check_cut(load: Path | str) -> None:
-    """Refuse what is no checkpoint with masks, without a look at its weights.
+    """Refuse a path that is no checkpoint with masks, without reading weights.
 
     Raises:
-        ValueError: ``load`` is none.
+        ValueError: ``load`` is no such checkpoint.
     """
     read_log_alpha(find_iteration(load))
 
@@ -66,7 +66,7 @@ def cut_checkpoint(
                 SOURCE_SHAPE: source.to_dict(),
                 PRUNED_FOR: weights.description.iteration,
                 ROUNDING: {kind: found.num_changed for kind, found in counts.items()},
-                # how it was trained: `megashear evaluate` asks for lengths and borders of documents
+                # `megashear evaluate` asks for the length of sequences and the borders of documents
                 **({RUN: known.run} if known.run else {}),
                 **weights.description.hf_config,
             },

@@ -1,4 +1,4 @@
-"""What a run keeps in tensors, saved and loaded at any layout: weights, optimizer, masks."""
+"""Save and load a run's tensors at any layout: weights, optimizer, masks."""
 
 from __future__ import annotations
 
@@ -56,21 +56,22 @@ from megashear.shape import ModelShape
 logger = logging.getLogger(__name__)
 
 SIDES = "was_open"
-"""Name of the gates' sides at the last evaluation; older checkpoints have none."""
+"""Name of the tensors that say which gates were open at the last evaluation; not in older
+checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskState:
-    """What a pruning run keeps beside the weights."""
+    """State of a pruning run beside the weights."""
 
     masks: MaskSet
     constraint: SparsityConstraint
     optimizer: MaskOptimizer
     sides: GateSides
-    """Of the last evaluation."""
+    """Which gates were open at the last evaluation."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Live tensors by kind and name, shaped like log_alpha; multipliers under ``""``."""
+        """Return live tensors by kind and name, shaped like log_alpha; multipliers under ``""``."""
         found: dict[str, dict[str, Tensor]] = {kind: {} for kind in self.masks.parts}
         found[""] = dict(self.constraint.state_dict())
         for kind, log_alpha in self.masks.state_dict().items():
@@ -94,7 +95,7 @@ def run_state(
     *,
     masks: MaskState | None = None,
 ) -> dict[str, Any]:
-    """This rank's share of everything that a checkpoint of a run has in tensors.
+    """Return this rank's share of all tensors of a run's checkpoint.
 
     Args:
         description: of what is saved.
@@ -111,15 +112,17 @@ def run_state(
     state |= optimizer_state.entries(optimizer, model)
     if masks is not None:
         state["masks"] = _mask_entries(masks, groups)
-    else:  # without its masks a pruning run's model is none that Megatron-LM should load
+    else:  # Megatron-LM should not load a pruning run's model without its masks
         state |= common_state(description.shape, description.iteration)
     _without_padding(state, unwrap(chunks[0]).num_tokens)
     return state
 
 
 def checkpoint_bytes(shape: ModelShape, *, bf16: bool) -> int:
-    """About how large a run's checkpoint will be: weights, both moments, and under bfloat16 the
-    float32 masters. Masks are small beside them."""
+    """Return about how many bytes a run's checkpoint will have.
+
+    Counted are weights, both moments, and under bfloat16 the float32 masters; masks are small.
+    """
     return shape.num_params() * (2 + 3 * 4 if bf16 else 3 * 4)
 
 
@@ -142,7 +145,7 @@ def amend_description(directory: Path, details: Mapping[str, Any], groups: Paral
 def agree_on_iteration(
     checkpoint: Path | str, groups: ParallelGroups, *, contents: bool = True
 ) -> Path:
-    """Directory of the newest whole iteration, equal on every rank. Collective over the world.
+    """Return the directory of the newest whole iteration on every rank. Collective over the world.
 
     Reading is spread over the ranks. A damaged iteration is skipped with a warning, unless
     ``checkpoint`` is that iteration's own directory.
@@ -208,7 +211,7 @@ def load_weights(
     _fill(chunks, _read(dict(model), directory, num_tokens), directory)
     if optimizer is None:
         return
-    # read anew: what went into bfloat16 weights is rounded
+    # read again, because values in bfloat16 weights are rounded
     masters = optimizer_state.master_shards(optimizer, _model_entries(chunks), prefix)
     loaded = _read({name: shard for name, (shard, _) in masters.items()}, directory, num_tokens)
     with torch.no_grad():
@@ -229,7 +232,7 @@ def load_run(
     Collective over the world.
 
     Returns:
-        What the checkpoint says of itself; its plain values are the caller's to use.
+        The description of the checkpoint; the caller uses its plain values.
 
     Raises:
         ValueError: on every rank, if the checkpoint is damaged, could run code, is of other masks,
@@ -264,7 +267,7 @@ def load_run(
 
 
 def read_log_alpha(checkpoint: Path | str) -> dict[str, Tensor]:
-    """Whole log_alpha by kind, [num_rows, num_units], of a pruning run; in one process.
+    """Return the whole log_alpha of a pruning run by kind, [num_rows, num_units], in one process.
 
     Raises:
         ValueError: the checkpoint is not of a pruning run, or is damaged.
@@ -295,7 +298,7 @@ def check_save_directory(save: str | None, load: str | None, *, resume: bool) ->
     """Refuse to mix a new run's checkpoints with another's.
 
     Raises:
-        ValueError: ``save`` holds checkpoints and the run does not go on from them.
+        ValueError: ``save`` holds checkpoints and the run does not resume from them.
     """
     if save is None or resume or not Path(save).is_dir():
         return
@@ -304,7 +307,7 @@ def check_save_directory(save: str | None, load: str | None, *, resume: bool) ->
     found = iterations(Path(save))
     if found:
         raise ValueError(
-            f"--save {save} holds a run at step {max(found)}; add --resume to go on with it, or "
+            f"--save {save} holds a run at step {max(found)}; add --resume to continue it, or "
             f"choose another directory"
         )
 
@@ -323,7 +326,7 @@ def _damage(directory: Path, groups: ParallelGroups, *, contents: bool) -> str |
 
 
 def _share(sums: Mapping[str, FileSum], rank: int, world_size: int) -> list[str]:
-    """Files that one rank reads: the largest first, each to the rank with least to read so far."""
+    """Return the files that one rank reads: the largest first, to the rank with least to read."""
     loads = [0] * world_size
     share = []
     for name in sorted(sums, key=lambda name: (-sums[name].size, name)):
@@ -335,7 +338,7 @@ def _share(sums: Mapping[str, FileSum], rank: int, world_size: int) -> list[str]
 
 
 def _read(state: dict[str, Any], directory: Path, num_tokens: int) -> dict[str, Any]:
-    """dist_checkpointing.load, whose complaints are no Exceptions and would miss every handler."""
+    """Load a sharded state dict, and raise ValueError where megatron-core raises no Exception."""
     padded = _without_padding(state, num_tokens)
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory))
@@ -355,7 +358,7 @@ def _read(state: dict[str, Any], directory: Path, num_tokens: int) -> dict[str, 
 def _without_padding(state: Any, num_tokens: int) -> list[tuple[tuple[Any, ...], int]]:
     """Leave the padding of the vocabulary out of a sharded state dict, which is changed in place.
 
-    How much of it there is depends on the layout, and a checkpoint has none.
+    Its size depends on the layout, and a checkpoint has none.
 
     Returns:
         Where tensors were shortened in this rank's ``state``, and their rows before.
@@ -367,13 +370,13 @@ def _without_padding(state: Any, num_tokens: int) -> list[tuple[tuple[Any, ...],
             inside = _without_padding(entry, num_tokens)
             shortened += [((name, *path), num_rows) for path, num_rows in inside]
         elif isinstance(entry, ShardedTensor) and entry.key.endswith(weight_table.VOCABULARY):
-            # megatron-core would take a checkpoint of any vocabulary and fill up with zeros
+            # else megatron-core would load a checkpoint of any vocabulary, and add zeros
             entry.allow_shape_mismatch = False
             num_rows, width = entry.local_shape
             kept = min(max(num_tokens - entry.global_offset[0], 0), num_rows)
             if entry.global_shape[0] == num_tokens:
                 continue
-            if not kept:  # nothing but padding here: not stored, and given back as it is
+            if not kept:  # only padding: not stored
                 state[name] = LocalNonpersistentObject(torch.zeros_like(entry.data))
                 continue
             state[name] = dataclasses.replace(
@@ -412,7 +415,7 @@ def _fill(
     *,
     way_out: str = NOT_FINITE,
 ) -> None:
-    """Put what was read from ``directory`` into the model, and refuse what is not finite there."""
+    """Fill the model from what was read, and refuse weights that are not finite."""
     for number, chunk in enumerate(chunks):
         missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=False)
         odd = [name for name in (*missing, *unexpected) if "_extra_state" not in name]
@@ -475,6 +478,6 @@ def _fill_masks(state: MaskState, loaded: dict[str, Tensor]) -> None:
             for name, tensor in tensors.items():
                 key = f"masks.{kind}.{name}" if kind else f"masks.{name}"
                 if name == SIDES and not any(known.startswith(key) for known in loaded):
-                    continue  # of an older release, or nothing of the kind is held here
+                    continue  # an older release saved none, or this rank holds nothing of the kind
                 for named, _, piece in _pieces(key, tensor, part):
                     piece.copy_(loaded[named].view_as(piece))

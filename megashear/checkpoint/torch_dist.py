@@ -1,4 +1,4 @@
-"""megatron-core's torch_dist format, tensor by tensor, without a process group."""
+"""Read and write megatron-core's torch_dist format by tensor, without a process group."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _FORMAT = {
 }
 """metadata.json. Source: megatron-core 0.16.1, dist_checkpointing `CheckpointingConfig`."""
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
-"""What `read_entry` raises where bytes are not what they were."""
+"""Errors of `read_entry` where bytes have changed."""
 
 
 def read_entry(directory: Path, place: _StorageInfo) -> Tensor:
-    """One box of a tensor, as it was written; nothing else is read.
+    """Read one box of a tensor, as it was written, and nothing else.
 
     Args:
-        directory: one iteration's, whose pickles were checked.
-        place: of the box, from the index.
+        directory: an iteration's directory, whose pickles were checked.
+        place: place of the box, from the index.
 
     Raises:
         Exception: one of `UNREADABLE`.
@@ -127,10 +127,10 @@ class EntryFile(HashingFile):
 
 
 class TorchDistWriter:
-    """One directory of ``*.distcp`` files and the index that makes a checkpoint of them.
+    """Writer of ``*.distcp`` files and of the index that makes a checkpoint of them.
 
-    Files may be filled by several threads, each its own. Nothing reads the directory as a
-    checkpoint before `finish`.
+    Each file may have a thread of its own. Nothing can read the directory as a checkpoint before
+    `finish`.
 
     Args:
         directory: exists, and holds no checkpoint.
@@ -145,14 +145,14 @@ class TorchDistWriter:
         """Size and checksum of every file that is written, by name."""
 
     def file(self, number: int) -> TorchDistFile:
-        """The ``number``-th file, to be filled in a ``with`` block."""
+        """Return the ``number``-th file, to be filled in a ``with`` block."""
         return TorchDistFile(self, f"__0_{number}.distcp")
 
     def finish(self, common: Mapping[str, Any]) -> None:
-        """Write plain values and the index: from here on the directory is a checkpoint.
+        """Write plain values and the index, which make the directory a checkpoint.
 
         Args:
-            common: what ``common.pt`` holds.
+            common: values for ``common.pt``.
         """
         metadata = Metadata({}, storage_data={}, storage_meta=StorageMeta())
         for (key, offsets), (sizes, place) in sorted(self._entries.items()):
@@ -220,7 +220,7 @@ class TorchDistFile:
 
 
 class _Window(io.RawIOBase):
-    """Part of a file as a file; its methods are those of ``io.RawIOBase``."""
+    """Part of a file, with the methods of ``io.RawIOBase``."""
 
     def __init__(self, file: io.RawIOBase, begin: int, length: int) -> None:
         self._file, self._begin, self._length = file, begin, length

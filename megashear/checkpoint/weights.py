@@ -1,4 +1,4 @@
-"""The weights of a Megatron checkpoint, written and read tensor by tensor, in one process."""
+"""Write and read the weights of a Megatron checkpoint by tensor, in one process."""
 
 from __future__ import annotations
 
@@ -46,24 +46,24 @@ from megashear.shape import ModelShape
 from megashear.tokenizer import tokenizer_files
 
 EXTRA_STATE = "_extra_state"
-"""Last part of the names of megatron-core's byte entries, which hold nothing of ours."""
+"""Last part of the names of megatron-core's byte entries, which megashear does not need."""
 FILE_BYTES = 2**30
 """A file of a checkpoint ends with the parameter that makes it this long, bytes: some files of any
 large model, so that several are written and read at a time, and not one for every layer."""
 
 MASTERS = "optimizer.state.fp32_param."
-"""Before a weight's key, that of its float32 master in a checkpoint of a bfloat16 run."""
+"""Prefix of a weight's key for its float32 master, in a checkpoint of a bfloat16 run."""
 
 Row = tuple[weight_table.MegatronTensor, int | None]
 """A Megatron parameter and its layer."""
 Witness = Callable[[str, Tensor, Tensor], None]
-"""Told of a weight: its Hugging Face name, as it was given, and as it is stored."""
+"""Function of a weight: its Hugging Face name, its given value, its stored value."""
 
 _WHERE = "the model to be written"
 
 
 def without_extra_state(sharded_state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's ``sharded_state_dict()`` without its byte entries, for saving and for loading.
+    """Return a model's ``sharded_state_dict()`` without byte entries, for saving and loading.
 
     Linear layers add an empty pickle each, and loading fails where the checkpoint lacks it.
     """
@@ -127,10 +127,10 @@ def fill_checkpoint(
         checkpoint: an empty directory.
         weights: every weight of the model by its Hugging Face name, each read once; or pairs of
             both (what `cut` gives) in any order, taken one at a time by one worker.
-        description: what goes into megashear.json; the tokenizer's fingerprint and the token ids
-            it lacks are added.
+        description: content of megashear.json; the tokenizer's fingerprint and missing token ids
+            are added.
         dtype: number format to store; None keeps each weight's own.
-        tokenizer: what `tokenizer_files.find` takes; its files are carried along.
+        tokenizer: what `tokenizer_files.find` takes; its files are copied.
         workers: threads, each at its own file; the bytes written do not depend on their number.
         witness: called by all workers with every weight that they write.
 
@@ -202,7 +202,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
         prefix: str = "",
         padded: Collection[str] = (),
     ) -> None:
-        """Hold what is stored to the table.
+        """Compare what is stored with the table.
 
         Args:
             directory: one iteration's.
@@ -228,29 +228,33 @@ class CheckpointWeights(Mapping[str, Tensor]):
         weight_table.check_stored(found, self.shape, f"checkpoint {directory}")
         self._places = metadata.storage_data
         self._owners = weight_table.owners(self.shape)
-        self._last = threading.local()  # of each thread's last parameter, what was not asked for
+        self._last = (
+            threading.local()
+        )  # weights of each thread's last parameter that were not asked for
 
     def _is_weight(self, key: str) -> bool:
-        """Whether a tensor that the table does not know belongs to the model all the same: beside
-        the weights a run keeps optimizer states and masks."""
+        """Return whether a tensor that is not in the table belongs to the model.
+
+        Beside the weights a run keeps optimizer states and masks.
+        """
         return key.startswith(("decoder.", "embedding.", "output_layer."))
 
     @property
     def tokenizer(self) -> Path:
-        """Folder of the tokenizer's files; empty if none were carried."""
+        """Return the folder of the tokenizer's files, which may be empty."""
         return self.directory / TOKENIZER
 
     def __getitem__(self, name: str) -> Tensor:
         row, layer = self._owners[name]
         last = self._last.__dict__  # this thread's
         if name not in last:
-            last.clear()  # or it would lie beside the next one
+            last.clear()  # or memory would hold it beside the next one
             parts = weight_table.split(row, self._read(row, layer), self.shape)
             named = dict(zip(_names(row, layer), parts))
             if (bad := first_not_finite(named.items())) is not None:
                 raise ValueError(f"checkpoint {self.directory}: {bad}; {NOT_FINITE}")
             last.update(named)
-        found: Tensor = last.pop(name)  # asked for once, as a rule: not held beside its user
+        found: Tensor = last.pop(name)  # usually asked for once, and not held beside its user
         return found
 
     @property
@@ -261,7 +265,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Number format of every weight."""
+        """Return the number format of every weight."""
         return {n: self._stored[row.key].properties.dtype for n, (row, _) in self._owners.items()}
 
     def __iter__(self) -> Iterator[str]:
@@ -271,6 +275,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
         return len(self._owners)
 
     def _read(self, row: weight_table.MegatronTensor, layer: int | None) -> Tensor:
+        # find the parts in the index
         extents = row.extents(self.shape)
         entry = self._stored[row.key]
         first: list[int] = [] if layer is None else [layer]
@@ -281,10 +286,11 @@ class CheckpointWeights(Mapping[str, Tensor]):
         where = row.key if layer is None else f"{row.key} of layer {layer}"
         items = create_read_items_for_chunk_list(self._prefix + row.key, entry, [box])
         if sum(item.lengths.numel() for item in items) < box.sizes.numel():
-            # what no part covers would be whatever lay in memory before
+            # a place that no part covers would hold old memory
             raise ValueError(f"checkpoint {self.directory} lacks part of {where}; copy it again")
         whole: Tensor | None = None
         for item in items:
+            # read one part
             try:
                 saved = read_entry(self.directory, self._places[item.storage_index])
             except UNREADABLE as error:
@@ -299,7 +305,8 @@ class CheckpointWeights(Mapping[str, Tensor]):
                     f"{list(part.shape)} where its index says {entry.properties.dtype} "
                     f"{list(item.lengths)}; copy it again"
                 )
-            if part.shape == box.sizes:  # as a converted checkpoint has it: nothing to put together
+            # put it into the whole
+            if part.shape == box.sizes:  # a converted checkpoint has one part
                 return part.reshape(extents)
             if whole is None:
                 whole = torch.empty(box.sizes, dtype=part.dtype)
@@ -309,12 +316,12 @@ class CheckpointWeights(Mapping[str, Tensor]):
 
 
 def _box(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """The part of a tensor that begins at ``offsets``; shorter where the tensor ends."""
+    """Return the part of a tensor that begins at ``offsets``; shorter where the tensor ends."""
     return tensor[tuple(slice(at, at + length) for at, length in zip(offsets, lengths))]
 
 
 class _Model:
-    """A model on its way into a checkpoint, one Megatron parameter after the other."""
+    """Writer of a model into a checkpoint, one Megatron parameter after the other."""
 
     def __init__(
         self,
@@ -326,7 +333,7 @@ class _Model:
         self.writer, self.shape, self.dtype, self.witness = writer, shape, dtype, witness
 
     def write_by_name(self, weights: Mapping[str, Tensor], workers: int) -> int:
-        """Write all files, several at a time; the bytes written."""
+        """Write all files, several at a time, and return the bytes written."""
         weight_table.check_names(weights.keys(), self.shape, _WHERE)
         kept = {name: self.dtype or dtype for name, dtype in dtypes_of(weights).items()}
         check_space(self.writer.directory.parent, stored_bytes(kept, self.shape))
@@ -349,7 +356,7 @@ class _Model:
         return run_all([fill(number, rows) for number, rows in enumerate(files)], workers)
 
     def write_pairs(self, pairs: Iterable[tuple[str, Tensor]]) -> int:
-        """Write weights as they come; the bytes written."""
+        """Write weights as they come, and return the bytes written."""
         num_bytes = number = 0
         with contextlib.ExitStack() as stack:
             file: TorchDistFile | None = None
@@ -364,14 +371,14 @@ class _Model:
     def _complete(
         self, pairs: Iterable[tuple[str, Tensor]]
     ) -> Iterator[tuple[weight_table.MegatronTensor, int | None, dict[str, Tensor]]]:
-        """Every Megatron parameter once all its weights have come."""
+        """Yield every Megatron parameter once all its weights have come."""
         owners = weight_table.owners(self.shape)
         pending: dict[str, dict[str, Tensor]] = {}  # by parameter, its weights seen so far
         seen = set()
         for name, weight in pairs:
             seen.add(name)
             if name not in owners:
-                continue  # refused with all others of its kind, below
+                continue  # refused below, with all other unknown names
             row, layer = owners[name]
             parts = pending.setdefault(row.name.format(layer=layer), {})
             parts[name] = weight
@@ -398,7 +405,7 @@ class _Model:
         extents = row.stored_extents(self.shape)
         file.add(row.key, box, extents, [*first, *[0] * whole.dim()])
         if self.witness is not None:
-            # taken apart again: what a reader of the checkpoint will find
+            # split again, as a reader of the checkpoint will
             for name, found in zip(parts, weight_table.split(row, whole, self.shape)):
                 self.witness(name, parts[name], found)
         return whole.nbytes

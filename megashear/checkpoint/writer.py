@@ -1,7 +1,7 @@
 """Write a sharded state dict in megatron-core's torch_dist format, by threads of this process.
 
-megatron-core's own writer starts processes, which outlive a killed rank and go on writing, and
-leaves the end of each file in a buffer when it syncs. Plans, names and the format are its own.
+megatron-core's own writer starts processes, which still write after their rank was killed, and
+leaves the end of each file in a buffer when it syncs. Plans, names and format are megatron-core's.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ from megashear.files.integrity import FileSum, HashingFile
 from megashear.files.workers import Task
 
 FILES_PER_RANK = 2
-"""Files that a rank writes at a time, as megatron-core does."""
+"""Files that a rank writes at a time, as many as in megatron-core."""
 
 
 @dataclass(frozen=True)
 class WrittenFiles:
-    """What one rank has written."""
+    """Files that one rank has written."""
 
     results: list[WriteResult]
-    """Where each entry lies."""
+    """Place of each entry."""
     sums: dict[str, FileSum]
     """Size and checksum of each file, by name."""
 
 
 class ShardedWrite:
-    """A sharded state dict on its way to a directory.
+    """Write of a sharded state dict into a directory.
 
-    Making one plans who writes what: collective over the world. Then `write` on every rank, in any
-    thread, and last `finish` on rank 0 with what all ranks wrote.
+    Making one plans who writes what; this is collective over the world. Call `write` on every rank,
+    in any thread, and then `finish` on rank 0 with what all ranks wrote.
 
     Args:
         state: as `dist_checkpointing.save` takes it.
-        directory: where to; rank 0 has made it.
-        keep_copy: copy everything to host memory now, so that the tensors may change before they
-            are written; else they are copied as they are written.
+        directory: directory that rank 0 has made.
+        keep_copy: copy all tensors to host memory now, so that they may change before they are
+            written; otherwise they are copied while they are written.
     """
 
     def __init__(self, state: dict[str, Any], directory: Path, *, keep_copy: bool = False) -> None:
@@ -85,11 +85,11 @@ class ShardedWrite:
 
     @property
     def num_written(self) -> int:
-        """Bytes that this rank has written so far."""
+        """Return the bytes that this rank has written so far."""
         return sum(list(self._written.values()))
 
     def cancel(self) -> None:
-        """Let `write` end soon, with an error."""
+        """Make `write` end soon, with an error."""
         self._cancelled.set()
 
     def write(self) -> WrittenFiles:
@@ -120,11 +120,11 @@ class ShardedWrite:
             with HashingFile(self.directory / COMMON) as file:
                 file.write(self._common.getbuffer())
             sums[COMMON] = file.sum
-        self._writer.entries = []  # gives the copies back
+        self._writer.entries = []  # frees the copies
         return WrittenFiles(results, sums)
 
     def finish(self, written: list[WrittenFiles]) -> dict[str, FileSum]:
-        """Write what tells readers where all entries lie; on rank 0.
+        """Write the index of all entries, on rank 0.
 
         Args:
             written: what each rank has written, in the order of ranks.
@@ -155,7 +155,7 @@ class ShardedWrite:
 
 
 class _PlannedWriter(FileSystemWriterAsync):
-    """Takes part in megatron-core's planning, and holds the entries that are this rank's."""
+    """Part of megatron-core's planning that holds this rank's entries."""
 
     entries: list[tuple[WriteItem, Any]]
 
@@ -171,7 +171,7 @@ class _PlannedWriter(FileSystemWriterAsync):
         ]
 
     def storage_meta(self) -> None:
-        """Nothing: a random name and the directory's, which is another one soon."""
+        """Return nothing: it would be a random name, and the directory's, which will change."""
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)

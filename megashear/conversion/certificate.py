@@ -1,4 +1,4 @@
-"""certificate.json: what a conversion read and wrote, tensor by tensor, and whether it still is."""
+"""Write certificate.json, which lists what a conversion read and wrote by tensor, and check it."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ _WEIGHT_FILES = {".safetensors", ".distcp"}
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One weight on its way, as Hugging Face lays it out on either side."""
+    """One converted weight, in Hugging Face's layout on both sides."""
 
     shape: tuple[int, ...]
     source_dtype: str
-    """Number format it was read in: "bfloat16"."""
+    """Number format in which the weight was read: "bfloat16"."""
     source_sha256: str
-    """Of its bytes, row by row, little-endian."""
+    """SHA-256 of the bytes that were read, row by row, little-endian."""
     dtype: str
-    """Number format it was written in."""
+    """Number format in which the weight was written."""
     sha256: str
-    """As ``source_sha256``, of what was written; equal where the formats are."""
+    """SHA-256 of the bytes that were written; ``source_sha256`` where formats are equal."""
 
     @property
     def num_bytes(self) -> int:
-        """As it was written."""
+        """Return the size of the written weight, bytes."""
         return DTYPES[self.dtype].itemsize * torch.Size(self.shape).numel()
 
 
 class Witness:
-    """Hashes every weight as it passes, from several threads."""
+    """Record of every weight that is converted; several threads may call it."""
 
     def __init__(self, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
         self.records: dict[str, Record] = {}
@@ -63,7 +63,7 @@ class Witness:
         self._lock = threading.Lock()
 
     def __call__(self, name: str, source: Tensor, result: Tensor) -> None:
-        """Take down a weight, as it was read and as it was written."""
+        """Hash a weight as it was read and as it was written."""
         digest = _digest(source)
         record = Record(
             tuple(source.shape),
@@ -83,7 +83,7 @@ class Witness:
 
     @property
     def rounded_to(self) -> torch.dtype | None:
-        """The format that weights were rounded to; None where every value was kept."""
+        """Return the format to which weights were rounded; None where every value was kept."""
         for record in self.records.values():
             if record.dtype not in (record.source_dtype, "float32"):
                 return DTYPES[record.dtype]
@@ -131,7 +131,7 @@ def write(
 def check(
     directory: Path | str, *, workers: int = 1, progress: bool | None = None
 ) -> dict[str, Any]:
-    """Hold a converted directory to its certificate: every weight is read and hashed again.
+    """Compare a converted directory with its certificate: read and hash every weight again.
 
     Args:
         directory: what `convert` wrote, either way.
@@ -230,7 +230,7 @@ def _differing(
     workers: int,
     progress: bool | None,
 ) -> list[str]:
-    """Names of the weights that are not as they were, in the order of the model."""
+    """Return the names of weights that have changed, in the order of the model."""
     dtypes, bad = dtypes_of(weights), set()
     with byte_bar("checking", stored_bytes(dtypes, weights.shape), progress) as advance:
 
@@ -255,7 +255,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same bits; several times as fast as hashing the second."""
+    """Return whether two tensors hold the same bits, which is faster than hashing the second."""
     if one.dtype != other.dtype:
         return False
     if (one.data_ptr(), one.stride()) == (other.data_ptr(), other.stride()):
@@ -270,7 +270,7 @@ def _is_hf(directory: Path) -> bool:
 
 
 def _small_files(directory: Path) -> list[str]:
-    """Paths of all files but weights, the certificate, and what a run that saves there changes."""
+    """Return all files but weights, the certificate, and the tracker, which a run changes."""
     return sorted(
         path.relative_to(directory).as_posix()
         for path in directory.rglob("*")

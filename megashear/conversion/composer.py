@@ -124,7 +124,7 @@ class ComposerWeights(Mapping[str, Tensor]):
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Number format of every weight."""
+        """Return the number format of every weight."""
         return {n: self._tensors[theirs].dtype for n, theirs in self._composer_names.items()}
 
 
@@ -149,7 +149,7 @@ def _check_tables(
 ) -> None:
     """Hold the file's rotary tables to the head width and base it is read with.
 
-    No shape of a weight would tell: heads times their width stay what they are.
+    No shape of a weight shows it: the product of heads and their width is the same.
     """
     wanted = 1.0 / rotary_base ** (torch.arange(0, head_dim, 2).float() / head_dim)
     for name, table in tables.items():

@@ -70,7 +70,7 @@ class HfWeights(Mapping[str, Tensor]):
 
     Raises:
         ValueError: no such directory, no safetensors, a file missing or truncated, an index that
-            does not tell where the weights are, names missing or unknown, a shape or a number
+            does not say where the weights are, names missing or unknown, a shape or a number
             format that the model cannot have. When a weight is read: a number that is not finite.
     """
 
@@ -138,7 +138,7 @@ class HfWeights(Mapping[str, Tensor]):
             )
 
     def _check_tied(self) -> None:
-        """Pass over an output layer beside a tied embedding only if it is that embedding."""
+        """Refuse an output layer beside a tied embedding unless both are equal."""
         rows = max(1, _COMPARED_AT_ONCE // self.shape.hidden_size)
         shapes = [self._places[name][1].shape for name in (_EMBEDDING, _OUTPUT)]
         if shapes[0] == shapes[1] and all(
@@ -153,7 +153,7 @@ class HfWeights(Mapping[str, Tensor]):
         )
 
     def _check_index(self, index: Mapping[str, Any], path: Path) -> None:
-        """Hold what the index says to what the files hold: they may be of two models."""
+        """Compare the index with the files, which may belong to two models."""
         listed = index["weight_map"]
         way_out = (
             "the files may be of two downloads: download all of them again, or, if they are known "
@@ -174,7 +174,7 @@ class HfWeights(Mapping[str, Tensor]):
         said = (index.get("metadata") or {}).get("total_size")
         held = sum(entry.num_bytes for _, entry in self._places.values())
         if said is not None and int(said) not in (held, self._distinct_bytes()):
-            # nothing is lost: names, files and extents agree, and no reader goes by this number
+            # nothing is lost: names, files and extents agree, and no reader needs this number
             logger.warning(
                 "%s gives total_size %s bytes, the files hold %s; passed over, for all weights "
                 "that it lists are there",
@@ -201,7 +201,7 @@ class HfWeights(Mapping[str, Tensor]):
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Number format of every weight."""
+        """Return the number format of every weight."""
         return {name: self._places[name][1].torch_dtype for name in self._names}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -217,7 +217,7 @@ class HfWeights(Mapping[str, Tensor]):
         return read_tensor(path, entry)
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> Tensor:
-        """Part of a weight; the rest of it is not read.
+        """Read part of a weight, and no more.
 
         Raises:
             ValueError: the file cannot be read any longer, or holds a number that is not finite.
@@ -355,7 +355,7 @@ def fill_directory(
 def _opened(
     directory: Path, shape: ModelShape, dtypes: Mapping[str, torch.dtype], max_bytes: int
 ) -> Iterator[dict[str, SafetensorsWriter]]:
-    """The file each weight goes to, all open; several have an index."""
+    """Open the weight files, give the one of each weight, and write the index of several files."""
     shards: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = []
     room = 0
     for name, extents in weight_table.hf_shapes(shape).items():
@@ -380,8 +380,10 @@ def _opened(
 
 
 def _names_of_files(directory: Path) -> tuple[Path, Path]:
-    """The one file of weights, or the index of several; those of old releases of transformers
-    where there is no other."""
+    """Return the paths of a single weights file and of an index.
+
+    They have the names of old releases of transformers where no others exist.
+    """
     found = {name for name in (SINGLE, INDEX) if (directory / name).is_file()}
     old = {name for name in (_OLD_SINGLE, _OLD_INDEX) if (directory / name).is_file()}
     if old and not found:
@@ -390,7 +392,7 @@ def _names_of_files(directory: Path) -> tuple[Path, Path]:
 
 
 def _read_index(single: Path, path: Path) -> dict[str, Any] | None:
-    """The index of several files; None where one file holds all."""
+    """Read the index of several files; None where one file holds all."""
     if single.is_file() or not path.is_file():
         return None
     index = read_json_object(path)

@@ -78,7 +78,7 @@ _ROPE_NUMBERS = {
 
 
 def read_config(directory: Path | str) -> dict[str, Any]:
-    """The fields of ``directory/config.json``.
+    """Read the fields of ``directory/config.json``.
 
     Raises:
         ValueError: the directory or the file is missing, or the file is not a JSON object.
@@ -93,7 +93,7 @@ def read_config(directory: Path | str) -> dict[str, Any]:
 
 
 def read_shape(directory: Path | str) -> ModelShape:
-    """The model in a Hugging Face directory, from its config.json.
+    """Read the shape of a model from a Hugging Face directory's config.json.
 
     Fields that do not change what the model computes (``pretraining_tp``, ``use_cache``, dropout)
     are ignored. A field that does and is not honoured is refused; so is one that nothing is known
@@ -107,7 +107,7 @@ def read_shape(directory: Path | str) -> ModelShape:
 
 
 def shape_of_config(config: Mapping[str, Any], where: str) -> ModelShape:
-    """The model that the fields of a config.json describe; ``where`` names it in messages.
+    """Return the shape that the fields of a config.json describe; messages name it ``where``.
 
     Raises:
         ValueError: as `read_shape`.
@@ -187,7 +187,7 @@ def config_of_shape(
     token_ids: Mapping[str, Any] | None = None,
     kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Fields of a config.json from which transformers and vLLM build a model of ``shape``.
+    """Return fields of a config.json from which transformers and vLLM build a model of ``shape``.
 
     ``head_dim`` is always there, because a pruned model's is not hidden_size / heads, and the
     rotary table twice: transformers before release 5 reads ``rope_theta`` and ``rope_scaling``,
@@ -306,7 +306,7 @@ def _refuse_unknown(config: Mapping[str, Any], where: str) -> None:
 
 
 def _sliding_window(config: Mapping[str, Any], name: Family, where: str) -> int | None:
-    """The window of all layers; a window of some layers is refused."""
+    """Return the window of all layers, and refuse a window of some layers."""
     types = config.get("layer_types")
     if types is not None and not isinstance(types, list):
         raise ValueError(f"{where}: layer_types is {_short(types)}; it must be a list or null")
@@ -326,7 +326,7 @@ def _sliding_window(config: Mapping[str, Any], name: Family, where: str) -> int 
 
 
 def _rotary(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, wherever the release that wrote the file put them."""
+    """Return base and scaling, wherever the release that wrote the file put them."""
     bases, scalings = {}, {}
     for name in ("rope_scaling", "rope_parameters"):
         rope = config.get(name)
@@ -377,7 +377,7 @@ def _rope_scaling(rope: Mapping[str, Any], name: str, where: str) -> RopeScaling
 
 
 def _rope_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """As Hugging Face spells them."""
+    """Return the fields of a rotary table as Hugging Face spells them."""
     if scaling is None:
         return None
     values = asdict(scaling)

@@ -25,7 +25,7 @@ _SEQUENCES, _LENGTH, _SEED = 2, 64, 1234
 
 
 def check_tokens(tokens: Sequence[int], shape: ModelShape) -> Tensor:
-    """Tokens to compare on, [b, s]: those given, as one sequence, or random ones.
+    """Return the tokens to compare on, [b, s]: those given, as one sequence, or random ones.
 
     Raises:
         ValueError: an id that the vocabulary does not have; more than the model was made for.
@@ -125,7 +125,7 @@ def _in_transformers(directory: Path, tokens: Tensor, rounded_to: torch.dtype | 
 
 
 def _in_megatron(checkpoint: Path, tokens: Tensor, rounded_to: torch.dtype | None) -> Tensor:
-    """Logits [b, s, v] of the model in a checkpoint, at one process."""
+    """Return logits [b, s, v] of the model in a checkpoint, in one process."""
     shape = read_description(find_iteration(checkpoint)).shape
     parallel, model = ParallelConfig(), ModelConfig()
     with distributed(parallel, model) as groups:

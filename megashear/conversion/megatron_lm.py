@@ -1,4 +1,4 @@
-"""The weights of a Megatron-LM checkpoint, whose arguments say what model it is."""
+"""Read the weights of a Megatron-LM checkpoint, whose arguments describe the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _BESIDE = ("optimizer.", "rng_state", "rerun_state_machine")
 
 
 def find_megatron_lm(checkpoint: Path | str) -> Path | None:
-    """Directory of a Megatron-LM checkpoint's newest iteration; None if it is none.
+    """Return the directory of a Megatron-LM checkpoint's newest iteration; None if there is none.
 
     Args:
         checkpoint: a checkpoint's directory, or directly one iteration's.
@@ -56,7 +56,7 @@ def find_megatron_lm(checkpoint: Path | str) -> Path | None:
             f"let Megatron-LM load it and save it with --ckpt-format torch_dist (or --ckpt-convert-"
             f"format torch_dist)"
         )
-    # one of ours that lost its description has its list of checksums still, and is damaged
+    # a checkpoint of megashear without description still has checksums, and is damaged
     if (directory / DESCRIPTION).exists() or (directory / CHECKSUMS).exists():
         return None
     return directory if (directory / METADATA).is_file() else None
@@ -67,7 +67,7 @@ class MegatronLmWeights(CheckpointWeights):
 
     A GPT in the torch_dist format, of either spec. The ``args`` of its common state (``common.pt``,
     or an entry of the index from megatron-core 0.19 on) say what model it is; no other object of
-    its pickles is made. Rows by which the vocabulary was padded are left behind.
+    its pickles is made. Rows that pad the vocabulary are left out.
 
     Args:
         checkpoint: a checkpoint's directory, or one iteration's.

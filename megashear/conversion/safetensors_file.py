@@ -1,4 +1,4 @@
-"""Safetensors files read and written weight by weight: no map of a file, no file in memory."""
+"""Read and write safetensors files by weight, without a map of a file or a file in memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megashear.files.structured import parse_json
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Number formats of weights by safetensors' names for them."""
 DTYPE_OF = {dtype: name for name, dtype in _DTYPES.items()}
-"""Their names by format."""
+"""Safetensors' names of these formats."""
 DTYPE_NAMES = tuple(sorted(_DTYPES))
 """The formats that can be read, as safetensors names them."""
 _ALIGNMENT = 8
@@ -33,7 +33,7 @@ _ALIGNMENT = 8
 _MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors reads. Source: the library."""
 _PIECE_BYTES = 2**22
-"""Written at a time: the kernel takes whole weights at once four times as slowly."""
+"""Bytes written at a time: the kernel writes whole weights at once four times as slowly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,12 @@ class Entry:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The number format; `DTYPE_NAMES` only."""
+        """Return the number format, which must be one of `DTYPE_NAMES`."""
         return _DTYPES[self.dtype]
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Every tensor of a file by name; none is read.
+    """Return the places of all tensors of a file by name; no tensor is read.
 
     Raises:
         ValueError: it is no safetensors file, or truncated.
@@ -103,7 +103,7 @@ def _way_out(path: Path) -> str:
 
 
 def read_tensor(path: Path, entry: Entry) -> Tensor:
-    """One tensor, in memory of its own: pages of a mapped file would count as the process's.
+    """Read one tensor into memory of its own: pages of a mapped file would count as the process's.
 
     Raises:
         ValueError: the file is shorter than its header says.
@@ -196,6 +196,6 @@ class SafetensorsWriter:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a tensor, as it lies there."""
+    """Return the bytes of a tensor."""
     octets: npt.NDArray[np.uint8] = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(octets.data)

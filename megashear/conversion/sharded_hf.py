@@ -1,4 +1,4 @@
-"""Fill a model from a Hugging Face directory, each rank reading its own slices and no others."""
+"""Fill a model from a Hugging Face directory; each rank reads only its own slices."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megashear.tokenizer import tokenizer_files
 
 
 def describe(directory: Path | str) -> Description:
-    """What a checkpoint converted from a Hugging Face directory would say of itself.
+    """Return the description of a checkpoint converted from a Hugging Face directory.
 
     Names, shapes and number formats of its weights are checked; no weight is read.
 
@@ -80,8 +80,10 @@ def load_hf(
 
 
 def _shards(chunk: torch.nn.Module) -> list[tuple[ShardedTensor, Tensor]]:
-    """Every parameter of a chunk, live, with its place in the whole model; gate and up, which are
-    one parameter, each for itself."""
+    """Return the shards of a chunk with their places in the whole model, and their live parameters.
+
+    Gate and up are one parameter and two shards.
+    """
     entries = without_extra_state(unwrap(chunk).sharded_state_dict())
     found = [(shard, parameter) for _, shard, parameter in optimizer_state.shards({"": entries})]
     assert all(isinstance(shard, ShardedTensor) for shard, _ in found), "an entry is no tensor"
@@ -91,7 +93,7 @@ def _shards(chunk: torch.nn.Module) -> list[tuple[ShardedTensor, Tensor]]:
 def _place(
     shard: ShardedTensor, shape: ModelShape
 ) -> tuple[weight_table.MegatronTensor, int | None, tuple[int, ...]]:
-    """Row of the table, layer, and where in the whole parameter a shard begins."""
+    """Return row of the table, layer, and where a shard begins in the whole parameter."""
     row = next(row for row, _ in weight_table.tensors(shape) if row.key == shard.key)
     if row.per_layer:
         return row, shard.global_offset[0], tuple(shard.global_offset[1:])
@@ -123,8 +125,8 @@ def _fill(
 def _stretches(
     row: weight_table.MegatronTensor, first: int, length: int, shape: ModelShape
 ) -> Iterator[tuple[weight_table.Weight, slice, slice]]:
-    """Where rows [first, first + length) of parts put one after the other lie in each part, and
-    where they come to lie."""
+    """Yield where rows [first, first + length) of concatenated parts lie: in each part, and in the
+    target."""
     at = 0
     for part in row.parts:
         rows = part.extents(shape)[0]

@@ -1,4 +1,4 @@
-"""What can be converted: its weights by Hugging Face name, whatever wrote them."""
+"""Open a model to convert, with weights by Hugging Face name, whatever wrote it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SAYABLE = {
     "max_position_embeddings": COMPOSER,
     "vocab_size": MEGATRON_LM,
 }
-"""What a user may say of a model, and of which kind of source, because that does not say it."""
+"""Flags that describe a model, with the kind of source that does not say these values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,26 +50,26 @@ class Source:
 
     kind: str
     path: Path
-    """Its directory or file; of a checkpoint, one iteration's."""
+    """Directory or file of the model; of a checkpoint, one iteration's directory."""
     named: Path
-    """The same, as it was named."""
+    """Path of the model as the user named it."""
     weights: Mapping[str, Tensor]
-    """By Hugging Face name."""
+    """Weights by Hugging Face name."""
     shape: ModelShape
     token_ids: dict[str, Any] = field(default_factory=dict)
     """Special tokens as far as the source knows them."""
     tokenizer: Path | None = None
-    """Directory whose tokenizer files to carry along."""
+    """Directory whose tokenizer files to copy."""
     kept_fields: dict[str, Any] = field(default_factory=dict)
-    """Fields of config.json that go back out as they came in."""
+    """Fields of config.json that are written unchanged."""
     details: dict[str, Any] = field(default_factory=dict)
     """Plain values for megashear.json."""
     trained_in: str | None = None
-    """Number format that the model computed in while it was trained, where ``weights`` are finer:
-    those of a --bf16 run and of its cut are float32 masters."""
+    """Number format of the model in training, where ``weights`` are finer: those of a --bf16 run
+    and of its cut are float32 masters."""
 
     def described(self) -> Description:
-        """What a checkpoint that is made of it says of itself, but for the tokenizer."""
+        """Return the description of a checkpoint made of this model, without the tokenizer."""
         return Description(
             shape=self.shape,
             iteration=0,
@@ -80,7 +80,7 @@ class Source:
 
 
 def open_source(path: Path | str, **said: float | None) -> Source:
-    """Find out what lies at ``path`` and open it.
+    """Find the kind of the model at ``path`` and open it.
 
     Args:
         path: a Hugging Face directory, a checkpoint of ours or of Megatron-LM (its directory or
@@ -108,7 +108,7 @@ def open_source(path: Path | str, **said: float | None) -> Source:
 
 
 def open_hf(directory: Path | str) -> Source:
-    """A Hugging Face directory.
+    """Open a Hugging Face directory.
 
     Raises:
         ValueError: see `hf.HfWeights`.
@@ -127,7 +127,7 @@ def open_hf(directory: Path | str) -> Source:
 
 
 def open_checkpoint(directory: Path | str, iteration: int | None = None) -> Source:
-    """A checkpoint of ours: one iteration, by default the newest whose files are there.
+    """Open one iteration of a megashear checkpoint, by default the newest whose files exist.
 
     Raises:
         ValueError: it has masks, which must be folded in first; see `weights.CheckpointWeights`.
@@ -152,7 +152,7 @@ def open_checkpoint(directory: Path | str, iteration: int | None = None) -> Sour
 
 
 def open_megatron_lm(directory: Path | str, *, vocab_size: float | None = None) -> Source:
-    """A checkpoint of Megatron-LM; see `megatron_lm.MegatronLmWeights`."""
+    """Open a checkpoint of Megatron-LM; see `megatron_lm.MegatronLmWeights`."""
     weights = MegatronLmWeights(
         directory, vocab_size=None if vocab_size is None else int(vocab_size)
     )
@@ -174,7 +174,7 @@ def open_composer(
     rotary_base: float = ROTARY_BASE,
     max_position_embeddings: float = MAX_POSITIONS,
 ) -> Source:
-    """A file of LLM-Shearing; see `composer.ComposerWeights`."""
+    """Open a file of LLM-Shearing; see `composer.ComposerWeights`."""
     weights = ComposerWeights(
         path,
         head_dim=int(head_dim),

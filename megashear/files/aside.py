@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all: written aside, made durable, then renamed."""
+"""Write directories that appear whole or not at all: written aside, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megashear.files import durable, locks
 from megashear.files.output import WAYS_OUT, UnwritableError
 
 _SPARE_BYTES = 2**24
-"""Free space wanted beyond the weights: headers, descriptions, the tokenizer's files."""
+"""Free space beyond the weights, bytes: for headers, descriptions, the tokenizer's files."""
 
 
 @contextlib.contextmanager
@@ -20,8 +20,8 @@ def written_aside(output: Path | str) -> Iterator[Path]:
     """Give an empty directory beside ``output`` that becomes ``output`` when the block ends well.
 
     If the block raises, the directory is removed and ``output`` never existed. A process that is
-    killed leaves ``.NAME.partial`` behind, which the next one for the same output removes: it is
-    locked while its writer lives. Everything is on the disk before the name appears.
+    killed leaves ``.NAME.partial``, which the next process for the same output removes. While its
+    writer lives, the directory is locked. Everything is on the disk before the name appears.
 
     Raises:
         ValueError: ``output`` exists already: nothing is ever overwritten; another process is
@@ -53,7 +53,7 @@ def written_aside(output: Path | str) -> Iterator[Path]:
 
 
 def check_absent(output: Path | str) -> None:
-    """Refuse an output that is there already, before long work for it.
+    """Refuse an output that exists, before long work for it.
 
     Raises:
         ValueError: it exists.
@@ -64,7 +64,7 @@ def check_absent(output: Path | str) -> None:
 
 
 def check_space(directory: Path, num_bytes: int) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Refuse an output for which the disk has no room.
 
     Args:
         directory: where it will be written.
@@ -99,7 +99,7 @@ def forget(handle: int, begin: int, num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def _locked(aside: Path) -> Iterator[None]:
-    """Make ``aside``, empty, and hold its lock; the kernel gives it back if the process dies."""
+    """Make an empty ``aside`` and hold its lock, which the kernel frees if the process dies."""
     for _ in range(2):
         with contextlib.suppress(FileExistsError):
             aside.mkdir()
@@ -107,7 +107,7 @@ def _locked(aside: Path) -> Iterator[None]:
         try:
             _lock(handle, aside)
             if not locks.is_at(handle, aside):
-                continue  # its writer ended, well or not, while this process waited for nothing
+                continue  # its writer ended meanwhile
             for path in aside.iterdir():  # of one that was killed
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             yield
@@ -135,7 +135,7 @@ def _lock(handle: int, aside: Path) -> None:
 
 
 def _explain(error: OSError, output: Path) -> None:
-    """Raise what a user can mend about a write that failed; return where that is nothing."""
+    """Raise an error with the way out of a write that failed; return where there is none."""
     way_out = WAYS_OUT.get(error.errno or 0)
     if way_out is not None:
         raise UnwritableError(f"cannot write {output}, nothing of it is left: {way_out}") from error

@@ -1,4 +1,4 @@
-"""Files that a reader, and a power cut, finds either as they were or as they are now."""
+"""Replace files in one step, so that readers and power cuts find the old or the new one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a text file in one step, synced: a reader, and a crash, sees the old one or the new.
+    """Write a text file in one step, synced: a reader finds the old or the new one.
 
     Raises:
         OSError: it cannot be written; the old one is there still.

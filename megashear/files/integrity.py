@@ -1,4 +1,4 @@
-"""A list of sizes and checksums in a directory, so that damage to any file of it is found."""
+"""List sizes and checksums of a directory's files, so that damage to any file is found."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ class DamagedError(ValueError):
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written: no space, no permission, a disk that fails. What was saved
-    before is untouched."""
+    """A checkpoint could not be written: no space, no permission, a disk that fails. Earlier
+    checkpoints are untouched."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileSum:
-    """What a file must be."""
+    """Size and checksum of a file."""
 
     size: int
     """Bytes."""
     sha256: str
-    """Hexadecimal digest of them."""
+    """Hexadecimal digest of the content."""
 
 
 def write(
@@ -102,7 +102,7 @@ def add(directory: Path | str, name: str, text: str) -> None:
 
 
 def read(directory: Path | str) -> dict[str, FileSum]:
-    """The list of a directory: sums by path inside of it.
+    """Read the list of a directory: sums by path inside of it.
 
     Raises:
         DamagedError: the list is missing, not as it was written, or names what does not lie in the
@@ -140,13 +140,12 @@ def verify(
     contents: bool = True,
     threads: int = 4,
 ) -> None:
-    """Hold the files of a directory to its list. Files that are not listed are passed over.
+    """Compare the files of a directory with its list. Files that are not listed are ignored.
 
     Args:
         directory: with a list.
         names: which of the listed files; all unless given.
-        contents: compare checksums too; without, only that files are there and as long as they
-            were, which reads none of them.
+        contents: compare checksums too; otherwise only sizes, which reads no file.
         threads: files read at a time.
 
     Raises:
@@ -165,10 +164,10 @@ def verify(
 
 
 class HashingFile:
-    """A file being written that knows its size and checksum, and is synced when it is closed well.
+    """A file being written, with its size and checksum; it is synced if no error closes it.
 
-    What it hashes is what it was given, so that a disk that stores something else is found out
-    when the file is verified.
+    Hashed are the bytes that were given, so that a disk that stores others is found out when the
+    file is verified.
 
     Args:
         path: file to make.
@@ -183,7 +182,7 @@ class HashingFile:
         self._size = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Append ``data``; how many bytes it has."""
+        """Append ``data`` and return its number of bytes."""
         self._file.write(data)
         self._digest.update(data)
         length = memoryview(data).nbytes
@@ -191,16 +190,16 @@ class HashingFile:
         return length
 
     def tell(self) -> int:
-        """Bytes written so far."""
+        """Return the bytes written so far."""
         return self._size
 
     def flush(self) -> None:
-        """Hand what is buffered to the operating system."""
+        """Give buffered bytes to the operating system."""
         self._file.flush()
 
     @property
     def sum(self) -> FileSum:
-        """Of all that was written."""
+        """Return size and checksum of all that was written."""
         return FileSum(self._size, self._digest.hexdigest())
 
     def __enter__(self) -> HashingFile:
@@ -220,7 +219,7 @@ class HashingFile:
 
 
 def _files(directory: Path) -> Iterator[str]:
-    """Paths of all files below, but for the list."""
+    """Yield the paths of all files below, without the list."""
     for folder, _, names in os.walk(directory):
         for name in names:
             path = (Path(folder) / name).relative_to(directory).as_posix()

@@ -30,7 +30,7 @@ class UnwritableError(ValueError):
 
 @contextlib.contextmanager
 def writing(flag: str, path: Path | str) -> Iterator[None]:
-    """Run a block that writes an output; what the file system refuses is said by its name.
+    """Run a block that writes an output, and name the output in errors of the file system.
 
     Args:
         flag: what the user typed to name the output.

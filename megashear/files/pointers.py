@@ -1,4 +1,4 @@
-"""Tell the pointers that Git LFS leaves in place of files it was not asked to fetch."""
+"""Find the pointers that Git LFS leaves in place of files it did not fetch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open regular files alone, and take names in a directory for names of its own files."""
+"""Open only regular files, and only files inside of a directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NotRegularError(ValueError):
 
 
 def check_regular(path: Path | str, name: str | None = None) -> os.stat_result:
-    """Refuse what is no regular file, on which reading could wait for ever or never end.
+    """Refuse a path that is no regular file: reading it could wait or last without end.
 
     Args:
         path: of the file; a symbolic link stands for what it leads to.

@@ -1,4 +1,4 @@
-"""Files that torch.save wrote, mapped into memory and read without running what is in them."""
+"""Map files of torch.save into memory and read them without running what is in them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ZIP = b"PK"
 
 
 class Unread:
-    """Stands for an object of a file that nobody needs: it is neither imported nor made."""
+    """Placeholder of an object that is not needed, which is neither imported nor made."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -51,14 +51,13 @@ def only_known(known: Sequence[tuple[type, str]] = ()) -> Iterator[None]:
 
 
 def unread(names: Iterable[str]) -> list[tuple[type, str]]:
-    """For `only_known`: read the objects of these names as `Unread`."""
+    """Return entries for `only_known` that read the objects of these names as `Unread`."""
     # each name its own class, for torch knows what it lets pass by identity too
     return [(type(Unread.__name__, (Unread,), {}), name) for name in names]
 
 
 def load_mapped(path: Path, *, passed_over: Collection[str] = ()) -> Any:
-    """What a torch.save file holds: plain containers, and tensors that stay on the disk until
-    they are used.
+    """Read a torch.save file: plain containers, and tensors that remain on disk until used.
 
     Args:
         path: the file.
@@ -84,7 +83,7 @@ def load_mapped(path: Path, *, passed_over: Collection[str] = ()) -> Any:
         with only_known(unread(known)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        # of torch's message only this: it goes on to explain how to load the file all the same
+        # only this part of torch's message: the rest explains how to load the file anyway
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"wants to load {found[1]}" if found else "is no plain torch.save file"
         raise ValueError(
@@ -105,7 +104,7 @@ def load_mapped(path: Path, *, passed_over: Collection[str] = ()) -> Any:
 
 
 def tensors_of(found: Any, where: str) -> dict[str, Tensor]:
-    """Tensors by name, where ``found`` is a mapping of nothing else.
+    """Return tensors by name, where ``found`` is a mapping of nothing else.
 
     Raises:
         ValueError: it is not; ``where`` names it.
