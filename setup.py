@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megashear", "megashear.*"]),
-    package_data={"megashear": ["py.typed"]},
+    package_data={"megashear": ["py.typed", "report/templates/*.html"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.9",
@@ -32,6 +32,7 @@ setup(
         "tensorboard>=2.16",
         "pyyaml>=6.0",
         "tqdm>=4.66",
+        "jinja2>=3.1",  # the page of a report; torch needs it too
         "zstandard>=0.22",
         "pillow>=10.1",  # images of masks; TensorBoard needs it too
     ],

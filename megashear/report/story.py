@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from megashear import config
 from megashear.files.structured import read_json_object
@@ -45,12 +46,13 @@ from megashear.report.page import (
     cards,
     definitions,
     folded,
+    heading,
     large,
     moment,
     paragraph,
     preformatted,
+    state,
     table,
-    text,
 )
 from megashear.report.record import RESULTS, RunRecord
 from megashear.report.tables import EXTENT_NAMES, PARTS, part_params
@@ -110,7 +112,7 @@ def sections_of(
     return found
 
 
-def headline(records: Sequence[RunRecord], source: MeanLoss | None = None) -> list[str]:
+def headline(records: Sequence[RunRecord], source: MeanLoss | None = None) -> list[Markup]:
     """Return what stands below the title: what happened in a few sentences, the largest numbers.
 
     Args:
@@ -118,13 +120,7 @@ def headline(records: Sequence[RunRecord], source: MeanLoss | None = None) -> li
         source: loss of the model before pruning, where it is known.
     """
     lead = [paragraph(" ".join([_sentence(records), *_gaps(records, source)]), kind="lead")]
-    badges = "".join(
-        f'<p class="state"><span class="badge {record.state.replace(" ", "-")}">'
-        f"{text(record.state)}</span> "
-        f"{text(_status(record))}</p>"
-        for record in records
-    )
-    lead.append(badges)
+    lead += [state(record.state, _status(record)) for record in records]
     lead += [paragraph(note, kind="warn") for record in records for note in record.notes]
     for record in records:
         if any(not one.is_settled for one in findings(record)):
@@ -321,13 +317,13 @@ def _recovery_section(records: Sequence[RunRecord], source: MeanLoss | None) -> 
 
 def _run_section(record: RunRecord, name: str, source: MeanLoss | None) -> Section:
     points = record.points
-    parts: list[str | PageFigure] = []
+    parts: list[Markup | PageFigure] = []
 
     def drawn(what: str, figure: Any, caption: str) -> None:
         parts.append(PageFigure(name=f"{name}-{what}", figure=figure, caption=caption))
 
     if record.masks is not None:
-        parts.append("<h3>What is kept where</h3>")
+        parts.append(heading("What is kept where"))
         kept = record.masks.exact
         drawn(
             "masks",
@@ -339,42 +335,42 @@ def _run_section(record: RunRecord, name: str, source: MeanLoss | None) -> Secti
         parts.append(_kinds_table(record))
         parts.append(paragraph(verdict(record)))
     if tags.LM_LOSS in points:
-        parts.append("<h3>Loss</h3>")
+        parts.append(heading("Loss"))
         drawn("loss", loss_figure(points, _levels(record, source)), _loss_caption(record, points))
     if tags.LEARNING_RATE in points or tags.GRAD_NORM in points:
-        parts.append("<h3>Learning rate and gradients</h3>")
+        parts.append(heading("Learning rate and gradients"))
         drawn("training", training_figure(points), _training_caption(record, points))
     if kinds_of(points):
-        parts.append("<h3>How much is pruned</h3>")
+        parts.append(heading("How much is pruned"))
         lengths = {}
         if record.masks is not None:
             lengths = {kind: one.num_units for kind, one in record.masks.kinds.items()}
         drawn("sparsity", sparsity_figure(points, lengths), _sparsity_caption(points))
     if has_settling(points):
-        parts.append("<h3>How settled the masks are</h3>")
+        parts.append(heading("How settled the masks are"))
         drawn("settling", settling_figure(points), _settling_caption(points))
     if domains_of(points):
-        parts.append("<h3>Domains</h3>")
+        parts.append(heading("Domains"))
         drawn("domains", mixture_figure([points]), _mixture_caption(points))
         parts += _domains_table(record, source)
     if record.sessions and tags.LM_LOSS in record.events:
-        parts.append("<h3>Timeline</h3>")
+        parts.append(heading("Timeline"))
         drawn("timeline", timeline_figure(record), _timeline_caption(record))
         parts.append(_events_table(record))
     if tags.TOKENS_PER_SECOND in points:
-        parts.append("<h3>Speed</h3>")
+        parts.append(heading("Speed"))
         drawn("speed", speed_figure(points), _speed_caption(points))
     if record.config:
-        parts.append("<h3>Settings</h3>")
+        parts.append(heading("Settings"))
         parts += _config_parts(record.config)
     if record.description is not None:
-        parts.append("<h3>How to repeat it</h3>")
+        parts.append(heading("How to repeat it"))
         parts += _environment_parts(record.environment)
     title = f"{STAGES.get(record.stage, 'Run')}: {record.name}"
     return Section(name=name, title=title, parts=parts)
 
 
-def _kinds_table(record: RunRecord) -> str:
+def _kinds_table(record: RunRecord) -> Markup:
     assert record.masks is not None
     rows = []
     for kind, one in record.masks.kinds.items():
@@ -398,7 +394,7 @@ def _kinds_table(record: RunRecord) -> str:
     return table(head, rows) + paragraph(said, kind="muted")
 
 
-def _domains_table(record: RunRecord, source: MeanLoss | None) -> list[str]:
+def _domains_table(record: RunRecord, source: MeanLoss | None) -> list[Markup]:
     """Return the last loss of every domain beside what it is held to."""
     loss = final_loss(record)
     if loss is None or len(loss.domains) < 2:
@@ -420,7 +416,7 @@ def _domains_table(record: RunRecord, source: MeanLoss | None) -> list[str]:
     return [table(["domain", *columns], rows), paragraph(said, kind="muted")]
 
 
-def _environment_parts(found: Mapping[str, Any]) -> list[str]:
+def _environment_parts(found: Mapping[str, Any]) -> list[Markup]:
     """Return versions, device and the command that repeats a run."""
     if not found:
         said = "This run is of a release that kept neither versions nor its command."
@@ -449,7 +445,7 @@ def _command(found: Mapping[str, Any]) -> str:
     return f"torchrun {hosts} --nproc-per-node {on_host} -m megashear {words}"
 
 
-def _events_table(record: RunRecord) -> str:
+def _events_table(record: RunRecord) -> Markup:
     rows = []
     for number, session in enumerate(record.sessions, start=1):
         rows.append(
@@ -583,7 +579,7 @@ def _pruned_layers(layers: Sequence[int]) -> str:
     return f"Layer {numbers} is pruned." if len(layers) == 1 else f"Layers {numbers} are pruned."
 
 
-def _config_parts(values: Mapping[str, Any]) -> list[str]:
+def _config_parts(values: Mapping[str, Any]) -> list[Markup]:
     """Settings that differ from their defaults, and all of them as a file for --config."""
     flat: dict[str, Any] = {}
     rows = []

@@ -23,7 +23,17 @@ from megashear.report.curves import (
     speed_figure,
     training_figure,
 )
-from megashear.report.page import PageFigure, Section, bars, cards, large, moment, page, table
+from megashear.report.page import (
+    PageFigure,
+    Section,
+    bars,
+    cards,
+    large,
+    moment,
+    page,
+    paragraph,
+    table,
+)
 from megashear.report.record import RunRecord, Session, read_run
 from megashear.report.story import headline, sections_of, title_of
 from megashear.report.write import write_report
@@ -193,8 +203,16 @@ def test_parts_say_what_they_are_given() -> None:
     assert 'style="width:25.00%"' in bars([("x", 4, 1)])
     assert '<span class="value">&amp;</span>' in cards([("a", "&", "b")])
     assert moment(0) == "1970-01-01 00:00 UTC"
-    section = Section(name="a", title="A & B", parts=["<p>c</p>"])
-    assert check_alone(page("<t>", ["<p>lead</p>"], [section], now=0.0))
+    section = Section(name="a", title="A & B", parts=[paragraph("c")])
+    assert check_alone(page("<t>", [paragraph("lead")], [section], now=0.0))
+
+
+def test_text_that_no_template_wrote_is_escaped() -> None:
+    section = Section(name="a", title="A", parts=["<b>part"])  # type: ignore[list-item]
+    content = page("t", ["<i>lead"], [section], now=0.0)  # type: ignore[list-item]
+    assert "&lt;i&gt;lead" in content
+    assert "&lt;b&gt;part" in content
+    assert "<b>" not in content
 
 
 @pytest.mark.parametrize(
