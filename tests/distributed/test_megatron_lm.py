@@ -69,10 +69,8 @@ def test_a_checkpoint_of_megatron_lm_is_read(written: Callable[[str], Path], nam
     for weight, tensor in weights.items():
         assert torch.equal(read[weight], tensor), weight
     # and it is the model that megatron-core computes with them
-    (theirs,) = run_ranks(
-        1,
-        lambda rank: logits_of(written(name) / "iter_0000005", args),
-    )
+    directory = written(name) / "iter_0000005"
+    (theirs,) = run_ranks(1, lambda rank: logits_of(directory, args))
     ours = forward(dict(read), read.shape, TOKENS)
     assert relative_error(ours, theirs[..., :VOCAB]) < OTHER_KERNELS
 
@@ -133,7 +131,8 @@ def test_an_argument_that_is_lost_is_noticed(
     written: Callable[[str], Path], name: str, changes: dict[str, Any]
 ) -> None:
     other = megatron_lm.arguments(**{**MODELS[name], **changes})
-    (theirs,) = run_ranks(1, lambda rank: logits_of(written(name) / "iter_0000005", other))
+    directory = written(name) / "iter_0000005"  # made before a rank is forked: ranks make none
+    (theirs,) = run_ranks(1, lambda rank: logits_of(directory, other))
     read = MegatronLmWeights(written(name))
     ours = forward(dict(read), read.shape, TOKENS)
     assert relative_error(ours, theirs[..., :VOCAB]) > 100 * OTHER_KERNELS
