@@ -1,4 +1,4 @@
-"""How two models differ: what they say of themselves, their masks, their weights."""
+"""Compare two models: their descriptions, masks and weights."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class WeightDistance:
 
 
 def differing_fields(first: OpenModel, second: OpenModel) -> list[Difference]:
-    """What two models say of themselves and do not agree on, by name of the field.
+    """Return the fields in which the descriptions of two models differ.
 
     States that change with every step (those of schedule, loader and guard) are left out.
     """
@@ -75,7 +75,7 @@ def differing_fields(first: OpenModel, second: OpenModel) -> list[Difference]:
 
 
 def check_comparable(first: MaskReading, second: MaskReading) -> str | None:
-    """Why masks cannot be compared gate by gate; None where they can."""
+    """Return why masks cannot be compared gate by gate; None where they can."""
     for kind in first.kinds.keys() | second.kinds.keys():
         sizes = [
             None
@@ -94,7 +94,7 @@ def check_comparable(first: MaskReading, second: MaskReading) -> str | None:
 def differing_gates(
     first: MaskReading, second: MaskReading, mode: Mode = "exact"
 ) -> list[GateDifference]:
-    """Rows of masks in which other units are kept, by kind and row.
+    """Return the rows of masks in which different units are kept, by kind and row.
 
     Args:
         first: masks.
@@ -117,7 +117,7 @@ def differing_gates(
 
 
 def same_shapes(first: ModelShape, second: ModelShape) -> bool:
-    """Whether two models have the same weights, of the same sizes."""
+    """Return whether two models have the same weights, of the same sizes."""
     return weight_table.hf_shapes(first) == weight_table.hf_shapes(second)
 
 
@@ -128,7 +128,7 @@ def weight_distances(
     *,
     progress: Callable[[], object] = lambda: None,
 ) -> list[WeightDistance]:
-    """Distance of every weight of two models of the same shape.
+    """Return the distance of every weight of two models of the same shape.
 
     In memory is one parameter of each, not the model.
 
@@ -162,7 +162,7 @@ def _distance(name: str, a: Tensor, b: Tensor) -> WeightDistance:
 
 
 def _open_gates(reading: MaskReading, mode: Mode) -> dict[str, Tensor]:
-    """Open gates by kind, [num_rows, num_units], each kind's own, whatever the others close."""
+    """Return each kind's own open gates, [num_rows, num_units], whatever other kinds close."""
     return {kind: gates != 0 for kind, gates in reading.gates(mode).items()}
 
 

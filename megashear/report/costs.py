@@ -1,4 +1,4 @@
-"""What runs cost: tokens, time, devices, memory, disk."""
+"""Show what runs cost: tokens, time, devices, memory, disk."""
 
 from __future__ import annotations
 
@@ -94,11 +94,11 @@ COSTS = {
     "training stood still for saving": _cost_saving,
     "checkpoints on disk now": _cost_disk,
 }
-"""Lines of the table of costs; "-" where a run does not tell."""
+"""Lines of the table of costs; "-" where it is not known."""
 
 
 def _device(record: RunRecord) -> str | None:
-    """What the run ran on, where it says so."""
+    """Return the device that the run used, where it is known."""
     if record.description is None:
         return None
     known = record.description.known

@@ -23,7 +23,7 @@ UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds
 
 
 def kinds_of(points: Points) -> list[str]:
-    """Kinds of mask that a run logged, in the order of ``KINDS``."""
+    """Return the kinds of mask that a run logged, in the order of ``KINDS``."""
     return [kind for kind in KINDS if tags.expected_sparsity(kind) in points]
 
 

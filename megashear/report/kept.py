@@ -1,4 +1,4 @@
-"""What is to be said of a pruning run's masks: what they keep, and how far they are from it."""
+"""Read a pruning run's masks: what they keep, and how far they are from the target."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ exact: the target's number in every row, which is cut."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskReading:
-    """Everything that is to be said of a pruning run's masks."""
+    """What a report says of a pruning run's masks."""
 
     source: ModelShape
     target: ModelShape
@@ -51,7 +51,7 @@ class MaskReading:
         return self.exact if mode == "exact" else self.expected
 
     def gates(self, mode: Mode) -> dict[str, Tensor]:
-        """Deterministic gates by kind, [num_rows, num_units], 0 where closed."""
+        """Return deterministic gates by kind, [num_rows, num_units], 0 where closed."""
         if mode == "expected":
             return expected_gates(self.log_alpha)
         return exact_gates(self.log_alpha, target_units(self.source, self.target))

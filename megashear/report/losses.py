@@ -178,3 +178,20 @@ def known_errors(errors: Mapping[str, float | None]) -> dict[str, float]:
 def _at(points: Mapping[str, Mapping[int, float]], tag: Any, step: int) -> dict[str, float]:
     names = domains_of(points)
     return {name: points[tag(name)][step] for name in names if step in points.get(tag(name), {})}
+
+
+BEFORE_PRUNING = "the model before pruning"
+"""Name of the source where a loss is compared with it."""
+SAME_LOSS = 5e-4
+"""Nats; losses that differ less are one line, for three digits are shown."""
+
+
+def levels_of(record: RunRecord, source: MeanLoss | None) -> dict[str, float]:
+    """Return the losses that a run's are held to, by name; a source that is the reference once."""
+    reference = mean_reference(record)
+    levels = {}
+    if source is not None:
+        levels[BEFORE_PRUNING] = source.mean
+    if reference is not None and (source is None or abs(reference - source.mean) > SAME_LOSS):
+        levels["the mean of the references"] = reference
+    return levels

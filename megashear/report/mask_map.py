@@ -89,7 +89,7 @@ def mask_map(kept: KeptUnits, *, title: str = "") -> Figure:
 
 
 def cells(kept: KeptUnits) -> tuple[Cells, Cells, Cells]:
-    """Share of kept units in every cell of the three fields.
+    """Return the share of kept units in every cell of the three fields.
 
     Returns:
         Heads [L, H], neurons [L, at most ``MAX_COLUMNS``], hidden [1, at most
@@ -104,8 +104,10 @@ def cells(kept: KeptUnits) -> tuple[Cells, Cells, Cells]:
 
 
 def columns_for(num_units: int, most: int) -> int:
-    """Cells of a row, at most about ``most``, so that each stands for a whole number of units
-    where one divides them."""
+    """Return how many cells a row has, at most about ``most``.
+
+    Each stands for a whole number of units where one divides them.
+    """
     return round(num_units / math.ceil(num_units / most))
 
 

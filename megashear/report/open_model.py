@@ -1,4 +1,4 @@
-"""A checkpoint of any stage, or a Hugging Face directory, opened to be looked into."""
+"""Open a checkpoint of any stage, or a Hugging Face directory, to inspect it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STAGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class OpenModel:
-    """A model to look into. No weight is read before it is asked for."""
+    """A model to inspect. No weight is read before it is asked for."""
 
     path: Path
     """Its directory; of a checkpoint, one iteration's."""
@@ -38,13 +38,13 @@ class OpenModel:
     weights: Mapping[str, Tensor]
     """By Hugging Face name."""
     description: Description | None
-    """What a checkpoint of ours says of itself."""
+    """Description of a checkpoint of ours; None for foreign formats."""
     masks: MaskReading | None
-    """Of a pruning run."""
+    """Masks of a pruning run; None for other models."""
 
     @property
     def title(self) -> str:
-        """What it is, in words."""
+        """Return what the model is, in words."""
         if self.description is None:
             return self.kind
         stage = STAGES.get(self.description.stage, self.description.stage)

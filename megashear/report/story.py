@@ -1,60 +1,41 @@
-"""What a report says of runs, section by section."""
+"""Write the sections of a report and what stands above them."""
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from markupsafe import Markup
 
-from megashear import config
 from megashear.files.structured import read_json_object
-from megashear.masks.kinds import EXTENTS, KINDS
+from megashear.masks.kinds import EXTENTS
 from megashear.monitor import tags
 from megashear.monitor.console import format_duration
-from megashear.monitor.figures import domains_of, mixture_figure
 from megashear.report.costs import STAGES, cost_section, device_hours, hours_as_text
 from megashear.report.curves import (
-    MEMORY_NAMES,
-    has_settling,
-    kinds_of,
-    loss_figure,
-    parts_of,
     recovery_figure,
-    settling_figure,
-    sparsity_figure,
-    speed_figure,
-    timeline_figure,
-    training_figure,
 )
 from megashear.report.losses import (
+    BEFORE_PRUNING,
     MeanLoss,
     final_loss,
     known_errors,
-    mean_reference,
-    references_of,
+    levels_of,
 )
-from megashear.report.mask_map import mask_map
 from megashear.report.page import (
     PageFigure,
     Section,
     bars,
     cards,
     definitions,
-    folded,
-    heading,
     large,
     moment,
     paragraph,
-    preformatted,
     state,
     table,
 )
 from megashear.report.record import RESULTS, RunRecord
+from megashear.report.run_section import run_section
 from megashear.report.tables import EXTENT_NAMES, PARTS, part_params
 from megashear.report.verdict import findings, verdict
 from megashear.shape import ModelShape
@@ -106,7 +87,7 @@ def sections_of(
     if recovery is not None:
         found.append(recovery)
     for number, record in enumerate(records, start=1):
-        found.append(_run_section(record, f"run{number}" if len(records) > 1 else "run", source))
+        found.append(run_section(record, f"run{number}" if len(records) > 1 else "run", source))
     found.append(cost_section(records))
     found.append(Section(name="words", title="What the words mean", parts=[definitions(GLOSSARY)]))
     return found
@@ -130,7 +111,7 @@ def headline(records: Sequence[RunRecord], source: MeanLoss | None = None) -> li
 
 
 def title_of(records: Sequence[RunRecord]) -> str:
-    """What a page is called."""
+    """Return the title of a page."""
     *first, last = (record.name for record in records)
     return f"Run report: {', '.join(first)} and {last}" if first else f"Run report: {last}"
 
@@ -173,7 +154,7 @@ def _gaps(records: Sequence[RunRecord], source: MeanLoss | None) -> list[str]:
     loss = final_loss(records[-1])
     if loss is None:
         return []
-    levels = _levels(records[-1], source)
+    levels = levels_of(records[-1], source)
     if loss.on_subsample and BEFORE_PRUNING in levels:
         name = f"{BEFORE_PRUNING} (over all held-out text; this loss over a subsample)"
         levels = {name: levels.pop(BEFORE_PRUNING), **levels}
@@ -183,23 +164,6 @@ def _gaps(records: Sequence[RunRecord], source: MeanLoss | None) -> list[str]:
         else f"That is {level - loss.mean:.3f} below {words}, {level:.3f}."
         for words, level in levels.items()
     ]
-
-
-def _levels(record: RunRecord, source: MeanLoss | None) -> dict[str, float]:
-    """Return the losses that a run's are held to, by name; a source that is the reference once."""
-    reference = mean_reference(record)
-    levels = {}
-    if source is not None:
-        levels[BEFORE_PRUNING] = source.mean
-    if reference is not None and (source is None or abs(reference - source.mean) > SAME_LOSS):
-        levels["the mean of the references"] = reference
-    return levels
-
-
-BEFORE_PRUNING = "the model before pruning"
-"""What the source is called where a loss is held to it."""
-SAME_LOSS = 5e-4
-"""Nats; losses that differ less are one line, for three digits are shown."""
 
 
 def _cards(records: Sequence[RunRecord], source: MeanLoss | None) -> Iterator[tuple[str, str, str]]:
@@ -215,7 +179,7 @@ def _cards(records: Sequence[RunRecord], source: MeanLoss | None) -> Iterator[tu
     if loss is not None:
         error = "" if loss.error is None else f"+- {loss.error:.3f} "
         yield "Held-out loss", f"{loss.mean:.3f}", f"{error}nats per token, {loss.words}"
-        for words, level in _levels(records[-1], source).items():
+        for words, level in levels_of(records[-1], source).items():
             where = words.removeprefix("the mean of ").removeprefix("the model ")
             yield f"Gap: {where}", f"{loss.mean - level:+.3f}", f"nats per token, to {words}"
     tokens = [record.tokens for record in records if record.tokens is not None]
@@ -296,7 +260,7 @@ def _recovery_section(records: Sequence[RunRecord], source: MeanLoss | None) -> 
         [record.points for record in shown],
         [float(scale) if by_tokens and scale is not None else 1.0 for scale in scales],
         [record.name for record in shown],
-        _levels(shown[-1], source),
+        levels_of(shown[-1], source),
         xlabel="training tokens, of all runs together"
         if by_tokens
         else "step, of all runs together",
@@ -313,313 +277,6 @@ def _recovery_section(records: Sequence[RunRecord], source: MeanLoss | None) -> 
         title="From pruning to recovery",
         parts=[PageFigure(name="recovery", figure=figure, caption=caption)],
     )
-
-
-def _run_section(record: RunRecord, name: str, source: MeanLoss | None) -> Section:
-    points = record.points
-    parts: list[Markup | PageFigure] = []
-
-    def drawn(what: str, figure: Any, caption: str) -> None:
-        parts.append(PageFigure(name=f"{name}-{what}", figure=figure, caption=caption))
-
-    if record.masks is not None:
-        parts.append(heading("What is kept where"))
-        kept = record.masks.exact
-        drawn(
-            "masks",
-            mask_map(kept),
-            f"Every row is a layer of the model before the cut, every column one of its heads or "
-            f"neurons: blue is kept, blank is pruned, and fainter cells stand for neighbours of "
-            f"which only some are kept. {_pruned_layers(kept.removed_layers)}",
-        )
-        parts.append(_kinds_table(record))
-        parts.append(paragraph(verdict(record)))
-    if tags.LM_LOSS in points:
-        parts.append(heading("Loss"))
-        drawn("loss", loss_figure(points, _levels(record, source)), _loss_caption(record, points))
-    if tags.LEARNING_RATE in points or tags.GRAD_NORM in points:
-        parts.append(heading("Learning rate and gradients"))
-        drawn("training", training_figure(points), _training_caption(record, points))
-    if kinds_of(points):
-        parts.append(heading("How much is pruned"))
-        lengths = {}
-        if record.masks is not None:
-            lengths = {kind: one.num_units for kind, one in record.masks.kinds.items()}
-        drawn("sparsity", sparsity_figure(points, lengths), _sparsity_caption(points))
-    if has_settling(points):
-        parts.append(heading("How settled the masks are"))
-        drawn("settling", settling_figure(points), _settling_caption(points))
-    if domains_of(points):
-        parts.append(heading("Domains"))
-        drawn("domains", mixture_figure([points]), _mixture_caption(points))
-        parts += _domains_table(record, source)
-    if record.sessions and tags.LM_LOSS in record.events:
-        parts.append(heading("Timeline"))
-        drawn("timeline", timeline_figure(record), _timeline_caption(record))
-        parts.append(_events_table(record))
-    if tags.TOKENS_PER_SECOND in points:
-        parts.append(heading("Speed"))
-        drawn("speed", speed_figure(points), _speed_caption(points))
-    if record.config:
-        parts.append(heading("Settings"))
-        parts += _config_parts(record.config)
-    if record.description is not None:
-        parts.append(heading("How to repeat it"))
-        parts += _environment_parts(record.environment)
-    title = f"{STAGES.get(record.stage, 'Run')}: {record.name}"
-    return Section(name=name, title=title, parts=parts)
-
-
-def _kinds_table(record: RunRecord) -> Markup:
-    assert record.masks is not None
-    rows = []
-    for kind, one in record.masks.kinds.items():
-        fewest, most = one.fewest_open, one.most_open
-        rows.append(
-            [
-                KINDS[kind].units,
-                f"{one.num_units:,}",
-                f"{one.target:,}",
-                f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}",
-                f"{one.num_undecided:,} of {one.num_gates:,}",
-                f"{one.num_changed:,} of {one.num_gates:,}",
-            ]
-        )
-    exact, expected = record.masks.exact.num_params(), record.masks.expected.num_params()
-    head = ["in each row", "now", "target", "masks ask for", "undecided", "changed by rounding"]
-    said = (
-        f"Cut to the target the model has {exact:,} parameters; as the masks stand now they ask "
-        f"for {expected:,}."
-    )
-    return table(head, rows) + paragraph(said, kind="muted")
-
-
-def _domains_table(record: RunRecord, source: MeanLoss | None) -> list[Markup]:
-    """Return the last loss of every domain beside what it is held to."""
-    loss = final_loss(record)
-    if loss is None or len(loss.domains) < 2:
-        return []
-    columns: dict[str, Mapping[str, float]] = {"loss": loss.domains}
-    if loss.errors:
-        columns["standard error"] = loss.errors
-    references = references_of(record)
-    if references:
-        columns["reference"] = references
-        columns["above it"] = {n: loss.domains[n] - references[n] for n in references}
-    if source is not None and BEFORE_PRUNING in _levels(record, source):
-        columns["before pruning"] = source.domains
-    rows = [
-        [name, *(f"{of[name]:.3f}" if name in of else "-" for of in columns.values())]
-        for name in loss.domains
-    ]
-    said = f"Held-out loss of every domain, nats per token, {loss.words}; the mean is {loss}."
-    return [table(["domain", *columns], rows), paragraph(said, kind="muted")]
-
-
-def _environment_parts(found: Mapping[str, Any]) -> list[Markup]:
-    """Return versions, device and the command that repeats a run."""
-    if not found:
-        said = "This run is of a release that kept neither versions nor its command."
-        return [paragraph(said, kind="muted")]
-    rows = [
-        [name, str(found[name])]
-        for name in ("megashear", "torch", "megatron-core", "python", "device", "processes")
-        if name in found
-    ]
-    parts = [table(["", "of the last start"], rows, left=2)]
-    if found.get("command"):
-        parts += [
-            paragraph("The command of the last start; with other paths it repeats the run."),
-            preformatted(_command(found)),
-        ]
-    return parts
-
-
-def _command(found: Mapping[str, Any]) -> str:
-    """Return what a shell takes to start such a run."""
-    words = shlex.join(found["command"])
-    processes, on_host = int(found.get("processes", 1)), int(found.get("processes on a host", 1))
-    if processes == 1:
-        return f"megashear {words}"
-    hosts = f"--nnodes {processes // on_host}" if processes > on_host else "--standalone"
-    return f"torchrun {hosts} --nproc-per-node {on_host} -m megashear {words}"
-
-
-def _events_table(record: RunRecord) -> Markup:
-    rows = []
-    for number, session in enumerate(record.sessions, start=1):
-        rows.append(
-            [
-                moment(session.began),
-                "started" if number == 1 else "started again",
-                "no step"
-                if session.first_step is None
-                else f"steps {session.first_step:,} to {session.last_step:,}",
-                format_duration(session.seconds),
-            ]
-        )
-    for saved in record.iterations:
-        rows.append(
-            [
-                "" if saved.saved_at is None else moment(saved.saved_at),
-                "checkpoint",
-                f"step {saved.step:,}",
-                "deleted since" if saved.path is None else f"{saved.num_bytes / 1e9:.3g} GB",
-            ]
-        )
-    rows.sort(key=lambda row: row[0] or "z")
-    listed = table(["when", "what", "where", ""], rows, left=3)
-    return folded(f"All {len(rows)} starts and checkpoints", listed)
-
-
-def _loss_caption(record: RunRecord, points: Mapping[str, Mapping[int, float]]) -> str:
-    losses = list(points[tags.LM_LOSS].values())
-    words = (
-        f"Loss on training text, blue, goes from {losses[0]:.2f} to {losses[-1]:.2f} nats per token"
-    )
-    held_out = list(points.get(tags.EVAL_MEAN_LOSS, {}).values())
-    if held_out:
-        words += f", on held-out text, orange, from {held_out[0]:.2f} to {held_out[-1]:.2f}"
-    if record.stage == "prune":
-        words += "; it may rise while more and more of the model is closed, and falls after that"
-    if tags.EVAL_MEAN_ERROR in points:
-        words += "; the band is one standard error"
-    return words + "."
-
-
-def _training_caption(record: RunRecord, points: Mapping[str, Mapping[int, float]]) -> str:
-    rates = list(points.get(tags.LEARNING_RATE, {}).values())
-    norms = sorted(points.get(tags.GRAD_NORM, {}).values())
-    words = "Learning rate and norm of the gradients at every log line"
-    if rates:
-        words += f"; the rate of the weights goes to {max(rates):.1e} and ends at {rates[-1]:.1e}"
-    if norms:
-        words += f", the median norm is {norms[len(norms) // 2]:.2f}"
-    skipped = record.points.get(tags.SKIPPED_STEPS, {})
-    if skipped and max(skipped.values()) > 0:
-        words += f"; {max(skipped.values()):.0f} steps were skipped, because they were not finite"
-    return words + "."
-
-
-def _sparsity_caption(points: Mapping[str, Mapping[int, float]]) -> str:
-    gaps = []
-    for kind in kinds_of(points):
-        expected = list(points[tags.expected_sparsity(kind)].values())[-1]
-        target = list(points[tags.target_sparsity(kind)].values())[-1]
-        gaps.append((abs(expected - target), kind, expected, target))
-    _, kind, expected, target = max(gaps)
-    return (
-        f"The share of each kind to be pruned, dashed, grows from 0 to its target, and the share "
-        f"that the masks expect to close, blue, follows it; farthest at the end are "
-        f"{KINDS[kind].units}, {expected:.3f} where {target:.3f} is asked for."
-    )
-
-
-def _settling_caption(points: Mapping[str, Mapping[int, float]]) -> str:
-    last = {
-        kind: list(points[tags.undecided(kind)].values())[-1]
-        for kind in kinds_of(points)
-        if tags.undecided(kind) in points
-    }
-    most = max(last, key=lambda kind: last[kind])
-    return (
-        f"The share of gates whose chance to be open lies between 10 and 90 %, and the share that "
-        f"opened or closed since the evaluation before: both fall as the masks settle; at the end "
-        f"{100 * last[most]:.1f} % of the {KINDS[most].units} are undecided, the most of all kinds."
-    )
-
-
-def _mixture_caption(points: Mapping[str, Mapping[int, float]]) -> str:
-    shares = {
-        name: list(points[tags.mixture_weight(name)].values())[-1] for name in domains_of(points)
-    }
-    most = next(iter(shares))
-    words = (
-        f"The share of each domain in the text to come; {most} has most at the end, "
-        f"{100 * shares[most]:.0f} %"
-    )
-    if any(tags.eval_loss(name) in points for name in shares):
-        words += ". Below, the held-out loss of each domain"
-    if any(tags.eval_excess(name) in points for name in shares):
-        words += (
-            ", and how far it is above its reference: domains that are far above get a larger share"
-        )
-    return words + "."
-
-
-def _timeline_caption(record: RunRecord) -> str:
-    times = "once" if len(record.sessions) == 1 else f"{len(record.sessions)} times"
-    return (
-        f"Steps done over time: the steeper, the faster. The run was started {times}; each grey "
-        f"field is one start, circles are evaluations and triangles are checkpoints."
-    )
-
-
-def _speed_caption(points: Mapping[str, Mapping[int, float]]) -> str:
-    rates = sorted(points[tags.TOKENS_PER_SECOND].values())
-    words = (
-        f"Training tokens per second over all processes, without evaluations and checkpoints; the "
-        f"median is {large(rates[len(rates) // 2])}"
-    )
-    if parts_of(points):
-        words += "; below, what the time of a step goes to"
-    utilisation = sorted(points.get(tags.MODEL_FLOPS_UTILISATION, {}).values())
-    if utilisation:
-        middle = 100 * utilisation[len(utilisation) // 2]
-        words += f"; the median share of the device's peak arithmetic is {middle:.1f} %"
-    if any(tag in points for tag in MEMORY_NAMES):
-        words += "; last, memory of the rank that has most"
-    return words + "."
-
-
-def _pruned_layers(layers: Sequence[int]) -> str:
-    if not layers:
-        return "All layers are kept."
-    numbers = ", ".join(map(str, layers))
-    return f"Layer {numbers} is pruned." if len(layers) == 1 else f"Layers {numbers} are pruned."
-
-
-def _config_parts(values: Mapping[str, Any]) -> list[Markup]:
-    """Settings that differ from their defaults, and all of them as a file for --config."""
-    flat: dict[str, Any] = {}
-    rows = []
-    defaults = _defaults()
-    for group, inside in values.items():
-        for key, value in (inside if isinstance(inside, Mapping) else {group: inside}).items():
-            flat[key] = value
-            default = defaults.get(key)
-            if value != default:
-                shown = "" if default is None else _plain(default)
-                rows.append(["--" + key.replace("_", "-"), _plain(value), shown])
-    whole = yaml.safe_dump(flat, sort_keys=False, allow_unicode=True)
-    return [
-        paragraph("What was set to something else than its default."),
-        table(["setting", "value", "default"], rows, left=3),
-        folded(f"All {len(flat)} settings, as a file for --config", preformatted(whole)),
-    ]
-
-
-def _defaults() -> dict[str, Any]:
-    """Default of every setting that has one."""
-    found = {}
-    for owner in vars(config).values():
-        if isinstance(owner, type) and dataclasses.is_dataclass(owner):
-            for field in dataclasses.fields(owner):
-                if owner.__name__ in GROUPS and field.default is not dataclasses.MISSING:
-                    default = field.default
-                    found[field.name] = list(default) if isinstance(default, tuple) else default
-    return found
-
-
-GROUPS = (
-    *("ParallelConfig", "ModelConfig", "TrainConfig", "OptimizerConfig", "DataConfig"),
-    *("MaskConfig", "PruneRun", "PretrainRun"),
-)
-"""Dataclasses whose fields are settings of a run."""
-
-
-def _plain(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _before_and_after(

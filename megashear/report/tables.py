@@ -1,4 +1,4 @@
-"""What was found out about a checkpoint, as text for a terminal."""
+"""Describe and compare checkpoints as text for a terminal."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def describe(opened: OpenModel, *, mode: Mode = "exact") -> str:
 
 
 def mask_table(masks: MaskReading) -> str:
-    """One line for each kind of mask: target, what is kept, what is open to change."""
+    """Return a table of masks, a line for each kind: target, kept and undecided gates."""
     rows = [
         ["masks", "of", "target", "expected", "exact", "undecided", "changed by rounding"],
     ]
@@ -127,7 +127,7 @@ def heads_as_text(kept: KeptUnits, layer: int) -> str:
 
 
 def shares_as_text(row: Tensor, bins: int = BINS) -> str:
-    """How many of a row's units are kept, bin by bin; blank is none and ``#`` is all."""
+    """Return the kept share of a row's units, bin by bin; blank is none and ``#`` is all."""
     text = ""
     bins = min(bins, len(row))
     for number in range(bins):
@@ -145,7 +145,7 @@ def compare_text(
     weights: Sequence[WeightDistance] | None,
     notes: Sequence[str],
 ) -> str:
-    """What differs between two models.
+    """Return what differs between two models.
 
     Args:
         fields: of their descriptions.
@@ -187,7 +187,7 @@ PARTS = {
 
 
 def part_params(shape: ModelShape, wanted: str) -> int:
-    """Parameters of the weights whose names a pattern matches."""
+    """Return the number of parameters in weights whose names a pattern matches."""
     return sum(
         math.prod(extents)
         for name, extents in weight_table.hf_shapes(shape).items()

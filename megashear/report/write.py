@@ -1,4 +1,4 @@
-"""What `megashear report` does: read runs, tell their story, write the page."""
+"""Do what `megashear report` does: read runs, describe them, write the page."""
 
 from __future__ import annotations
 
