@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that run tests; one needs up to 4 GiB. A file stays with one of them, for its fixtures.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 QUICKSTART_ARGS ?=
 
 # Where python3 is too old or too new, one that the user did not name may still fit.
@@ -30,7 +32,7 @@ help:
 	@echo "make lint types   ruff; mypy"
 	@echo "make venv         only the environment these need"
 	@echo "make clean        remove the environment and caches"
-	@echo "knobs: PYTHON VENV PIP_ARGS PYTEST_ARGS QUICKSTART_ARGS"
+	@echo "knobs: PYTHON VENV PIP_ARGS PYTEST_ARGS WORKERS QUICKSTART_ARGS"
 
 venv: $(TEST_INSTALLED)
 
@@ -38,7 +40,8 @@ quickstart: $(INSTALLED)
 	$(VENV)/bin/python -m megashear quickstart $(QUICKSTART_ARGS)
 
 test: $(TEST_INSTALLED)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 \
+	  --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(TEST_INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -49,6 +49,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.8",
             "hypothesis>=6",
             "transformers>=4.51",
             "matplotlib>=3.8",

@@ -34,6 +34,7 @@ def kill(phase: str, victims: tuple[int, ...], *, entry: int = 0, delay_s: float
     return Kill(phase=phase, rank=0, entry=entry, delay_s=delay_s, victims=victims, notice_s=0.05)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("scenario", "kills"),
     [

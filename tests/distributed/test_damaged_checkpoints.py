@@ -108,6 +108,7 @@ def often(config: Any) -> Any:
     return replace(config, train=replace(config.train, save_interval=1))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("background", "harm"), [(False, bit), (True, Path.unlink)])
 def test_a_run_goes_on_from_the_last_whole_one_and_repeats_itself(
     text: TextRun, tmp_path: Path, background: bool, harm: Harm

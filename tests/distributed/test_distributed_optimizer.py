@@ -123,6 +123,7 @@ def errors(here: Finished, there: Finished) -> dict[str, float]:
     }
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("stage", "place", "bf16"),
     [
@@ -157,6 +158,7 @@ def test_it_resumes_bit_equal(
     assert whole.adam_steps == [2 * HALF]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("stage", "before", "after"),
     [

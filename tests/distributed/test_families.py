@@ -54,6 +54,7 @@ def test_every_part_of_every_family_keeps_the_laws(parallel: ParallelConfig) -> 
     assert worst(found, plain_pass(EVERYTHING, masks)) < OTHER_KERNELS
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "parallel", [layout(tp=2, pp=2, sp=True), layout(tp=4)], ids=["tp2-pp2-sp", "tp4"]
 )

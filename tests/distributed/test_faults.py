@@ -83,6 +83,7 @@ def spoil_gradient(rank_of_fault: int) -> Callable[[int], None]:
     return broken
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("stage", "spoil"),
     [
@@ -155,6 +156,7 @@ def test_too_many_bad_steps_stop_the_run_and_name_the_samples(
     assert {line["step"]: line[tag] for line in lines if tag in line} == skipped
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("stage", "replicas"), [("prune", 1), ("pretrain", 2)])
 def test_a_signal_to_one_rank_saves_and_stops_all(
     text: TextRun, tmp_path: Path, stage: str, replicas: int

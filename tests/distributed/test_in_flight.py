@@ -156,6 +156,7 @@ def same_weights(sheared: Sheared, offline: dict[str, Tensor]) -> list[str]:
     return [name for name, weight in offline.items() if not torch.equal(just_cut[name], weight)]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "at", [WHOLE, SHARDED, INTERLEAVED], ids=["whole", "sharded-dp2", "pp2-vpp2"]
 )

@@ -69,6 +69,7 @@ def check_steps(
         )
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("parallel", "data_size", "model"), LAYOUTS)
 def test_a_step_does_not_depend_on_layout(
     parallel: ParallelConfig, data_size: int, model: ModelConfig | None
@@ -76,6 +77,7 @@ def test_a_step_does_not_depend_on_layout(
     check_steps(parallel, data_size, model, GROUPED)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("parallel", "data_size", "model", "pair"),
     [
@@ -94,6 +96,7 @@ def test_a_step_does_not_depend_on_layout_however_attention_is_pruned(
     check_steps(parallel, data_size, model, pair)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("parallel", "data_size", "model"),
     [case for case in LAYOUTS if case.id in ("tp2-pp2-sp", "pp2-vpp2", "tp2-sp-dp2-recompute")],

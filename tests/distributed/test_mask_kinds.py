@@ -130,6 +130,7 @@ class Figures:
         return found
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "parallel",
     [layout(), layout(tp=2), layout(pp=2)],

@@ -45,6 +45,7 @@ def runs(text: TextRun, tmp_path: Path) -> Runs:
     return Runs(text, tmp_path)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("stage", "flags", "parallel"),
     [

@@ -70,6 +70,7 @@ class Finished(NamedTuple):
     """TensorBoard by tag and step, of the second half; measured speeds left out."""
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("stage", "parallel", "replicas"),
     [
@@ -95,6 +96,7 @@ def test_a_resumed_run_is_bit_equal(
     assert abs(shares[-1] - start) > 0.01, "no evaluation moved the mixture in the second half"
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("stage", "before", "after"),
     [
@@ -212,6 +214,7 @@ def test_phases_that_count_tokens_want_one_sequence_length(runs: Runs, tmp_path:
         start(replace(config, data=data, train=train), SPLIT[1])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("stage", ["prune", "pretrain"])
 def test_a_bfloat16_run_is_resumed_with_its_masters(
     text: TextRun, tmp_path: Path, stage: str

@@ -80,6 +80,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "saved").glob("iter_*"))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("stage", "background", "step"),
     [("prune", False, WHOLE), ("pretrain", True, GOOD + 1)],
