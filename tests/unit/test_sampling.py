@@ -45,7 +45,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("seed", map(str, range(20)))
+@pytest.mark.parametrize("seed", [str(number) for number in range(20)])
 def test_every_function_keeps_its_cases(seed: str) -> None:
     out = left_out(CASES, seed)  # type: ignore[arg-type]
     kept = Counter(case.nodeid.split("[")[0] for case in CASES if case.nodeid not in out)

@@ -276,7 +276,7 @@ def test_a_longer_text_file_than_allowed_is_refused(tmp_path, sentencepiece_file
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"{}"), r"x\.jsonl is a gzip file.*name it \*\.gz"),
+        (gzip.compress(b"{}", mtime=0), r"x\.jsonl is a gzip file.*name it \*\.gz"),
         (zstandard.compress(b"{}"), r"x\.jsonl is a Zstandard file.*name it \*\.zst"),
         (b"\x5f\x2a\x4d\x18\0\0\0\0", r"x\.jsonl is a Zstandard file.*name it \*\.zst"),
         (b"PAR1....", r"x\.jsonl is a parquet file.*name it \*\.parquet"),
