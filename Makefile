@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 # Processes that run tests; one needs up to 4 GiB. A file stays with one of them, for its fixtures.
-WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+WORKERS ?= logical
 QUICKSTART_ARGS ?=
 
 # Where python3 is too old or too new, one that the user did not name may still fit.

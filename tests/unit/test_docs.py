@@ -37,6 +37,7 @@ RUNS = [
     config.PlanConfig,
 ]
 OTHERS_FLAGS = {
+    "--slow",  # of tests/conftest.py
     # chromium
     *("--headless", "--hide-scrollbars", "--window-size", "--screenshot", "--blink-settings"),
     # torchrun, pip, tensorboard
