@@ -1,7 +1,9 @@
 """Which cases of a long matrix a plain run takes.
 
 A test marked ``sampled(n)`` runs with ``n`` of its cases, chosen by the commit, so that every case
-runs within some commits. ``--slow`` runs all. Tests without the mark always run whole.
+runs within some commits. Of all tests marked ``scenario``, whole jobs that torchrun starts and
+something ends, `NUM_SCENARIOS` run: no law and no twin is one of them. ``--slow`` runs all. Tests
+without a mark always run whole.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from pathlib import Path
 
 import pytest
 
+SCENARIOS = "scenarios"
 SEED_VARIABLE = "MEGASHEAR_TEST_SAMPLE"
+NUM_SCENARIOS = 4
+"""Tests marked ``scenario`` that a plain run takes."""
 LEFT_OUT = pytest.StashKey[int]()
 
 
@@ -50,6 +55,9 @@ def left_out(items: list[pytest.Item], seed: str) -> set[str]:
             function = item.nodeid.split("[", 1)[0]
             matrices[function].append(item.nodeid)
             (counts[function],) = mark.args
+        elif item.get_closest_marker("scenario") is not None:
+            matrices[SCENARIOS].append(item.nodeid)
+            counts[SCENARIOS] = NUM_SCENARIOS
     return {
         name
         for function, names in matrices.items()

@@ -73,6 +73,7 @@ def use(shape: ModelShape, groups: ParallelGroups, model: ModelConfig) -> None:
             fold.unfold(weight.main_grad, weight, factors, sums)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.timeout(240)  # alone it takes 10 s, for torch traces slowly
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 def test_everything_that_a_run_does_has_one_graph_a_function(bf16: bool) -> None:

@@ -95,6 +95,7 @@ WRITTEN: list[tuple[list[str], torch.dtype, str]] = [
 """Flags of `convert`, the format that they write, and what the summary says of it."""
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("made", ["pretrain/saved", "cut"])
 def test_what_a_bf16_run_made_is_written_in_bfloat16(
     bf16_runs: Path, tmp_path: Path, made: str

@@ -142,6 +142,7 @@ def test_it_steps_as_the_plain_optimizer(runs: Runs, stage: str, place: Place, b
     assert bf16 == any(name.startswith(MASTERS) for name in here.tensors)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("stage", "place", "bf16"),
     [
@@ -207,6 +208,7 @@ ODD = replace(SOURCE, vocab_size=61)
 """A vocabulary that is padded at TP 2, so that one rank's stretch ends in padding."""
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("shape", "place", "after"),
     [

@@ -416,6 +416,7 @@ def differing(
     }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("flags", "without", "streams", "parallel"),
     [

@@ -225,6 +225,7 @@ def test_a_wrong_order_of_shards_is_noticed(text: TextRun, tmp_path: Path) -> No
     assert any(not torch.equal(found[name], weight) for name, weight in offline.items())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("at", "behind"), [(WHOLE, None), (SPLIT, layout(pp=2))], ids=["whole", "tp2-pp2-to-pp2-dp2"]
 )
@@ -271,6 +272,7 @@ def test_a_job_is_resumed_on_either_side_of_the_handover(
         assert lineage["rounding"].keys() == {"group", "head", "intermediate", "hidden", "layer"}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("at", [(layout(tp=2), 1), SHARDED], ids=["tp2", "sharded-dp2"])
 def test_float32_masters_are_cut_under_bf16(
     text: TextRun, tmp_path: Path, at: tuple[ParallelConfig, int]

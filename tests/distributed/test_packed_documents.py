@@ -247,6 +247,7 @@ def test_a_run_and_the_evaluation_of_its_checkpoint_keep_documents_apart_alike(
     assert max(abs(crossing[name] / of_run[name] - 1) for name in of_run) > 1e-3
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("flags", [ModelConfig(), ModelConfig(reset_attention_mask=True)])
 def test_stages_in_the_middle_read_what_they_need(
     text: TextRun, tmp_path: Path, flags: ModelConfig

@@ -308,6 +308,7 @@ FORGOTTEN_TENSORS = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("forgotten", [*FORGOTTEN_VALUES, *FORGOTTEN_TENSORS])
 def test_a_run_that_forgets_one_thing_is_noticed(
     runs: Runs, tmp_path: Path, forgotten: str

@@ -630,6 +630,7 @@ def test_a_run_of_another_target_is_not_gone_on_with(refusal: Refusal) -> None:
     assert "add --finetune" in error
 
 
+@pytest.mark.scenario
 def test_every_process_of_torchrun_ends_at_once(text: TextRun, tmp_path: Path) -> None:
     begin = time.monotonic()
     result = torchrun(
@@ -649,6 +650,7 @@ def test_every_process_of_torchrun_ends_at_once(text: TextRun, tmp_path: Path) -
     assert time.monotonic() - begin < NOT_HANGING_S
 
 
+@pytest.mark.scenario
 def test_a_checkpoint_cut_short_ends_every_process(text: TextRun, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(text.checkpoint, tmp_path / "damaged"))
     largest = max(damaged.rglob("*.distcp"), key=lambda path: path.stat().st_size)

@@ -77,6 +77,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.scenario
 def test_an_error_is_shown_with_its_rank_and_a_restart_resumes(
     text: TextRun, tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -94,6 +95,7 @@ def test_an_error_is_shown_with_its_rank_and_a_restart_resumes(
     assert latest_iteration(tmp_path / "saved") == 6
 
 
+@pytest.mark.scenario
 def test_an_error_that_is_not_restarted_ends_the_job_and_names_the_rank(
     text: TextRun, tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -111,6 +113,7 @@ def test_an_error_that_is_not_restarted_ends_the_job_and_names_the_rank(
     assert "ZeroDivisionError: this rank has had enough" in report
 
 
+@pytest.mark.scenario
 def test_a_signal_to_every_process_of_a_job_saves_before_it_ends(
     text: TextRun, tmp_path: Path, environment: dict[str, str]
 ) -> None:

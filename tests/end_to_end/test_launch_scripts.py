@@ -57,6 +57,7 @@ def pruning(text: TextRun, save: Path) -> list[str]:
     return [str(LAUNCH / "torchrun.sh"), "-m", "megashear", "prune", *words]
 
 
+@pytest.mark.scenario
 def test_two_nodes_do_what_one_does(text: TextRun, tmp_path: Path) -> None:
     """A stage on each of two nodes, which are two agents; and both stages on one, at once."""
     port = free_port()

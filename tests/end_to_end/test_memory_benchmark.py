@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.tiny import SOURCE, TARGET
 
 TOOL = Path(__file__).parents[2] / "tools/benchmarks/memory.py"
 
 
+@pytest.mark.scenario
 def test_plan_and_allocator_are_printed_side_by_side(tmp_path: Path) -> None:
     for name, shape in (("source", SOURCE), ("target", TARGET)):
         (tmp_path / name).write_text(json.dumps(dataclasses.asdict(shape)))

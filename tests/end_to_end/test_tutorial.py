@@ -58,6 +58,7 @@ PROGRAMS = {
 """As installing puts them into an environment."""
 
 
+@pytest.mark.scenario
 @pytest.mark.timeout(1500)
 def test_every_command_of_the_tutorial_runs(text: TextRun, tmp_path: Path) -> None:
     model = tmp_path / "a model"  # a space, for whoever has one in a path

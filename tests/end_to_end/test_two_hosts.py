@@ -20,6 +20,7 @@ from tests.tiny import layout
 WHY_NOT = two_hosts.why_not()
 
 
+@pytest.mark.scenario
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 def test_a_host_that_is_cut_off_ends_the_job_which_resumes(text: TextRun, tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("one", "two")]

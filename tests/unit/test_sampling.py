@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from tests.sampling import SEED_VARIABLE, left_out, sample, seed
+from tests.sampling import NUM_SCENARIOS, SEED_VARIABLE, left_out, sample, seed
 
 NAMES = [f"test_law[{n}]" for n in range(28)]
 
@@ -29,17 +29,19 @@ def test_a_short_matrix_is_taken_whole() -> None:
 class Case:
     """As much of a collected test as the sampler reads."""
 
-    def __init__(self, nodeid: str, count: int | None) -> None:
-        self.nodeid, self.count = nodeid, count
+    def __init__(self, nodeid: str, count: int | None = None, *, is_scenario: bool = False) -> None:
+        self.nodeid, self.count, self.is_scenario = nodeid, count, is_scenario
 
     def get_closest_marker(self, name: str) -> pytest.Mark | None:
+        if name == "scenario":
+            return pytest.mark.scenario.mark if self.is_scenario else None
         assert name == "sampled"
         return None if self.count is None else pytest.mark.sampled(self.count).mark
 
 
 CASES = [
     *(Case(f"a.py::test_one[{n}-x[y]]", 2) for n in range(9)),
-    *(Case(f"a.py::test_whole[{n}]", None) for n in range(9)),
+    *(Case(f"a.py::test_whole[{n}]") for n in range(9)),
     *(Case(f"b.py::test_one[{n}]", 1) for n in range(5)),
     Case("b.py::test_alone", 1),
 ]
@@ -55,6 +57,18 @@ def test_every_function_keeps_its_cases(seed: str) -> None:
         "b.py::test_one": 1,
         "b.py::test_alone": 1,
     }
+
+
+SCENARIOS = [Case(f"c.py::test_job_{n}", is_scenario=True) for n in range(9)]
+
+
+def test_some_scenarios_run_on_every_commit_and_all_over_many() -> None:
+    kept = []
+    for number in range(100):
+        out = left_out([*CASES, *SCENARIOS], str(number))  # type: ignore[list-item]
+        kept.append({case.nodeid for case in SCENARIOS if case.nodeid not in out})
+    assert {len(each) for each in kept} == {NUM_SCENARIOS}
+    assert set.union(*kept) == {case.nodeid for case in SCENARIOS}
 
 
 def test_the_commit_chooses_unless_a_variable_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,7 @@ def worst_excess(found: list[dict[str, float]], target: str) -> float:
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("target", TRACES)
 def test_controller_follows_the_published_trace(target: str) -> None:
     found = trace(PRESETS["llama2-7b"], PRESETS[target], STEPS)
