@@ -145,7 +145,9 @@ def test_a_hugging_face_directory_is_warned_of_before_it_is_written(
     shape = replace(SHAPE, num_attention_heads=6, num_query_groups=6)
     there: list[bool] = []
     handler = logging.Handler()
-    handler.emit = lambda record: there.append(any(tmp_path.iterdir()))  # type: ignore[method-assign]
+    handler.emit = lambda record: there.append(  # type: ignore[method-assign]
+        any(path.is_file() for path in tmp_path.rglob("*"))
+    )
     logger = logging.getLogger("megashear.models.loadable")
     logger.addHandler(handler)
     try:
