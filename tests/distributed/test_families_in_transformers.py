@@ -18,7 +18,6 @@ transformers = pytest.importorskip("transformers")
 
 from megashear.checkpoint.store import load_weights  # noqa: E402
 from megashear.config import ModelConfig, ParallelConfig  # noqa: E402
-from megashear.conversion.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from megashear.conversion.hf import HfWeights  # noqa: E402
 from megashear.conversion.hf_config import config_of_shape  # noqa: E402
 from megashear.conversion.sharded_hf import load_hf  # noqa: E402
@@ -27,6 +26,7 @@ from megashear.models.core import rotary_frequencies  # noqa: E402
 from megashear.models.llama import build_chunks  # noqa: E402
 from megashear.parallel.groups import ParallelGroups  # noqa: E402
 from megashear.shape import PRESETS, ModelShape  # noqa: E402
+from tests.conversions import hf_to_megatron, megatron_to_hf  # noqa: E402
 from tests.distributed.masked_model import (  # noqa: E402
     by_megatron_name,
     own_logits,

@@ -209,5 +209,6 @@ def test_a_new_run_does_not_write_into_anothers_lines(
 ) -> None:
     config = watched_configuration(text, watched.folder)
     train = replace(config.train, save=str(tmp_path), tensorboard_dir=None)
-    with pytest.raises(AssertionError, match=r"--jsonl-log .*run.jsonl exists, and this run does"):
+    wanted = r"--jsonl-log .*run.jsonl exists, and this run resumes no other"
+    with pytest.raises(AssertionError, match=wanted):
         start(replace(config, train=train), 1)

@@ -214,7 +214,7 @@ def test_a_run_that_ends_while_steps_are_skipped_ends_with_the_code_too(
     config = configuration(text, "pretrain", layout(), tmp_path, **more)
     ((status, said),) = run_ranks(1, body)
     assert status == DIVERGED
-    assert said.startswith("megashear pretrain: the last step was skipped, so that none shows")
+    assert said.startswith("megashear pretrain: the last step was skipped, so no later step shows")
     assert said.endswith("; the same command with --resume takes the weights as they are\n")
     # the last weights that a step was taken from
     assert f"iter_{WHOLE - 2:07d}" in names(tmp_path)
