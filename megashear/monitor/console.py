@@ -66,7 +66,7 @@ def progress(
     leave: bool = True,
     stream: TextIO | None = None,
 ) -> tqdm[Any]:
-    """A bar over long work, shown on rank 0 where stderr is a terminal.
+    """Return a bar over long work, shown on rank 0 where stderr is a terminal.
 
     Args:
         total: steps of the whole work.
@@ -151,7 +151,7 @@ def format_evaluation(
     weights: Mapping[str, float] | None = None,
     seconds: float | None = None,
 ) -> str:
-    """One line on an evaluation.
+    """Return one line on an evaluation.
 
     Args:
         step: steps done.
@@ -173,7 +173,7 @@ def format_evaluation(
 
 
 def format_count(value: float) -> str:
-    """A count with three or more digits and a unit prefix: ``41.2 k``, ``950``."""
+    """Return a count with three or more digits and a unit prefix: ``41.2 k``, ``950``."""
     for scale, prefix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= scale:
             return f"{value / scale:.1f}{prefix}"
@@ -181,7 +181,7 @@ def format_count(value: float) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """Hours, minutes and seconds: ``1:02:33``, with days from one on; ``?`` for None."""
+    """Return hours, minutes and seconds: ``1:02:33``, with days from one on; ``?`` for None."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds), 60)

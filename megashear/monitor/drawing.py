@@ -39,7 +39,7 @@ def require_matplotlib() -> None:
 
 
 def new_figure(height: float, *, width: float = WIDTH) -> Figure:
-    """An empty figure, inches, without a background."""
+    """Make an empty figure, inches, without a background."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
@@ -64,12 +64,12 @@ def style(panel: Axes, *, ylabel: str = "", xlabel: str = "", grid: bool = True)
 
 
 def legend(owner: Any, **where: Any) -> None:
-    """A legend of a figure or of axes, without a frame."""
+    """Add a legend of a figure or of axes, without a frame."""
     owner.legend(frameon=False, labelcolor=INK, fontsize=9, **where)
 
 
 def as_svg(figure: Figure, name: str, alt: str) -> str:
-    """A figure as an element for a page, in the page's colours and letters.
+    """Return a figure as an element for a page, in the page's colours and letters.
 
     Args:
         figure: drawn with ``INK`` and ``FAINT``.

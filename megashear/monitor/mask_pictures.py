@@ -114,7 +114,7 @@ def mask_pictures(
 
 
 def signed_certainty(is_open: npt.NDArray[np.bool_], chance: Floats) -> Floats:
-    """How sure a gate's side is: from 0 to 1 for one that stays, from 0 to -1 for one that goes.
+    """Return how sure a gate's side is: 0 to 1 for a kept one, 0 to -1 for a pruned one.
 
     Args:
         is_open: whether a deterministic gate is not 0, any shape.
@@ -129,8 +129,10 @@ def signed_certainty(is_open: npt.NDArray[np.bool_], chance: Floats) -> Floats:
 
 
 def shares(is_open: npt.NDArray[np.bool_], max_columns: int) -> Floats:
-    """Share of open gates among neighbours, [rows, columns], each column as many units as others
-    or one more or less."""
+    """Return the share of open gates among neighbours, [rows, columns].
+
+    A column stands for as many units as the others, or one more or less.
+    """
     num_units = is_open.shape[1]
     num_columns = min(num_units, max_columns)
     bounds = np.arange(num_columns + 1) * num_units // num_columns
@@ -210,7 +212,7 @@ def profile(
     columns: str,
     wanted: int | None = None,
 ) -> Picture:
-    """One row of gates as bars, sorted: the height is the chance to be open, the colour the side.
+    """Draw one row of gates as sorted bars: height is the chance to be open, colour the side.
 
     Where there are more gates than columns, neighbours share a bar, of their mean height; it is
     of the side that most of them are on.
@@ -302,7 +304,7 @@ class _Canvas:
             self.text(right - _width(number), y, number)
 
     def sideways(self, x: int, top: int, height: int, text: str) -> None:
-        """Text that reads upwards, in the middle of ``height`` pixels."""
+        """Draw text that reads upwards, in the middle of ``height`` pixels."""
         layer = Image.new("RGB", (_width(text) + 2, TEXT + 4), PAPER)
         ImageDraw.Draw(layer).text((0, 0), text, fill=INK, font=_font())
         turned = layer.rotate(90, expand=True)

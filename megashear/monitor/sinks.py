@@ -198,7 +198,7 @@ class JsonLinesSink:
 
 
 def _is_begun(text: bytes) -> bool:
-    """Whether this is the beginning of a line and not all of it."""
+    """Return whether this is the beginning of a line and not all of it."""
     head = f'{{"{STEP}": '.encode()
     return not text.endswith(b"}") and (text.startswith(head) or head.startswith(text))
 
@@ -298,7 +298,7 @@ def open_sinks(
     layout: Mapping[str, Mapping[str, Sequence[str]]],
     texts: Mapping[str, str] | None = None,
 ) -> Sinks:
-    """The sinks that a run's flags name; for the one rank that writes.
+    """Open the sinks that a run's flags name; for the one rank that writes.
 
     Args:
         train: whose flags they are.

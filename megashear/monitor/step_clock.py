@@ -35,7 +35,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def step(self, *, is_timed: bool) -> Iterator[None]:
-        """A step, whose parts count if it is timed."""
+        """Enclose a step, whose parts count if it is timed."""
         self._is_timing = is_timed
         try:
             yield
@@ -45,7 +45,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """A part of a step; outside timed steps nothing is done."""
+        """Enclose a part of a step; outside timed steps nothing is done."""
         if not self._is_timing:
             yield
             return
@@ -58,7 +58,7 @@ class StepClock:
             self._open.pop()
 
     def window(self) -> dict[str, float]:
-        """Seconds of a step by part, mean over the timed steps since the last call."""
+        """Return the seconds of a step by part, mean over the timed steps since the last call."""
         steps = max(1, self._num_steps)
         means = {name: seconds / steps for name, seconds in self._seconds.items()}
         self._seconds, self._num_steps = {}, 0

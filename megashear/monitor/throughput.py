@@ -63,7 +63,7 @@ class Throughput:
             self._paused[what] = self._paused.get(what, 0.0) + seconds
 
     def share(self, what: str) -> float:
-        """Share of the time since the start that blocks of this name took, between 0 and 1."""
+        """Return the share of the time since the start that blocks of this name took, 0 to 1."""
         passed = self._clock() - self._begin
         return self._paused.get(what, 0.0) / passed if passed > 0 else 0.0
 
@@ -84,7 +84,7 @@ class Throughput:
         return result
 
     def eta(self, steps_left: int) -> float | None:
-        """Seconds that the steps left will take at the mean pace of all windows so far.
+        """Return the seconds that the steps left will take at the mean pace of all windows so far.
 
         Evaluations and checkpoints still to come are not in it. None before the first window.
         """

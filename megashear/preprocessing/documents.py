@@ -201,7 +201,7 @@ class _Encoder:
         return tokens.astype(self._dtype), tokens.astype("<i4").tobytes()
 
     def is_held_out(self, content: bytes) -> bool:
-        """Whether a document belongs to the held-out side."""
+        """Return whether a document belongs to the held-out side."""
         # By the content alone: a document keeps its side whatever files join the domain, and
         # copies of a text share a side.
         digest = hashlib.blake2b(content, digest_size=8).digest()

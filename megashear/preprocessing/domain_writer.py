@@ -165,7 +165,7 @@ class DomainWriter:
             self._within = self._places.pop().chunks or 0
 
     def _is_whole(self, journal: Journal, dtype: str) -> bool:
-        """Whether the outputs of a finished domain exist, made of the files it now has."""
+        """Return whether the outputs of a finished domain exist, made of the files it now has."""
         assert journal.counts is not None
         counts = DomainCounts(**journal.counts)
         if not len(self._places) == len(journal.places) == len(self._files):

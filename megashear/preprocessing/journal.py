@@ -89,7 +89,7 @@ class Place:
         )
 
     def is_in(self, file: Path) -> bool:
-        """Whether ``file`` is the one that was read: path, size and time of change are equal."""
+        """Return whether ``file`` is the one that was read: equal path, size and time of change."""
         found = file.stat()
         return (self.file, self.size, self.mtime_ns) == (
             str(file.absolute()),
@@ -188,7 +188,7 @@ def unfinished(directory: Path, settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _is_kept(directory: Path, name: str) -> bool:
-    """Whether a domain's journal lists work; True where it cannot be read."""
+    """Return whether a domain's journal lists work; True where it cannot be read."""
     try:
         journal = read_journal(directory, name)
     except ValueError:  # must not take the place of the error that ends the run

@@ -26,7 +26,7 @@ class ArrayError(Exception):
 
 
 def is_array(stream: io.BufferedReader) -> bool:
-    """Whether a stream begins an array; consumes nothing."""
+    """Return whether a stream begins an array; consumes nothing."""
     return stream.peek(4096).removeprefix(BOM).lstrip(SPACE).startswith(b"[")
 
 

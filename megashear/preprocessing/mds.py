@@ -34,7 +34,7 @@ LARGEST = 2**32 - 1
 
 
 def is_mds(directory: Path) -> bool:
-    """Whether a directory's index.json lists shards.
+    """Return whether a directory's index.json lists shards.
 
     Raises:
         ValueError: index.json cannot be read, and shards lie beside it.

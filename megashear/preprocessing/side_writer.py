@@ -35,7 +35,7 @@ class SideWriter:
         return Path(f"{self.prefix}.bin")
 
     def reaches(self, state: SideState) -> bool:
-        """Whether the files exist and are at least as long as they were at ``state``."""
+        """Return whether the files exist and are at least as long as they were at ``state``."""
         return all(
             file.is_file() and file.stat().st_size >= wanted
             for file, wanted in self._sizes(state).items()

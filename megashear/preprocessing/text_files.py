@@ -188,7 +188,7 @@ def read_parquet(
 
 
 def _is_longer(text: str, limit: int) -> bool:
-    """Whether a text has more bytes than ``limit``; encodes it only if it may have."""
+    """Return whether a text has more bytes than ``limit``; encodes it only if it may have."""
     return 4 * len(text) > limit and len(text.encode(errors="surrogatepass")) > limit
 
 

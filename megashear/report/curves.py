@@ -132,7 +132,7 @@ def training_figure(points: Points) -> Figure:
 
 
 def sparsity_figure(points: Points, row_lengths: Mapping[str, int]) -> Figure:
-    """Expected against target sparsity, a panel for each kind of mask.
+    """Draw expected against target sparsity, a panel for each kind of mask.
 
     Args:
         points: of the run.
@@ -174,12 +174,12 @@ def sparsity_figure(points: Points, row_lengths: Mapping[str, int]) -> Figure:
 
 
 def has_settling(points: Points) -> bool:
-    """Whether a run logged how many of its gates are undecided."""
+    """Return whether a run logged how many of its gates are undecided."""
     return any(tags.undecided(kind) in points for kind in kinds_of(points))
 
 
 def settling_figure(points: Points) -> Figure:
-    """How many gates are undecided, and how many changed side, by kind."""
+    """Draw how many gates are undecided, and how many changed side, by kind."""
     figure = new_figure(3.2)
     panels = figure.subplots(1, 2)
     for panel, tag, words in (
@@ -258,7 +258,7 @@ def speed_figure(points: Points) -> Figure:
 
 
 def timeline_figure(record: RunRecord) -> Figure:
-    """Steps over wall time, with starts, evaluations and checkpoints on the line."""
+    """Draw steps over wall time, with starts, evaluations and checkpoints on the line."""
     begin = record.sessions[0].began
     saved = [(one.saved_at, one.step) for one in record.iterations if one.saved_at is not None]
     # seconds of the whole axis

@@ -88,7 +88,7 @@ def inspect(
 
 
 def as_values(opened: OpenModel) -> dict[str, Any]:
-    """All that is known of a model as plain values."""
+    """Return all that is known of a model as plain values."""
     values: dict[str, Any] = {
         "path": str(opened.path),
         "kind": opened.kind,
@@ -153,7 +153,7 @@ def _compare(
 
 
 def _plain(value: Any) -> Any:
-    """The same with what JSON cannot say as text: what is not finite."""
+    """Return values for JSON, numbers that are not finite as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

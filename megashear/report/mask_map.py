@@ -130,7 +130,7 @@ def _cells(panel: Axes, values: Cells, *, grid: bool = False) -> None:
 
 
 def _units(panel: Axes, num_units: int, num_columns: int, *, most: int = 12) -> None:
-    """Number columns by the units they stand for, at round numbers."""
+    """Label columns by the units they stand for, at round numbers."""
     steps: list[Any] = [m * 10**e for e in range(7) for m in (1, 2, 5)]
     every = next(step for step in steps if num_units / step <= most)
     numbers = list(range(0, num_units, every))

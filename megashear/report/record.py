@@ -297,7 +297,7 @@ def read_run(folder: Path, tensorboard_dirs: Sequence[Path] = ()) -> RunRecord:
 
 
 def sessions(directories: Sequence[Path]) -> list[Session]:
-    """The starts of a run, oldest first: every process that writes has an event file of its own.
+    """Return the starts of a run, oldest first: every process that writes has its own event file.
 
     Files of the evaluation at the end (`TensorBoardSink.replace`) are no starts; they make the
     start longer that wrote them.
@@ -334,7 +334,7 @@ def sessions(directories: Sequence[Path]) -> list[Session]:
 
 
 def _runs_of(path: Path) -> list[Path]:
-    """The runs that a folder stands for: itself, or those of a quickstart."""
+    """Return the runs that a folder stands for: itself, or those of a quickstart."""
     if holds_iterations(path):
         return [path]
     inside = [path / name for name in QUICKSTART_RUNS if holds_iterations(path / name)]
@@ -363,7 +363,7 @@ def _known(description: Description | None) -> RunDetails:
 
 
 def _tensorboard_of(folder: Path, description: Description | None) -> list[Path]:
-    """Where a run's event files are found without being told."""
+    """Return where a run's event files usually are."""
     flags = _known(description).flags
     said, saved = flags.tensorboard_dir, flags.save
     tried = [folder, folder / "tensorboard"]
@@ -378,7 +378,7 @@ def _tensorboard_of(folder: Path, description: Description | None) -> list[Path]
 
 
 def _source_shape(description: Description | None) -> ModelShape | None:
-    """The model before pruning: the run's own, or that of the cut it went on from."""
+    """Return the model before pruning: the run's own, or that of the cut it began from."""
     if description is None:
         return None
     if description.stage == "prune":
@@ -396,7 +396,7 @@ def _source_shape(description: Description | None) -> ModelShape | None:
 
 
 def _then(record: RunRecord) -> Path | None:
-    """Where the continued pretraining of --then-pretrain saves, if it has."""
+    """Return where the continued pretraining of --then-pretrain saves, if it has."""
     file = record.config.get("then_pretrain")
     if record.stage != "prune" or file is None:
         return None
@@ -406,7 +406,7 @@ def _then(record: RunRecord) -> Path | None:
 
 
 def _if_there(read: Callable[[], Any]) -> Any:
-    """What ``read`` gives; None where the files it needs are gone by now."""
+    """Return what ``read`` gives; None where the files it needs are gone by now."""
     try:
         return read()
     except (OSError, ValueError) as error:

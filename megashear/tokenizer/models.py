@@ -133,7 +133,7 @@ class SentencePieceTokenizer(Tokenizer):
         return text
 
     def lacks(self, token: AddedToken) -> bool:
-        """Whether a token can come from text and is not a piece of the model with its id."""
+        """Return whether a token can come from text and is not a piece of the model with its id."""
         return not token.special and self._piece_id(token.content) != token.number
 
     def _piece_id(self, token: str) -> int | None:

@@ -142,8 +142,11 @@ def mixture_batches(sizes: Sizes, loader: MixtureLoader) -> Iterator[int]:
 
 
 def rate(batches: Iterator[int], global_batch_size: int) -> dict[str, float]:
-    """Samples a second and CPU time a sample, of all processes, behind the first global batch,
-    which waits for workers to start, and for megashear's index (the other's is there before)."""
+    """Return samples a second and CPU time a sample, of all processes, after the first batch.
+
+    The first one waits for workers to start, and for megashear's index (the other's is there
+    before).
+    """
     total, start, behind, own = 0, 0.0, 0, 0.0
     others = _cpu_seconds(resource.RUSAGE_CHILDREN)
     for size in batches:

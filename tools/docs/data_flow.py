@@ -63,7 +63,7 @@ STRIPS = (
 
 
 def picture() -> str:
-    """The picture, as SVG."""
+    """Return the picture, as SVG."""
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'width="{WIDTH}" height="{HEIGHT}" role="img" aria-labelledby="t">',
@@ -99,7 +99,7 @@ def model_row() -> Iterator[str]:
 
 
 def mixture_arrows() -> Iterator[str]:
-    """Samples down to the two training commands, losses back up."""
+    """Draw samples down to the two training commands, losses back up."""
     top, bottom, bend = 74, ROW + 4, 128
     yield line(f"M580 {top} V{bend} H332 V{bottom}")
     yield line(f"M356 {bottom + 4} V{bend + 26} H606 V{top + 4}", "back")
@@ -116,7 +116,7 @@ def mixture_arrows() -> Iterator[str]:
 
 
 def masks() -> Iterator[str]:
-    """What is learned, under the pruned checkpoint."""
+    """Draw what is learned, under the pruned checkpoint."""
     yield line(f"M434 {ROW + BOX} V{ROW + BOX + 20}")
     side, left, y = 11, 436, 330
     for name, units in STRIPS:
@@ -134,7 +134,7 @@ def masks() -> Iterator[str]:
 def box(
     x: int, y: int, width: int, height: int, words: Sequence[str], *, kind: str = "file"
 ) -> Iterator[str]:
-    """A file, or the mixture: a title and a line below."""
+    """Draw a file, or the mixture: a title and a line below."""
     yield f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}" rx="7"/>'
     title, detail = words
     middle = x + width // 2
@@ -143,7 +143,7 @@ def box(
 
 
 def arrow(start: tuple[int, int], end: tuple[int, int], command: str) -> Iterator[str]:
-    """A command, from left to right."""
+    """Draw a command, from left to right."""
     yield line(f"M{start[0]} {start[1]} H{end[0] - 4}")
     yield tip(end[0], end[1], "right")
     if command:
@@ -151,12 +151,12 @@ def arrow(start: tuple[int, int], end: tuple[int, int], command: str) -> Iterato
 
 
 def line(path: str, kind: str = "") -> str:
-    """A line that turns only by right angles."""
+    """Draw a line that turns only by right angles."""
     return f'<path class="line {kind}" d="{path}"/>'.replace(" " + '"', '"')
 
 
 def tip(x: int, y: int, way: str, kind: str = "head") -> str:
-    """The tip of an arrow that ends at (x, y)."""
+    """Draw the tip of an arrow that ends at (x, y)."""
     corners = {
         "right": [(x, y), (x - 9, y - 5), (x - 9, y + 5)],
         "down": [(x, y), (x - 5, y - 9), (x + 5, y - 9)],
