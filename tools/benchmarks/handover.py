@@ -1,10 +1,10 @@
 """Compare the first steps after the cut, with Adam's moments from pruning and with moments of 0.
 
     python -m megashear quickstart --output runs/quickstart
-    python tools/benchmarks/seam.py --quickstart runs/quickstart --output runs/seam
+    python tools/benchmarks/handover.py --quickstart runs/quickstart --output runs/handover
 
 The pruning run of a finished quickstart is cut in both ways, and both models are trained on the
-same samples. A table is printed, and every loss goes to OUTPUT/seam.json.
+same samples. A table is printed, and every loss goes to OUTPUT/handover.json.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(folder / "then.yaml", behind | {"load": str(args.quickstart / "cut")})
             start("pretrain", folder / "then.yaml")
         found.append({"seed": seed, "warmup": warmup, "way": way} | measured(folder, args.steps))
-    (args.output / "seam.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (args.output / "handover.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(table(found, args.warmups))
     return 0
 
