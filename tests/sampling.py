@@ -18,7 +18,7 @@ import pytest
 
 SCENARIOS = "scenarios"
 SEED_VARIABLE = "MEGASHEAR_TEST_SAMPLE"
-NUM_SCENARIOS = 4
+NUM_SCENARIOS = 3
 """Tests marked ``scenario`` that a plain run takes."""
 LEFT_OUT = pytest.StashKey[int]()
 

@@ -61,6 +61,7 @@ def draw_steps_twice() -> None:
     TensorBoardSink.__init__ = without_purging  # type: ignore[assignment,method-assign]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("broken", "differs"),
     [(forget_weight_moments, "killed: decoder."), (draw_steps_twice, "has a step twice")],

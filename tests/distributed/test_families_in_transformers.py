@@ -127,7 +127,7 @@ def random_model(shape: ModelShape, seed: int) -> Any:
     return model.eval()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("parallel", LAYOUTS, ids=["tp1-pp1", "tp2-pp1", "tp4-pp1", "tp2-pp2"])
 def test_every_family_computes_at_any_layout_what_transformers_does(
     converted: Mapping[str, Converted], parallel: ParallelConfig

@@ -416,7 +416,7 @@ def differing(
     }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("flags", "without", "streams", "parallel"),
     [

@@ -187,7 +187,7 @@ TERMS = {
 }
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize(("parallel", "replicas"), LAYOUTS)
 def test_gradients_with_terms_are_those_of_an_independent_formula(

@@ -58,7 +58,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return write
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_checkpoint_of_megatron_lm_is_read(written: Callable[[str], Path], name: str) -> None:
     args = megatron_lm.arguments(**MODELS[name])

@@ -70,7 +70,7 @@ class Finished(NamedTuple):
     """TensorBoard by tag and step, of the second half; measured speeds left out."""
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("stage", "parallel", "replicas"),
     [
@@ -308,7 +308,7 @@ FORGOTTEN_TENSORS = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("forgotten", [*FORGOTTEN_VALUES, *FORGOTTEN_TENSORS])
 def test_a_run_that_forgets_one_thing_is_noticed(
     runs: Runs, tmp_path: Path, forgotten: str

@@ -149,7 +149,7 @@ print(layers.fused_weight_gradient_mlp_cuda.__name__, layers._grad_accum_fusion_
 """
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("cuda", [True, False])
 @pytest.mark.parametrize("apex", [True, False])
 def test_apex_is_stood_in_for_only_where_it_is_not(apex: bool, cuda: bool) -> None:

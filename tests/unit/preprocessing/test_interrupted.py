@@ -108,7 +108,7 @@ def expected(run, tmp_path) -> dict[str, bytes]:
     return files
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("step", STEPS)
 def test_a_run_killed_anywhere_is_taken_up(step: str, run, expected, tmp_path) -> None:
     out = tmp_path / "out"
