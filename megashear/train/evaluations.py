@@ -28,7 +28,11 @@ class Evaluation(Protocol):
     """Something that is looked at now and then; its methods are called by all ranks alike."""
 
     def due(self, moment: Moment) -> bool:
-        """Return whether to run at this moment, equal on every rank."""
+        """Return whether to run at this moment, equal on every rank.
+
+        Called more than once for a moment, so it must change nothing. At the end an evaluation
+        whose interval divides the last step has just run: it gives other tags, or is not due.
+        """
 
     def run(self, moment: Moment, sink: Sink) -> dict[str, float]:
         """Look, and return points by tag. Collective over the world.
@@ -67,7 +71,7 @@ class EqualCopies:
         self._groups, self._interval = groups, interval
 
     def due(self, moment: Moment) -> bool:
-        """Return whether other evaluations are due."""
+        """Return whether the interval of the run's evaluations is over, or the run."""
         return moment.is_end or is_due(self._interval, moment.step)
 
     def run(self, moment: Moment, sink: Sink) -> dict[str, float]:

@@ -305,12 +305,14 @@ class _Run:
             )
 
     def _evaluate_if_due(self) -> None:
-        if not any(each.due(Moment(self.step, is_end=False)) for each in self.evaluations):
+        moment = Moment(self.step, is_end=False)
+        if not any(each.due(moment) for each in self.evaluations):
             return
         device.synchronize()  # or steps still in flight would count as evaluation
         with self.meter.pause(EVALUATION):
             self.evaluate(is_end=False)
-            self.mixing.reweight(self.step, next(iter(self.held_out.found.values())).losses)
+            if self.held_out.due(moment):  # else its losses are of an earlier step
+                self.mixing.reweight(self.step, next(iter(self.held_out.found.values())).losses)
         self.sinks.scalars(self.step, {tags.part_share(EVALUATION): self.meter.share(EVALUATION)})
 
     def _save_if_due(self, *, stops: bool) -> None:

@@ -130,8 +130,8 @@ def mean_losses(
             total[place] += losses.terms[name].double().sum()
     for group in (groups.pipeline, groups.data):
         (total,) = flat_all_reduce([total], group)
-    loss, tokens, *terms = total.tolist()
-    return loss / tokens, {name: value / tokens for name, value in zip(names, terms)}
+    loss, *terms = (total[[0, *range(2, len(total))]] / total[1]).tolist()  # NaN without tokens
+    return loss, dict(zip(names, terms))
 
 
 def utilisation_points(

@@ -84,6 +84,6 @@ def _run(prepared: PreparedRun, command: Sequence[str]) -> RunResult:
             )
             return result
         following = hand_over(trainer, prepared, command=command)
-        del trainer  # the larger model is not needed any more
+        del trainer, prepared  # the larger model and pruning's text are not needed any more
         gc.collect()
         return dataclasses.replace(following.run(0), pruning=result)

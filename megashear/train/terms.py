@@ -17,7 +17,7 @@ class LossTerm:
     left out by the objective.
 
     Args:
-        name: in logs and tags, ``train/term/<name>``.
+        name: in the tag ``train/term/<name>``.
         weight: factor in the loss.
     """
 
@@ -36,7 +36,8 @@ class LossTerm:
         """Do what must precede the passes of a step, on every rank: of a teacher, its own pass.
 
         Args:
-            batches: this replica's microbatches, in the order in which :meth:`per_token` is called.
+            batches: this replica's microbatches, in the order in which :meth:`per_token` is called;
+                stages between the first and the last may find zeros in place of the text.
             step: counted from 0.
         """
 
@@ -50,7 +51,8 @@ class LossTerm:
             batch: the microbatch.
             cross_entropy: of the next token, nats, float32 [b, s].
             logits: this rank's slice of the vocabulary, [b, s, vocab/tp], where
-                ``needs_logits``; they must not be changed in place.
+                ``needs_logits``; they must not be changed in place. Columns of padding, which a
+                vocabulary has that tensor ranks do not divide, are minus infinity.
         """
         raise NotImplementedError
 

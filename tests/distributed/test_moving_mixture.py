@@ -13,6 +13,8 @@ import pytest
 from megashear.checkpoint.description import find_iteration, read_description
 from megashear.config import DataConfig
 from megashear.data.mixture import DomainMixture
+from megashear.train.evaluations import Moment
+from megashear.train.objectives import LanguageModelling
 from tests import text_run
 from tests.distributed.test_resume import HALF, WHOLE, configuration, finished, start
 from tests.text_run import TextRun
@@ -130,3 +132,30 @@ def test_standard_errors_do_not_depend_on_the_layout(text: TextRun, tmp_path: Pa
     for name in ("split", "replicas"):  # nor on how many sequences go through together
         assert found[name] == pytest.approx(found["alone"], rel=REDUCTION_ORDER, abs=ROUNDING), name
     assert min(found["alone"]) > 0
+
+
+class OfItsOwn:
+    """An evaluation that is due at every step within the run."""
+
+    def due(self, moment: Moment) -> bool:
+        return not moment.is_end
+
+    def run(self, moment: Moment, sink: Any) -> dict[str, float]:
+        return {}
+
+
+def test_an_evaluation_with_its_own_interval_does_not_move_the_mixture(
+    text: TextRun, tmp_path: Path
+) -> None:
+    def watched() -> None:
+        LanguageModelling.evaluations = lambda self, interval: [OfItsOwn()]  # type: ignore[method-assign,list-item]
+
+    alone = configuration(text, "pretrain", layout(), tmp_path / "alone")
+    beside = configuration(text, "pretrain", layout(), tmp_path / "beside")
+    start(alone, 1)
+    start(beside, 1, watched)
+    states = [
+        read_description(find_iteration(tmp_path / name / "saved")).details["loader"]["mixture"]
+        for name in ("alone", "beside")
+    ]
+    assert states[0] == states[1]

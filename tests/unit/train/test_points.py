@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import types
+
 import pytest
+import torch
 
 from megashear.monitor import tags
 from megashear.parallel import device
 from megashear.shape import PRESETS
+from megashear.train import points
 from megashear.train.points import utilisation_points
+from megashear.train.schedule import SequenceLosses
 
 
 @pytest.mark.parametrize(
@@ -29,3 +35,16 @@ def test_a_device_whose_peak_is_not_known_has_none(
 ) -> None:
     monkeypatch.setattr(device, "name", lambda: name)
     assert utilisation_points(1000.0, PRESETS["llama2-1.3b"], 4096) == {}
+
+
+def test_a_window_without_a_counted_token_has_no_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(points, "flat_all_reduce", lambda tensors, group: tensors)  # one rank
+    nothing, zero = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    empty = SequenceLosses(nothing, nothing, zero, {"z": nothing})
+    groups = types.SimpleNamespace(pipeline=None, data=None)
+    loss, terms = points.mean_losses([empty], ["z"], groups)  # type: ignore[arg-type]
+    assert math.isnan(loss)
+    assert math.isnan(terms["z"])
+    full = SequenceLosses(nothing + 3, nothing + 2, zero, {"z": nothing + 1})
+    found = points.mean_losses([empty, full], ["z"], groups)  # type: ignore[arg-type]
+    assert found == (1.5, {"z": 0.5})
