@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from megashear.data.batch import MicroBatch
 
 
-class LossTerm:
+class LossTerm(ABC):
     """A summand of the loss, measured per token on the last pipeline stage.
 
     A term joins any objective: the loss of a microbatch is the sum over terms of weight times mean
@@ -32,7 +33,7 @@ class LossTerm:
         """Return the weight at a step, counted from 0; equal on every rank."""
         return self.weight
 
-    def prepare(self, batches: Sequence[MicroBatch], step: int) -> None:
+    def prepare(self, batches: Sequence[MicroBatch], step: int) -> None:  # noqa: B027 (few need it)
         """Do what must precede the passes of a step, on every rank: of a teacher, its own pass.
 
         Args:
@@ -41,6 +42,7 @@ class LossTerm:
             step: counted from 0.
         """
 
+    @abstractmethod
     def per_token(self, batch: MicroBatch, cross_entropy: Tensor, logits: Tensor | None) -> Tensor:
         """Return the term of each token, differentiable, [b, s].
 
@@ -54,7 +56,6 @@ class LossTerm:
                 ``needs_logits``; they must not be changed in place. Columns of padding, which a
                 vocabulary has that tensor ranks do not divide, are minus infinity.
         """
-        raise NotImplementedError
 
 
 class CrossEntropy(LossTerm):
