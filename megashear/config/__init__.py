@@ -16,6 +16,7 @@ from megashear.config.commands import (
     ReportConfig,
 )
 from megashear.config.data import DataConfig, NamedNumbers, Reweight, WhenExhausted
+from megashear.config.distill import DistillConfig
 from megashear.config.masks import MaskConfig, TargetConfig, check_streams
 from megashear.config.model import ModelConfig, TransformerImpl
 from megashear.config.parallel import ParallelConfig
@@ -27,6 +28,7 @@ __all__ = [
     "ConvertConfig",
     "CutConfig",
     "DataConfig",
+    "DistillConfig",
     "EvaluateRun",
     "InspectConfig",
     "MaskConfig",

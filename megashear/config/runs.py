@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from megashear.bounds import COMMON, TINY, Between, Length, Sequences, Tokens, check_bounds
 from megashear.config.data import DataConfig
 from megashear.config.defaults import INIT_METHOD_STD
+from megashear.config.distill import DistillConfig
 from megashear.config.masks import MaskConfig
 from megashear.config.model import ModelConfig
 from megashear.config.parallel import ParallelConfig
@@ -24,6 +25,7 @@ class PruneRun:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig
     masks: MaskConfig = field(default_factory=MaskConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     then_pretrain: Annotated[str | None, COMMON] = None
     """YAML file of a `megashear pretrain` that follows in the same job: the model is cut in memory,
     with float32 masters and Adam's moments, at the same layout."""
@@ -39,6 +41,7 @@ class PretrainRun:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig
+    distill: DistillConfig = field(default_factory=DistillConfig)
     init_shape: Annotated[str | None, COMMON] = None
     """Shape of fresh weights to start from, in place of --load: a preset or a JSON file of
     extents."""

@@ -55,7 +55,7 @@ class _CrossEntropy(torch.autograd.Function):
         # the backward pass.
         kept = rows.dtype == torch.float32
         exponentials = _exponentials_over if kept else _exponentials
-        found = [exponentials(part) for part in rows.tensor_split(_num_parts(rows))]
+        found = [exponentials(part) for part in rows.tensor_split(num_parts(rows))]
         most, total = (torch.cat(parts) for parts in zip(*found))
         # sums over all ranks
         (largest,) = flat_all_reduce([most], group, dist.ReduceOp.MAX)
@@ -79,7 +79,7 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.kept:
             rows.mul_(factor[:, None])
         else:
-            number = _num_parts(rows)
+            number = num_parts(rows)
             for parts in zip(*(each.tensor_split(number) for each in (rows, largest, factor))):
                 _gradient_over(*parts)
         # p - 1 at the label: computed from the loss, for p in ``rows`` is rounded
@@ -92,14 +92,14 @@ class _CrossEntropy(torch.autograd.Function):
 def _exponentials(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row's largest logit and its sum of exp(logit - largest), float32 [tokens]."""
     wide = rows.float()
-    most = _largest(wide)
+    most = largest_of_rows(wide)
     return most, (wide - most[:, None]).exp_().sum(dim=1)
 
 
 @fused
 def _exponentials_over(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `_exponentials` does, and write the exponentials over the logits, float32."""
-    most = _largest(rows)
+    most = largest_of_rows(rows)
     return most, rows.sub_(most[:, None]).exp_().sum(dim=1)
 
 
@@ -109,12 +109,12 @@ def _gradient_over(rows: Tensor, largest: Tensor, factor: Tensor) -> None:
     rows.copy_((rows.float() - largest[:, None]).exp_().mul_(factor[:, None]))
 
 
-def _largest(rows: Tensor) -> Tensor:
-    # finite even where all rows of this rank are padding
-    return rows.amax(dim=1).clamp(min=torch.finfo(torch.float32).min)
+def largest_of_rows(rows: Tensor) -> Tensor:
+    """Return each row's largest logit, float32 [tokens]; finite even where all are padding."""
+    return rows.amax(dim=1).float().clamp(min=torch.finfo(torch.float32).min)
 
 
-def _num_parts(rows: Tensor) -> int:
+def num_parts(rows: Tensor) -> int:
     """Return the number of equal parts in which rows are copied to float32."""
     at_once = max(1, _AT_ONCE[rows.device.type] // rows.size(1))
     return max(1, math.ceil(rows.size(0) / at_once))

@@ -24,6 +24,7 @@ from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.watchdog import make_watchdog
 from megashear.tokenizer import tokenizer_files
+from megashear.train.distillation import Distillation, Teacher
 from megashear.train.environment import environment
 from megashear.train.fill import fill
 from megashear.train.guard import StepGuard
@@ -37,6 +38,7 @@ from megashear.train.pruning import StructuredPruning
 from megashear.train.start import Start
 from megashear.train.state import RunState, Stateful
 from megashear.train.step import TrainStep
+from megashear.train.terms import CrossEntropy, LossTerm
 
 
 def assemble(
@@ -128,6 +130,8 @@ def _check_same(prepared: PreparedRun) -> None:
             RUN: dataclasses.asdict(prepared.config),
             "shape of the model": start.shape.to_dict(),
             "target of the run": prepared.lineage,
+            "teacher": prepared.teacher
+            and (prepared.teacher.description.iteration, prepared.teacher.shape.to_dict()),
             **prepared.inputs.replicated(),
         }
     )
@@ -137,20 +141,22 @@ def _build_objective(prepared: PreparedRun, groups: ParallelGroups) -> Objective
     """Build the model, with weights that are drawn from the seed, and what it is trained for."""
     config, shape, train = prepared.config, prepared.start.shape, prepared.config.train
     if isinstance(config, PretrainRun):
-        return LanguageModelling(
-            build_llama(
-                shape,
-                groups,
-                config.parallel,
-                config.model,
-                variant=config.model.transformer_impl,
-                init_method_std=config.init_method_std,
-                seed=train.seed,
-            )
+        chunks = build_llama(
+            shape,
+            groups,
+            config.parallel,
+            config.model,
+            variant=config.model.transformer_impl,
+            init_method_std=config.init_method_std,
+            seed=train.seed,
         )
+        return LanguageModelling(chunks, terms=_build_terms(prepared, groups))
     assert prepared.target is not None
+    chunks = build_llama(
+        shape, groups, config.parallel, config.model, variant="local", seed=train.seed
+    )
     return StructuredPruning(
-        build_llama(shape, groups, config.parallel, config.model, variant="local", seed=train.seed),
+        chunks,
         groups,
         source=shape,
         target=prepared.target,
@@ -159,7 +165,29 @@ def _build_objective(prepared: PreparedRun, groups: ParallelGroups) -> Objective
         global_batch_size=train.global_batch_size,
         sequence_parallel=config.parallel.sequence_parallel,
         adam=config.optimizer,
+        terms=_build_terms(prepared, groups),
     )
+
+
+def _build_terms(prepared: PreparedRun, groups: ParallelGroups) -> list[LossTerm] | None:
+    """Build the terms of the loss, and a teacher where one is named; None for the usual one."""
+    config, flags, teacher = prepared.config, prepared.config.distill, prepared.teacher
+    if teacher is None:
+        return None
+    chunks = teacher.build(
+        # nothing of a teacher is computed again: it has no backward pass
+        *(groups, config.parallel, dataclasses.replace(config.model, recompute_granularity=None))
+    )
+    divergence = Distillation(
+        Teacher(chunks),
+        groups.tensor,
+        weight=flags.distill_weight,
+        last_weight=flags.last_weight,
+        num_steps=config.train.train_iters,
+        temperature=flags.distill_temperature,
+    )
+    own = flags.lm_loss_weight
+    return [CrossEntropy(weight=own), divergence] if own else [divergence]
 
 
 def _build_loader(prepared: PreparedRun, groups: ParallelGroups) -> MixtureLoader:

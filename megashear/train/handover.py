@@ -19,7 +19,7 @@ from megashear.train.in_flight import ModelAndOptimizer, cut_in_flight
 from megashear.train.inputs import check_vocabulary
 from megashear.train.loop import Trainer
 from megashear.train.objectives import LOSS, Objective
-from megashear.train.prepare import PreparedRun, prepare, prepare_from
+from megashear.train.prepare import PreparedRun, prepare, prepare_from, settle_teacher
 from megashear.train.pruning import EXACT, StructuredPruning
 from megashear.train.start import Start, check_events
 
@@ -94,6 +94,8 @@ def hand_over(pruned: Trainer, pruning: PreparedRun, *, command: Sequence[str]) 
             ROUNDING: {kind: found.num_changed for kind, found in counts.items()},
         },
     )
+    objective.terms.clear()  # the teacher of the masked model is not needed any more
+    following = settle_teacher(following, new_groups)
     trainer = assemble(following, new_groups, command=command, has_weights=False)
     # the cut
     cut_in_flight(

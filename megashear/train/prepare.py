@@ -21,7 +21,7 @@ from megashear.parallel import cpu_megatron
 from megashear.parallel.agree import raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape, read_shape
-from megashear.train.inputs import Inputs, read_inputs
+from megashear.train.inputs import Inputs, check_vocabulary, read_inputs
 from megashear.train.objectives import LanguageModelling
 from megashear.train.optim import check_schedule
 from megashear.train.pruning import StructuredPruning
@@ -32,6 +32,7 @@ from megashear.train.start import (
     find_start,
     start_from_older,
 )
+from megashear.train.stored_model import StoredModel, find_model
 from megashear.train.target import check_layers, check_masks, check_target_layout
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class PreparedRun:
     """Shape that pruning works towards; None of a run that does not prune."""
     lineage: dict[str, Any]
     """Plain values about pruning, past or to come, that every checkpoint of the run keeps."""
+    teacher: StoredModel | None = None
+    """What --distill-from names."""
     then: PreparedRun | None = None
     """Continued pretraining that follows in the same job."""
 
@@ -101,7 +104,14 @@ def prepare_from(
         assert target is not None
         check_masks(config.masks, config.train, start, target)
         lineage = {TARGET_SHAPE: target.to_dict()}
-    return PreparedRun(config=config, start=start, inputs=inputs, target=target, lineage=lineage)
+    return PreparedRun(
+        config=config,
+        start=start,
+        inputs=inputs,
+        target=target,
+        lineage=lineage,
+        teacher=_find_teacher(config, start, inputs),
+    )
 
 
 def settle(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun:
@@ -121,6 +131,26 @@ def settle(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun:
         ValueError: on every rank: nothing whole is there, or it is one that this run cannot
             resume or start from.
     """
+    return settle_teacher(_settle_start(prepared, groups), groups)
+
+
+def settle_teacher(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun:
+    """Settle which iteration of its checkpoint the teacher is, where there is one.
+
+    Collective over the world.
+
+    Raises:
+        ValueError: on every rank: none is whole, or it is one that this run cannot learn from.
+    """
+    if prepared.teacher is None:
+        return prepared
+    teacher = prepared.teacher.settle(groups, verify=prepared.config.train.verify_checkpoint)
+    with raise_together():
+        _check_teacher(teacher, prepared.config, prepared.start, prepared.inputs)
+    return dataclasses.replace(prepared, teacher=teacher)
+
+
+def _settle_start(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun:
     config, start = prepared.config, prepared.start
     if start.source is None:
         return prepared
@@ -135,6 +165,54 @@ def settle(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun:
             assert start.description is not None
             name_latest(Path(start.source or ""), start.description.iteration)
     return prepared
+
+
+def _find_teacher(
+    config: PruneRun | PretrainRun, start: Start, inputs: Inputs
+) -> StoredModel | None:
+    """Find what --distill-from names.
+
+    Raises:
+        ValueError: it is no model, or one that this run cannot learn from.
+    """
+    name = config.distill.distill_from
+    if name is None:
+        return None
+    # every Hugging Face model has this file
+    is_hf = (Path(name) / "config.json").is_file()
+    try:
+        teacher = find_model(load=None if is_hf else name, load_hf=name if is_hf else None)
+    except ValueError as error:
+        raise ValueError(f"--distill-from {name}: {error}") from None
+    _check_teacher(teacher, config, start, inputs)
+    return teacher
+
+
+def _check_teacher(
+    teacher: StoredModel, config: PruneRun | PretrainRun, start: Start, inputs: Inputs
+) -> None:
+    """Refuse a teacher of another vocabulary, layout or text than the student's.
+
+    Raises:
+        ValueError: with what differs.
+    """
+    shape, own, length = teacher.shape, start.shape.vocab_size, config.train.seq_length
+    try:
+        if shape.vocab_size != own:
+            raise ValueError(
+                f"the teacher has a vocabulary of {shape.vocab_size} tokens and the model one of "
+                f"{own}; a teacher must have the same tokens"
+            )
+        check_vocabulary(inputs.manifest, shape, teacher.tokenizer)
+        check_layout(shape, config.parallel, role="teacher")
+        shape.check_window(length)
+    except ValueError as error:
+        raise ValueError(f"--distill-from {config.distill.distill_from}: {error}") from None
+    if length > shape.max_position_embeddings:
+        logger.warning(
+            "--seq-length %d is longer than the %d positions the teacher was made for",
+            *(length, shape.max_position_embeddings),
+        )
 
 
 def _stage(config: PruneRun | PretrainRun) -> str:

@@ -70,7 +70,14 @@ def run_schedule(
         pending: Iterator[tuple[MicroBatch, int]], chunk: torch.nn.Module
     ) -> tuple[Tensor, Any]:
         batch, stream = next(pending)
-        output = run_chunk(chunk, batch, stream=stream, select=select, with_labels=not reads_logits)
+        output = run_chunk(
+            chunk,
+            batch,
+            stream=stream,
+            select=select,
+            with_labels=not reads_logits,
+            in_float32=False,
+        )
         # last stage: cross entropy [b, s], or logits [b, s, vocab/tp]
         return output, partial(_loss, chunk if reads_logits else None, batch, terms)
 
@@ -91,6 +98,40 @@ def run_schedule(
         )
 
 
+def run_forward(chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """Run every microbatch forward, and return what the last stage's chunk gives.
+
+    Collective over the replica's model group.
+
+    Args:
+        chunks: this rank's model chunks, not wrapped for data parallelism.
+        batches: as for `run_schedule`.
+
+    Returns:
+        One entry per microbatch on the last stage, none on others.
+    """
+
+    def forward_step(
+        pending: Iterator[MicroBatch], chunk: torch.nn.Module
+    ) -> tuple[Tensor, Callable[..., Tensor]]:
+        output = run_chunk(chunk, next(pending), with_labels=False)
+        # the schedule may free what is in the tensor that it holds
+        return output, lambda output, non_loss_data: output.detach()
+
+    size, length = batches[0].tokens.shape
+    with torch.no_grad():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+
 def run_chunk(
     chunk: torch.nn.Module,
     batch: MicroBatch,
@@ -98,6 +139,7 @@ def run_chunk(
     stream: int = 0,
     select: Select | None = None,
     with_labels: bool = True,
+    in_float32: bool = True,
 ) -> Tensor:
     """Run a microbatch through one chunk.
 
@@ -107,6 +149,8 @@ def run_chunk(
         stream: its noise stream.
         select: given while masks are bound, and only then.
         with_labels: whether to compute losses on the last stage, else logits.
+        in_float32: whether logits of a bfloat16 model are copied to float32; losses are float32 in
+            any case.
 
     Returns:
         Cross entropy [b, s] or logits [b, s, v/tp] on the last stage; hidden states on others.
@@ -116,6 +160,8 @@ def run_chunk(
     apart = None
     if batch.documents is not None:
         apart = document_mask(batch.documents.to(to, non_blocking=True))
+    # a flag of megatron-core's wrapper of mixed precision, which a float32 model has not
+    is_narrow = unwrap(chunk).config.bf16 and not in_float32 and not with_labels
     output: Tensor = chunk(
         batch.tokens.to(to, non_blocking=True),
         positions,
@@ -123,6 +169,7 @@ def run_chunk(
         labels=batch.labels.to(to, non_blocking=True) if with_labels else None,
         # layers on folded weights take the stream for their mask, see FoldedModel
         extra_block_kwargs=None if select is None else {"context_mask": apart},
+        **({"fp32_output": False} if is_narrow else {}),
     )
     return output
 

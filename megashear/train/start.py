@@ -202,6 +202,6 @@ def check_no_masks(directory: Path, description: Description) -> None:
     """
     if description.stage == StructuredPruning.stage:
         raise ValueError(
-            f"--load {directory} is of a pruning run, whose weights are nothing without its masks; "
+            f"{directory} is of a pruning run, whose weights are nothing without its masks; "
             f"fold them in with `megashear cut` and load the result"
         )

@@ -53,7 +53,8 @@ class LossTerm(ABC):
             batch: the microbatch.
             cross_entropy: of the next token, nats, float32 [b, s].
             logits: this rank's slice of the vocabulary, [b, s, vocab/tp], where
-                ``needs_logits``; they must not be changed in place. Columns of padding, which a
+                ``needs_logits``, in the precision of the model; they must not be changed in place.
+                Columns of padding, which a
                 vocabulary has that tensor ranks do not divide, are minus infinity.
         """
 
