@@ -42,7 +42,7 @@ def check_run_paths(config: PruneRun | PretrainRun) -> None:
     train = config.train
     resumed = train.resume and holds_iterations(train.save)
     source = () if resumed else ("load", "load_hf")
-    check_there(config, *source, "data_path", "reference_loss", "domain_phases")
+    check_there(config, *source, "data_path", "reference_loss", "domain_phases", "distill_from")
     check_outputs(train)
 
 

@@ -11,7 +11,11 @@ Charts = dict[str, dict[str, list[str]]]
 
 
 def charts(
-    *, domains: Sequence[str] = (), has_references: bool = False, more: Charts | None = None
+    *,
+    domains: Sequence[str] = (),
+    has_references: bool = False,
+    terms: Sequence[str] = (),
+    more: Charts | None = None,
 ) -> Charts:
     """Return the charts of a run, in the order of the questions that one has.
 
@@ -21,11 +25,13 @@ def charts(
     Args:
         domains: of the mixture.
         has_references: whether losses are compared with references.
+        terms: names of further terms of the loss.
         more: charts of the objective's own.
     """
     found: Charts = {
         "1 does it learn": {
             "loss: training and held-out": [tags.LM_LOSS, tags.EVAL_MEAN_LOSS],
+            **{f"{name}, a term of the loss": [tags.loss_term(name)] for name in terms},
             "held-out loss by domain": [tags.eval_loss(name) for name in domains],
             "gradient norm": [tags.GRAD_NORM],
             "learning rate": [tags.LEARNING_RATE],

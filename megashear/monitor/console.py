@@ -125,6 +125,16 @@ def format_step(
     return " | ".join(parts)
 
 
+def format_terms(terms: Mapping[str, tuple[float, float]]) -> str:
+    """Return a line on further terms of the loss in a log window.
+
+    Args:
+        terms: mean and weight of each.
+    """
+    shown = (f"{name} {mean:.3f} (weight {weight:g})" for name, (mean, weight) in terms.items())
+    return f"  {' | '.join(shown)}"
+
+
 def format_masks(penalty: float, sparsity: Mapping[str, tuple[float, float]]) -> str:
     """Return a line on the masks of a step, which fits 100 columns.
 

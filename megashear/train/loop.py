@@ -126,6 +126,7 @@ class Trainer:
         found = charts(
             domains=self.data.manifest.names,
             has_references=self.data.references is not None,
+            terms=self.objective.further_terms,
             more=self.objective.charts(),
         )
         # steps done are the x axis: this process writes from the next one on

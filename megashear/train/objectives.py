@@ -64,7 +64,12 @@ class Objective:
         """Prepare the terms of a step, and return each with its weight."""
         for term in self.terms:
             term.prepare(batches, step)
-        return [(term, term.weight_at(step)) for term in self.terms]
+        weights = self.weights_at(step)
+        return [(term, weights[term.name]) for term in self.terms]
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Return the weight of each term at a step, counted from 0."""
+        return {term.name: term.weight_at(step) for term in self.terms}
 
     @property
     def further_terms(self) -> list[str]:

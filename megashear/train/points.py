@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megashear.config import TrainConfig
 from megashear.monitor import tags
-from megashear.monitor.console import format_step
+from megashear.monitor.console import format_step, format_terms
 from megashear.monitor.sinks import Sink
 from megashear.monitor.step_clock import StepClock
 from megashear.monitor.throughput import Throughput
@@ -23,6 +23,9 @@ from megashear.train.schedule import SequenceLosses
 from megashear.train.step import WEIGHTS, Step, TrainStep
 
 logger = logging.getLogger(__name__)
+
+_SAME_TERM = 1e-6
+"""Relative; tensor ranks add up the same float32 numbers, in float64."""
 
 
 class StepLog:
@@ -106,8 +109,12 @@ class StepLog:
             tokens_per_second=pace.tokens_per_second,
             eta_seconds=self._meter.eta(self._train.train_iters - step),
         )
+        lines = [line]
+        if terms:
+            weights = objective.weights_at(step - 1)
+            lines.append(format_terms({name: (terms[name], weights[name]) for name in terms}))
         further = objective.line()
-        logger.info(line if further is None else f"{line}\n{further}")
+        logger.info("\n".join(lines if further is None else [*lines, further]))
         return True
 
 
@@ -117,10 +124,16 @@ def mean_losses(
     """Return the mean cross entropy over the counted tokens of steps, nats, and the mean of each
     further term of the loss. Collective over the replica's model group and the data group.
 
+    Terms are measured by all tensor ranks of a last stage alike. One that forgot to sum over their
+    slices would go into every gradient unseen, so their copies are compared.
+
     Args:
         window: losses of the steps' microbatches, on the last stage.
         names: of the further terms, equal on every rank.
         groups: where this rank stands.
+
+    Raises:
+        RuntimeError: on every rank: tensor ranks measured another term than each other.
     """
     total = torch.zeros(2 + len(names), dtype=torch.float64, device=device.device())
     for losses in window:
@@ -128,8 +141,19 @@ def mean_losses(
         total[1] += losses.counts.double().sum()
         for place, name in enumerate(names, start=2):
             total[place] += losses.terms[name].double().sum()
+    apart = torch.zeros_like(total)
+    if names and groups.tensor_size > 1:
+        ends = torch.cat([total, -total])
+        most, least = flat_all_reduce([ends], groups.tensor, dist.ReduceOp.MAX)[0].chunk(2)
+        apart = ((most + least).abs() > _SAME_TERM * total.abs()).double()
     for group in (groups.pipeline, groups.data):
-        (total,) = flat_all_reduce([total], group)
+        total, apart = flat_all_reduce([total, apart], group)
+    for name, differs in zip(names, apart[2:].tolist()):
+        if differs:
+            raise RuntimeError(
+                f"tensor ranks measured different values of the term {name} of the loss: it is not "
+                f"summed over their slices of the vocabulary; please report this"
+            )
     loss, *terms = (total[[0, *range(2, len(total))]] / total[1]).tolist()  # NaN without tokens
     return loss, dict(zip(names, terms))
 
