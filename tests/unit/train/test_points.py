@@ -41,7 +41,7 @@ def test_a_window_without_a_counted_token_has_no_mean(monkeypatch: pytest.Monkey
     monkeypatch.setattr(points, "flat_all_reduce", lambda tensors, group: tensors)  # one rank
     nothing, zero = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
     empty = SequenceLosses(nothing, nothing, zero, {"z": nothing})
-    groups = types.SimpleNamespace(pipeline=None, data=None)
+    groups = types.SimpleNamespace(tensor_size=1, pipeline=None, data=None)
     loss, terms = points.mean_losses([empty], ["z"], groups)  # type: ignore[arg-type]
     assert math.isnan(loss)
     assert math.isnan(terms["z"])
