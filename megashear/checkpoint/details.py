@@ -17,6 +17,7 @@ SOURCE_SHAPE = "source_shape"
 TARGET_SHAPE = "target_shape"
 PRUNED_FOR = "pruned_for"
 ROUNDING = "rounding"
+IMPORTANCE_SCORES = "importance_scores"
 MASK_EXTENTS = "mask_extents"
 MASK_OPTIMIZER_STEPS = "mask_optimizer_steps"
 SCHEDULER = "scheduler"
@@ -29,7 +30,7 @@ HELD_OUT_LOSS = "held_out_loss"
 HELD_OUT_ERROR = "held_out_standard_error"
 HF_CONFIG = "hf_config"
 
-LINEAGE = (SOURCE_SHAPE, PRUNED_FOR, ROUNDING)
+LINEAGE = (SOURCE_SHAPE, PRUNED_FOR, ROUNDING, IMPORTANCE_SCORES)
 """Keys of the pruning that a model came from; later stages keep them."""
 PASSING = (SCHEDULER, LOADER, GUARD, REWEIGHTING)
 """Keys of what differs with every step."""
@@ -88,6 +89,8 @@ class RunDetails:
     """Steps of the pruning run that the model was cut from."""
     rounding: dict[str, int] = field(default_factory=dict)
     """Number of gates by kind that the cut changed to meet the target."""
+    importance_scores: dict[str, Any] = field(default_factory=dict)
+    """File of the scores that chose the units to keep, and how they were measured."""
     mask_extents: dict[str, list[int]] | None = None
     """Extents of every kind's mask; None of a checkpoint without masks."""
     mask_optimizer_steps: int | None = None

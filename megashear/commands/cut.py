@@ -1,4 +1,4 @@
-"""Fold the learned masks into the weights and drop the closed units."""
+"""Fold the learned masks into the weights and drop the closed units, or cut by scores."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ def main(argv: Sequence[str]) -> int:
     refuse_torchrun(PROG)
     check_writable("--output", config.output)
     # Imported here, because torch and megatron-core take seconds that --help should not.
-    from megashear.checkpoint.shear import cut_checkpoint
+    from megashear.checkpoint.shear import cut_by_scores, cut_checkpoint
 
-    report(cut_checkpoint(config.load, config.output, exact_target=config.exact_target))
+    if config.scores is None:
+        report(cut_checkpoint(config.load, config.output, exact_target=config.exact_target))
+    else:
+        report(cut_by_scores(config.load, config.output, config.scores, config))
     return 0
 
 
@@ -32,8 +35,11 @@ def check(config: CutConfig) -> None:
     Raises:
         ValueError: anything a user can correct.
     """
-    check_there(config, "load")
+    check_there(config, "load", "scores")
     check_new(config, "output")
-    from megashear.checkpoint.shear import check_cut
+    from megashear.checkpoint.shear import check_cut, check_cut_by_scores
 
-    check_cut(config.load)
+    if config.scores is None:
+        check_cut(config.load)
+    else:
+        check_cut_by_scores(config.load, config.scores, config)

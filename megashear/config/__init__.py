@@ -20,7 +20,7 @@ from megashear.config.distill import DistillConfig
 from megashear.config.masks import MaskConfig, TargetConfig, check_streams
 from megashear.config.model import ModelConfig, TransformerImpl
 from megashear.config.parallel import ParallelConfig
-from megashear.config.runs import EvaluateRun, PretrainRun, PruneRun, ReferenceLossRun
+from megashear.config.runs import EvaluateRun, PretrainRun, PruneRun, ReferenceLossRun, ScoreRun
 from megashear.config.train import DEFAULT_EVAL_SEQUENCES, OptimizerConfig, TrainConfig
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "ReferenceLossRun",
     "ReportConfig",
     "Reweight",
+    "ScoreRun",
     "TargetConfig",
     "TrainConfig",
     "TransformerImpl",

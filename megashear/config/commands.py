@@ -196,16 +196,39 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CutConfig:
-    """`megashear cut`: fold the learned masks into the weights and drop the units they closed."""
+class CutConfig(TargetConfig):
+    """`megashear cut`: fold the learned masks into the weights and drop the units they closed, or
+    keep the units of the highest importance scores."""
 
     load: str
-    """Checkpoint directory of a pruning run."""
+    """Checkpoint directory of a pruning run; with --scores, of the model that was scored."""
     output: str
     """Checkpoint directory to write; must not exist."""
-    exact_target: bool = False
+    exact_target: Annotated[bool, COMMON] = False
     """Keep exactly as many units as the target has, the most open ones, where the masks keep
     another number."""
+    scores: Annotated[str | None, COMMON] = None
+    """File of `megashear score`. The units of the highest scores are kept, as many as the target
+    has, in a model without masks: a one-shot cut. Needs --target or --target-* extents, which a
+    pruning run has already."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        given = [
+            f"--{one.name.replace('_', '-')}"
+            for one in dataclasses.fields(TargetConfig)
+            if getattr(self, one.name) != one.default
+        ]
+        if self.scores is None and given:
+            raise ValueError(
+                f"{' and '.join(given)} set the target of a cut by --scores, which is not given; "
+                f"the target of a pruning run is in its checkpoint"
+            )
+        if self.scores is not None and self.exact_target:
+            raise ValueError(
+                f"--exact-target is for learned masks, and --scores {self.scores} keeps exactly "
+                f"the target's units in any case; leave one of them out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,14 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from megashear.bounds import COMMON, TINY, Between, Length, Sequences, Tokens, check_bounds
+from megashear.bounds import (
+    COMMON,
+    TINY,
+    Between,
+    Length,
+    Seed,
+    Sequences,
+    Steps,
+    Tokens,
+    check_bounds,
+)
 from megashear.config.data import DataConfig
-from megashear.config.defaults import INIT_METHOD_STD
+from megashear.config.defaults import INIT_METHOD_STD, SEED
 from megashear.config.distill import DistillConfig
 from megashear.config.masks import MaskConfig
 from megashear.config.model import ModelConfig
 from megashear.config.parallel import ParallelConfig
-from megashear.config.train import OptimizerConfig, TrainConfig, check_one_source
+from megashear.config.train import (
+    OptimizerConfig,
+    TrainConfig,
+    check_one_source,
+    check_source_given,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,10 +92,40 @@ class EvaluateRun:
     def __post_init__(self) -> None:
         check_bounds(self)
         check_one_source(self.load, self.load_hf)
-        if self.load is None and self.load_hf is None:
-            raise ValueError(
-                "--load is not given; name a checkpoint, or a Hugging Face directory with --load-hf"
-            )
+        check_source_given(self.load, self.load_hf)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreRun:
+    """`megashear score`: measure how important each unit of a model is, for `megashear cut`."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    load: Annotated[str | None, COMMON] = None
+    """Checkpoint directory of a model without masks to score."""
+    load_hf: Annotated[str | None, COMMON] = None
+    """Hugging Face directory to score, in place of --load; each rank reads only its slices."""
+    data_path: str
+    """Directory that `megashear preprocess` wrote; its training text is read, all domains in
+    proportion to their tokens."""
+    output: str
+    """JSON file to write, for --scores of `megashear cut`; must not exist."""
+    num_sequences: Annotated[Steps, COMMON] = 1024
+    """Sequences to read, summed over all domains and replicas; none is read twice."""
+    seq_length: Annotated[Length | None, COMMON] = None
+    """Tokens per sequence; those of the run that made the checkpoint unless given."""
+    micro_batch_size: Annotated[Sequences, COMMON] = 1
+    """Sequences per replica in one forward pass."""
+    seed: Seed = SEED
+    """Seed of the choice of sequences."""
+    verify_checkpoint: bool = True
+    """Compare every file of the checkpoint with its checksum first. Turned off, only names and
+    sizes are compared."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        check_one_source(self.load, self.load_hf)
+        check_source_given(self.load, self.load_hf)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -201,3 +201,15 @@ def check_one_source(load: str | None, load_hf: str | None) -> None:
         raise ValueError(
             f"--load {load} and --load-hf {load_hf} exclude each other; a run starts from one model"
         )
+
+
+def check_source_given(load: str | None, load_hf: str | None) -> None:
+    """Refuse a command without a model.
+
+    Raises:
+        ValueError: neither is given.
+    """
+    if load is None and load_hf is None:
+        raise ValueError(
+            "--load is not given; name a checkpoint, or a Hugging Face directory with --load-hf"
+        )

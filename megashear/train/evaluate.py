@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -214,7 +214,11 @@ def evaluate_domains(
         objective.evaluating(mode) as measure,
         progress(total, rank=groups.rank, desc=what, unit="batch", leave=False) as bar,
     ):
-        for slab in _slabs(held_out, chosen, groups, micro_batch_size):
+        batches = itertools.chain.from_iterable(
+            domain.batches(indices, micro_batch_size, groups.data_rank, groups.data_size)
+            for domain, indices in zip(held_out, chosen)
+        )
+        for slab in slabs(batches, groups):
             beat(what)
             for found in measure(slab):
                 terms = sums_of_sequences(found.sums, found.counts)
@@ -272,20 +276,16 @@ def ratio_and_error(sums: Tensor) -> tuple[Tensor, Tensor]:
     return ratio, error
 
 
-def _slabs(
-    held_out: Sequence[HeldOutSet],
-    chosen: Sequence[Sequence[int]],
-    groups: ParallelGroups,
-    micro_batch_size: int,
-) -> Iterator[list[MicroBatch]]:
-    batches = itertools.chain.from_iterable(
-        domain.batches(indices, micro_batch_size, groups.data_rank, groups.data_size)
-        for domain, indices in zip(held_out, chosen)
-    )
+def slabs(batches: Iterable[MicroBatch], groups: ParallelGroups) -> Iterator[list[MicroBatch]]:
+    """Yield microbatches in lists that the schedule takes at a time.
+
+    The interleaved schedule takes a multiple of the stages only, so copies with a loss mask of 0
+    fill the last list.
+    """
+    batches = iter(batches)
     slab_size = -(-_SLAB // groups.pipeline_size) * groups.pipeline_size
     while slab := list(itertools.islice(batches, slab_size)):
         if groups.virtual_size > 1:
-            # the interleaved schedule takes a multiple of the stages only
             while len(slab) % groups.pipeline_size:
                 slab.append(replace(slab[-1], loss_mask=torch.zeros_like(slab[-1].loss_mask)))
         yield slab

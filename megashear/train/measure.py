@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megashear.checkpoint.description import Description
-from megashear.config import EvaluateRun, ModelConfig, ReferenceLossRun, TargetConfig
+from megashear.config import EvaluateRun, ReferenceLossRun, TargetConfig
 from megashear.data.held_out import HeldOutSet
 from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.reference_loss import MEASURED, PARAMETERS, SEQUENCE_LENGTH, Model, read_models
@@ -28,8 +25,6 @@ from megashear.train.inputs import check_vocabulary, held_out_sets
 from megashear.train.objectives import LOSS, LanguageModelling
 from megashear.train.result import STANDARD_ERROR
 from megashear.train.stored_model import StoredModel, find_model
-
-logger = logging.getLogger(__name__)
 
 
 def evaluate(config: EvaluateRun) -> dict[str, Any]:
@@ -178,16 +173,15 @@ def _prepare(config: EvaluateRun) -> PreparedEvaluation:
     check_layout(model.shape, config.parallel)
     manifest = read_manifest(config.data_path)
     check_vocabulary(manifest, model.shape, model.tokenizer)
-    seq_length = _sequence_length(config, model.description, model.directory)
+    seq_length = model.sequence_length(config.seq_length)
     config.parallel.check_sequence(seq_length)
     model.shape.check_window(seq_length)
-    as_trained = _as_trained(config.model, model.description)
     return PreparedEvaluation(
         config=config,
         model=model,
         manifest=manifest,
         seq_length=seq_length,
-        held_out=held_out_sets(manifest, seq_length, as_trained),
+        held_out=held_out_sets(manifest, seq_length, model.as_trained(config.model)),
     )
 
 
@@ -206,32 +200,3 @@ def _evaluations(config: ReferenceLossRun) -> list[EvaluateRun]:
         )
         for name in config.load
     ]
-
-
-def _as_trained(model: ModelConfig, description: Description) -> ModelConfig:
-    """Keep documents apart as flags ask for, or as in the run that made the checkpoint."""
-    saved = description.known.flags
-    names = ("reset_attention_mask", "eod_mask_loss")
-    asked = {name: getattr(model, name) or getattr(saved, name) for name in names}
-    for name in names:
-        if asked[name] and not getattr(model, name):
-            logger.info("--%s, as the run that made the checkpoint", name.replace("_", "-"))
-    return dataclasses.replace(model, **asked)
-
-
-def _sequence_length(config: EvaluateRun, description: Description, directory: Path) -> int:
-    """Return the length asked for, or that of the run that made the checkpoint.
-
-    Other lengths give other losses.
-
-    Raises:
-        ValueError: neither is known.
-    """
-    if config.seq_length is not None:
-        return config.seq_length
-    if (length := description.known.flags.seq_length) is None:
-        raise ValueError(
-            f"--seq-length is not given and {directory}, of stage {description.stage!r}, was not "
-            f"trained by megashear; give the length of the losses to compare with, tokens"
-        )
-    return length

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megashear.checkpoint.description import (
     TOKENIZER,
@@ -14,13 +18,17 @@ from megashear.checkpoint.description import (
     read_description,
 )
 from megashear.checkpoint.store import agree_on_iteration, load_weights
+from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import ModelConfig, ParallelConfig
+from megashear.conversion.hf import HfWeights
 from megashear.conversion.sharded_hf import describe, load_hf
 from megashear.models.llama import build_chunks
 from megashear.parallel.agree import raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train.start import check_no_masks, check_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +51,39 @@ class StoredModel:
     def tokenizer(self) -> Path:
         """Directory of the model's own tokenizer files, if it carries any."""
         return self.directory if self.load is None else self.directory / TOKENIZER
+
+    def as_trained(self, model: ModelConfig) -> ModelConfig:
+        """Return how the model computes, with documents kept apart as flags ask for, or as in the
+        run that made the checkpoint."""
+        saved = self.description.known.flags
+        names = ("reset_attention_mask", "eod_mask_loss")
+        asked = {name: getattr(model, name) or getattr(saved, name) for name in names}
+        for name in names:
+            if asked[name] and not getattr(model, name):
+                logger.info("--%s, as the run that made the checkpoint", name.replace("_", "-"))
+        return dataclasses.replace(model, **asked)
+
+    def sequence_length(self, asked: int | None) -> int:
+        """Return the length asked for, or that of the run that made the checkpoint.
+
+        Other lengths give other losses and scores.
+
+        Raises:
+            ValueError: neither is known.
+        """
+        if asked is not None:
+            return asked
+        if (length := self.description.known.flags.seq_length) is None:
+            raise ValueError(
+                f"--seq-length is not given and {self.directory}, of stage "
+                f"{self.description.stage!r}, was not trained by megashear; give the length of "
+                f"sequences, tokens, say that of the losses or scores to compare with"
+            )
+        return length
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Open the weights by Hugging Face name, in this process; each is read when asked for."""
+        return HfWeights(self.directory) if self.load is None else CheckpointWeights(self.directory)
 
     def settle(self, groups: ParallelGroups, *, verify: bool) -> StoredModel:
         """Return the newest whole iteration of the checkpoint. Collective over the world.

@@ -22,6 +22,7 @@ from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.train import measure
 from megashear.train.schedule import run_schedule
+from megashear.train.stored_model import StoredModel
 from tests import reference_llama
 from tests.distributed.masked_model import (
     Pass,
@@ -242,7 +243,7 @@ def test_a_run_and_the_evaluation_of_its_checkpoint_keep_documents_apart_alike(
     assert losses(ModelConfig()) == pytest.approx(of_run, rel=OTHER_KERNELS)
 
     # and that differs from what documents compute that see each other
-    monkeypatch.setattr(measure, "_as_trained", lambda model, description: model)
+    monkeypatch.setattr(StoredModel, "as_trained", lambda found, model: model)
     crossing = losses(ModelConfig())
     assert max(abs(crossing[name] / of_run[name] - 1) for name in of_run) > 1e-3
 

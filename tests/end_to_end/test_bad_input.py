@@ -327,6 +327,24 @@ def test_an_evaluation_of_unknown_length(refusal: Refusal) -> None:
     assert re.search(wanted, refusal("evaluate", *words))
 
 
+def test_scores_that_cannot_be_measured(refusal: Refusal) -> None:
+    right = ["--load", refusal.text.checkpoint, "--data-path", refusal.text.data]
+    output, length = ("--output", refusal.folder / "scores.json"), ("--seq-length", 32)
+    wanted = "--seq-length is not given and .* of stage 'converted', was not trained by megashear"
+    assert re.search(wanted, refusal("score", *right, *output))
+    wanted = "--transformer-impl transformer_engine fuses norms with the layers after them, so that"
+    impl = ("--transformer-impl", "transformer_engine")
+    assert wanted in refusal("score", *right, *output, *length, *impl)
+    split = ("--tensor-model-parallel-size", 3)
+    wanted = "model num_query_groups 4 is not a multiple of --tensor-model-parallel-size 3"
+    assert wanted in refusal("score", *right, *output, *length, *split, processes=3)
+    (refusal.folder / "scores.json").touch()
+    wanted = "scores.json exists; choose another or remove it first"
+    assert wanted in refusal("score", *right, *output, *length)
+    wanted = "--load is not given; name a checkpoint, or a Hugging Face directory with --load-hf"
+    assert wanted in refusal("score", *right[2:], "--output", refusal.folder / "other.json")
+
+
 def test_tasks_of_srun_that_do_not_know_each_other(
     refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

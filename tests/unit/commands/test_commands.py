@@ -25,6 +25,7 @@ NEEDED = {
     "plan": ["--model", "llama2-7b", "--gpus", "8"],
     "preprocess": ["--input", "in", "--output", "out", "--tokenizer-model", "t"],
     "convert": ["--input", "in", "--output", "out"],
+    "score": ["--load", "in", "--data-path", "data", "--output", "out"],
     "prune": ["--data-path", "data"],
     "cut": ["--load", "in", "--output", "out"],
     "pretrain": ["--data-path", "data"],
