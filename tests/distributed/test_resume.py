@@ -199,6 +199,29 @@ def test_batch_and_sequence_may_change(runs: Runs, tmp_path: Path) -> None:
     assert f"--seq-length was {text_run.SEQUENCE} in the saved run" in told
 
 
+def test_a_rate_that_jumps_in_a_longer_run_is_told_with_both_rates(
+    runs: Runs, tmp_path: Path
+) -> None:
+    interrupted = runs.stopped("prune", *ALONE)
+    shutil.copytree(interrupted.saved, tmp_path / "saved")
+    config = interrupted.config(ALONE[0], tmp_path)
+    longer = replace(config, train=replace(config.train, train_iters=WHOLE + HALF))
+
+    def listen() -> None:
+        logging.getLogger("megashear").addHandler(logging.FileHandler(tmp_path / "log"))
+
+    start(longer, 1, listen)
+    whole = runs.uninterrupted("prune", *ALONE).points  # of the schedule that was given up
+    resumed = text_run.scalars(tmp_path / "events")
+    before, now = (points["train/learning-rate"][HALF + 1] for points in (whole, resumed))
+    assert now > 1.1 * before
+    assert (
+        f"the learning rate jumps at step {HALF} from {before:.4g}, where the saved run left it, "
+        f"to {now:.4g}: --train-iters was {WHOLE} and is {WHOLE + HALF}; --lr-decay-iters {WHOLE} "
+        f"keeps the decay that the saved run had"
+    ) in (tmp_path / "log").read_text()
+
+
 def test_phases_that_count_tokens_want_one_sequence_length(runs: Runs, tmp_path: Path) -> None:
     interrupted = runs.stopped("pretrain", *SPLIT)
     phases = tmp_path / "phases.yaml"

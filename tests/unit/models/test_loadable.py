@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import get_args
 import pytest
 import torch
 
+from megashear.commands.settings import build
+from megashear.config import PretrainRun
 from megashear.conversion import hf
 from megashear.conversion.hf_config import config_of_shape
 from megashear.models.loadable import check_target, warn, why_refused
 from megashear.shape import PRESETS, Family, ModelShape
+from megashear.train.prepare import prepare
 from tests.reference_llama import random_weights
 
 SHAPE = ModelShape(
@@ -157,6 +161,19 @@ def test_a_hugging_face_directory_is_warned_of_before_it_is_written(
     assert "hidden_size 40 is not a multiple of num_attention_heads 6" in caplog.text
     assert there == [False]
     assert (tmp_path / "model/config.json").is_file()
+
+
+@pytest.mark.parametrize("heads", [6, 8])
+def test_pretraining_such_a_model_is_warned_of(
+    heads: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = replace(SHAPE, num_attention_heads=heads, num_query_groups=heads)
+    (tmp_path / "shape.json").write_text(json.dumps(shape.to_dict()))
+    values = {"init_shape": str(tmp_path / "shape.json"), "data_path": str(tmp_path / "data")}
+    with pytest.raises(ValueError, match="data"):  # which is not there
+        prepare(build(PretrainRun, values), is_dry_run=True)
+    said = "hidden_size 40 is not a multiple of num_attention_heads 6: transformers from"
+    assert (said in caplog.text) is (heads == 6)
 
 
 def test_an_odd_width_of_heads_is_refused() -> None:

@@ -115,6 +115,18 @@ def test_kernels_are_compiled_on_all_ranks_or_on_none(
             assert told == []
 
 
+@pytest.mark.parametrize("wrong", ["the core is for another CUDA", None])
+def test_a_start_says_that_an_optional_package_is_for_another_cuda(wrong: str | None) -> None:
+    def body(rank: int) -> list[str]:
+        device.engine_mismatch = lambda *cuda: wrong
+        told: list[str] = []
+        launch.logger.warning = lambda text, *values: told.append(text % values)  # type: ignore[method-assign]
+        with distributed(ParallelConfig(), ModelConfig()):
+            return told
+
+    assert run_ranks(1, body) == [[] if wrong is None else [wrong]]
+
+
 def test_a_process_alone_leaves_no_temporary_file_if_it_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

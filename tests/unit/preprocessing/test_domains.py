@@ -120,6 +120,20 @@ def test_half_a_surrogate_pair_is_replaced_and_counted(tmp_path, sentencepiece_f
     assert list(read_texts(file, "text")) == ["cut \ufffd", "whole \U0001f600"]
 
 
+@pytest.mark.parametrize("beside", ["{}", None])
+def test_the_file_taken_of_two_tokenizers_is_said(
+    jsonl, sentencepiece_file, tmp_path, caplog, beside: str | None
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(sentencepiece_file, model / "tokenizer.model")
+    if beside is not None:
+        (model / "tokenizer.json").write_text(beside)
+    preprocess(jsonl, tmp_path / "out", model)
+    said = f"--tokenizer-model: {model}/tokenizer.model is used, not tokenizer.json beside it"
+    assert (said in caplog.text) is (beside is not None)
+
+
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_a_small_domain_is_divided_by_length(tokenise, fraction: float, caplog) -> None:
     short, long = "a short text", "a much longer text " * 20

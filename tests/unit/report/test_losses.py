@@ -20,7 +20,9 @@ from megashear.report.losses import (
     references_of,
     source_loss,
 )
+from megashear.report.page import PageFigure
 from megashear.report.record import RunRecord
+from megashear.report.run_section import run_section
 from megashear.report.story import headline
 from tests.tiny import PAIRS
 
@@ -100,6 +102,23 @@ def test_the_gap_to_source_and_references_stands_at_the_top(tmp_path: Path) -> N
     # a source that is the reference is said once
     once = "".join(headline([record(POINTS)], MeanLoss(domains={"c": 2.25})))
     assert once.count("That is") == 1
+
+
+def test_what_losses_are_held_to_are_lines_across_them() -> None:
+    run = record({**POINTS, tags.LM_LOSS: {1: 3.0, 4: 2.5}})
+
+    def across(source: MeanLoss | None) -> dict[Any, float]:
+        parts = run_section(run, "run", source).parts
+        (drawn,) = (p for p in parts if isinstance(p, PageFigure) and p.name == "run-loss")
+        lines = [line for line in drawn.figure.axes[0].lines if list(line.get_xdata()) == [0, 1]]
+        return {line.get_label(): float(line.get_ydata()[0]) for line in lines}
+
+    reference = {"the mean of the references, 2.250": 2.25}
+    assert across(MeanLoss(domains={"c": 1.0, "prose": 2.0})) == {
+        "the model before pruning, 1.500": 1.5,
+        **reference,
+    }
+    assert across(None) == reference  # a source that is not known is not drawn
 
 
 def test_the_source_of_a_quickstart_is_in_its_results(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from megashear.report.page import (
     moment,
     page,
     paragraph,
+    preformatted,
     table,
 )
 from megashear.report.record import RunRecord, Session, read_run
@@ -205,6 +207,61 @@ def test_parts_say_what_they_are_given() -> None:
     assert moment(0) == "1970-01-01 00:00 UTC"
     section = Section(name="a", title="A & B", parts=[paragraph("c")])
     assert check_alone(page("<t>", [paragraph("lead")], [section], now=0.0))
+
+
+BLOCK = r"@media{} \{{((?:[^{{}}]*\{{[^{{}}]*\}})*)\s*\}}"
+"""Rules of a style sheet that are for some media alone."""
+IN_A_BOX = r'<div class="scroll">\s*(?:<div class="drawing">)?<(table|pre|svg)\b.*?</\1>'
+
+
+def rules_of(css: str) -> dict[str, str]:
+    """Return the declarations of each selector of a style sheet without blocks of media."""
+    return {
+        selector.strip(): declarations
+        for selectors, declarations in re.findall(r"([^{}]+)\{([^{}]*)\}", css)
+        for selector in selectors.split(",")
+    }
+
+
+def hidden_at_500_px(text: str) -> list[str]:
+    """Return what may run out of sight on a narrow page: rules and elements."""
+    (style,) = re.findall(r"<style>(.*?)</style>", text, flags=re.DOTALL)
+    (narrow,) = re.findall(BLOCK.format(r" \(max-width: 600px\)"), style)
+    lifted = rules_of(narrow)
+    found = []
+    for selector, rule in rules_of(re.sub(BLOCK.format("[^{]*"), "", style)).items():
+        after = lifted.get(selector, "")
+        unbroken = "white-space: nowrap" in rule or selector == "pre"
+        if unbroken and not re.search(r"white-space: (normal|pre-wrap)", after):
+            found.append(f"{selector} is not broken")
+        if "min-width" in rule and "min-width" not in after:
+            found.append(f"{selector} is too wide")
+        if re.search(r"overflow(-x)?: hidden|display: none", rule + after):
+            found.append(f"{selector} is cut off")
+    rest = re.sub(IN_A_BOX, "", text, flags=re.DOTALL)
+    return found + [f"{tag} cannot scroll" for tag in ("table", "pre", "svg") if f"<{tag}" in rest]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "faults"),
+    [
+        ("", "", []),
+        # the twins: every rule and every box is needed
+        ("white-space: normal;", "", [".number is not broken"]),
+        ("white-space: pre-wrap;", "", ["pre is not broken"]),
+        ("min-width: 40px;", "", [".bars td.bar is too wide"]),
+        ("overflow-x: auto", "overflow-x: hidden", [".scroll is cut off"]),
+        ('class="scroll"', "", [f"{tag} cannot scroll" for tag in ("table", "pre", "svg")]),
+    ],
+)
+def test_a_narrow_page_hides_nothing(
+    events: Path, right: str, wrong: str, faults: list[str]
+) -> None:
+    run = read_run(events)
+    more = Section(name="a", title="A", parts=[bars([("x", 4, 1)]), preformatted("b")])
+    text = page("t", headline([run]), [*sections_of([run], None), more], now=0.0)
+    assert right in text
+    assert hidden_at_500_px(text.replace(right, wrong)) == faults
 
 
 def test_text_that_no_template_wrote_is_escaped() -> None:
