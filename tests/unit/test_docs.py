@@ -197,6 +197,33 @@ def test_a_wrong_command_is_noticed() -> None:
     assert main([*line, "--dry-run"]) == 2
 
 
+def measured(page: str, heading: str) -> tuple[list[str], set[str]]:
+    """Return the losses in a section, row by row, and the code that they are of."""
+    section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    losses = re.findall(r"(\d\.\d{3} \+- \.\d{3})\W*$", section, flags=re.MULTILINE)
+    line = " ".join(section.split())
+    code = re.findall(r"`--seed .*?`(?=[;)])|(?:CPython|torch) [\d.]+\d|\b[0-9a-f]{7}\b", line)
+    return losses, {*code}
+
+
+def test_the_quickstarts_table_is_of_the_code_that_it_names() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
+    losses, code = measured(readme, "Quickstart")
+    everywhere = measured(page, "Measured results")
+    assert len(losses) == 5
+    assert losses == everywhere[0]
+    assert code <= everywhere[1]
+    # seeds, Python, torch and at least one commit
+    assert len(code) >= 4
+    # the twins: another loss and another commit
+    other = readme.replace(losses[2], "3.000 +- .032")
+    assert measured(other, "Quickstart")[0] != losses
+    (commit, *_) = (words for words in code if re.fullmatch("[0-9a-f]{7}", words))
+    other = readme.replace(commit, "0123456")
+    assert not measured(other, "Quickstart")[1] <= everywhere[1]
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=in_repository)
 def test_texts_are_ascii(path: Path) -> None:
     assert path.read_text(encoding="utf-8").isascii()
