@@ -282,6 +282,9 @@ class PlanConfig(TargetConfig):
     pretraining_eval_sequences: Steps | None = None
     """Held-out sequences per domain in an evaluation of the continued pretraining; those of
     --pretrain-config, or 500, unless given."""
+    distill: bool = False
+    """Plan both runs with --model as their teacher, as with --distill-from. A YAML file that has
+    distill_from is planned so in any case."""
     eval_domains: Sequences | None = None
     """Number of domains that both runs evaluate; that of the YAML files' domain_weights, or 7,
     unless given."""

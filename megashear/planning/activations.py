@@ -51,7 +51,8 @@ def loss_kept(work: Work) -> int:
     """Return the bytes that final norm, output layer and cross entropy keep."""
     # a token has largest logit, factor, loss and weight; its label, and whether it is this rank's
     logits = work.element * work.tokens * work.own_vocab
-    return _norm(work) + _residual(work) + logits + (4 * FLOAT32 + 8 + 1) * work.tokens
+    kept = 1 if work.teacher is None else 1 + work.has_entropy  # the divergence has its own
+    return _norm(work) + _residual(work) + kept * logits + (4 * FLOAT32 + 8 + 1) * work.tokens
 
 
 def _layers_kept(work: Work) -> int:
@@ -116,10 +117,29 @@ def _chunk_moment(work: Work, *, first: bool, last: bool) -> int:
         padded = work.tensor * vocab != work.shape.vocab_size
         copied = work.element * work.tokens * vocab if padded else 0
         moments.append(e * vocab * hidden + _residual(work) + copied)
+        moments.append(_beside_divergence(work))
     if first:
         # a dense gradient of the whole embedding, when the rest of the microbatch is free
         moments.append(e * vocab * hidden - _chunk_kept(work, first=first, last=last))
     return max(0, *moments)
+
+
+def _beside_divergence(work: Work) -> int:
+    """Return the bytes of logits that the divergence needs besides those that are kept.
+
+    They are the model's, and where a microbatch has several sequences the teacher's before they are
+    turned to [b, s, v].
+    """
+    if work.teacher is None:
+        return 0
+    return (1 + (work.micro_batch_size > 1)) * work.element * work.tokens * work.own_vocab
+
+
+def taught_bytes(work: Work, stage: int) -> int:
+    """Return the bytes of the teacher's hidden states that wait for a step's microbatches."""
+    if work.teacher is None or stage != work.pipeline - 1:
+        return 0
+    return work.num_microbatches * _residual(work.of_teacher)
 
 
 def in_flight(work: Work, stage: int) -> tuple[int, int]:
@@ -178,13 +198,20 @@ def _throughout(work: Work) -> int:
     return lasting
 
 
-def forward_only(work: Work, stage: int) -> int:
-    """Return the bytes at the fullest moment of a forward pass without a backward pass."""
+def forward_only(work: Work, stage: int, *, with_logits: bool = True) -> int:
+    """Return the bytes at the fullest moment of a forward pass without a backward pass.
+
+    Args:
+        work: the step.
+        stage: pipeline stage, from 0.
+        with_logits: whether the last stage makes logits.
+    """
     # only bfloat16 is copied to float32 and back
     copy, back = (FLOAT32, work.element) if work.model.bf16 else (0, 0)
     # gate and up with their copies, and their product
     activation = (2 * (work.element + copy) + FLOAT32 + back) * work.own_ffn
-    logits = work.element * work.own_vocab if stage == work.pipeline - 1 else 0
+    is_last = stage == work.pipeline - 1
+    logits = work.element * work.own_vocab if is_last and with_logits else 0
     # and a layer's input, its norm's output, and the chunk's input, which its caller holds
     return work.tokens * max(activation, logits) + 3 * _residual(work) + _throughout(work)
 

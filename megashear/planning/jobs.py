@@ -89,7 +89,7 @@ def make_plans(
         network=gpu.network if network is None else network * GB / BITS,
     )
     jobs: list[tuple[Job, PruneRun | PretrainRun | None]] = [
-        (_continued(config, target or source, pretrain or PUBLISHED_PRETRAIN), pretrain)
+        (_continued(config, source, target or source, pretrain or PUBLISHED_PRETRAIN), pretrain)
     ]
     if target is not None:
         jobs.insert(0, (_pruning(config, source, target, prune or PUBLISHED_PRUNE), prune))
@@ -141,6 +141,7 @@ def _pruning(config: PlanConfig, source: ModelShape, target: ModelShape, run: Pr
         target=target,
         noise_streams=config.mask_noise_streams or run.masks.mask_noise_streams,
         mfu=config.pruning_mfu,
+        **_teaches(config, source, run),
         **_reads(
             config,
             run,
@@ -152,13 +153,14 @@ def _pruning(config: PlanConfig, source: ModelShape, target: ModelShape, run: Pr
     )
 
 
-def _continued(config: PlanConfig, shape: ModelShape, run: PretrainRun) -> Job:
+def _continued(config: PlanConfig, source: ModelShape, shape: ModelShape, run: PretrainRun) -> Job:
     return Job(
         name=CONTINUED,
         shape=shape,
         masks=frozenset(),
         noise_streams=1,
         mfu=config.mfu,
+        **_teaches(config, source, run),
         **_reads(
             config,
             run,
@@ -168,6 +170,13 @@ def _continued(config: PlanConfig, shape: ModelShape, run: PretrainRun) -> Job:
             modes=1,
         ),
     )
+
+
+def _teaches(config: PlanConfig, source: ModelShape, run: PruneRun | PretrainRun) -> dict[str, Any]:
+    """Return the fields of a job for its teacher, which is the source."""
+    if not config.distill and run.distill.distill_from is None:
+        return {}
+    return {"teacher": source, "has_entropy": bool(run.distill.lm_loss_weight)}
 
 
 def _reads(

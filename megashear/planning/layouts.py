@@ -40,6 +40,10 @@ class Job:
     """Kinds of mask."""
     target: ModelShape | None = None
     """Model after pruning."""
+    teacher: ModelShape | None = None
+    """Model that is distilled from."""
+    has_entropy: bool = True
+    """Whether the cross entropy is in the loss beside the divergence from the teacher."""
     tokens: float
     """Tokens to train on."""
     global_batch_size: int
@@ -224,6 +228,10 @@ def division(
         replicas = parallel.data_parallel_size(num_gpus)
     with _check(1, job):
         job.shape.check_division(tensor=tensor, pipeline=pipeline, virtual=virtual)
+        if job.teacher is not None:
+            job.teacher.check_division(
+                tensor=tensor, pipeline=pipeline, virtual=virtual, role="teacher"
+            )
         if chosen is not None and chosen.model is not None:
             chosen.model.check_recompute(job.shape.num_layers // (pipeline * virtual))
     with _check(2, job):
@@ -253,6 +261,8 @@ def division(
         data_size=replicas,
         masks=job.masks,
         noise_streams=job.noise_streams,
+        teacher=job.teacher,
+        has_entropy=job.has_entropy,
     )
 
 

@@ -8,7 +8,12 @@ from dataclasses import dataclass, fields, replace
 
 from megashear.masks.kinds import KINDS
 from megashear.models import weight_table
-from megashear.planning.activations import forward_only, in_flight, streams_under_way
+from megashear.planning.activations import (
+    forward_only,
+    in_flight,
+    streams_under_way,
+    taught_bytes,
+)
 from megashear.planning.work import BFLOAT16, FLOAT32, Work
 from megashear.shape import ModelShape
 
@@ -36,6 +41,8 @@ class Memory:
     replica has several streams, the gradient of one of them, float32."""
     masks: int
     """Gates on the device and their gradients; log_alpha and its optimizer are on the host."""
+    teacher: int
+    """Weights of the teacher, and its hidden states of a step's microbatches."""
     activations: int
     """Tensors kept for backward passes when most microbatches are in flight."""
     buffers: int
@@ -49,7 +56,8 @@ class Memory:
     @property
     def total(self) -> int:
         """Return the bytes at the fullest moment of a step."""
-        return self.lasting + self.masks + self.activations + self.buffers
+        passes = self.masks + self.teacher + self.activations + self.buffers
+        return self.lasting + passes
 
     def parts(self) -> dict[str, int]:
         """Return the bytes by the name of the part."""
@@ -69,6 +77,12 @@ def rank_memory(work: Work, stage: int) -> Memory:
     held = _in_buffer(sizes, work.data_size) if sharded else count
     stepped = -(-held // work.data_size) if sharded else count
     activations, peak = in_flight(work, stage)
+    teacher = taught = 0
+    if work.teacher is not None:
+        # its pass precedes all others
+        peak = max(peak, forward_only(work.of_teacher, stage, with_logits=False))
+        teacher = work.element * sum(stage_parameters(work.of_teacher, stage))
+        taught = taught_bytes(work, stage)
     return Memory(
         weights=work.element * held,
         gradients=FLOAT32 * held,
@@ -76,6 +90,7 @@ def rank_memory(work: Work, stage: int) -> Memory:
         moments=MOMENTS * FLOAT32 * stepped,
         folded=folded_bytes(work, stage),
         masks=2 * FLOAT32 * _gates(work) * work.own_streams,
+        teacher=teacher + taught,
         activations=activations,
         buffers=peak - activations,
     )
@@ -90,7 +105,13 @@ def fullest_stage(work: Work) -> tuple[int, Memory]:
 def evaluation_memory(work: Work, stage: int, *, micro_batch_size: int) -> Memory:
     """Return what a rank of ``stage`` holds in an evaluation with microbatches of this size."""
     passes = replace(work, micro_batch_size=micro_batch_size)
-    return replace(rank_memory(work, stage), activations=0, buffers=forward_only(passes, stage))
+    memory = rank_memory(work, stage)
+    return replace(
+        memory,
+        teacher=memory.teacher - taught_bytes(work, stage),
+        activations=0,
+        buffers=forward_only(passes, stage),
+    )
 
 
 def checkpoint_bytes(shape: ModelShape, masks: frozenset[str]) -> int:

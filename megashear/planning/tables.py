@@ -72,6 +72,7 @@ def lines(plan: Plan, *, top: int) -> Iterator[str]:
         f"({job.steps * job.global_batch_size * job.seq_length / 1e9:.2f} B), "
         f"{job.shape.num_params():,} parameters, {cluster.num_gpus} {cluster.gpu.name}, "
         f"{100 * job.mfu:g} % of the peak while computing"
+        + (f", a teacher of {job.teacher.num_params():,}" if job.teacher else "")
     )
     yield ""
     table = [_COLUMNS, *(_row(plan, found) for found in plan.candidates[:top])]
@@ -99,6 +100,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "parameters": job.shape.num_params(),
         "shape": job.shape.to_dict(),
         "masks": sorted(job.masks),
+        "teacher_parameters": job.teacher and job.teacher.num_params(),
         "flops_per_token": job.shape.training_flops(job.seq_length),
         "assumed_mfu": job.mfu,
         "held_out_sequences_per_step": job.held_out_per_step,
@@ -131,6 +133,7 @@ def _candidate(plan: Plan, found: Candidate) -> dict[str, Any]:
         "seconds": {
             "compute": time.compute,
             "bubble": time.bubble,
+            "teacher": time.teacher,
             "tensor": time.tensor.exposed,
             "pipeline": time.pipeline.exposed,
             "data": time.data.exposed,
@@ -191,12 +194,14 @@ def _memory(found: Candidate, cluster: Cluster) -> Iterator[str]:
         ("folded", memory.folded, _folded(work, found.stage)),
         ("masks", memory.masks, "gates and their gradients"),
     ]
+    teacher = [("teacher", memory.teacher, "its weights, and hidden states that wait")]
     rows = [
         ("weights", memory.weights, "bfloat16"),
         ("gradients", memory.gradients, "float32"),
         ("masters", memory.masters, f"float32, over {work.data_size} replicas"),
         ("moments", memory.moments, f"two of float32, over {work.data_size} replicas"),
         *masks * bool(work.masks),
+        *teacher * (work.teacher is not None),
         ("activations", memory.activations, "kept for backward passes"),
         ("buffers", memory.buffers, "what one pass needs for a moment"),
     ]
@@ -224,6 +229,8 @@ def _time(plan: Plan, found: Candidate) -> Iterator[str]:
     yield f"One step, seconds ({work.num_microbatches} microbatches a replica), and GB a GPU sends:"
     yield f"  {'compute':12} {time.compute:8.3f}"
     yield f"  {'bubble':12} {time.bubble:8.3f}"
+    if work.teacher is not None:
+        yield f"  {'teacher':12} {time.teacher:8.3f}  its forward pass"
     for name, traffic in (
         ("tensor", time.tensor),
         ("pipeline", time.pipeline),

@@ -80,6 +80,8 @@ class StepTime:
     """Seconds of all microbatches' arithmetic on the slowest stage."""
     bubble: float
     """Seconds in which stages wait for the first and the last microbatch."""
+    teacher: float
+    """Seconds of the teacher's pass, with its communication and bubble."""
     tensor: Traffic
     pipeline: Traffic
     data: Traffic
@@ -88,7 +90,7 @@ class StepTime:
     def total(self) -> float:
         """Return the seconds of a step."""
         exposed = self.tensor.exposed + self.pipeline.exposed + self.data.exposed
-        return self.compute + self.bubble + exposed
+        return self.compute + self.bubble + self.teacher + exposed
 
 
 def step_time(work: Work, cluster: Cluster, *, mfu: float) -> StepTime:
@@ -128,6 +130,7 @@ def step_time(work: Work, cluster: Cluster, *, mfu: float) -> StepTime:
     return StepTime(
         compute=count * compute,
         bubble=(work.pipeline - 1) / work.virtual * pace,
+        teacher=_teacher_seconds(work, cluster, mfu=mfu),
         tensor=Traffic(
             sent=round(count * tensor_sent), link=tensor_link, exposed=count * tensor_time
         ),
@@ -145,11 +148,20 @@ def step_time(work: Work, cluster: Cluster, *, mfu: float) -> StepTime:
     )
 
 
+def _teacher_seconds(work: Work, cluster: Cluster, *, mfu: float) -> float:
+    """Return the seconds of the teacher's forward passes of a step."""
+    if work.teacher is None:
+        return 0.0
+    whole = step_time(work.of_teacher, cluster, mfu=mfu)
+    passes = whole.compute + whole.bubble + whole.tensor.exposed + whole.pipeline.exposed
+    return FORWARD_SHARE * passes
+
+
 def forward_seconds(work: Work, time: StepTime) -> float:
     """Return the seconds of a sequence's forward pass, at the pace of a step without recompute."""
     sequences = work.num_microbatches * work.micro_batch_size * work.data_size
     whole = 1 + FORWARD_SHARE * _run_again(work)
-    return time.total / sequences * FORWARD_SHARE / whole
+    return (time.total - time.teacher) / sequences * FORWARD_SHARE / whole
 
 
 def _ends(work: Work) -> set[int]:

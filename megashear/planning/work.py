@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.models.weight_table import padded_vocab_size
@@ -36,6 +36,10 @@ class Work:
     """Kinds of mask of `masks.kinds.KINDS`; empty in continued pretraining."""
     noise_streams: int = 1
     """Noise streams of one step, over all replicas."""
+    teacher: ModelShape | None = None
+    """Model that is distilled from, at the same layout and precision."""
+    has_entropy: bool = True
+    """Whether the cross entropy is in the loss beside the divergence from the teacher."""
 
     @property
     def tensor(self) -> int:
@@ -51,6 +55,19 @@ class Work:
     def virtual(self) -> int:
         """Return the number of model chunks of a stage."""
         return self.parallel.num_virtual_stages_per_pipeline_rank
+
+    @property
+    def of_teacher(self) -> Work:
+        """Return the work of the teacher, as if it were trained."""
+        assert self.teacher is not None
+        return replace(
+            self,
+            shape=self.teacher,
+            model=replace(self.model, recompute_granularity=None),
+            masks=frozenset(),
+            noise_streams=1,
+            teacher=None,
+        )
 
     @property
     def element(self) -> int:

@@ -179,7 +179,7 @@ def _build_terms(prepared: PreparedRun, groups: ParallelGroups) -> list[LossTerm
         *(groups, config.parallel, dataclasses.replace(config.model, recompute_granularity=None))
     )
     divergence = Distillation(
-        Teacher(chunks),
+        Teacher(chunks, teacher.shape),
         groups.tensor,
         weight=flags.distill_weight,
         last_weight=flags.last_weight,

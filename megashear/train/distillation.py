@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 from megashear.data.batch import MicroBatch
 from megashear.models.divergence import vocab_parallel_divergence
 from megashear.models.llama import unwrap
+from megashear.shape import ModelShape
 from megashear.train.schedule import run_forward
 from megashear.train.terms import LossTerm
 
@@ -24,9 +26,11 @@ class Teacher:
 
     Args:
         chunks: this rank's, at the layout of the student. They return hidden states from now on.
+        shape: of the whole model.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], shape: ModelShape) -> None:
+        self.shape = shape
         # without the wrapper of mixed precision, which would return hidden states in float32
         self.chunks = [unwrap(chunk).requires_grad_(False) for chunk in chunks]
         last = self.chunks[-1]
@@ -77,6 +81,7 @@ class Distillation(LossTerm):
     """
 
     needs_logits = True
+    needs_entropy = False
 
     def __init__(
         self,
@@ -104,6 +109,10 @@ class Distillation(LossTerm):
         """Run the teacher over the microbatches of a step. Collective over the replica's model
         group."""
         self._pending = deque(zip(batches, self.teacher.hidden_states(batches)))
+
+    def planned(self) -> dict[str, Any]:
+        """Return the teacher's shape."""
+        return {"teacher": self.teacher.shape}
 
     def per_token(self, batch: MicroBatch, cross_entropy: Tensor, logits: Tensor | None) -> Tensor:
         """Return the divergence of each token, nats times T^2, [b, s]."""

@@ -41,7 +41,7 @@ class Objective:
         terms: Sequence[LossTerm] | None = None,
     ) -> None:
         self.chunks = list(chunks)
-        self.terms = [CrossEntropy()] if terms is None else list(terms)
+        self.terms: list[LossTerm] = [CrossEntropy()] if terms is None else list(terms)
         assert len({term.name for term in self.terms}) == len(self.terms), "terms have names"
 
     # a step
@@ -156,7 +156,10 @@ class Objective:
 
     def planned(self) -> dict[str, Any]:
         """Return fields of `planning.work.Work` that the objective adds."""
-        return {}
+        found: dict[str, Any] = {"has_entropy": len(self.further_terms) < len(self.terms)}
+        for term in self.terms:
+            found |= term.planned()
+        return found
 
 
 class LanguageModelling(Objective):

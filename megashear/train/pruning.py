@@ -321,8 +321,8 @@ class StructuredPruning(Objective):
         }
 
     def planned(self) -> dict[str, Any]:
-        """Return the kinds of mask and the number of noise streams."""
-        return {
+        """Return the kinds of mask and the number of noise streams, and what terms add."""
+        return super().planned() | {
             "masks": frozenset(self.masks.parts),
             "noise_streams": self.config.mask_noise_streams,
         }

@@ -193,8 +193,12 @@ def _loss(
         logits = output
         labels = batch.labels.to(output.device, non_blocking=True)
         # a copy, for its gradient is written over the logits that it is taken of
-        own = logits.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-        cross_entropy = unwrap(chunk).compute_language_model_loss(labels, own)
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and any(term.needs_entropy for term, _ in terms)
+        ):
+            own = logits.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+            cross_entropy = unwrap(chunk).compute_language_model_loss(labels, own)
+        del own
     mask = batch.loss_mask.to(output.device, non_blocking=True)
     sums, counts = (cross_entropy * mask).sum(dim=1), mask.sum(dim=1)  # [b]
     total, further = None, {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +25,9 @@ class LossTerm(ABC):
 
     needs_logits = False
     """Whether :meth:`per_token` reads logits, which are kept beside the cross entropy then."""
+    needs_entropy = True
+    """Whether :meth:`per_token` is differentiable in the cross entropy, which otherwise is measured
+    without a graph."""
 
     def __init__(self, name: str, *, weight: float = 1.0) -> None:
         self.name = name
@@ -41,6 +45,10 @@ class LossTerm(ABC):
                 stages between the first and the last may find zeros in place of the text.
             step: counted from 0.
         """
+
+    def planned(self) -> dict[str, Any]:
+        """Return fields of `planning.work.Work` that the term adds."""
+        return {}
 
     @abstractmethod
     def per_token(self, batch: MicroBatch, cross_entropy: Tensor, logits: Tensor | None) -> Tensor:

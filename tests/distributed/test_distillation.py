@@ -102,7 +102,7 @@ def make_term(
     chunks = build_chunks(shape, groups, parallel, ModelConfig(), variant="local")
     set_weights(chunks, megatron_weights(shape, seed), groups.tensor_rank, groups.tensor_size)
     return Distillation(
-        Teacher(chunks),
+        Teacher(chunks, shape),
         groups.tensor,
         weight=loss.divergence,
         temperature=loss.temperature,

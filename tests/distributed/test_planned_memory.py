@@ -14,18 +14,21 @@ from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelC
 from megashear.data.batch import MicroBatch
 from megashear.masks.targets import whole_parts
 from megashear.models import cross_entropy
-from megashear.models.llama import build_llama
+from megashear.models.llama import build_chunks, build_llama
 from megashear.parallel.groups import ParallelGroups
+from megashear.planning.activations import taught_bytes
 from megashear.planning.hardware import GPUS
 from megashear.planning.memory import evaluation_memory, rank_memory, stage_parameters
 from megashear.planning.time import Cluster, step_time
 from megashear.planning.work import Work
 from megashear.shape import ModelShape
+from megashear.train.distillation import Distillation, Teacher
 from megashear.train.guard import StepGuard
 from megashear.train.objectives import LanguageModelling
 from megashear.train.optim import build_optimizer, build_schedule
 from megashear.train.pruning import StructuredPruning
 from megashear.train.step import TrainStep
+from megashear.train.terms import CrossEntropy
 from tests.live_bytes import LiveBytes, SavedBytes, SentBytes
 from tests.ranks import run_ranks
 from tests.tiny import layout
@@ -43,6 +46,7 @@ SHAPE = ModelShape(
 TARGET = dataclasses.replace(
     SHAPE, hidden_size=80, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=192
 )
+TEACHER = dataclasses.replace(SHAPE, num_layers=8, hidden_size=240, ffn_hidden_size=640)
 SEQUENCE = 128
 
 CLOSE = 0.10
@@ -67,6 +71,8 @@ class Case:
     microbatches: int = 4
     micro_batch_size: int = 2
     shape: ModelShape = SHAPE
+    teacher: ModelShape | None = None
+    entropy: float = 1.0
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def work(self) -> Work:
@@ -80,6 +86,8 @@ class Case:
             data_size=self.replicas,
             masks=frozenset(whole_parts(self.shape, self.target)) if self.masked else frozenset(),
             noise_streams=self.streams,
+            teacher=self.teacher,
+            has_entropy=self.entropy > 0,
         )
 
     @property
@@ -158,6 +166,13 @@ CASES = {
             SHAPE, qkv_bias=True, qk_norm=True, tied_embeddings=True, vocab_size=999
         ),
     ),
+    "distilled": Case(parallel=layout(), teacher=TEACHER, entropy=0.0),
+    "distilled-float32": Case(parallel=layout(), teacher=TEACHER, bf16=False, micro_batch_size=1),
+    "distilled-entropy": Case(parallel=layout(tp=2, sp=True), teacher=TEACHER),
+    "distilled-masked": Case(
+        parallel=layout(tp=2, pp=2, sp=True), teacher=SHAPE, masked=True, entropy=0.0
+    ),
+    "distilled-many": Case(parallel=layout(pp=2), teacher=TEACHER, entropy=0.0, microbatches=10),
     "tied-masked": Case(
         parallel=layout(tp=2, pp=2),
         masked=True,
@@ -198,7 +213,13 @@ def measured_here(case: Case, *, counts_sent: bool) -> dict[str, Any]:
     chunks = build_llama(case.shape, groups, case.parallel, case.work().model, variant="local")
     sharded = case.parallel.use_distributed_optimizer
     optimizer = build_optimizer(chunks, OptimizerConfig(), bf16=case.bf16, sharded=sharded)
-    objective, gates = LanguageModelling(chunks), []
+    terms, teachers = None, []
+    if case.teacher is not None:
+        alone = dataclasses.replace(case.work().model, recompute_granularity=None)
+        teachers = build_chunks(case.teacher, groups, case.parallel, alone, variant="local")
+        own = [CrossEntropy(weight=case.entropy)] if case.entropy else []
+        terms = [*own, Distillation(Teacher(teachers, case.teacher), groups.tensor)]
+    objective, gates = LanguageModelling(chunks, terms=terms), []
     if case.masked:
         objective = StructuredPruning(
             chunks,
@@ -209,6 +230,7 @@ def measured_here(case: Case, *, counts_sent: bool) -> dict[str, Any]:
             seed=1,
             global_batch_size=case.global_batch_size,
             sequence_parallel=case.parallel.sequence_parallel,
+            terms=terms,
         )
         binding, backward = objective.binding, objective.binding.backward
 
@@ -233,7 +255,8 @@ def measured_here(case: Case, *, counts_sent: bool) -> dict[str, Any]:
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     buffers = [b for chunk in chunks for b in chunk.buffers]
     gradients = [b.grad_data for b in buffers]
-    known = [*parameters, *gradients, *optimizer_state(optimizer)]
+    taught = [p for chunk in teachers for p in chunk.parameters()]
+    known = [*parameters, *gradients, *optimizer_state(optimizer), *taught]
     batches = [batch(case, number, groups.data_rank) for number in range(case.microbatches)]
     live, saved = LiveBytes(known), SavedBytes(known)
     sent = SentBytes(ring=max(case.parallel.tensor_model_parallel_size, case.replicas))
@@ -276,6 +299,7 @@ def measured_here(case: Case, *, counts_sent: bool) -> dict[str, Any]:
         **optimizer_bytes(optimizer),
         "folded": sum(map(bytes_of, folded)),
         "masks": gates[-1] if gates else 0,
+        "taught": sum(map(bytes_of, taught)),
         "activations": saved.peak,
         "peak": live.peak,
         "step": stepping.peak,
@@ -321,6 +345,7 @@ def errors(work: Work, rank: dict[str, Any]) -> dict[str, float]:
     memory = rank_memory(work, rank["stage"])
     # the first step makes the folded weights
     passes = memory.folded + memory.masks + memory.activations + memory.buffers
+    passes += taught_bytes(work, rank["stage"])
     planned = memory.parts() | {"peak": passes}
     return {part: abs(planned[part] - rank[part]) / max(rank[part], 1) for part in (*PARTS, "peak")}
 
@@ -335,6 +360,14 @@ def test_every_part_is_what_a_run_allocates(name: str) -> None:
     for rank in measured(name):
         found = errors(work, rank)
         assert {part: e for part, e in found.items() if e > allowed[part]} == {}
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.teacher])
+def test_weights_of_a_teacher_are_counted_exactly(name: str) -> None:
+    work = CASES[name].work()
+    for rank in measured(name):
+        memory = rank_memory(work, rank["stage"])
+        assert memory.teacher - taught_bytes(work, rank["stage"]) == rank["taught"]
 
 
 def evaluation_error(work: Work, rank: dict[str, Any]) -> float:
@@ -402,6 +435,10 @@ def test_all_ranks_together_hold_the_model() -> None:
         ("neurons", "folded", {"masks": frozenset({"layer"})}),
         ("layers", "folded", {"masks": frozenset({"layer", "hidden"})}),
         ("tied-masked", "folded", {"shape": SHAPE}),
+        ("distilled", "activations", {"teacher": None}),
+        ("distilled", "peak", {"teacher": None}),
+        ("distilled-entropy", "activations", {"has_entropy": False}),
+        ("distilled-many", "peak", {"num_microbatches": 4}),
         ("plain", "peak", {"shape": dataclasses.replace(SHAPE, ffn_hidden_size=320)}),
         ("pp2", "peak", {"shape": dataclasses.replace(SHAPE, ffn_hidden_size=320)}),
     ],

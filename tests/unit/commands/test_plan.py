@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,27 @@ def test_json_has_every_layout_with_parts_that_add_up(capsys: pytest.CaptureFixt
         assert found["hours"] == pytest.approx(3200 * step / 3600)
         rate = 32 * 4096 / found["seconds"]["step"] / 8
         assert found["tokens_per_second_per_gpu"] == pytest.approx(rate)
+
+
+def test_a_teacher_is_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "pretrain.yaml"
+    recipe.write_text("bf16: true\ndistill_from: source\nlm_loss_weight: 0.5\n")
+    words = ["--model", "llama2-7b", "--target", "llama2-2.7b", *EIGHT]
+    plain = layouts(capsys, *words)
+    asked = layouts(capsys, *words, "--distill")
+    of_recipe = layouts(capsys, *words, "--pretrain-config", str(recipe), "--any-layout")
+    for found, taught in ((plain, ()), (asked, asked.keys()), (of_recipe, [*of_recipe][1:])):
+        for name, job in found.items():
+            teacher = 6_738_415_616 if name in taught else None
+            assert job["teacher_parameters"] == teacher
+            for each in job["layouts"]:
+                assert bool(each["seconds"]["teacher"]) == bool(teacher)
+                assert bool(each["bytes"]["teacher"]) == bool(teacher)
+    run(*words, "--distill")
+    out = capsys.readouterr().out
+    assert "a teacher of 6,738,415,616" in out
+    assert re.search(r"^  teacher +\d+\.\d+  its weights, and hidden states that wait$", out, re.M)
+    assert re.search(r"^  teacher +\d+\.\d+  its forward pass$", out, re.M)
 
 
 def test_the_table_lists_as_many_as_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

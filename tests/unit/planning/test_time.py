@@ -99,6 +99,27 @@ def test_recompute_runs_the_layers_a_third_longer() -> None:
     )
 
 
+@pytest.mark.parametrize(("student", "longer"), [("llama2-2.7b", 1.83), ("llama2-1.3b", 2.7)])
+def test_a_teacher_costs_its_forward_pass(student: str, longer: float) -> None:
+    """2 N of the teacher beside 6 N of the student, where N has embeddings and no attention."""
+    shape = PRESETS[student]
+    plain = step_time(work(shape=shape), cluster(1), mfu=0.5)
+    taught = step_time(work(shape=shape, teacher=PRESETS["llama2-7b"]), cluster(1), mfu=0.5)
+    assert taught.total - plain.total == pytest.approx(taught.teacher)
+    seven = PRESETS["llama2-7b"].training_flops(4096) / 3
+    assert taught.teacher == pytest.approx(8 * 4096 * seven / (0.5 * 989e12))
+    assert taught.total / plain.total == pytest.approx(longer, rel=0.07)
+
+
+def test_a_teacher_passes_the_pipeline_too() -> None:
+    split = work(parallel=layout(pp=4), teacher=PRESETS["llama2-7b"], shape=PRESETS["llama2-2.7b"])
+    found = step_time(split, cluster(4), mfu=0.5)
+    alone = step_time(replace(split, shape=PRESETS["llama2-7b"], teacher=None), cluster(4), mfu=0.5)
+    assert found.teacher == pytest.approx(
+        (alone.compute + alone.bubble + alone.pipeline.exposed) / 3
+    )
+
+
 def test_the_bubble_is_stages_less_one_over_chunks() -> None:
     plain = step_time(work(parallel=layout(pp=4)), cluster(4), mfu=0.5)
     pace = (plain.compute + plain.pipeline.exposed) / 8

@@ -15,6 +15,7 @@ from megashear.shape import PRESETS
 from megashear.train.memory import tell_memory
 from megashear.train.objectives import LanguageModelling
 from megashear.train.pruning import StructuredPruning
+from megashear.train.terms import CrossEntropy
 from tests.tiny import layout
 
 
@@ -36,6 +37,7 @@ def told(
     )
     # only what masks there are is asked of it
     objective = object.__new__(StructuredPruning if pruning else LanguageModelling)
+    objective.terms = [CrossEntropy()]
     if pruning:
         objective.config = config.masks  # type: ignore[attr-defined]
         objective.masks = SimpleNamespace(parts={"hidden": None})  # type: ignore[attr-defined]
