@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megashear.files.output import check_writable, writing
+from megashear.files.regular import check_regular
 from megashear.monitor import tags
 from megashear.monitor.drawing import INK, check_image, legend, new_figure, save, style
 from megashear.monitor.notes import READING
@@ -26,8 +27,8 @@ DASHES = ("-", "--", ":")
 """One more for every time the colours come round."""
 HEIGHTS = {2: 5.4, 3: 8.0}
 """Of a figure by its number of panels, inches."""
-EVENT_FILES = "events.out.tfevents.*"
-"""Names of event files."""
+EVENT_FILES = "*tfevents*"
+"""Names of event files, as TensorBoard finds them."""
 
 
 class Point(NamedTuple):
@@ -38,6 +39,18 @@ class Point(NamedTuple):
     """When it was written, seconds since 1970."""
 
 
+def event_files(directory: Path) -> list[Path]:
+    """Return the event files of a directory by name, all of which may be opened.
+
+    Raises:
+        ValueError: one is a pipe, a device or a directory: TensorBoard would wait for ever.
+    """
+    found = sorted(directory.glob(EVENT_FILES))
+    for path in found:
+        check_regular(path, f"the event file {path}")
+    return found
+
+
 def read_events(directories: Sequence[str | Path]) -> dict[str, dict[int, Point]]:
     """Read every point of one run, by tag and step; of two at a step the later directory's counts.
 
@@ -45,7 +58,8 @@ def read_events(directories: Sequence[str | Path]) -> dict[str, dict[int, Point]
         directories: of event files, of one run and in its order: each begins after the one before.
 
     Raises:
-        ValueError: a directory does not exist, holds no event file or is of another run.
+        ValueError: a directory does not exist, holds no event file or is of another run; an event
+            file is no regular file.
     """
     first, *others = runs_in(directories)
     if others:
@@ -92,7 +106,8 @@ def runs_in(directories: Sequence[str | Path]) -> list[RunEvents]:
         directories: of event files, in their order.
 
     Raises:
-        ValueError: a directory does not exist, holds no event file or is given twice.
+        ValueError: a directory does not exist, holds no event file or is given twice; an event
+            file is no regular file.
     """
     runs: list[RunEvents] = []
     seen: set[Path] = set()
@@ -116,7 +131,7 @@ def runs_in(directories: Sequence[str | Path]) -> list[RunEvents]:
 def _read_directory(directory: str | Path) -> dict[str, dict[int, Point]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    if not any(Path(directory).glob(EVENT_FILES)):
+    if not event_files(Path(directory)):
         raise ValueError(
             f"--tensorboard-dir {directory} holds no event files; give the directory that the "
             f"run wrote"

@@ -22,7 +22,7 @@ from megashear.checkpoint.details import RunDetails
 from megashear.checkpoint.store import read_log_alpha
 from megashear.files.structured import read_yaml
 from megashear.monitor import tags
-from megashear.monitor.figures import EVENT_FILES, Point, read_events
+from megashear.monitor.figures import EVENT_FILES, Point, event_files, read_events
 from megashear.report.kept import MaskReading
 from megashear.shape import ModelShape
 
@@ -306,7 +306,7 @@ def sessions(directories: Sequence[Path]) -> list[Session]:
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     found, later = [], []
-    for path in sorted(file for directory in directories for file in directory.glob(EVENT_FILES)):
+    for path in sorted(file for directory in directories for file in event_files(directory)):
         times, steps = [], []
         for event in LegacyEventFileLoader(str(path)).Load():
             times.append(event.wall_time)

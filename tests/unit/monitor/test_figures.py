@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megashear.monitor import figures, tags
 from megashear.monitor.figures import plot_mixture, read_events, runs_in
 from megashear.monitor.notes import READING
 from megashear.monitor.tensorboard_sink import TensorBoardSink
+from megashear.report.record import sessions
 
 DOMAINS = ("cc", "wiki")
 
@@ -94,6 +96,27 @@ def write_weights(
         sink.scalars(step, {tags.mixture_weight("cc"): weight, tags.eval_loss("cc"): 2.0})
     sink.close()
     return folder
+
+
+@pytest.mark.parametrize("name", ["events.out.tfevents.9.host.1.0", "of-others.tfevents"])
+@pytest.mark.parametrize("kind", ["named pipe", "character device"])
+def test_what_is_no_regular_event_file_is_refused_unopened(
+    events: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    """And the twin: a link to an event file is read."""
+    (file,) = sorted(events.iterdir())[:1]
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / name).symlink_to(file)
+    assert read_events([tmp_path / "linked"])
+    assert len(sessions([tmp_path / "linked"])) == 1
+    if kind == "named pipe":
+        os.mkfifo(events / name)  # nobody writes: a reader that opened it would wait for ever
+    else:
+        (events / name).symlink_to("/dev/zero")
+    wanted = f"the event file {events / name} is a {kind}; a regular file is wanted"
+    for read in (read_events, sessions):
+        with pytest.raises(ValueError, match=wanted):
+            read([events])
 
 
 def test_runs_that_begin_alike_are_drawn_one_after_the_other(
