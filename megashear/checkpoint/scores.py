@@ -38,7 +38,8 @@ class ImportanceScores:
     fingerprint: str | None = None
     """`fingerprint` of the scored model; None where it is not known, for scores of a script."""
     measured: Mapping[str, Any] = field(default_factory=dict)
-    """How the scores were measured: model, data, sequences, seed, formulas, versions."""
+    """How the scores were measured: model, data, sequences, seed, formulas, versions; and of scores
+    that were read, their file and its SHA-256."""
 
     def write(self, path: Path) -> None:
         """Write a file that `read_scores` reads.
@@ -133,7 +134,8 @@ def read_scores(path: Path | str, flag: str) -> ImportanceScores:
         shape=shape,
         values={kind: _from_lists(kind, lists.get(kind), shape, name) for kind in KINDS},
         fingerprint=print_of,
-        measured=content.get("measured", {}),
+        measured=content.get("measured", {})
+        | {"file": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()},
     )
 
 

@@ -78,6 +78,7 @@ def cut_checkpoint(
         {
             PRUNED_FOR: weights.description.iteration,
             ROUNDING: {kind: found.num_changed for kind, found in counts.items()},
+            **({IMPORTANCE_SCORES: known.importance_scores} if known.importance_scores else {}),
         },
     ) | {
         "gates that rounding to the target changed": {
@@ -120,9 +121,8 @@ def cut_by_scores(
     check_absent(output)
     weights = CheckpointWeights(find_iteration(load, contents=True))
     found, target, gates = _gates_by_scores(weights, scores, asked)
-    measured = dict(found.measured) | {"file": str(scores)}
     closed = gates.get(LAYER, torch.ones(1, weights.shape.num_layers))[0] == 0
-    return _write(output, weights, gates, target, {IMPORTANCE_SCORES: measured}) | {
+    return _write(output, weights, gates, target, {IMPORTANCE_SCORES: dict(found.measured)}) | {
         "dropped layers": closed.nonzero().flatten().tolist()
     }
 

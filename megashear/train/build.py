@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from megashear.checkpoint.details import (
 from megashear.config import PretrainRun
 from megashear.data.batch import DocumentBorders
 from megashear.data.loader import MixtureLoader
+from megashear.masks.importance import first_log_alpha
 from megashear.models.llama import build_llama
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
@@ -39,6 +41,8 @@ from megashear.train.start import Start
 from megashear.train.state import RunState, Stateful
 from megashear.train.step import TrainStep
 from megashear.train.terms import CrossEntropy, LossTerm
+
+logger = logging.getLogger(__name__)
 
 
 def assemble(
@@ -155,7 +159,7 @@ def _build_objective(prepared: PreparedRun, groups: ParallelGroups) -> Objective
     chunks = build_llama(
         shape, groups, config.parallel, config.model, variant="local", seed=train.seed
     )
-    return StructuredPruning(
+    objective = StructuredPruning(
         chunks,
         groups,
         source=shape,
@@ -167,6 +171,13 @@ def _build_objective(prepared: PreparedRun, groups: ParallelGroups) -> Objective
         adam=config.optimizer,
         terms=_build_terms(prepared, groups),
     )
+    if prepared.scores is not None:
+        values = prepared.scores.values
+        objective.masks.start_from(
+            {kind: first_log_alpha(values, shape, kind) for kind in objective.targets}
+        )
+        logger.info("masks begin from the scores of %s", config.masks.init_scores)
+    return objective
 
 
 def _build_terms(prepared: PreparedRun, groups: ParallelGroups) -> list[LossTerm] | None:

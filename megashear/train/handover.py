@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megashear.checkpoint.description import holds_iterations
-from megashear.checkpoint.details import PRUNED_FOR, ROUNDING, SOURCE_SHAPE
+from megashear.checkpoint.details import LINEAGE, PRUNED_FOR, ROUNDING, SOURCE_SHAPE
 from megashear.config import PretrainRun, PruneRun
 from megashear.masks.census import take_census
 from megashear.masks.mask_set import exact_gates
@@ -92,6 +92,7 @@ def hand_over(pruned: Trainer, pruning: PreparedRun, *, command: Sequence[str]) 
             SOURCE_SHAPE: start.shape.to_dict(),
             PRUNED_FOR: pruned.train.train_iters,
             ROUNDING: {kind: found.num_changed for kind, found in counts.items()},
+            **{name: pruning.lineage[name] for name in LINEAGE if name in pruning.lineage},
         },
     )
     objective.terms.clear()  # the teacher of the masked model is not needed any more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -149,8 +150,9 @@ def test_a_cut_by_scores_is_a_selection_by_hand(tmp_path: Path, name: str, num_v
     assert report["dropped layers"] == sorted({*range(source.num_layers)} - {*kept})
     # where the model is from
     known = read_description(tmp_path / "cut" / "iter_0000000").known
+    sha = hashlib.sha256(file.read_bytes()).hexdigest()
     assert known.source_shape == source
-    assert known.importance_scores == {"sequences": 3, "file": str(file)}
+    assert known.importance_scores == {"sequences": 3, "file": str(file), "sha256": sha}
     # the twin: scores of one unit more, and another model comes out
     other = scores | {"hidden": scores["hidden"].roll(1)}
     wanted = selected(weights, other, source, target)
@@ -172,7 +174,8 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     scores = {kind: values / 7 for kind, values in random_scores(WIDE).items()}
     file = write(tmp_path / "new" / "scores.json", WIDE, scores, random_weights(WIDE))
     found = read_scores(file, "--scores")
-    assert (found.shape, found.measured) == (WIDE, {"sequences": 3})
+    assert found.shape == WIDE
+    assert (found.measured["sequences"], found.measured["file"]) == (3, str(file))
     assert found.fingerprint == fingerprint(random_weights(WIDE))
     for kind, values in scores.items():
         assert torch.allclose(found.values[kind], values, rtol=1e-8, atol=0.0), kind
