@@ -78,8 +78,8 @@ class InspectConfig:
 
     load: str
     """Model to show: a checkpoint directory (its newest whole iteration is shown), the directory of
-    one iteration, a Hugging Face directory, or another model that `megashear convert` reads. The
-    first word after the command stands for this flag."""
+    one iteration, a Hugging Face directory, another model that `megashear convert` reads, or a file
+    of `megashear score`. The first word after the command stands for this flag."""
     compare: str | None = None
     """Second model to compare with --load: descriptions, masks gate by gate, weights by distance.
     The second word after the command stands for this flag."""
@@ -87,7 +87,8 @@ class InspectConfig:
     """Which gates count as kept in the map, --image and a comparison: as many as the target has in
     every row, as the cut keeps them (exact), or as many as the masks ask for (expected)."""
     image: str | None = None
-    """Figure of a pruning run's masks to write: a .png, .svg or .pdf file that does not exist."""
+    """Figure of a pruning run's masks, or of scores, to write: a .png, .svg or .pdf file that does
+    not exist."""
     json: str | None = None
     """JSON file to write with everything in full: numbers of the kept units, log_alpha, all
     differences; must not exist."""

@@ -7,15 +7,16 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from megashear.checkpoint.scores import read_scores
 from megashear.files import durable
 from megashear.files.output import check_writable, writing
 from megashear.models import weight_table
 from megashear.models.formats import dtypes_of, name_of
 from megashear.monitor.console import progress
 from megashear.monitor.drawing import check_image, save
-from megashear.report import tables
+from megashear.report import scores, tables
 from megashear.report.comparison import (
     check_comparable,
     differing_fields,
@@ -26,6 +27,9 @@ from megashear.report.comparison import (
 from megashear.report.kept import Mode
 from megashear.report.mask_map import mask_map
 from megashear.report.open_model import OpenModel, open_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def inspect(
@@ -41,10 +45,10 @@ def inspect(
     """Look into a model, or hold two to each other.
 
     Args:
-        load: what `open_model` takes.
+        load: what `open_model` takes, or a file of `megashear score`.
         compare: another one.
         mode: gates that the map, the picture and the comparison of masks are about.
-        image: figure to write of a pruning run's masks.
+        image: figure to write of a pruning run's masks, or of scores.
         json_file: where to write everything, unabridged.
         weights: with ``compare``, measure the distance of every weight.
         contents: compare every file of a checkpoint with its checksum first.
@@ -62,6 +66,8 @@ def inspect(
     for flag, path in (("--image", image), ("--json", json_file)):
         if path is not None:
             check_writable(flag, path)
+    if Path(load).suffix == ".json" and Path(load).is_file():
+        return _inspect_scores(Path(load), compare, image, json_file)
     first = open_model(load, contents=contents)
     if image is not None and first.masks is None:
         raise ValueError(
@@ -72,11 +78,40 @@ def inspect(
         text, found = tables.describe(first, mode=mode), as_values(first)
     else:
         text, found = _compare(first, open_model(compare, contents=contents), mode, weights)
-    written = []
+    figure = None
     if image is not None:
         assert first.masks is not None, "checked above"
+        figure = mask_map(first.masks.kept(mode), title=f"{first.title}, {mode} masks")
+    return _written(text, found, figure, image, json_file)
+
+
+def _inspect_scores(
+    load: Path, compare: Path | str | None, image: Path | str | None, json_file: Path | str | None
+) -> str:
+    """Look into a file of importance scores; arguments are those of `inspect`."""
+    if compare is not None:
+        raise ValueError(
+            f"--compare {compare} is for two models, and {load} is a file of scores; leave it out"
+        )
+    found = read_scores(load, "--load")
+    figure = None if image is None else scores.draw_scores(found, title=f"{scores.KIND}, {load}")
+    return _written(
+        scores.describe_scores(found), scores.as_values(found), figure, image, json_file
+    )
+
+
+def _written(
+    text: str,
+    found: Mapping[str, Any],
+    figure: Figure | None,
+    image: Path | str | None,
+    json_file: Path | str | None,
+) -> str:
+    """Write the figure and the plain values where asked, and return the text for the terminal."""
+    written = []
+    if image is not None:
+        assert figure is not None, "drawn where asked for"
         with writing("--image", image):
-            figure = mask_map(first.masks.kept(mode), title=f"{first.title}, {mode} masks")
             save(figure, Path(image))
         written.append(f"wrote {image}")
     if json_file is not None:

@@ -55,6 +55,7 @@ from megashear.report.page import (
     table,
 )
 from megashear.report.record import RunRecord
+from megashear.report.tables import origin_text
 from megashear.report.verdict import verdict
 
 
@@ -110,6 +111,10 @@ def run_section(record: RunRecord, name: str, source: MeanLoss | None) -> Sectio
     if tags.TOKENS_PER_SECOND in points:
         parts.append(heading("Speed"))
         drawn("speed", speed_figure(points), speed_caption(points))
+    if (description := record.description) is not None:
+        origin = origin_text(description.known, description.stage)
+        if origin is not None:
+            parts += [heading("Importance scores"), paragraph(f"Its {origin}.")]
     if record.config:
         parts.append(heading("Settings"))
         parts += _config_parts(record.config)

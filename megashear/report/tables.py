@@ -206,6 +206,8 @@ def _facts(opened: OpenModel) -> str:
     known = opened.description.known
     if known.pruned_for is not None:
         lines.append(f"pruned for {known.pruned_for:,} steps")
+    if (origin := origin_text(known, opened.description.stage)) is not None:
+        lines.append(origin)
     if known.rounding:
         changed = ", ".join(f"{n:,} {KINDS[kind].units}" for kind, n in known.rounding.items())
         lines.append(f"gates that rounding to the target changed: {changed}")
@@ -219,6 +221,34 @@ def _facts(opened: OpenModel) -> str:
             f"{what}: {mean:.4f} ({', '.join(f'{n} {loss:.4f}' for n, loss in losses.items())})"
         )
     return "\n".join(lines)
+
+
+def origin_text(known: RunDetails, stage: str) -> str | None:
+    """Return in a sentence what scores did for a model; None for a model without them.
+
+    Args:
+        known: details of the model's checkpoint.
+        stage: of the checkpoint.
+    """
+    measured = known.importance_scores
+    if not measured:
+        return None
+    has_masks = stage == "prune" or known.pruned_for is not None
+    what = "masks began from" if has_masks else "units were chosen by"
+    file = f" ({measured['file']})" if "file" in measured else ""
+    return f"{what} importance scores{measured_text(measured)}{file}"
+
+
+def measured_text(measured: Mapping[str, Any]) -> str:
+    """Return what scores are of; scores of a script may leave out all of it."""
+    parts = []
+    if "model" in measured:
+        parts.append(f" of {measured['model']}")
+    if "sequences" in measured:
+        parts.append(f" on {measured['sequences']} sequences")
+    if "sequence length" in measured:
+        parts.append(f" of {measured['sequence length']} tokens")
+    return "".join(parts)
 
 
 def _fields_text(fields: Sequence[Difference]) -> str:

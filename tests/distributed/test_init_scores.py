@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megashear.__main__ import main
 from megashear.checkpoint.description import find_iteration, read_description
 from megashear.checkpoint.scores import ImportanceScores, fingerprint
 from megashear.checkpoint.shear import cut_checkpoint
@@ -29,6 +30,7 @@ from tests.ranks import run_ranks
 from tests.reference_llama import random_weights
 from tests.text_run import SHAPE, TARGET, TextRun
 from tests.tiny import layout
+from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)
 
 
 def random_scores() -> dict[str, Tensor]:
@@ -157,6 +159,10 @@ def test_a_resumed_run_keeps_its_masks_and_where_they_are_from(
     run_ranks(1, lambda rank: cut_checkpoint(directory, tmp_path / "cut", exact_target=True))
     cut = read_description(find_iteration(tmp_path / "cut"))
     assert cut.lineage["importance_scores"] == origin
+    # the report has it
+    assert main(["report", str(tmp_path / "parts" / "saved")]) == 0
+    page = (tmp_path / "parts" / "saved" / "report.html").read_text()
+    assert "Its masks began from importance scores on 5 sequences" in page
     # flags that go on with a run and begin it are refused together
     other = replace(whole.train, load=str(directory), save=str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"--init-scores \S+ is for masks that begin, and --load "):
