@@ -35,6 +35,8 @@ from tests.tiny import layout  # noqa: E402
 
 OTHER_KERNELS = 1e-5
 """Relative, of the largest score of a kind: float32 sums of other kernels, in another order."""
+OF_BFLOAT16 = 0.02
+"""Relative; bfloat16 has 8 significant bits, and sums over positions average its rounding."""
 BROKEN = 1e-3
 """Relative; whatever is broken here is off by more."""
 NUM_SEQUENCES = 13
@@ -241,6 +243,27 @@ def test_documents_that_are_kept_apart_are_scored_apart(
     apart = plain_scores(config, stored["grouped"])
     assert max(errors(found, apart).values()) < OTHER_KERNELS
     assert max(errors(found, wanted).values()) > BROKEN  # the twin: documents that see each other
+
+
+@pytest.mark.parametrize(
+    ("flags", "tolerance"),
+    [
+        (ModelConfig(recompute_granularity="full"), OTHER_KERNELS),
+        (ModelConfig(bf16=True), OF_BFLOAT16),
+    ],
+    ids=["recompute", "bf16"],
+)
+def test_how_the_model_computes_does_not_change_its_scores(
+    text: TextRun,
+    stored: dict[str, Stored],
+    wanted: Scores,
+    tmp_path: Path,
+    flags: ModelConfig,
+    tolerance: float,
+) -> None:
+    config = configured(text, stored["grouped"], tmp_path / "scores.json", model=flags)
+    found = scored(config, layout(tp=2, pp=2, sp=True))
+    assert max(errors(found, wanted).values()) < tolerance
 
 
 def roots_over_replicas() -> None:
