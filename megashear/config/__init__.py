@@ -17,7 +17,7 @@ from megashear.config.commands import (
 )
 from megashear.config.data import DataConfig, NamedNumbers, Reweight, WhenExhausted
 from megashear.config.distill import DistillConfig
-from megashear.config.masks import MaskConfig, TargetConfig, check_streams
+from megashear.config.masks import Constraint, MaskConfig, TargetConfig, check_streams
 from megashear.config.model import ModelConfig, TransformerImpl
 from megashear.config.parallel import ParallelConfig
 from megashear.config.runs import EvaluateRun, PretrainRun, PruneRun, ReferenceLossRun, ScoreRun
@@ -25,6 +25,7 @@ from megashear.config.train import DEFAULT_EVAL_SEQUENCES, OptimizerConfig, Trai
 
 __all__ = [
     "DEFAULT_EVAL_SEQUENCES",
+    "Constraint",
     "ConvertConfig",
     "CutConfig",
     "DataConfig",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from megashear.bounds import (
     COMMON,
@@ -17,6 +17,9 @@ from megashear.bounds import (
     check_bounds,
 )
 from megashear.config.defaults import LAMBDA2_MAX
+
+Constraint = Literal["projection", "lagrangian"]
+"""What holds the expected sparsity of masks to the target sparsity."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +55,11 @@ class TargetConfig:
 class MaskConfig(TargetConfig):
     """Size of the pruned model, and how masks learn it."""
 
+    constraint: Constraint = "projection"
+    """What holds the masks to the target: after each step, the projection shifts all masks of a row
+    alike until their expected sparsity is the target of the step; the lagrangian is the penalty of
+    Sheared LLaMA, which follows the target with some delay and overshoots in short runs."""
+
     target_tensor_model_parallel_size: Ranks | None = None
     """Tensor-parallel ranks that the cut model must divide over; those of the pruning run unless
     given."""
@@ -62,14 +70,14 @@ class MaskConfig(TargetConfig):
     sparsity_warmup_iters: Annotated[StepsOrNever, COMMON] = 640
     """Steps over which the target sparsity rises from 0."""
     mask_lr: Rate = 1.0
-    """Peak learning rate of the masks (log_alpha) and of the multipliers."""
+    """Peak learning rate of the masks (log_alpha), and of the lagrangian's multipliers."""
     mask_noise_streams: Annotated[Sequences, COMMON] = 1
     """Number of independent draws of the masks per global batch."""
     eval_relaxed_masks: bool = False
     """Evaluate also under masks drawn as in training, which shows what closing gates for good
     costs. Evaluations then read their text three times, not twice."""
     lambda2_max: Annotated[float, Between(TINY, 1e9)] = LAMBDA2_MAX
-    """Upper bound of the quadratic multipliers of the sparsity constraint."""
+    """Upper bound of the lagrangian's quadratic multipliers."""
     force_lambda2_max: bool = False
     """Accept --lambda2-max below 100, where masks may miss their target."""
 

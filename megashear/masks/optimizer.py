@@ -25,6 +25,7 @@ class MaskOptimizer:
         constraint: constraint whose multipliers ascend; lambda2 is clamped to [0, lambda2_max].
         betas: decay rates of Adam's two moments, per step.
         eps: number added to the root of the second moment.
+        ascend: whether the multipliers move; without a penalty they stay, and have no gradients.
 
     Source: reference implementation of Sheared LLaMA (arXiv:2310.06694), with the clamp moved.
     """
@@ -36,9 +37,12 @@ class MaskOptimizer:
         *,
         betas: tuple[float, float] = ADAM_BETAS,
         eps: float = ADAM_EPS,
+        ascend: bool = True,
     ) -> None:
         self._log_alpha: dict[str, nn.Parameter] = dict(mask_set.log_alpha)
         self._multipliers: dict[str, nn.Parameter] = constraint.named_parameters()
+        self._moving = self._named_parameters() if ascend else self._log_alpha
+        self._ascending = list(self._multipliers.values()) if ascend else []
         self._lambda2 = list(constraint.lambda2.values())
         self._lambda2_max = constraint.lambda2_max
         # One Adam for both, so that step counts and learning rates cannot drift apart. step()
@@ -69,7 +73,7 @@ class MaskOptimizer:
             lr: learning rate of log_alpha and multipliers, from the schedule.
             grad_scale: factor on all gradients, from `clip_factor`.
         """
-        for name, parameter in self._named_parameters().items():
+        for name, parameter in self._moving.items():
             assert parameter.grad is not None, f"{name} has no gradient; was the penalty added?"
             parameter.grad.mul_(-grad_scale if name in self._multipliers else grad_scale)
         for group in self._adam.param_groups:
@@ -97,7 +101,7 @@ class MaskOptimizer:
         """
         sums = {kind: _grad_square_sum(mask) for kind, mask in self._log_alpha.items()}
         zero = torch.zeros((), dtype=torch.float64)
-        return sums | {MULTIPLIERS: sum(map(_grad_square_sum, self._multipliers.values()), zero)}
+        return sums | {MULTIPLIERS: sum(map(_grad_square_sum, self._ascending), zero)}
 
     @property
     def num_steps(self) -> int:

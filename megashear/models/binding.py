@@ -106,21 +106,21 @@ class MaskBinding:
         for kind, total in sums.items():
             self.masks.log_alpha[kind].grad = total / self.groups.data_size
 
-    def whole_closed_sums(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the expected closed units of every whole row.
+    def whole_sums(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return sums over whole rows, such as the expected closed units of every row.
 
         Collective over the replica's model group and the pipeline group.
 
         Args:
-            own: this rank's sums, `MaskSet.closed_sums`, [own rows] per kind.
+            own: this rank's sums, `MaskSet.closed_sums` or `row_sums`, [own rows, ...] per kind.
 
         Returns:
-            Detached, float64, [num_rows] per kind; equal on every rank.
+            Detached, float64, [num_rows, ...] per kind; equal on every rank.
         """
         whole = {}
         for kind, sums in own.items():
             part = self.masks.parts[kind]
-            rows = torch.zeros(part.num_rows, dtype=torch.float64)
+            rows = torch.zeros(part.num_rows, *sums.shape[1:], dtype=torch.float64)
             rows[list(part.rows)] = sums.detach().double()
             whole[kind] = rows
         return self._summed(whole)

@@ -65,12 +65,18 @@ def charts(
     return {question: found[question] for question in sorted(found)}
 
 
-def mask_charts(kinds: Sequence[str]) -> Charts:
+def mask_charts(kinds: Sequence[str], *, multipliers: bool = True) -> Charts:
     """Return the charts of masks.
 
     Args:
         kinds: of masks.
+        multipliers: whether the masks have a penalty with multipliers.
     """
+    of_penalty = {
+        "what the constraint adds to the loss": [tags.PENALTY],
+        "linear multipliers": [tags.linear_multiplier(kind) for kind in kinds],
+        "quadratic multipliers": [tags.quadratic_multiplier(kind) for kind in kinds],
+    }
     return {
         "2 do the masks reach the target": {
             "parameters: expected, actual, target": [
@@ -86,10 +92,8 @@ def mask_charts(kinds: Sequence[str]) -> Charts:
                 ]
                 for kind in kinds
             },
-            "what the constraint adds to the loss": [tags.PENALTY],
             "gradient norm of the masks": [tags.MASK_GRAD_NORM],
-            "linear multipliers": [tags.linear_multiplier(kind) for kind in kinds],
-            "quadratic multipliers": [tags.quadratic_multiplier(kind) for kind in kinds],
+            **(of_penalty if multipliers else {}),
         },
         "3 are they settled": {
             "undecided gates, share": [tags.undecided(kind) for kind in kinds],

@@ -135,17 +135,18 @@ def format_terms(terms: Mapping[str, tuple[float, float]]) -> str:
     return f"  {' | '.join(shown)}"
 
 
-def format_masks(penalty: float, sparsity: Mapping[str, tuple[float, float]]) -> str:
+def format_masks(penalty: float | None, sparsity: Mapping[str, tuple[float, float]]) -> str:
     """Return a line on the masks of a step, which fits 100 columns.
 
     Args:
-        penalty: what the constraint adds to the loss.
+        penalty: what the constraint adds to the loss; None if it adds nothing.
         sparsity: expected and target sparsity of each kind of mask.
     """
     kinds = " ".join(
         f"{kind} {_share(now)}/{_share(goal)}" for kind, (now, goal) in sparsity.items()
     )
-    return f"  penalty {penalty:.3f} | sparsity {kinds}"
+    before = "" if penalty is None else f"penalty {penalty:.3f} | "
+    return f"  {before}sparsity {kinds}"
 
 
 def _share(value: float) -> str:

@@ -123,7 +123,7 @@ class RunRecord:
         """ "prune" or "pretrain"; None where nothing is known."""
         if self.description is not None:
             return self.description.stage
-        if tags.PENALTY in self.events:
+        if any(tag.startswith("prune/") for tag in self.events):
             return "prune"
         return "pretrain" if self.events else None
 

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from megashear.masks.gates import scores
 from megashear.masks.kinds import HIDDEN, KINDS
 from megashear.masks.mask_set import MaskSet, exact_gates, expected_gates
 from megashear.masks.optimizer import MaskOptimizer
+from megashear.masks.projection import project
 from megashear.masks.targets import target_units, whole_parts
 from megashear.models.binding import MaskBinding
 from megashear.models.kept import KeptUnits
@@ -52,8 +52,8 @@ NO_STEP = -1
 class MaskMetrics:
     """Numbers of masks and constraint in a step."""
 
-    penalty: float
-    """What the constraint added to the loss."""
+    penalty: float | None
+    """What the constraint added to the loss; None without a Lagrangian."""
     grad_norm: float
     """Gradient norm of log_alpha and multipliers together, before clipping."""
     learning_rate: float
@@ -63,7 +63,7 @@ class MaskMetrics:
     target: dict[str, float] = field(default_factory=dict)
     """Target sparsity of this step by kind."""
     lambda1: dict[str, float] = field(default_factory=dict)
-    """Linear multiplier by kind."""
+    """Linear multiplier by kind; empty without a Lagrangian, like ``lambda2``."""
     lambda2: dict[str, float] = field(default_factory=dict)
     """Quadratic multiplier by kind."""
 
@@ -126,12 +126,13 @@ class StructuredPruning(Objective):
             self.constraint,
             betas=(adam.adam_beta1, adam.adam_beta2),
             eps=adam.adam_eps,
+            ascend=config.constraint == "lagrangian",
         )
         self.sides = GateSides(parts)
         self.binding = MaskBinding(
             chunks, self.masks, source, groups, sequence_parallel=sequence_parallel
         )
-        self._penalty = torch.zeros((), dtype=torch.float64)
+        self._penalty: Tensor | None = None
         self._closed: dict[str, Tensor] = {}
         self._norm, self._scale = 0.0, 1.0
         self.metrics: MaskMetrics | None = None
@@ -163,10 +164,11 @@ class StructuredPruning(Objective):
         own = self.masks.closed_sums()
         self.binding.backward()
         self.binding.release()
-        # after the mean over replicas, who all add the same penalty
-        self._closed = self.binding.whole_closed_sums(own)
-        self._penalty = self.constraint.penalty(own, self._closed, step)
-        self._penalty.backward()
+        self._closed = self.binding.whole_sums(own)
+        if self.config.constraint == "lagrangian":
+            # after the mean over replicas, who all add the same penalty
+            self._penalty = self.constraint.penalty(own, self._closed, step)
+            self._penalty.backward()
         return losses
 
     def _kinds(self, own: Collection[int]) -> dict[int, Collection[str]]:
@@ -204,7 +206,9 @@ class StructuredPruning(Objective):
         return {MASKS: self._norm}
 
     def update(self, step: int, schedule_fraction: float, *, skip: bool) -> None:
-        """Step log_alpha and the multipliers, clipped by what `norms` found.
+        """Step log_alpha and the multipliers, clipped by what `norms` found, and project.
+
+        Collective over the replica's model group and the pipeline group.
 
         Args:
             step: from 0.
@@ -213,16 +217,23 @@ class StructuredPruning(Objective):
         """
         lr = self.config.mask_lr * schedule_fraction
         self.metrics = MaskMetrics(
-            penalty=self._penalty.item(),
+            penalty=None if self._penalty is None else self._penalty.item(),
             grad_norm=self._norm,
             learning_rate=lr,
             expected=self.constraint.expected_sparsity(self._closed),
             target=self.constraint.target_at(step),
-            lambda1={kind: value.item() for kind, value in self.constraint.lambda1.items()},
-            lambda2={kind: value.item() for kind, value in self.constraint.lambda2.items()},
+            lambda1=self._values(self.constraint.lambda1),
+            lambda2=self._values(self.constraint.lambda2),
         )
         if not skip:
             self.optimizer.step(lr, grad_scale=self._scale)
+            if self.config.constraint == "projection":
+                project(self.masks, self.constraint.target_at(step + 1), self.binding.whole_sums)
+
+    def _values(self, multipliers: Mapping[str, Tensor]) -> dict[str, float]:
+        if self._penalty is None:
+            return {}
+        return {kind: value.item() for kind, value in multipliers.items()}
 
     def points(self) -> dict[str, float]:
         """Return where masks and constraint stood in the last step, by tag."""
@@ -230,15 +241,16 @@ class StructuredPruning(Objective):
         if now is None:
             return {}
         points = {
-            tags.PENALTY: now.penalty,
             tags.MASK_GRAD_NORM: now.grad_norm,
             tags.MASK_LEARNING_RATE: now.learning_rate,
         }
+        if now.penalty is not None:
+            points[tags.PENALTY] = now.penalty
         for kind, expected in now.expected.items():
             points[tags.expected_sparsity(kind)] = expected
             points[tags.target_sparsity(kind)] = now.target[kind]
-            points[tags.linear_multiplier(kind)] = now.lambda1[kind]
-            points[tags.quadratic_multiplier(kind)] = now.lambda2[kind]
+        points |= {tags.linear_multiplier(kind): value for kind, value in now.lambda1.items()}
+        points |= {tags.quadratic_multiplier(kind): value for kind, value in now.lambda2.items()}
         return points
 
     def line(self) -> str | None:
@@ -251,7 +263,9 @@ class StructuredPruning(Objective):
 
     def charts(self) -> Charts:
         """Return the charts of masks."""
-        return mask_charts(list(self.masks.parts))
+        return mask_charts(
+            list(self.masks.parts), multipliers=self.config.constraint == "lagrangian"
+        )
 
     def modes(self) -> list[str]:
         """Return the modes of :func:`modes_of_evaluation`."""
@@ -338,7 +352,7 @@ class StructuredPruning(Objective):
         whole = self.binding.gather_log_alpha()
         gates = expected_gates(whole)
         own = self.sides.changed(self.binding.slice_gates(gates))
-        changed = self.binding.whole_closed_sums(own)
+        changed = self.binding.whole_sums(own)
         chances = {kind: scores(log_alpha) for kind, log_alpha in whole.items()}
         return MaskSurvey(
             log_alpha=whole,

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megashear.config import MaskConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megashear.config import (
+    Constraint,
+    MaskConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from megashear.masks.mask_set import expected_gates
 from megashear.masks.targets import whole_parts
 from megashear.models.llama import build_llama
@@ -60,6 +67,7 @@ def run(
     broken: Callable[[StructuredPruning], None] | None = None,
     train_iters: int = 40,
     pair: str = "8-groups-of-4",
+    constraint: Constraint = "lagrangian",
 ) -> list[Snapshot]:
     """Prune for ``steps`` steps and return a snapshot of each.
 
@@ -72,12 +80,14 @@ def run(
         broken: applied to the objective, to show that the comparison notices.
         train_iters: length of the schedule.
         pair: source and target, of ``PAIRS``.
+        constraint: what holds the masks to the target.
     """
     world = parallel.model_parallel_size * data_size
     per_rank = run_ranks(
         world,
         lambda rank: _rank(
-            parallel, model or ModelConfig(), steps, follow, broken, train_iters, pair
+            *(parallel, model or ModelConfig(), steps, follow, broken, train_iters, pair),
+            constraint,
         ),
     )
     return [_whole([result[step] for result in per_rank]) for step in range(steps)]
@@ -100,6 +110,7 @@ def _rank(
     broken: Callable[[StructuredPruning], None] | None,
     train_iters: int,
     pair: str,
+    constraint: Constraint,
 ) -> list[dict[str, Any]]:
     groups = ParallelGroups.create(parallel)
     source, target = PAIRS[pair]
@@ -110,7 +121,9 @@ def _rank(
         groups,
         source=source,
         target=target,
-        config=MaskConfig(sparsity_warmup_iters=4, mask_noise_streams=STREAMS),
+        config=MaskConfig(
+            constraint=constraint, sparsity_warmup_iters=4, mask_noise_streams=STREAMS
+        ),
         seed=7,
         global_batch_size=BATCH,
         sequence_parallel=parallel.sequence_parallel,
@@ -166,9 +179,11 @@ def _rank(
                 "leaf_grads": dict(leaf_grads),
                 "mask_grads": {k: p.grad.clone() for k, p in objective.masks.log_alpha.items()},
                 "multiplier_grads": {
-                    n: p.grad.clone() for n, p in objective.constraint.named_parameters().items()
+                    n: p.grad.clone()
+                    for n, p in objective.constraint.named_parameters().items()
+                    if p.grad is not None
                 },
-                "penalty": objective._penalty.item(),
+                "penalty": 0.0 if objective._penalty is None else objective._penalty.item(),
                 "expected_open": expected_gates(objective.binding.gather_log_alpha()),
             }
         )

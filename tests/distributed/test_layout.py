@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megashear.config import ModelConfig, ParallelConfig
 from megashear.masks import mask_set
-from megashear.masks.gates import uniform_noise
+from megashear.masks.gates import probability_closed, uniform_noise
+from megashear.masks.targets import target_units
 from megashear.models import binding, fold, folded
 from megashear.models.core import RMSNorm
 from megashear.models.fold import unit_values
@@ -19,7 +20,7 @@ from megashear.models.llama import unwrap
 from megashear.shape import ModelShape
 from megashear.train.pruning import StructuredPruning
 from tests.distributed.pruning_run import Snapshot, run
-from tests.tiny import layout, relative_error
+from tests.tiny import PAIRS, layout, relative_error
 
 REDUCTION_ORDER = 1e-5
 """Relative; float32 sums over at most 4 shards and 4 layers in another order."""
@@ -114,6 +115,68 @@ def test_free_running_layouts_stay_together(
         for kind, log_alpha in there.masks.items():
             assert (here.masks[kind] - log_alpha).abs().max() < FREE_RUNNING, kind
             assert torch.equal(here.expected_open[kind] > 0, there.expected_open[kind] > 0), kind
+
+
+PROJECTED = {"steps": 4, "constraint": "projection"}
+
+
+@functools.cache
+def projected_run() -> list[Snapshot]:
+    return run(layout(), **PROJECTED)
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize(
+    ("parallel", "data_size", "model"),
+    [case for case in LAYOUTS if case.id in ("tp2-pp2-sp", "pp2-vpp2", "tp2-sp-dp2-recompute")],
+)
+def test_projected_masks_do_not_depend_on_layout(
+    parallel: ParallelConfig, data_size: int, model: ModelConfig | None
+) -> None:
+    found = run(parallel, data_size=data_size, model=model, **PROJECTED)
+    assert furthest(found, projected_run()) < FREE_RUNNING
+    for here, there in zip(found, projected_run()):
+        assert here.loss == pytest.approx(there.loss, rel=REDUCTION_ORDER)
+        assert not here.multiplier_grads
+        assert not here.penalty
+        assert not any(here.multipliers.values())
+    # the target of step 3 of a warm-up over 4, in every row
+    source, target = PAIRS[GROUPED]
+    for kind, kept in target_units(source, target).items():
+        log_alpha = found[3].masks[kind]
+        wanted = 0.75 * (1 - kept / log_alpha.shape[1])
+        sparsity = probability_closed(log_alpha).mean(dim=1)
+        assert sparsity.tolist() == pytest.approx([wanted] * len(sparsity), abs=FREE_RUNNING), kind
+
+
+def test_projection_notices_rows_of_one_rank_alone() -> None:
+    def broken(objective: StructuredPruning) -> None:
+        whole = objective.binding.whole_sums
+
+        def own_only(own: Any) -> Any:
+            size = objective.binding.groups.tensor_size
+            if any(sums.dim() == 1 for sums in own.values()):
+                return whole(own)
+            # each rank projects as if the other's units were like its own
+            scale = {k: size if k in binding.SPLIT_OVER_TENSOR else 1 for k in own}
+            objective.binding._owners = lambda: []  # type: ignore[method-assign]
+            found = whole({kind: sums * scale[kind] for kind, sums in own.items()})
+            del objective.binding._owners
+            return found
+
+        objective.binding.whole_sums = own_only  # type: ignore[method-assign]
+
+    found = run(layout(tp=2), broken=broken, **PROJECTED)
+    assert furthest(found, projected_run()) > 10 * FREE_RUNNING
+
+
+def furthest(found: list[Snapshot], wanted: list[Snapshot]) -> float:
+    """Return the largest distance of log_alpha in any step."""
+    return max(
+        float((here.masks[kind] - log_alpha).abs().max())
+        for here, there in zip(found, wanted)
+        for kind, log_alpha in there.masks.items()
+    )
 
 
 def test_layout_parity_notices_norms_counted_by_every_tensor_rank() -> None:

@@ -77,6 +77,7 @@ class Finished(NamedTuple):
         pytest.param("prune", *ALONE, id="prune-whole"),
         pytest.param("prune", *SPLIT, id="prune-tp2-pp2"),
         pytest.param("prune", *REPLICAS, id="prune-dp2"),
+        pytest.param("lagrangian", *SPLIT, id="lagrangian-tp2-pp2"),
         pytest.param("pretrain", *SPLIT, id="pretrain-tp2-pp2"),
         pytest.param("pretrain", *REPLICAS, id="pretrain-dp2"),
     ],
@@ -102,6 +103,7 @@ def test_a_resumed_run_is_bit_equal(
     [
         pytest.param("prune", SPLIT, ALONE, id="prune-tp2-pp2-to-whole"),
         pytest.param("prune", REPLICAS, INTERLEAVED, id="prune-dp2-to-pp2-vpp2"),
+        pytest.param("lagrangian", SPLIT, ALONE, id="lagrangian-tp2-pp2-to-whole"),
         pytest.param("pretrain", SPLIT, SEQUENCE_PARALLEL, id="pretrain-tp2-pp2-to-tp2-sp-dp2"),
     ],
 )
@@ -121,7 +123,7 @@ def test_a_run_resumed_at_another_layout_stays_close(
         resumed.counts["loader"]["mixture"]["drawn"] == whole.counts["loader"]["mixture"]["drawn"]
     )
     multipliers = [name for name in whole.tensors if name.startswith("masks.lambda")]
-    assert bool(multipliers) == (stage == "prune")
+    assert bool(multipliers) == (stage != "pretrain")
     for name in multipliers:
         assert resumed.tensors[name] == pytest.approx(
             whole.tensors[name], rel=REDUCTION_ORDER, abs=REDUCTION_ORDER
@@ -336,8 +338,9 @@ FORGOTTEN_TENSORS = {
 def test_a_run_that_forgets_one_thing_is_noticed(
     runs: Runs, tmp_path: Path, forgotten: str
 ) -> None:
-    whole = runs.uninterrupted("prune", *ALONE)
-    interrupted = runs.stopped("prune", *ALONE)
+    stage = "lagrangian" if forgotten == "multipliers" else "prune"
+    whole = runs.uninterrupted(stage, *ALONE)
+    interrupted = runs.stopped(stage, *ALONE)
     if forgotten in FORGOTTEN_VALUES:
         edit = in_description(FORGOTTEN_VALUES[forgotten])
         resumed = go_on(interrupted, tmp_path, edit=edit)
@@ -389,7 +392,10 @@ def configuration(
     }
     if stage == "pretrain":
         return PretrainRun(**common)
-    masks = MaskConfig(sparsity_warmup_iters=4, mask_noise_streams=2, **text_run.TARGET)
+    masks = MaskConfig(
+        constraint="lagrangian" if stage == "lagrangian" else "projection",
+        **{"sparsity_warmup_iters": 4, "mask_noise_streams": 2, **text_run.TARGET},
+    )
     return PruneRun(**common, masks=masks)
 
 

@@ -67,6 +67,7 @@ def prune(text: TextRun, folder: Path, *more: str) -> None:
         "--micro-batch-size": 4,
         "--seq-length": text_run.SEQUENCE,
         "--sparsity-warmup-iters": 4,
+        "--constraint": "lagrangian",
         **{f"--{key.replace('_', '-')}": value for key, value in text_run.TARGET.items()},
     }
     argv = ["prune", *more, *(str(word) for pair in words.items() for word in pair)]

@@ -243,7 +243,7 @@ class OurStep:
             parts.watch(folded, "unfold", "masks: unfolding")
             parts.watch(objective.binding, "backward", "masks: gradients")
             parts.watch(objective.masks, "closed_sums", "masks: penalty")
-            parts.watch(objective.binding, "whole_closed_sums", "masks: penalty")
+            parts.watch(objective.binding, "whole_sums", "masks: penalty")
             parts.watch(objective.constraint, "penalty", "masks: penalty")
             parts.watch(objective, "norms", "masks: update")
             parts.watch(objective, "update", "masks: update")

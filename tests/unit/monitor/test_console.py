@@ -49,6 +49,7 @@ def test_a_step_is_one_line() -> None:
 def test_masks_have_a_line_of_their_own() -> None:
     line = format_masks(0.0123, {"hidden": (0.3121, 0.375), "head": (0.1, 0.25)})
     assert line == "  penalty 0.012 | sparsity hidden .312/.375 head .100/.250"
+    assert format_masks(None, {"head": (0.1, 0.25)}) == "  sparsity head .100/.250"
 
 
 def test_the_lines_of_a_long_pruning_run_fit_100_columns() -> None:
