@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +13,7 @@ import yaml
 from megashear.files.structured import read_json_object
 from megashear.masks.kinds import kinds_of
 from megashear.quickstart.recipe import SOURCE, TARGET, Recipe
+from megashear.quickstart.stage import run_stage
 from megashear.quickstart.text import write_domains
 from megashear.quickstart.tokenizer import train_tokenizer
 from megashear.shape import ModelShape
@@ -256,19 +253,7 @@ class Quickstart:
 
     def _run(self, command: str, **flags: object) -> None:
         """Run a command of megashear, a training command on all ranks."""
-        trains = command in ("prune", "pretrain")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-        words = [*(torchrun if trains else []), "-m", "megashear", command, *_as_flags(flags)]
-        print(f"$ {shlex.join(['python', *words])}", flush=True)
-        status = subprocess.run(
-            [sys.executable, *words],
-            env=_environment(),
-            # the log of a training command says it all; its summary on stdout is for scripts
-            stdout=subprocess.DEVNULL if trains else None,
-            check=False,
-        ).returncode
-        if status:
-            raise ValueError(f"a stage ended with status {status}; its message is above")
+        run_stage(command, flags, ranks=RANKS if command in ("prune", "pretrain") else None)
 
     def _path(self, name: str) -> Path:
         return self.output / name
@@ -292,21 +277,3 @@ def rows(results: list[Result]) -> list[list[str]]:
             for result in results
         ),
     ]
-
-
-def _as_flags(values: dict[str, object]) -> list[str]:
-    flags = []
-    for name, value in values.items():
-        flag = f"--{name.replace('_', '-')}"
-        flags += [flag] if value is True else [flag, str(value)]
-    return flags
-
-
-def _environment() -> dict[str, str]:
-    return os.environ | {
-        # gloo ranks on the CPU everywhere: a machine with one GPU has none for the second rank
-        "CUDA_VISIBLE_DEVICES": "",
-        # one thread per rank, and no spinning of ranks that wait for each other
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }

@@ -156,7 +156,7 @@ def environment(script: str, argv: Sequence[str] | None) -> dict[str, Any]:
         "command": " ".join(
             [f"tools/benchmarks/{script}", *(sys.argv[1:] if argv is None else argv)]
         ),
-        "commit": _commit(),
+        "commit": commit(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
@@ -210,7 +210,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Return the name of the commit that is checked out; None where git has none."""
     here = Path(__file__).parent
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
