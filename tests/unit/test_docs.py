@@ -50,7 +50,7 @@ OTHERS_FLAGS = {
     *("--rounds", "--copies", "--shape", "--target-shape", "--work", "--step-seconds"),
     "--size",  # tools/docs/screenshot.py
     *("--threads", "--preset", "--json", "--ranks", "--turns", "--no-transformers"),
-    "--only",
+    *("--only", "--arms", "--budget", "--minutes"),
     *("--hidden-size", "--num-attention-heads", "--ffn-hidden-size", "--vocab-size"),
     "--json-keys",  # Megatron-LM's name of --json-key
     # what Megatron-LM is started with on a checkpoint of ours

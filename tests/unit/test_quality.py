@@ -202,3 +202,11 @@ def test_without_packages_the_text_is_that_of_python(
     assert found["domains"] == {"python": {"bytes": 7}}
     assert list(found["packages"]) == ["python"]
     assert "taking text of this Python" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budget", ["tokens", "arithmetic"])
+def test_the_pages_tables_are_those_of_the_raw_output(budget: str) -> None:
+    docs = FOLDER.parents[1] / "docs"
+    found = json.loads((docs / "benchmarks/quality_tiny.json").read_text())
+    page = (docs / "quality.md").read_text()
+    assert quality.tables(found["runs"], found["source"]["loss"], budget) in page

@@ -229,7 +229,7 @@ class Comparison:
             },
             "runs": [each | {"loss": _rounded(each["loss"])} for each in runs],
         }
-        (self.output / "quality.json").write_text(json.dumps(content, indent=1) + "\n")
+        (self.output / "quality.json").write_text(json.dumps(content) + "\n")
         page = [tables(runs, self.source_loss, budget) for budget in ("tokens", "arithmetic")]
         (self.output / "quality.md").write_text("\n".join(page), encoding="utf-8")
         if any(each["budget"] == "tokens" for each in runs):
