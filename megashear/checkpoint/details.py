@@ -48,6 +48,7 @@ class SavedFlags:
     save: str | None = None
     tensorboard_dir: str | None = None
     bf16: bool | None = None
+    constraint: str | None = None
     reset_attention_mask: bool = False
     eod_mask_loss: bool = False
 
@@ -142,7 +143,7 @@ class RunDetails:
         return self.target_shape
 
 
-_GROUPS = ("train", "model", "optimizer")
+_GROUPS = ("train", "model", "optimizer", "masks")
 """Groups of the run's flags where `SavedFlags` stand."""
 
 

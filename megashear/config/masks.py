@@ -55,11 +55,11 @@ class TargetConfig:
 class MaskConfig(TargetConfig):
     """Size of the pruned model, and how masks learn it."""
 
-    constraint: Constraint = "projection"
+    constraint: Constraint | None = None
     """What holds the masks to the target: after each step, the projection shifts all masks of a row
-    alike until their expected sparsity is the target of the step; the lagrangian is the penalty of
-    Sheared LLaMA, which follows the target with some delay and overshoots in short runs."""
-
+    alike until their expected sparsity is the target of the next step; the lagrangian is the
+    penalty of Sheared LLaMA, which overshoots in short runs. projection unless given; a resumed run
+    keeps its own."""
     target_tensor_model_parallel_size: Ranks | None = None
     """Tensor-parallel ranks that the cut model must divide over; those of the pruning run unless
     given."""

@@ -17,7 +17,14 @@ from megashear.checkpoint.saver import name_latest
 from megashear.checkpoint.scores import ImportanceScores, read_scores
 from megashear.checkpoint.store import agree_on_iteration
 from megashear.checkpoint.weights import CheckpointWeights
-from megashear.config import ModelConfig, ParallelConfig, PretrainRun, PruneRun
+from megashear.config import (
+    Constraint,
+    MaskConfig,
+    ModelConfig,
+    ParallelConfig,
+    PretrainRun,
+    PruneRun,
+)
 from megashear.conversion.hf import HfWeights
 from megashear.masks.target_flags import target_shape
 from megashear.models import loadable
@@ -91,10 +98,25 @@ def prepare(
         without="--load is not given; pruning starts from a checkpoint that `megashear convert` "
         "wrote, or from a Hugging Face directory with --load-hf",
     )
+    config = dataclasses.replace(config, masks=_with_constraint(config.masks, start))
     target = target_shape(config.masks, start.shape)
     prepared = prepare_from(start, config, target=target, is_dry_run=is_dry_run)
     check_target_layout(target, start.shape, config, cut_for)
     return prepared
+
+
+def _with_constraint(masks: MaskConfig, start: Start) -> MaskConfig:
+    """Return the settings of masks with the constraint of the run that is resumed, or the default.
+
+    Earlier versions had the Lagrangian alone, and their checkpoints name none.
+    """
+    if masks.constraint is not None:
+        return masks
+    saved: Constraint = "projection"
+    if start.resumes and start.description is not None:
+        has_projection = start.description.known.flags.constraint == "projection"
+        saved = "projection" if has_projection else "lagrangian"
+    return dataclasses.replace(masks, constraint=saved)
 
 
 def prepare_from(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megashear.checkpoint.details import MASK_EXTENTS, MASK_OPTIMIZER_STEPS
 from megashear.checkpoint.store import MaskState
-from megashear.config import MaskConfig, OptimizerConfig
+from megashear.config import Constraint, MaskConfig, OptimizerConfig
 from megashear.data.batch import MicroBatch
 from megashear.masks.census import GateSides, take_census, target_sizes
 from megashear.masks.constraint import SparsityConstraint
@@ -42,6 +42,8 @@ EXPECTED, EXACT, RELAXED = "expected", "exact", "relaxed"
 many as the target wants, and gates sampled as in training."""
 
 
+LAGRANGIAN: Constraint = "lagrangian"
+"""The constraint that is a penalty; without it masks are projected."""
 MASKS = "masks"
 """Name of the norm of the gradients of log_alpha and multipliers."""
 NO_STEP = -1
@@ -126,7 +128,7 @@ class StructuredPruning(Objective):
             self.constraint,
             betas=(adam.adam_beta1, adam.adam_beta2),
             eps=adam.adam_eps,
-            ascend=config.constraint == "lagrangian",
+            ascend=config.constraint == LAGRANGIAN,
         )
         self.sides = GateSides(parts)
         self.binding = MaskBinding(
@@ -165,7 +167,7 @@ class StructuredPruning(Objective):
         self.binding.backward()
         self.binding.release()
         self._closed = self.binding.whole_sums(own)
-        if self.config.constraint == "lagrangian":
+        if self.config.constraint == LAGRANGIAN:
             # after the mean over replicas, who all add the same penalty
             self._penalty = self.constraint.penalty(own, self._closed, step)
             self._penalty.backward()
@@ -227,7 +229,7 @@ class StructuredPruning(Objective):
         )
         if not skip:
             self.optimizer.step(lr, grad_scale=self._scale)
-            if self.config.constraint == "projection":
+            if self.config.constraint != LAGRANGIAN:
                 project(self.masks, self.constraint.target_at(step + 1), self.binding.whole_sums)
 
     def _values(self, multipliers: Mapping[str, Tensor]) -> dict[str, float]:
@@ -263,9 +265,7 @@ class StructuredPruning(Objective):
 
     def charts(self) -> Charts:
         """Return the charts of masks."""
-        return mask_charts(
-            list(self.masks.parts), multipliers=self.config.constraint == "lagrangian"
-        )
+        return mask_charts(list(self.masks.parts), multipliers=self.config.constraint == LAGRANGIAN)
 
     def modes(self) -> list[str]:
         """Return the modes of :func:`modes_of_evaluation`."""

@@ -258,6 +258,38 @@ def test_a_bfloat16_run_is_resumed_with_its_masters(
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in masters)
 
 
+def unnamed_constraint(details: dict[str, Any]) -> None:
+    """As checkpoints of before, which had the Lagrangian alone."""
+    del details["run"]["masks"]["constraint"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "asked", "is_same"),
+    [
+        pytest.param(None, None, True, id="saved"),
+        pytest.param(unnamed_constraint, None, True, id="of-before"),
+        pytest.param(None, "projection", False, id="another"),
+    ],
+)
+def test_a_resumed_run_keeps_its_constraint(
+    runs: Runs, tmp_path: Path, edit: Any, asked: Any, is_same: bool
+) -> None:
+    interrupted = runs.stopped("lagrangian", *ALONE)
+
+    def config(at: ParallelConfig, here: Path) -> PruneRun | PretrainRun:
+        found = interrupted.config(at, here)
+        assert isinstance(found, PruneRun)
+        return replace(found, masks=replace(found.masks, constraint=asked))
+
+    resumed = go_on(
+        interrupted._replace(config=config), tmp_path, edit=edit and in_description(edit)
+    )
+    whole = runs.uninterrupted("lagrangian", *ALONE)
+    differing = {name for name in whole.points if resumed.points.get(name) != whole.points[name]}
+    assert (differing == set()) == is_same
+    assert ("prune/penalty" in resumed.points) == is_same
+
+
 def test_another_precision_is_not_gone_on_with(runs: Runs, tmp_path: Path) -> None:
     interrupted = runs.stopped("pretrain", *SPLIT)
     config = interrupted.config(SPLIT[0], tmp_path)
