@@ -26,6 +26,7 @@ GUARD = "step_guard"
 REWEIGHTING = "reweighting"
 CONSUMED_SAMPLES = "consumed_samples"
 EVAL_SEQUENCES = "eval_sequences"
+TEACHER_ITERATION = "teacher_iteration"
 HELD_OUT_LOSS = "held_out_loss"
 HELD_OUT_ERROR = "held_out_standard_error"
 HF_CONFIG = "hf_config"
@@ -108,6 +109,8 @@ class RunDetails:
     """Training samples read."""
     eval_sequences: int | None = None
     """Sequences per domain of an evaluation within the run."""
+    teacher_iteration: int | None = None
+    """Iteration of the checkpoint that the run learns from; 0 of a Hugging Face directory."""
     held_out_loss: dict[str, dict[str, float]] = field(default_factory=dict)
     """Losses of a finished run's last evaluation, by mode and domain, nats per token."""
     held_out_standard_error: dict[str, dict[str, Any]] = field(default_factory=dict)

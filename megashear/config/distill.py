@@ -45,6 +45,11 @@ class DistillConfig:
                         f"{name} needs --distill-from, which is not given; name a teacher, or "
                         f"leave {name} out"
                     )
+        elif self.distill_weight == self.last_weight == 0:
+            raise ValueError(
+                f"--distill-weight is 0 throughout, so that --distill-from {self.distill_from} "
+                f"would only cost time; leave both out"
+            )
         elif not self.lm_loss_weight and 0 in (self.distill_weight, self.last_weight):
             raise ValueError(
                 f"--distill-weight {self.distill_weight} to {self.last_weight} and "

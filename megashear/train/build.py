@@ -16,6 +16,7 @@ from megashear.checkpoint.details import (
     REWEIGHTING,
     RUN,
     SCHEDULER,
+    TEACHER_ITERATION,
 )
 from megashear.config import PretrainRun
 from megashear.data.batch import DocumentBorders
@@ -67,8 +68,8 @@ def assemble(
     config, start, inputs = prepared.config, prepared.start, prepared.inputs
     train = config.train
     # what is trained
-    objective = _build_objective(prepared, groups)
     _check_same(prepared)
+    objective = _build_objective(prepared, groups)
     optimizer = build_optimizer(
         objective.chunks,
         config.optimizer,
@@ -134,8 +135,6 @@ def _check_same(prepared: PreparedRun) -> None:
             RUN: dataclasses.asdict(prepared.config),
             "shape of the model": start.shape.to_dict(),
             "target of the run": prepared.lineage,
-            "teacher": prepared.teacher
-            and (prepared.teacher.description.iteration, prepared.teacher.shape.to_dict()),
             **prepared.inputs.replicated(),
         }
     )
@@ -239,6 +238,11 @@ def _build_state(
             ENVIRONMENT: environment(step.groups.world_size, command),
             EVAL_SEQUENCES: inputs.eval_sequences,
         }
+        | (
+            {}
+            if prepared.teacher is None
+            else {TEACHER_ITERATION: prepared.teacher.description.iteration}
+        )
         | (start.description.hf_config if start.description else {}),
         counts=lambda: {CONSUMED_SAMPLES: loader.consumed_samples},
         token_ids=start.description.token_ids if start.description else {},

@@ -145,7 +145,10 @@ def mean_losses(
     if names and groups.tensor_size > 1:
         ends = torch.cat([total, -total])
         most, least = flat_all_reduce([ends], groups.tensor, dist.ReduceOp.MAX)[0].chunk(2)
-        apart = ((most + least).abs() > _SAME_TERM * total.abs()).double()
+        # `least` is that of -total; both are equal on the ranks, so that none raises alone
+        scale = torch.maximum(most.abs(), least.abs())
+        is_same = (most + least).abs() <= _SAME_TERM * scale
+        apart = (~(is_same | most.isnan())).double()
     for group in (groups.pipeline, groups.data):
         total, apart = flat_all_reduce([total, apart], group)
     for name, differs in zip(names, apart[2:].tolist()):

@@ -19,6 +19,7 @@ from megashear.checkpoint.store import agree_on_iteration
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import (
     Constraint,
+    DistillConfig,
     MaskConfig,
     ModelConfig,
     ParallelConfig,
@@ -31,7 +32,7 @@ from megashear.models import loadable
 from megashear.models.llama import check_layout
 from megashear.monitor.sinks import check_sinks
 from megashear.parallel import cpu_megatron
-from megashear.parallel.agree import raise_together
+from megashear.parallel.agree import check_same, raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape, read_shape
 from megashear.train.inputs import Inputs, check_vocabulary, read_inputs
@@ -166,7 +167,18 @@ def settle(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun:
         ValueError: on every rank: nothing whole is there, or it is one that this run cannot
             resume or start from.
     """
-    return settle_teacher(_settle_start(prepared, groups), groups)
+    then = prepared.then
+    # before anything that some ranks would enter and others not
+    check_same(
+        {
+            "flags": dataclasses.asdict(prepared.config),
+            "flags of --then-pretrain": then and dataclasses.asdict(then.config),
+            "teacher": _facts(prepared.teacher),
+            "teacher of --then-pretrain": then and _facts(then.teacher),
+        }
+    )
+    prepared = settle_teacher(_settle_start(prepared, groups), groups)
+    return dataclasses.replace(prepared, then=then and settle_teacher(then, groups))
 
 
 def settle_teacher(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun:
@@ -183,6 +195,19 @@ def settle_teacher(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun
     with raise_together():
         _check_teacher(teacher, prepared.config, prepared.start, prepared.inputs)
     return dataclasses.replace(prepared, teacher=teacher)
+
+
+def _facts(teacher: StoredModel | None) -> object:
+    """Return what must be equal on all hosts of a teacher."""
+    return teacher and {
+        "shape": teacher.shape.to_dict(),
+        "iteration": teacher.description.iteration,
+        "files": sorted(
+            (path.name, path.stat().st_size)
+            for path in teacher.directory.iterdir()
+            if path.suffix in (".safetensors", ".bin", ".distcp")
+        ),
+    }
 
 
 def _settle_start(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun:
@@ -210,6 +235,7 @@ def _find_teacher(
     Raises:
         ValueError: it is no model, or one that this run cannot learn from.
     """
+    _warn_of_other_flags(config, start)
     name = config.distill.distill_from
     if name is None:
         return None
@@ -223,6 +249,20 @@ def _find_teacher(
     return teacher
 
 
+def _warn_of_other_flags(config: PruneRun | PretrainRun, start: Start) -> None:
+    """Warn that a resumed run learns from a teacher in another way than before."""
+    if not start.resumes or start.description is None:
+        return
+    saved = start.description.known.run.get("distill", {})
+    was, now = (dataclasses.asdict(each) for each in (DistillConfig(), config.distill))
+    for name, value in now.items():
+        if (before := saved.get(name, was[name])) != value:
+            logger.warning(
+                "--%s is %s, and was %s when %s was saved",
+                *(name.replace("_", "-"), value, before, start.checkpoint),
+            )
+
+
 def _check_teacher(
     teacher: StoredModel, config: PruneRun | PretrainRun, start: Start, inputs: Inputs
 ) -> None:
@@ -232,7 +272,15 @@ def _check_teacher(
         ValueError: with what differs.
     """
     shape, own, length = teacher.shape, start.shape.vocab_size, config.train.seq_length
+    found, saved = teacher.description.iteration, None
+    if start.resumes and start.description is not None:
+        saved = start.description.known.teacher_iteration
     try:
+        if saved is not None and saved != found:
+            raise ValueError(
+                f"the saved run learned from iteration {saved}, and this is iteration {found}; "
+                f"name the directory of iteration {saved}"
+            )
         if shape.vocab_size != own:
             raise ValueError(
                 f"the teacher has a vocabulary of {shape.vocab_size} tokens and the model one of "

@@ -80,7 +80,7 @@ class PreparedScores:
             command: words of the command line.
 
         Returns:
-            The scores, equal on every rank.
+            The scores, equal on every rank; the fingerprint on rank 0 alone.
         """
         config, parallel = self.config, self.config.parallel
         check_same(

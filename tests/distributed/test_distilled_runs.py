@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from megashear.checkpoint.description import TRACKER
 from megashear.config import ModelConfig, ParallelConfig, PretrainRun, PruneRun
 from megashear.config.distill import DistillConfig
 from megashear.shape import ModelShape
 from megashear.train import run
+from megashear.train.prepare import prepare
 from tests import text_run
 from tests.conversions import megatron_to_hf
 from tests.distributed.test_in_flight import RECOVERED, jobs
@@ -27,6 +30,7 @@ from tests.distributed.test_resume import (
     finished,
     start,
 )
+from tests.iterations import copy_iteration
 from tests.ranks import run_ranks
 from tests.text_run import TextRun, scalars
 from tests.tiny import layout
@@ -134,12 +138,45 @@ def test_a_job_of_both_parts_learns_from_the_source(text: TextRun, tmp_path: Pat
 
 def run_both(prune: PruneRun, then: PretrainRun) -> None:
     def body(rank: int) -> None:
-        import os
-
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
         run.prune(prune, then)
 
     run_ranks(2, body)
+
+
+def test_ranks_that_were_started_with_other_flags_are_told_so(
+    text: TextRun, teacher: Path, tmp_path: Path
+) -> None:
+    def body(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+        config = distilled(text, teacher, "pretrain", tmp_path, layout(tp=2))
+        assert isinstance(config, PretrainRun)
+        run.pretrain(config if rank == 0 else replace(config, distill=DistillConfig()))
+
+    with pytest.raises(AssertionError, match=r"rank 1 has flags .* start all with the same flags"):
+        run_ranks(2, body)
+
+
+def test_a_resumed_run_keeps_its_teacher_and_is_told_of_other_flags(
+    text: TextRun, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teachers = tmp_path / "teachers"
+    shutil.copytree(teacher, teachers)
+    start(distilled(text, teachers, "pretrain", tmp_path, layout(), exit_interval=HALF), 1)
+    resumed = distilled(text, teachers, "pretrain", tmp_path, layout(), distill={}, resume=True)
+    assert isinstance(resumed, PretrainRun)
+    prepare(resumed)
+    for message in (
+        "--distill-final-weight is None, and was 0.5 when",
+        "--lm-loss-weight is None, and was 0.25 when",
+    ):
+        assert message in caplog.text
+    copy_iteration(teachers / "iter_0000000", 7)
+    (teachers / TRACKER).write_text("7")
+    with pytest.raises(ValueError, match=r"--distill-from \S+: the saved run learned from itera"):
+        prepare(resumed)
+    own = replace(resumed.distill, distill_from=str(teachers / "iter_0000000"))
+    prepare(replace(resumed, distill=own))
 
 
 def of_shape(shape: ModelShape) -> Callable[[TextRun, Path], Path]:
@@ -225,7 +262,10 @@ def test_a_damaged_teacher_is_refused_by_all_ranks(text: TextRun, tmp_path: Path
         ({"distill_final_weight": 0.5}, r"--distill-final-weight needs --distill-from"),
         ({"distill_temperature": 2.0}, r"--distill-temperature needs --distill-from"),
         ({"lm_loss_weight": 0.0}, r"--lm-loss-weight needs --distill-from"),
-        ({"distill_from": "x", "distill_weight": 0.0}, r"leave steps without a loss"),
+        (
+            {"distill_from": "x", "distill_weight": 0.0, "lm_loss_weight": 1.0},
+            r"--distill-weight is 0 throughout, so that --distill-from x would only cost time",
+        ),
         ({"distill_from": "x", "distill_final_weight": 0.0}, r"leave steps without a loss"),
         (
             {"distill_from": "x", "distill_temperature": 0.0},
