@@ -6,4 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 # shellcheck disable=SC2086  # EXTRA is a list of words
 exec "$LAUNCH" -m megashear prune --config "$HERE/prune.yaml" \
   --data-path "$DATA" --reference-loss "$REFERENCE_LOSS" \
-  --load "$SOURCE" --save "$PRUNED" --resume --tensorboard-dir "$TENSORBOARD/prune" $EXTRA
+  --load "$SOURCE" --save "$PRUNED" --resume --tensorboard-dir "$TENSORBOARD/prune" \
+  ${TEACHER:+--distill-from "$TEACHER"} $EXTRA

@@ -6,4 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 # shellcheck disable=SC2086  # EXTRA is a list of words
 exec "$LAUNCH" -m megashear pretrain --config "$HERE/pretrain.yaml" \
   --data-path "$DATA" --reference-loss "$REFERENCE_LOSS" \
-  --load "$CUT" --save "$SMALL" --resume --tensorboard-dir "$TENSORBOARD/pretrain" $EXTRA
+  --load "$CUT" --save "$SMALL" --resume --tensorboard-dir "$TENSORBOARD/pretrain" \
+  ${TEACHER:+--distill-from "$TEACHER"} $EXTRA

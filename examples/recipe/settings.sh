@@ -8,6 +8,11 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && cd "$RECIPE" && pwd)"
 # What goes in, beside the source of model.sh: one jsonl file or folder per domain.
 TEXT="${TEXT:-text}"
 
+# Model to learn from while masks are learned and afterwards, a checkpoint or a Hugging Face
+# directory; with none, the text alone is learned from, as in the published recipes. SOURCE below is
+# the usual teacher. `megashear plan --distill` says what it costs.
+TEACHER="${TEACHER:-}"
+
 # What comes out.
 RUN="${RUN:-runs/$(basename "$HERE")}"
 DATA="${DATA:-$RUN/data}"

@@ -75,7 +75,9 @@ class Quickstart:
         self._title("cut to the target, then continued pretraining, pipeline parallel")
         self._cut()
         self._recover()
-        self._title("the same shape from scratch, to compare with")
+        self._title("to compare with: units chosen at once, by the size of their activations")
+        self._one_shot()
+        self._title("to compare with: the same shape from scratch")
         both = self.recipe.prune_iters + self.recipe.recover_iters
         self._train_from_scratch("scratch-recovery", self.recipe.recover_iters, "recovery tokens")
         self._train_from_scratch("scratch-both", both, "pruning + recovery tokens")
@@ -119,7 +121,7 @@ class Quickstart:
             sparsity_warmup_iters=recipe.sparsity_warmup_iters,
             mask_noise_streams=recipe.noise_streams,
             eval_relaxed_masks=True,
-            **{f"target_{kind.extent}": getattr(TARGET, kind.extent) for kind in kinds_of(SOURCE)},
+            **_target_flags(),
         )
 
     def _cut(self) -> None:
@@ -143,17 +145,44 @@ class Quickstart:
         )
 
     def _recover(self) -> None:
+        self._continue("cut", "sheared", self.recipe.recover_iters)
+        self._run("convert", input=self._path("sheared"), output=self._path("sheared-hf"))
+        self._read_result("sheared", "sheared")
+
+    def _one_shot(self) -> None:
+        """Cut the source by importance scores, and spend all tokens on recovery."""
+        recipe, scores = self.recipe, self._path("scores.json")
+        self._run(
+            "score",
+            load=self._path("source-mcore"),
+            data_path=self._path("data"),
+            seq_length=recipe.seq_length,
+            micro_batch_size=recipe.global_batch_size,
+            num_sequences=recipe.score_sequences,
+            seed=self.seed,
+            output=scores,
+        )
+        self._run(
+            "cut",
+            load=self._path("source-mcore"),
+            scores=scores,
+            output=self._path("one-shot-cut"),
+            **_target_flags(),
+        )
+        self._continue("one-shot-cut", "one-shot", recipe.prune_iters + recipe.recover_iters)
+        self._read_result("one-shot", "one-shot importance, pruning + recovery tokens")
+
+    def _continue(self, cut: str, name: str, iters: int) -> None:
+        """Pretrain a cut model, pipeline parallel."""
         self._train(
             "pretrain",
-            "sheared",
-            {"load": self._path("cut"), "save": self._path("sheared")},
-            (self.recipe.recover_iters, self.recipe.recover_lr),
+            name,
+            {"load": self._path(cut), "save": self._path(name)},
+            (iters, self.recipe.recover_lr),
             **self._evaluations(),
             pipeline_model_parallel_size=RANKS,
             micro_batch_size=max(1, self.recipe.global_batch_size // 4),
         )
-        self._run("convert", input=self._path("sheared"), output=self._path("sheared-hf"))
-        self._read_result("sheared", "sheared")
 
     def _train_from_scratch(self, name: str, iters: int, tokens: str) -> None:
         self._train_fresh(name, TARGET, iters, self.recipe.recover_lr)
@@ -277,3 +306,7 @@ def rows(results: list[Result]) -> list[list[str]]:
             for result in results
         ),
     ]
+
+
+def _target_flags() -> dict[str, object]:
+    return {f"target_{kind.extent}": getattr(TARGET, kind.extent) for kind in kinds_of(SOURCE)}

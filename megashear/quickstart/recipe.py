@@ -54,6 +54,8 @@ class Recipe:
     """Steps over which the target sparsity rises: a fifth of pruning, as in the recipes."""
     noise_streams: int = 4
     """Independent draws of the masks per step."""
+    score_sequences: int = 256
+    """Sequences from which the importance of units is measured for the one-shot model."""
     eval_interval: int = 50
     """Steps between the evaluations that move the mixture."""
     eval_sequences: int = 16
@@ -68,6 +70,7 @@ SHORT = replace(
     prune_iters=60,
     recover_iters=40,
     sparsity_warmup_iters=12,
+    score_sequences=32,
     eval_interval=20,
     eval_sequences=4,
 )
