@@ -179,7 +179,7 @@ def _domain_counts(content: dict[str, Any]) -> DomainCounts:
 
 def _what_is_there(directory: Path) -> str:
     """Return why a directory has no manifest, and what to do."""
-    unfinished = directory.with_name(directory.name + ".tmp")
+    unfinished = Path(f"{directory}.tmp")  # `.` and `/` have no name to change
     if not directory.exists() and unfinished.is_dir():
         return (
             f"it does not exist, but {unfinished} does: preprocessing was interrupted; give the "

@@ -346,6 +346,14 @@ def test_what_lies_where_data_should_is_said(tokenise, texts, tmp_path) -> None:
         read_manifest(data.directory)
 
 
+def test_the_working_directory_without_data_is_said_to_have_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"it has no \S+; make one with `megashear preprocess`"):
+        read_manifest(".")
+
+
 def test_bytes_per_token_are_those_of_the_text(data, texts) -> None:
     for domain in data.domains:
         size = sum(len(text.encode()) for text in texts[domain.name])
