@@ -49,6 +49,7 @@ ONLY_IN = {
         "models/binding.py",
         "models/cross_entropy.py",
         "models/divergence.py",
+        "models/next_token.py",
         "conversion/megatron_lm.py",  # names of the file format only
         "checkpoint/pickles.py",  # names of the file format only
         "checkpoint/saver.py",

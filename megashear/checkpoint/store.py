@@ -267,7 +267,9 @@ def load_run(
 
 
 def read_log_alpha(checkpoint: Path | str) -> dict[str, Tensor]:
-    """Return the whole log_alpha of a pruning run by kind, [num_rows, num_units], in one process.
+    """Return the whole log_alpha of a pruning run by kind, [num_rows, num_units], on every rank.
+
+    Collective over the world, or in one process where no process group is open.
 
     Raises:
         ValueError: the checkpoint is not of a pruning run, or is damaged.
@@ -287,6 +289,7 @@ def read_log_alpha(checkpoint: Path | str) -> dict[str, Tensor]:
             kind: ShardedTensor.from_rank_offsets(
                 f"masks.{kind}.log_alpha",
                 torch.empty(extents if KINDS[kind].per_layer else extents[1:]),
+                replica_id=torch.distributed.get_rank(),
             )
             for kind, extents in masks.items()
         }

@@ -17,10 +17,17 @@ from megashear.config.commands import (
 )
 from megashear.config.data import DataConfig, NamedNumbers, Reweight, WhenExhausted
 from megashear.config.distill import DistillConfig
-from megashear.config.masks import Constraint, MaskConfig, TargetConfig, check_streams
+from megashear.config.masks import Constraint, MaskConfig, Masks, TargetConfig, check_streams
 from megashear.config.model import ModelConfig, TransformerImpl
 from megashear.config.parallel import ParallelConfig
-from megashear.config.runs import EvaluateRun, PretrainRun, PruneRun, ReferenceLossRun, ScoreRun
+from megashear.config.runs import (
+    EvaluateRun,
+    GenerateRun,
+    PretrainRun,
+    PruneRun,
+    ReferenceLossRun,
+    ScoreRun,
+)
 from megashear.config.train import DEFAULT_EVAL_SEQUENCES, OptimizerConfig, TrainConfig
 
 __all__ = [
@@ -31,8 +38,10 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "EvaluateRun",
+    "GenerateRun",
     "InspectConfig",
     "MaskConfig",
+    "Masks",
     "ModelConfig",
     "NamedNumbers",
     "OptimizerConfig",

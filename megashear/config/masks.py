@@ -20,6 +20,9 @@ from megashear.config.defaults import LAMBDA2_MAX
 
 Constraint = Literal["projection", "lagrangian"]
 """What holds the expected sparsity of masks to the target sparsity."""
+Masks = Literal["exact", "expected"]
+"""Masks under which a pruning run's model is read: as many units as the target keeps, or as many as
+the masks expect to keep."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

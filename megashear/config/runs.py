@@ -9,9 +9,11 @@ from megashear.bounds import (
     COMMON,
     TINY,
     Between,
+    Extent,
     Length,
     Seed,
     Sequences,
+    Share,
     Steps,
     Tokens,
     check_bounds,
@@ -19,7 +21,7 @@ from megashear.bounds import (
 from megashear.config.data import DataConfig
 from megashear.config.defaults import INIT_METHOD_STD, SEED
 from megashear.config.distill import DistillConfig
-from megashear.config.masks import MaskConfig
+from megashear.config.masks import MaskConfig, Masks
 from megashear.config.model import ModelConfig
 from megashear.config.parallel import ParallelConfig
 from megashear.config.train import (
@@ -77,6 +79,10 @@ class EvaluateRun:
     """Checkpoint directory to evaluate."""
     load_hf: Annotated[str | None, COMMON] = None
     """Hugging Face directory to evaluate, in place of --load; each rank reads only its slices."""
+    masks: Masks = "exact"
+    """Masks of a pruning run to evaluate its model under: those with as many units as the target
+    (exact, which `megashear cut --exact-target` folds in), or with as many as the masks expect to
+    keep (expected). A model without masks ignores the flag."""
     data_path: str
     """Directory that `megashear preprocess` wrote."""
     seq_length: Annotated[Length | None, COMMON] = None
@@ -93,6 +99,65 @@ class EvaluateRun:
         check_bounds(self)
         check_one_source(self.load, self.load_hf)
         check_source_given(self.load, self.load_hf)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateRun:
+    """`megashear generate`: print how a model continues a text."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    load: Annotated[str | None, COMMON] = None
+    """Checkpoint directory of the model."""
+    load_hf: Annotated[str | None, COMMON] = None
+    """Hugging Face directory of the model, in place of --load; each rank reads only its slices."""
+    masks: Masks = "exact"
+    """Masks of a pruning run to apply: those with as many units as the target (exact, which
+    `megashear cut --exact-target` folds in), or with as many as the masks expect to keep
+    (expected). A model without masks ignores the flag."""
+    tokenizer_model: str | None = None
+    """SentencePiece tokenizer.model, Hugging Face tokenizer.json, or a directory with one; the
+    model's own unless given."""
+    prompt: Annotated[tuple[str, ...], COMMON] = ()
+    """Texts to continue, each a word of its own: --prompt "The function" "Once upon"."""
+    prompt_file: Annotated[str | None, COMMON] = None
+    """File of texts to continue, a text on each line; empty lines are skipped."""
+    prepend_bos: bool = True
+    """Begin each text with the tokenizer's BOS, as `megashear preprocess` begins documents."""
+    max_new_tokens: Annotated[Length, COMMON] = 64
+    """Tokens to add to a text at most; fewer where the model ends the text, or where the text
+    becomes as long as the model can read."""
+    temperature: Annotated[float, Between(0, 1e3), COMMON] = 0.0
+    """Divide logits by this number and draw tokens by their probabilities; 0 takes the likeliest
+    token always."""
+    top_k: Extent | None = None
+    """Draw from this many likeliest tokens; from all unless given. Needs --temperature."""
+    top_p: Share | None = None
+    """Draw from the likeliest tokens whose probabilities add up to this share; from all unless
+    given. Needs --temperature."""
+    seed: Seed = SEED
+    """Seed of the draws. The text is the same at every layout, up to rounding."""
+    micro_batch_size: Sequences = 8
+    """Texts per replica in one forward pass."""
+    verify_checkpoint: bool = True
+    """Compare every file of the checkpoint with its checksum first. Turned off, only names and
+    sizes are compared."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        check_one_source(self.load, self.load_hf)
+        check_source_given(self.load, self.load_hf)
+        if not self.prompt and self.prompt_file is None:
+            raise ValueError(
+                "--prompt is not given; give texts to continue, or a file of them with "
+                "--prompt-file"
+            )
+        for name in ("top_k", "top_p"):
+            if getattr(self, name) is not None and self.temperature == 0:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} chooses what tokens are "
+                    f"drawn from, and --temperature 0 draws none; give, say, --temperature 0.8"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,6 +23,7 @@ from megashear.parallel.groups import ParallelGroups
 from megashear.planning.time import FORWARD_SHARE
 from megashear.train.evaluations import Moment, is_due
 from megashear.train.objectives import Objective
+from megashear.train.schedule import ForwardPass
 
 logger = logging.getLogger(__name__)
 
@@ -132,20 +133,20 @@ class HeldOutLosses:
         most = max(map(len, self._held_out)) if moment.is_end else self._num_sequences
         # one seed for the whole run, so that losses of different steps compare
         chosen = [part.subsample(most, self._train.seed) for part in self._held_out]
-        self.found = {
-            mode: evaluate_domains(
-                self._objective,
-                mode,
-                self._names,
-                self._held_out,
-                chosen,
-                self._groups,
-                micro_batch_size=self._train.eval_micro_batch_size or self._train.micro_batch_size,
-                step=moment.step,
-                beat=self._beat,
-            )
-            for mode in self._objective.modes()
-        }
+        self.found = {}
+        for mode in self._objective.modes():
+            with self._objective.evaluating(mode) as measure:
+                self.found[mode] = evaluate_domains(
+                    measure,
+                    self._names,
+                    self._held_out,
+                    chosen,
+                    self._groups,
+                    micro_batch_size=self._train.eval_micro_batch_size
+                    or self._train.micro_batch_size,
+                    what=f"evaluation at step {moment.step} ({mode})",
+                    beat=self._beat,
+                )
         for mode, losses in self.found.items():
             labels = ["all held-out text"] * moment.is_end
             labels += [label for label in [self._objective.label(mode)] if label]
@@ -182,38 +183,32 @@ class HeldOutLosses:
 
 
 def evaluate_domains(
-    objective: Objective,
-    mode: str,
+    measure: ForwardPass,
     names: Sequence[str],
     held_out: Sequence[HeldOutSet],
     chosen: Sequence[Sequence[int]],
     groups: ParallelGroups,
     *,
     micro_batch_size: int,
-    step: int | None = None,
+    what: str = "evaluation",
     beat: Callable[[str], None] = lambda doing: None,
 ) -> DomainLosses:
     """Evaluate the chosen sequences of every domain. Collective over the world.
 
     Args:
-        objective: has the model.
-        mode: one of the objective's modes.
+        measure: the model.
         names: of the domains.
         held_out: sets of the domains, in the same order.
         chosen: indices of sequences of each set, equal on every rank.
         groups: where this rank stands.
         micro_batch_size: sequences per forward pass.
-        step: steps done, shown beside the progress bar.
+        what: text beside the progress bar.
         beat: is told of every few batches, see `Watchdog`.
     """
     sums = torch.zeros(len(names), _NUM_SUMS, dtype=torch.float64, device=device.device())
     per_pass = micro_batch_size * groups.data_size
     total = sum(-(-len(indices) // per_pass) for indices in chosen)  # microbatches
-    what = f"evaluation ({mode})" if step is None else f"evaluation at step {step} ({mode})"
-    with (
-        objective.evaluating(mode) as measure,
-        progress(total, rank=groups.rank, desc=what, unit="batch", leave=False) as bar,
-    ):
+    with progress(total, rank=groups.rank, desc=what, unit="batch", leave=False) as bar:
         batches = itertools.chain.from_iterable(
             domain.batches(indices, micro_batch_size, groups.data_rank, groups.data_size)
             for domain, indices in zip(held_out, chosen)

@@ -195,15 +195,16 @@ def _losses(
     """Return the loss by domain, nats per token, on the text that the run that follows is
     evaluated on. Collective over the world."""
     inputs, train = following.inputs, following.config.train
-    return evaluate_domains(
-        objective,
-        mode,
-        inputs.manifest.names,
-        inputs.held_out,
-        [part.subsample(inputs.eval_sequences, train.seed) for part in inputs.held_out],
-        groups,
-        micro_batch_size=train.eval_micro_batch_size or train.micro_batch_size,
-    ).losses
+    with objective.evaluating(mode) as measure:
+        return evaluate_domains(
+            measure,
+            inputs.manifest.names,
+            inputs.held_out,
+            [part.subsample(inputs.eval_sequences, train.seed) for part in inputs.held_out],
+            groups,
+            micro_batch_size=train.eval_micro_batch_size or train.micro_batch_size,
+            what=f"evaluation ({mode})",
+        ).losses
 
 
 def _same(one: str, other: str) -> bool:

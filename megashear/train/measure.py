@@ -15,14 +15,12 @@ from megashear.data.reference_loss import MEASURED, PARAMETERS, SEQUENCE_LENGTH,
 from megashear.files import durable
 from megashear.files.output import check_writable, writing
 from megashear.masks.target_flags import target_shape
-from megashear.models.llama import check_layout
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.shape import read_shape
 from megashear.train.evaluate import DomainLosses, evaluate_domains
 from megashear.train.inputs import check_vocabulary, held_out_sets
-from megashear.train.objectives import LOSS, LanguageModelling
 from megashear.train.result import STANDARD_ERROR
 from megashear.train.stored_model import StoredModel, find_model
 
@@ -157,8 +155,7 @@ class PreparedEvaluation:
         config = self.config
         model = self.model.settle(groups, verify=config.verify_checkpoint)
         losses = evaluate_domains(
-            LanguageModelling(model.build(groups, config.parallel, config.model)),
-            LOSS,
+            model.open(groups, config.parallel, config.model),
             self.manifest.names,
             self.held_out,
             [range(len(part)) for part in self.held_out],
@@ -169,8 +166,8 @@ class PreparedEvaluation:
 
 
 def _prepare(config: EvaluateRun) -> PreparedEvaluation:
-    model = find_model(load=config.load, load_hf=config.load_hf)
-    check_layout(model.shape, config.parallel)
+    model = find_model(load=config.load, load_hf=config.load_hf, masks=config.masks)
+    model.check_runnable(config.parallel, config.model)
     manifest = read_manifest(config.data_path)
     check_vocabulary(manifest, model.shape, model.tokenizer)
     seq_length = model.sequence_length(config.seq_length)
@@ -187,16 +184,18 @@ def _prepare(config: EvaluateRun) -> PreparedEvaluation:
 
 def _evaluations(config: ReferenceLossRun) -> list[EvaluateRun]:
     assert config.data_path is not None or not config.load  # by the configuration
+    # every Hugging Face model has this file
+    are_hf = [(Path(name) / "config.json").is_file() for name in config.load]
     return [
         EvaluateRun(
             parallel=config.parallel,
             model=config.model,
-            # every Hugging Face model has this file
-            **{"load_hf" if (Path(name) / "config.json").is_file() else "load": name},
+            load=None if is_hf else name,
+            load_hf=name if is_hf else None,
             data_path=config.data_path or "",
             seq_length=config.seq_length,
             micro_batch_size=config.micro_batch_size,
             verify_checkpoint=config.verify_checkpoint,
         )
-        for name in config.load
+        for name, is_hf in zip(config.load, are_hf)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -13,11 +13,8 @@ from megashear.checkpoint.store import MaskState
 from megashear.data.batch import MicroBatch
 from megashear.monitor.charts import Charts
 from megashear.train.evaluations import Evaluation
-from megashear.train.schedule import SequenceLosses, run_schedule
+from megashear.train.schedule import ForwardPass, SequenceLosses, run_schedule
 from megashear.train.terms import CrossEntropy, LossTerm
-
-Evaluate = Callable[[Sequence[MicroBatch]], list[SequenceLosses]]
-"""Measures held-out microbatches: their losses on the last stage, none on others."""
 
 LOSS = "loss"
 """Mode of an evaluation of the model as it is."""
@@ -111,12 +108,12 @@ class Objective:
         return [LOSS]
 
     @contextlib.contextmanager
-    def evaluating(self, mode: str) -> Iterator[Evaluate]:
+    def evaluating(self, mode: str) -> Iterator[ForwardPass]:
         """Prepare the model for evaluations in ``mode``, and give what evaluates it.
 
         Collective over the replica's model group.
         """
-        yield lambda batches: run_schedule(self.chunks, batches, forward_only=True)
+        yield ForwardPass(chunks=self.chunks)
 
     def mode_points(self, means: Mapping[str, float]) -> dict[str, float]:
         """Return points of what modes say beside each other, by tag.

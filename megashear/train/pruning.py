@@ -32,8 +32,8 @@ from megashear.monitor.console import format_masks
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train.evaluations import Evaluation
-from megashear.train.objectives import Evaluate, Objective
-from megashear.train.schedule import SequenceLosses, run_schedule
+from megashear.train.objectives import Objective
+from megashear.train.schedule import ForwardPass, SequenceLosses, run_schedule
 from megashear.train.survey import MaskSurvey, SurveyOfMasks
 from megashear.train.terms import LossTerm
 
@@ -272,20 +272,14 @@ class StructuredPruning(Objective):
         return modes_of_evaluation(self.config)
 
     @contextlib.contextmanager
-    def evaluating(self, mode: str) -> Iterator[Evaluate]:
+    def evaluating(self, mode: str) -> Iterator[ForwardPass]:
         """Bind the gates of ``mode``, and give what evaluates the model under them.
 
         Collective over the replica's model group.
         """
         self.binding.bind({0: self._gates_of(mode)})
         try:
-            yield lambda batches: run_schedule(
-                self.chunks,
-                batches,
-                forward_only=True,
-                streams=[0] * len(batches),
-                select=self.binding.select,
-            )
+            yield ForwardPass(chunks=self.chunks, select=self.binding.select)
         finally:
             self.binding.release()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -19,6 +20,9 @@ from megashear.train.terms import CrossEntropy, LossTerm
 
 Select = Callable[[torch.nn.Module, int], Tensor]
 """Chooses the noise stream of a chunk's next microbatch; MaskBinding.select."""
+
+
+Result = TypeVar("Result")
 
 
 class SequenceLosses(NamedTuple):
@@ -110,17 +114,62 @@ def run_forward(chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch]
     Returns:
         One entry per microbatch on the last stage, none on others.
     """
+    # the schedule may free what is in the tensor that it holds
+    return _collect(chunks, batches, lambda batch, output: output.detach())
 
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardPass:
+    """A model as it is evaluated: its chunks, and the masks that are bound, if any."""
+
+    chunks: Sequence[torch.nn.Module]
+    """This rank's model chunks."""
+    select: Select | None = None
+    """Given while masks are bound, and only then."""
+
+    def __call__(self, batches: Sequence[MicroBatch]) -> list[SequenceLosses]:
+        """Measure microbatches: their losses on the last stage, none on others.
+
+        Collective over the replica's model group.
+        """
+        return run_schedule(self.chunks, batches, forward_only=True, select=self.select)
+
+    def read(
+        self, batches: Sequence[MicroBatch], reader: Callable[[MicroBatch, Tensor], Result]
+    ) -> list[Result]:
+        """Run every microbatch forward, and return what ``reader`` takes from its logits.
+
+        Collective over the replica's model group.
+
+        Args:
+            batches: as for `run_schedule`.
+            reader: is given a microbatch and this rank's slice of its logits, [b, s, vocab/tp], in
+                the precision of the model; may communicate over the tensor group.
+
+        Returns:
+            One entry per microbatch on the last stage, none on others.
+        """
+        return _collect(self.chunks, batches, reader, select=self.select, in_float32=False)
+
+
+def _collect(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[MicroBatch],
+    reader: Callable[[MicroBatch, Tensor], Result],
+    *,
+    select: Select | None = None,
+    in_float32: bool = True,
+) -> list[Result]:
     def forward_step(
         pending: Iterator[MicroBatch], chunk: torch.nn.Module
-    ) -> tuple[Tensor, Callable[..., Tensor]]:
-        output = run_chunk(chunk, next(pending), with_labels=False)
-        # the schedule may free what is in the tensor that it holds
-        return output, lambda output, non_loss_data: output.detach()
+    ) -> tuple[Tensor, Callable[..., Result]]:
+        batch = next(pending)
+        output = run_chunk(chunk, batch, select=select, with_labels=False, in_float32=in_float32)
+        return output, lambda output, non_loss_data: reader(batch, output)
 
     size, length = batches[0].tokens.shape
     with torch.no_grad():
-        return get_forward_backward_func()(
+        found: list[Result] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in chunks],
             model=list(chunks),
@@ -130,6 +179,7 @@ def run_forward(chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch]
             forward_only=True,
             collect_non_loss_data=True,
         )
+    return found
 
 
 def run_chunk(

@@ -17,23 +17,32 @@ from megashear.checkpoint.description import (
     find_iteration,
     read_description,
 )
-from megashear.checkpoint.store import agree_on_iteration, load_weights
+from megashear.checkpoint.store import agree_on_iteration, load_weights, read_log_alpha
 from megashear.checkpoint.weights import CheckpointWeights
-from megashear.config import ModelConfig, ParallelConfig
+from megashear.config import Masks, ModelConfig, ParallelConfig
 from megashear.conversion.hf import HfWeights
 from megashear.conversion.sharded_hf import describe, load_hf
-from megashear.models.llama import build_chunks
+from megashear.masks.mask_set import MaskSet, exact_gates, expected_gates
+from megashear.masks.targets import target_units, whole_parts
+from megashear.models.binding import MaskBinding
+from megashear.models.llama import build_chunks, check_layout, own_layers
+from megashear.models.parts import own_parts
 from megashear.parallel.agree import raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
+from megashear.tokenizer import tokenizer_files
+from megashear.tokenizer.choice import load_tokenizer
+from megashear.tokenizer.models import Tokenizer
+from megashear.train.schedule import ForwardPass
 from megashear.train.start import check_no_masks, check_weights
+from megashear.train.target import check_layers
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredModel:
-    """A model without masks, in a checkpoint or a Hugging Face directory."""
+    """A model in a checkpoint or a Hugging Face directory."""
 
     directory: Path
     """One iteration's directory, or the Hugging Face directory."""
@@ -41,6 +50,8 @@ class StoredModel:
     """What the directory says of the model."""
     load: str | None
     """What named the checkpoint; None for a Hugging Face directory."""
+    masks: Masks | None = None
+    """Masks of a pruning run to run the model under; None of a model without masks."""
 
     @property
     def shape(self) -> ModelShape:
@@ -62,6 +73,42 @@ class StoredModel:
             if asked[name] and not getattr(model, name):
                 logger.info("--%s, as the run that made the checkpoint", name.replace("_", "-"))
         return dataclasses.replace(model, **asked)
+
+    def check_runnable(self, parallel: ParallelConfig, model: ModelConfig) -> None:
+        """Refuse a layout that does not divide the model, and layers that know no masks.
+
+        Raises:
+            ValueError: with the way out.
+        """
+        check_layout(self.shape, parallel)
+        if self.masks is not None:
+            check_layers(model)
+
+    def open_tokenizer(self, named: str | None) -> Tokenizer:
+        """Open the tokenizer that --tokenizer-model names, or the model's own.
+
+        Raises:
+            ValueError: there is none, or it has ids without an embedding.
+        """
+        if named is None and not tokenizer_files.find(self.tokenizer):
+            raise ValueError(
+                f"{self.directory} carries no tokenizer; name one with --tokenizer-model"
+            )
+        tokenizer = load_tokenizer(self.tokenizer if named is None else named)
+        if tokenizer.vocab_size > self.shape.vocab_size:
+            raise ValueError(
+                f"{tokenizer.path} has {tokenizer.vocab_size} tokens and the model an embedding of "
+                f"{self.shape.vocab_size}; name the model's own tokenizer with --tokenizer-model"
+            )
+        if tokenizer.note is not None:
+            logger.warning("%s", tokenizer.note)
+        return tokenizer
+
+    def end_tokens(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Return the tokens that end a text, as the model and its tokenizer name them."""
+        named = self.description.token_ids.get("eos_token_id")
+        found = {tokenizer.eos_id, *(named if isinstance(named, list) else [named])}
+        return frozenset(token for token in found if token is not None)
 
     def sequence_length(self, asked: int | None) -> int:
         """Return the length asked for, or that of the run that made the checkpoint.
@@ -100,14 +147,13 @@ class StoredModel:
         whole = agree_on_iteration(self.load, groups, contents=verify)
         with raise_together():
             # another one where the newest is damaged, or where a newer one was saved meanwhile
-            return self if whole == self.directory else _read(whole, self.load)
+            return self if whole == self.directory else _read(whole, self.load, self.masks)
 
     def build(
         self, groups: ParallelGroups, parallel: ParallelConfig, model: ModelConfig
     ) -> list[torch.nn.Module]:
-        """Build this rank's chunks, without memory for gradients, and load their weights.
-
-        Collective over the world.
+        """Build this rank's chunks, without memory for gradients, and load their weights; masks are
+        not applied. Collective over the world.
 
         Args:
             groups: where this rank stands.
@@ -121,9 +167,38 @@ class StoredModel:
             load_weights(self.directory, chunks)
         return chunks
 
+    def open(
+        self, groups: ParallelGroups, parallel: ParallelConfig, model: ModelConfig
+    ) -> ForwardPass:
+        """Load the model to run it forward, under its masks if it has any.
 
-def find_model(*, load: str | None, load_hf: str | None) -> StoredModel:
+        Collective over the world; arguments as for `build`.
+        """
+        chunks = self.build(groups, parallel, model)
+        if self.masks is None:
+            return ForwardPass(chunks=chunks)
+        target = self.description.known.target
+        parts = own_parts(whole_parts(self.shape, target), own_layers(chunks), groups)
+        binding = MaskBinding(
+            *(chunks, MaskSet(parts), self.shape, groups),
+            sequence_parallel=parallel.sequence_parallel,
+        )
+        log_alpha = read_log_alpha(self.directory)
+        if self.masks == "exact":
+            gates = exact_gates(log_alpha, target_units(self.shape, target))
+        else:
+            gates = expected_gates(log_alpha)
+        binding.bind({0: binding.slice_gates(gates)})
+        return ForwardPass(chunks=chunks, select=binding.select)
+
+
+def find_model(*, load: str | None, load_hf: str | None, masks: Masks | None = None) -> StoredModel:
     """Find the model that --load or --load-hf names; the latter counts where both are given.
+
+    Args:
+        load: a checkpoint.
+        load_hf: a Hugging Face directory.
+        masks: masks to take of a pruning run; None refuses such a run.
 
     Raises:
         ValueError: there is none, it is damaged, or it is nothing without its masks.
@@ -132,11 +207,13 @@ def find_model(*, load: str | None, load_hf: str | None) -> StoredModel:
         directory = Path(load_hf)
         return StoredModel(directory=directory, description=describe(directory), load=None)
     assert load is not None
-    return _read(find_iteration(load), load)
+    return _read(find_iteration(load), load, masks)
 
 
-def _read(directory: Path, load: str) -> StoredModel:
+def _read(directory: Path, load: str, masks: Masks | None) -> StoredModel:
     description = read_description(directory)
-    check_no_masks(directory, description)
+    if description.known.mask_extents is None or masks is None:
+        masks = None
+        check_no_masks(directory, description)
     check_weights(directory)
-    return StoredModel(directory=directory, description=description, load=load)
+    return StoredModel(directory=directory, description=description, load=load, masks=masks)

@@ -2,7 +2,9 @@
 
 import pytest
 
+from tests import stock as stock_model
 from tests import text_run
+from tests.stock import Stock
 from tests.text_run import TextRun
 
 
@@ -10,3 +12,9 @@ from tests.text_run import TextRun
 def text(tmp_path_factory: pytest.TempPathFactory) -> TextRun:
     """Three domains of real text and a checkpoint to start from; do not change them."""
     return text_run.make(tmp_path_factory.getbasetemp() / "text_run")
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
+    """A model as a checkpoint and as a Hugging Face directory; do not change them."""
+    return stock_model.make(tmp_path_factory.getbasetemp() / "stock")

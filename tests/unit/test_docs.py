@@ -26,6 +26,7 @@ RUNS = [
     config.PruneRun,
     config.PretrainRun,
     config.EvaluateRun,
+    config.GenerateRun,
     config.ScoreRun,
     config.ReferenceLossRun,
     config.InspectConfig,

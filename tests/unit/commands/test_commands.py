@@ -30,6 +30,7 @@ NEEDED = {
     "cut": ["--load", "in", "--output", "out"],
     "pretrain": ["--data-path", "data"],
     "evaluate": ["--load", "in", "--data-path", "data"],
+    "generate": ["--load", "in", "--prompt", "text"],
     "reference-loss": ["--losses", "losses.json", "--output", "out"],
     "report": ["run", "--images", "figures"],
     "inspect": ["checkpoint", "other", "--image", "masks.png"],
@@ -356,6 +357,15 @@ def test_evaluate_prints_the_losses_and_where_they_lie(
     monkeypatch.setattr(measure, "evaluate", lambda config: {"mean": 2.5})
     assert main(["evaluate", *NEEDED["evaluate"], "--output", "losses.json"]) == 0
     assert capsys.readouterr().out == '{\n  "mean": 2.5\n}\nwrote losses.json\n'
+
+
+def test_generate_prints_texts_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module("megashear.train.generate")
+    monkeypatch.setattr(module, "generate", lambda config: [f"{p} end" for p in config.prompt])
+    assert main(["generate", "--load", "in", "--prompt", "one", "two words"]) == 0
+    assert capsys.readouterr().out == "one end\n----\ntwo words end\n"
 
 
 def test_preprocess_reports_documents_and_tokens() -> None:

@@ -1,0 +1,117 @@
+"""generate: from a model on disk and texts to their continuations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megashear.config import GenerateRun
+from megashear.files.regular import read_bytes
+from megashear.parallel.agree import check_same, gather_objects
+from megashear.parallel.groups import ParallelGroups
+from megashear.parallel.launch import distributed
+from megashear.tokenizer.models import Tokenizer
+from megashear.train.reading import Reader, longest_of
+from megashear.train.sampling import Sampling
+from megashear.train.stored_model import StoredModel, find_model
+
+
+def generate(config: GenerateRun) -> list[str]:
+    """Return every text with its continuation. Collective over the processes torchrun started.
+
+    Raises:
+        ValueError: anything a user can correct.
+    """
+    prepared = prepare_generate(config)
+    with distributed(config.parallel, config.model) as groups:
+        return prepared.run(groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedTexts:
+    """A model and texts to continue, found and checked."""
+
+    config: GenerateRun
+    model: StoredModel
+    tokenizer: Tokenizer
+    texts: Sequence[Sequence[int]]
+    """Tokens of each text."""
+
+    def run(self, groups: ParallelGroups) -> list[str]:
+        """Load the model and continue the texts; replicas take turns. Collective over the world."""
+        config = self.config
+        check_same({"texts": self.texts, "shape of the model": self.model.shape.to_dict()})
+        model = self.model.settle(groups, verify=config.verify_checkpoint)
+        reader = Reader(
+            model=model.open(groups, config.parallel, config.model),
+            shape=model.shape,
+            groups=groups,
+            parallel=config.parallel,
+            micro_batch_size=config.micro_batch_size,
+        )
+        ends = model.end_tokens(self.tokenizer)
+        own = range(groups.data_rank, len(self.texts), groups.data_size)
+        new = reader.continue_texts(
+            [self.texts[n] for n in own],
+            most_new=config.max_new_tokens,
+            is_done=lambda text, tokens: tokens[-1] in ends,
+            sampling=Sampling(
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                seed=config.seed,
+            ),
+            numbers=own,
+        )
+        found: dict[int, list[int]] = {}
+        for theirs in gather_objects(dict(zip(own, new)), groups.data):
+            found |= theirs
+        # decoded with the text, for a tokenizer may drop a blank before the first token
+        return [self.tokenizer.decode([*self.texts[n], *found[n]]) for n in sorted(found)]
+
+
+def prepare_generate(config: GenerateRun) -> PreparedTexts:
+    """Prepare `generate` before processes meet.
+
+    Raises:
+        ValueError: anything a user can correct.
+    """
+    model = find_model(load=config.load, load_hf=config.load_hf, masks=config.masks)
+    model.check_runnable(config.parallel, config.model)
+    tokenizer = model.open_tokenizer(config.tokenizer_model)
+    begin = [tokenizer.bos_id] if config.prepend_bos and tokenizer.bos_id is not None else []
+    longest, texts = longest_of(model.shape), []
+    for text in _texts(config):
+        tokens = [*begin, *tokenizer.encode(text)]
+        if not 0 < len(tokens) < longest:
+            raise ValueError(
+                f"the text {text[:40]!r} has {len(tokens)} tokens; the model reads up to "
+                f"{longest}, and a text to continue must have 1 to {longest - 1}"
+            )
+        texts.append(tokens)
+    return PreparedTexts(config=config, model=model, tokenizer=tokenizer, texts=texts)
+
+
+def _texts(config: GenerateRun) -> list[str]:
+    """Return the texts of --prompt and --prompt-file.
+
+    Raises:
+        ValueError: the file has none.
+    """
+    texts = list(config.prompt)
+    if config.prompt_file is not None:
+        try:
+            lines = read_bytes(Path(config.prompt_file), _MOST_BYTES).decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--prompt-file {config.prompt_file} is no text in UTF-8: {error}"
+            ) from None
+        texts += [line for line in lines if line.strip()]
+    if not texts:
+        raise ValueError(f"--prompt-file {config.prompt_file} has no line with text")
+    return texts
+
+
+_MOST_BYTES = 2**24
+"""Largest --prompt-file, bytes."""

@@ -1,0 +1,224 @@
+"""A model that ranks share, asked about text: scores of continuations, and continuations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megashear.config import ParallelConfig
+from megashear.data.batch import MicroBatch
+from megashear.models.next_token import token_scores, whole_rows
+from megashear.monitor.console import progress
+from megashear.parallel import device
+from megashear.parallel.agree import ordered_sum
+from megashear.parallel.groups import ParallelGroups
+from megashear.shape import ModelShape
+from megashear.train.sampling import Sampling
+from megashear.train.schedule import ForwardPass
+
+_ROUND = 32
+"""Lengths are rounded up to a multiple, or every batch would have another shape."""
+_PER_STAGE = 4
+"""Microbatches of a stage that go through a pipeline together. They are of one length, so that
+more would fill up more."""
+
+
+class Passage(NamedTuple):
+    """Text of which the last tokens are scored."""
+
+    tokens: Sequence[int]
+    """All tokens."""
+    num_scored: int
+    """Number of last tokens to score; at least one token precedes them."""
+
+
+class PassageScore(NamedTuple):
+    """What a model thinks of the scored tokens of a passage."""
+
+    log_probability: float
+    """Sum over the scored tokens, nats."""
+    is_greedy: bool
+    """Whether each scored token is the likeliest after those before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A model of one replica; all its ranks ask the same of it, and all get the answer.
+
+    Causal attention looks at no later token, so shorter texts of a batch are filled up at the end.
+    """
+
+    model: ForwardPass
+    shape: ModelShape
+    groups: ParallelGroups
+    parallel: ParallelConfig
+    micro_batch_size: int = 1
+    """Texts in one forward pass."""
+    beat: Callable[[str], None] = lambda doing: None
+    """Is told of every few batches, see `Watchdog`."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the model can read."""
+        return longest_of(self.shape)
+
+    def score(self, passages: Sequence[Passage], *, what: str = "scoring") -> list[PassageScore]:
+        """Return the score of every passage. Collective over the replica's model group.
+
+        Args:
+            passages: none longer than `longest` and one token, for the last token is not read.
+            what: text beside the progress bar.
+        """
+        scores = torch.zeros(len(passages), 2, dtype=torch.float64)  # stay 0 on other stages
+        order = sorted(range(len(passages)), key=lambda n: -len(passages[n].tokens))
+        with self._bar(len(passages), what) as bar:
+            for part in self._parts(order):
+                self.beat(what)
+                texts = [passages[n].tokens[:-1] for n in part]
+                labels = [passages[n].tokens[1:] for n in part]
+                found = self.model.read(
+                    self._batches(part, texts, labels, [passages[n].num_scored for n in part]),
+                    self._scores,
+                )
+                if found:
+                    scores[part] = torch.cat(found)[: len(part)]
+                bar.update(len(part))
+        (scores,) = ordered_sum([scores], self.groups.pipeline)
+        return [PassageScore(total, bool(greedy)) for total, greedy in scores.tolist()]
+
+    def continue_texts(
+        self,
+        texts: Sequence[Sequence[int]],
+        *,
+        most_new: int,
+        is_done: Callable[[int, Sequence[int]], bool],
+        sampling: Sampling,
+        numbers: Sequence[int] | None = None,
+        what: str = "generating",
+    ) -> list[list[int]]:
+        """Return the tokens that follow each text. Collective over the replica's model group.
+
+        The whole text is read again for every token: there is no cache of keys and values.
+
+        Args:
+            texts: at least one token each, and no more than `longest`.
+            most_new: tokens to add at most; fewer where the text has become as long as `longest`.
+            is_done: is given the place of a text in ``texts`` and its new tokens after each of
+                them; true ends the text.
+            sampling: how tokens are chosen.
+            numbers: number of each text for ``sampling``; its place unless given.
+            what: text beside the progress bar.
+        """
+        new: list[list[int]] = [[] for _ in texts]
+        numbers = range(len(texts)) if numbers is None else numbers
+        active = list(range(len(texts)))
+        with self._bar(len(texts), what) as bar:
+            while most_new and active:
+                self.beat(what)
+                whole = [[*texts[n], *new[n]] for n in active]
+                for n, token in zip(
+                    active, self._next_tokens(whole, active, numbers, new, sampling)
+                ):
+                    new[n].append(token)
+                open_ones = [
+                    n
+                    for n in active
+                    if len(new[n]) < most_new
+                    and len(texts[n]) + len(new[n]) < self.longest
+                    and not is_done(n, new[n])
+                ]
+                bar.update(len(active) - len(open_ones))
+                active = open_ones
+        return new
+
+    def _next_tokens(
+        self,
+        texts: Sequence[Sequence[int]],
+        places: Sequence[int],
+        numbers: Sequence[int],
+        new: Sequence[Sequence[int]],
+        sampling: Sampling,
+    ) -> list[int]:
+        """Return the token after each text, equal on all ranks of the replica."""
+        chosen = torch.zeros(len(texts), dtype=torch.int64)  # stay 0 on other stages
+
+        def choose(batch: MicroBatch, logits: Tensor) -> None:
+            at = batch.loss_mask.bool().to(logits.device)
+            rows = whole_rows(logits[at], self.shape.vocab_size, self.groups.tensor)
+            for row, n in zip(rows, batch.positions.tolist()):
+                text = places[n]
+                chosen[n] = sampling.choose(row, text=numbers[text], place=len(new[text]))
+
+        order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
+        for part in self._parts(order):
+            own = [texts[n] for n in part]
+            self.model.read(self._batches(part, own, own, [1] * len(part)), choose)
+        (chosen,) = ordered_sum([chosen], self.groups.pipeline)
+        return [int(token) for token in chosen]
+
+    def _scores(self, batch: MicroBatch, logits: Tensor) -> Tensor:
+        """Return sum of log-probabilities and whether all are greedy, float64 [b, 2]."""
+        is_scored = batch.loss_mask.bool()  # [b, s]
+        rows = logits[is_scored.to(logits.device)]
+        tokens = batch.labels[is_scored].to(logits.device)
+        log_probabilities, is_greedy = token_scores(rows, tokens, self.groups.tensor)
+        found = torch.zeros(*is_scored.shape, 2, dtype=torch.float64)
+        found[is_scored, 0] = log_probabilities.double().cpu()
+        found[is_scored, 1] = (~is_greedy).double().cpu()
+        sums = found.sum(dim=1)
+        return torch.stack([sums[:, 0], (sums[:, 1] == 0).double()], dim=1)
+
+    def _parts(self, order: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the texts that go through the model together, by their numbers."""
+        stages = self.groups.pipeline_size
+        size = self.micro_batch_size * (_PER_STAGE * stages if stages > 1 else 1)
+        for start in range(0, len(order), size):
+            yield list(order[start : start + size])
+
+    def _batches(
+        self,
+        numbers: Sequence[int],
+        texts: Sequence[Sequence[int]],
+        labels: Sequence[Sequence[int]],
+        num_scored: Sequence[int],
+    ) -> list[MicroBatch]:
+        """Make microbatches of one length; the last text is repeated until they are full."""
+        size, stages = self.micro_batch_size, self.groups.pipeline_size
+        # the interleaved schedule takes a multiple of the stages only
+        per_pass = size * (stages if self.groups.virtual_size > 1 else 1)
+        missing = -len(texts) % per_pass
+        rows = [*range(len(texts)), *[len(texts) - 1] * missing]
+        multiple = math.lcm(_ROUND, self.parallel.tensor_model_parallel_size)
+        length = -(-max(map(len, texts)) // multiple) * multiple
+        tokens, after = (torch.zeros(len(rows), length, dtype=torch.int64) for _ in range(2))
+        mask = torch.zeros(len(rows), length)
+        for at, row in enumerate(rows):
+            end = len(texts[row])
+            tokens[at, :end] = torch.tensor(texts[row])
+            after[at, :end] = torch.tensor(labels[row])
+            mask[at, end - num_scored[row] : end] = 1.0
+        places = torch.tensor([numbers[row] for row in rows])
+        return [
+            MicroBatch(
+                tokens=device.pinned(tokens[at : at + size]),
+                labels=device.pinned(after[at : at + size]),
+                loss_mask=mask[at : at + size],
+                domains=torch.zeros(size, dtype=torch.int64),
+                positions=places[at : at + size],
+            )
+            for at in range(0, len(rows), size)
+        ]
+
+    def _bar(self, total: int, what: str) -> Any:
+        return progress(total, rank=self.groups.rank, desc=what, unit="text", leave=False)
+
+
+def longest_of(shape: ModelShape) -> int:
+    """Return how many tokens a model can read: what it was made for, or its sliding window."""
+    longest = shape.max_position_embeddings
+    return longest if shape.sliding_window is None else min(longest, shape.sliding_window)
