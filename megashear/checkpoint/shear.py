@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megashear.checkpoint.cut import cut
-from megashear.checkpoint.description import Description, find_iteration
+from megashear.checkpoint.description import Description, find_iteration, read_description
 from megashear.checkpoint.details import (
     IMPORTANCE_SCORES,
     PRUNED_FOR,
@@ -36,10 +36,15 @@ from megashear.shape import ModelShape
 def check_cut(load: Path | str) -> None:
     """Refuse a path that is no checkpoint with masks, without reading weights.
 
+    Warn of a target that stock runtimes refuse.
+
     Raises:
         ValueError: ``load`` is no such checkpoint.
     """
-    read_log_alpha(find_iteration(load))
+    directory = find_iteration(load)
+    read_log_alpha(directory)
+    description = read_description(directory)
+    loadable.warn(description.known.target, "target ", source=description.shape)
 
 
 def cut_checkpoint(
@@ -66,7 +71,7 @@ def cut_checkpoint(
     log_alpha = read_log_alpha(weights.directory)
     known = weights.description.known
     source, target = weights.shape, known.target
-    loadable.warn(target, "target ")
+    loadable.warn(target, "target ", source=source)
     targets = target_units(source, target)
     counts = take_census(log_alpha, targets)
     gates = exact_gates(log_alpha, targets) if exact_target else expected_gates(log_alpha)

@@ -5,6 +5,7 @@ Each field is a YAML key and a flag of the same name (``tensor_model_parallel_si
 from the configuration alone is judged here, before any process meets another.
 """
 
+from megashear.config.budget import BudgetConfig
 from megashear.config.commands import (
     ConvertConfig,
     CutConfig,
@@ -32,6 +33,7 @@ from megashear.config.train import DEFAULT_EVAL_SEQUENCES, OptimizerConfig, Trai
 
 __all__ = [
     "DEFAULT_EVAL_SEQUENCES",
+    "BudgetConfig",
     "Constraint",
     "ConvertConfig",
     "CutConfig",

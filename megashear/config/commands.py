@@ -23,6 +23,7 @@ from megashear.bounds import (
     Workers,
     check_bounds,
 )
+from megashear.config.budget import BudgetConfig
 from megashear.config.defaults import (
     HELD_OUT_FRACTION,
     JSON_KEY,
@@ -234,8 +235,10 @@ class CutConfig(TargetConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig(TargetConfig):
-    """`megashear plan`: calculate which layouts fit, how long a run takes and what it costs."""
+    """`megashear plan`: calculate which layouts fit, how long a run takes and what it costs; or
+    which shape to prune to."""
 
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     model: str
     """Model to start from: a preset, a Hugging Face directory (its config.json is enough), a
     checkpoint, or a JSON file of extents."""
@@ -247,8 +250,9 @@ class PlanConfig(TargetConfig):
     plan override its keys."""
     any_layout: bool = False
     """List all layouts that fit, not only the ones of --prune-config and --pretrain-config."""
-    gpus: Ranks
-    """Number of GPUs."""
+    gpus: Annotated[Ranks | None, COMMON] = None
+    """Number of GPUs. Needed unless a budget is given; with a budget, the first proposed shape is
+    planned for."""
     gpu: Annotated[str, COMMON] = "H100-80G"
     """Kind of the GPUs; an unknown name lists all kinds."""
     gpus_per_node: Annotated[Ranks, COMMON] = 8
@@ -284,15 +288,21 @@ class PlanConfig(TargetConfig):
     """Held-out sequences per domain in an evaluation of the continued pretraining; those of
     --pretrain-config, or 500, unless given."""
     distill: bool = False
-    """Plan both runs with --model as their teacher, as with --distill-from. A YAML file that has
-    distill_from is planned so in any case."""
+    """Plan both runs with a teacher, as with --distill-from: --model unless --teacher is given. A
+    YAML file that has distill_from is planned so in any case, with the teacher it names where that
+    is here."""
+    teacher: str | None = None
+    """Model that both runs learn from, in all that --model takes; in place of the teacher that a
+    YAML file names, say where that is not here."""
     eval_domains: Sequences | None = None
     """Number of domains that both runs evaluate; that of the YAML files' domain_weights, or 7,
     unless given."""
     tensor_model_parallel_size: Ranks | None = None
-    """List only layouts with this many tensor-parallel ranks."""
+    """List only layouts with this many tensor-parallel ranks, and with a budget only shapes that
+    divide over them."""
     pipeline_model_parallel_size: Ranks | None = None
-    """List only layouts with this many pipeline stages."""
+    """List only layouts with this many pipeline stages, and with a budget only shapes that divide
+    over them."""
     num_virtual_stages_per_pipeline_rank: Ranks | None = None
     """List only layouts with this many model chunks per pipeline rank."""
     micro_batch_size: Sequences | None = None
@@ -304,13 +314,19 @@ class PlanConfig(TargetConfig):
     its first layers (block)."""
     recompute_num_layers: Extent = 1
     """Layers per chunk (uniform) or per stage (block) of --recompute-method."""
-    pruning_mfu: Share = 0.28
-    """Share of the GPU's peak that a pruning run reaches while it computes. The default is what the
-    reference implementation of Sheared LLaMA reached on A100. One H200 reached 0.55."""
-    mfu: Share = 0.32
-    """Share of the GPU's peak that continued pretraining reaches while it computes. The default is
-    what the reference implementation reached with 2.7B on A100. Megatron-LM publishes 0.41 to 0.48
-    on H100, with Transformer Engine's kernels; one H200 reached 0.57."""
+    pruning_mfu: Share | None = None
+    """Share of the GPU's peak that a pruning run reaches while it computes. Unless given, that of
+    --measured, or what was measured on the kind of GPU: 0.28 on A100 (reference implementation of
+    Sheared LLaMA), 0.45 on H100 (Megatron-core's, less 5 % for masks), 0.55 on one H200; others are
+    assumed to be as A100."""
+    mfu: Share | None = None
+    """Share of the GPU's peak that continued pretraining reaches while it computes. Unless given,
+    that of --measured, or what was measured on the kind of GPU: 0.32 on A100 (reference
+    implementation, 2.7B), 0.41 on H100 (Megatron-core, 1.7B), 0.57 on one H200; others are assumed
+    to be as A100."""
+    measured: Annotated[str | None, COMMON] = None
+    """JSON file of `tools/benchmarks/gpu.py --json` on such a GPU, whose shares of the peak are
+    taken in place of the defaults of --pruning-mfu and --mfu."""
     memory_reserve_gib: Annotated[float, Between(0, 1e4)] = 5.0
     """Memory of each GPU that tensors cannot use, GiB: CUDA's context, buffers of NCCL and
     libraries, and what the allocator loses. The default is an assumption."""
@@ -321,6 +337,16 @@ class PlanConfig(TargetConfig):
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.gpus is None and not self.budget.flags:
+            raise ValueError(
+                "--gpus is needed and not given; say how many GPUs to plan for, or what the pruned "
+                "model may cost, say with --budget-params"
+            )
+        if self.target is not None and self.budget.flags:
+            raise ValueError(
+                f"--target {self.target} is a whole shape, and {self.budget.flags} asks for "
+                f"one; leave one of them out, or fix single extents with --target-*"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,19 +43,21 @@ def check_target(target: ModelShape, source: ModelShape, *, force: bool) -> None
             f"target {why}; the nearest that it loads: {_nearest(target, source)}; or add "
             f"--force-unloadable-target, for a runtime of your own"
         )
-    warn(target, "target ")
+    warn(target, "target ", source=source)
 
 
-def warn(shape: ModelShape, of_what: str = "") -> None:
+def warn(shape: ModelShape, of_what: str = "", *, source: ModelShape | None = None) -> None:
     """Log a warning for each stock runtime that would not load a model of this shape.
 
     Args:
         shape: the model.
         of_what: first words of the warning.
+        source: shape before pruning, where the nearest shapes that load are to be named.
     """
     why = why_refused(shape)
     if why is not None:
-        logger.warning("%s%s", of_what, why)
+        nearest = f"; the nearest that it loads: {_nearest(shape, source)}" if source else ""
+        logger.warning("%s%s%s", of_what, why, nearest)
     if shape.family == "qwen2" and shape.head_dim * shape.num_attention_heads != shape.hidden_size:
         # Source: vLLM's model_executor/models/qwen2.py, early 2025
         logger.warning(

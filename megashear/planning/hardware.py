@@ -23,18 +23,20 @@ class Gpu:
     """Speed of its link to other GPUs of the node, bytes a second in each direction."""
     network: float
     """Its share of the speed of the node's adapters, bytes a second in each direction."""
+    memory_speed: float
+    """Speed of its memory, bytes a second."""
 
 
 _KINDS = (
-    # name, GiB, TFLOP/s, GB/s in the node, GB/s between nodes
-    ("A100-40G", 39.3, 312.0, 300, 25.0),
-    ("A100-80G", 79.1, 312.0, 300, 25.0),
-    ("A800-80G", 79.1, 312.0, 200, 25.0),
-    ("H100-80G", 79.1, 989.0, 450, 50.0),
-    ("H800-80G", 79.1, 989.0, 200, 50.0),
-    ("H200-141G", 139.7, 989.0, 450, 50.0),
-    ("B200-180G", 178.3, 2250.0, 900, 50.0),
-    ("L40S-48G", 44.4, 362.0, 32, 12.5),
+    # name, GiB, TFLOP/s, GB/s in the node, GB/s between nodes, GB/s of memory
+    ("A100-40G", 39.3, 312.0, 300, 25.0, 1555),
+    ("A100-80G", 79.1, 312.0, 300, 25.0, 2039),
+    ("A800-80G", 79.1, 312.0, 200, 25.0, 2039),
+    ("H100-80G", 79.1, 989.0, 450, 50.0, 3350),
+    ("H800-80G", 79.1, 989.0, 200, 50.0, 3350),
+    ("H200-141G", 139.7, 989.0, 450, 50.0, 4800),
+    ("B200-180G", 178.3, 2250.0, 900, 50.0, 8000),
+    ("L40S-48G", 44.4, 362.0, 32, 12.5, 864),
 )
 
 GPUS: dict[str, Gpu] = {
@@ -44,8 +46,9 @@ GPUS: dict[str, Gpu] = {
         peak_flops=tera * 1e12,
         node_link=link * GB,
         network=network * GB,
+        memory_speed=speed * GB,
     )
-    for name, memory, tera, link, network in _KINDS
+    for name, memory, tera, link, network, speed in _KINDS
 }
 """Kinds of GPU by name, the SXM or HGX variant where there are several.
 

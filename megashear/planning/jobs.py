@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from megashear.config import (
@@ -19,6 +21,7 @@ from megashear.masks.targets import target_units, whole_parts
 from megashear.planning.hardware import GB, find_gpu
 from megashear.planning.layouts import Choices, Job
 from megashear.planning.search import fitting_layouts
+from megashear.planning.shares import MfuShare, planned_share
 from megashear.planning.tables import Plan
 from megashear.planning.time import FORWARD_SHARE, Cluster
 from megashear.shape import ModelShape
@@ -60,6 +63,14 @@ PUBLISHED_PRETRAIN = PretrainRun(
 flags nor a recipe say otherwise."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher:
+    """Shape of the model that a job learns from, and where the shape comes from."""
+
+    shape: ModelShape
+    source: str
+
+
 def make_plans(
     config: PlanConfig,
     source: ModelShape,
@@ -67,6 +78,8 @@ def make_plans(
     *,
     prune: PruneRun | None = None,
     pretrain: PretrainRun | None = None,
+    teachers: Mapping[str, Teacher] | None = None,
+    measured: Mapping[str, Any] | None = None,
 ) -> list[Plan]:
     """Return a plan of pruning ``source`` to ``target``, and one of pretraining the result.
 
@@ -76,11 +89,15 @@ def make_plans(
         target: the model after pruning; None plans only for pretraining ``source``.
         prune: the run that --prune-config describes.
         pretrain: the run that --pretrain-config describes.
+        teachers: teachers by the name of the job, of the jobs that have one.
+        measured: content of the file that --measured names.
 
     Raises:
-        ValueError: the GPU is unknown, no masks lead to the target, or no layout divides or fits.
+        ValueError: the GPU is unknown, no masks lead to the target, no layout divides or fits, or
+            the measurements are not of this GPU.
     """
-    gpu = find_gpu(config.gpu)
+    assert config.gpus is not None, "of a budget alone there is no plan"
+    gpu, teachers = find_gpu(config.gpu), teachers or {}
     network = config.network_gbit
     cluster = Cluster(
         gpu=gpu,
@@ -88,11 +105,16 @@ def make_plans(
         gpus_per_node=min(config.gpus_per_node, config.gpus),
         network=gpu.network if network is None else network * GB / BITS,
     )
-    jobs: list[tuple[Job, PruneRun | PretrainRun | None]] = [
-        (_continued(config, source, target or source, pretrain or PUBLISHED_PRETRAIN), pretrain)
-    ]
+    after = target or source
+    mfu = planned_share(config, after, gpu, measured, has_masks=False)
+    trained = _continued(
+        config, after, pretrain or PUBLISHED_PRETRAIN, mfu, teachers.get(CONTINUED)
+    )
+    jobs: list[tuple[Job, PruneRun | PretrainRun | None]] = [(trained, pretrain)]
     if target is not None:
-        jobs.insert(0, (_pruning(config, source, target, prune or PUBLISHED_PRUNE), prune))
+        mfu = planned_share(config, source, gpu, measured, has_masks=True)
+        run = prune or PUBLISHED_PRUNE
+        jobs.insert(0, (_pruning(config, source, target, run, mfu, teachers.get(PRUNING)), prune))
     return [
         Plan(
             job=job,
@@ -130,7 +152,14 @@ def _fixed(config: PlanConfig, run: PruneRun | PretrainRun | None) -> Choices:
     return Choices.of_run(run)
 
 
-def _pruning(config: PlanConfig, source: ModelShape, target: ModelShape, run: PruneRun) -> Job:
+def _pruning(
+    config: PlanConfig,
+    source: ModelShape,
+    target: ModelShape,
+    run: PruneRun,
+    mfu: MfuShare,
+    teacher: Teacher | None,
+) -> Job:
     parts = whole_parts(source, target)
     # refuses a sparsity that masks do not reach, whatever the warm-up
     SparsityConstraint(parts, target_units(source, target), warmup_steps=1)
@@ -140,8 +169,9 @@ def _pruning(config: PlanConfig, source: ModelShape, target: ModelShape, run: Pr
         masks=frozenset(parts),
         target=target,
         noise_streams=config.mask_noise_streams or run.masks.mask_noise_streams,
-        mfu=config.pruning_mfu,
-        **_teaches(config, source, run),
+        mfu=mfu.value,
+        mfu_source=mfu.source,
+        **_teaches(teacher, run),
         **_reads(
             config,
             run,
@@ -153,14 +183,21 @@ def _pruning(config: PlanConfig, source: ModelShape, target: ModelShape, run: Pr
     )
 
 
-def _continued(config: PlanConfig, source: ModelShape, shape: ModelShape, run: PretrainRun) -> Job:
+def _continued(
+    config: PlanConfig,
+    shape: ModelShape,
+    run: PretrainRun,
+    mfu: MfuShare,
+    teacher: Teacher | None,
+) -> Job:
     return Job(
         name=CONTINUED,
         shape=shape,
         masks=frozenset(),
         noise_streams=1,
-        mfu=config.mfu,
-        **_teaches(config, source, run),
+        mfu=mfu.value,
+        mfu_source=mfu.source,
+        **_teaches(teacher, run),
         **_reads(
             config,
             run,
@@ -172,11 +209,15 @@ def _continued(config: PlanConfig, source: ModelShape, shape: ModelShape, run: P
     )
 
 
-def _teaches(config: PlanConfig, source: ModelShape, run: PruneRun | PretrainRun) -> dict[str, Any]:
-    """Return the fields of a job for its teacher, which is the source."""
-    if not config.distill and run.distill.distill_from is None:
+def _teaches(teacher: Teacher | None, run: PruneRun | PretrainRun) -> dict[str, Any]:
+    """Return the fields of a job for its teacher."""
+    if teacher is None:
         return {}
-    return {"teacher": source, "has_entropy": bool(run.distill.lm_loss_weight)}
+    return {
+        "teacher": teacher.shape,
+        "teacher_source": teacher.source,
+        "has_entropy": bool(run.distill.lm_loss_weight),
+    }
 
 
 def _reads(

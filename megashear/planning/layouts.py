@@ -53,6 +53,10 @@ class Job:
     noise_streams: int
     mfu: float
     """Share of the peak that is reached while computing."""
+    mfu_source: str = ""
+    """Who measured that share, and on which GPU."""
+    teacher_source: str = ""
+    """Where the teacher's shape comes from."""
     held_out_per_step: float = 0.0
     """Sequences that evaluations read, forward only, per training step."""
     save_interval: int = 0

@@ -71,9 +71,11 @@ def lines(plan: Plan, *, top: int) -> Iterator[str]:
         f"{job.name}: {job.steps:,} steps of {job.global_batch_size} x {job.seq_length:,} tokens "
         f"({job.steps * job.global_batch_size * job.seq_length / 1e9:.2f} B), "
         f"{job.shape.num_params():,} parameters, {cluster.num_gpus} {cluster.gpu.name}, "
-        f"{100 * job.mfu:g} % of the peak while computing"
-        + (f", a teacher of {job.teacher.num_params():,}" if job.teacher else "")
+        f"{100 * job.mfu:.3g} % of the peak while computing"
+        + (f" ({job.mfu_source})" if job.mfu_source else "")
     )
+    if job.teacher:
+        yield f"teacher: {job.teacher.num_params():,} parameters, {job.teacher_source}"
     yield ""
     table = [_COLUMNS, *(_row(plan, found) for found in plan.candidates[:top])]
     yield text_table(table, left=0, rule=False)
@@ -101,8 +103,10 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "shape": job.shape.to_dict(),
         "masks": sorted(job.masks),
         "teacher_parameters": job.teacher and job.teacher.num_params(),
+        "teacher_source": job.teacher_source or None,
         "flops_per_token": job.shape.training_flops(job.seq_length),
         "assumed_mfu": job.mfu,
+        "mfu_source": job.mfu_source,
         "held_out_sequences_per_step": job.held_out_per_step,
         "checkpoint_bytes": checkpoint_bytes(job.shape, job.masks),
         "checkpoints": job.saves,

@@ -548,6 +548,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "attention": kernels,
                 "compiled": kernel_choice.compiles_kernels(),
                 "work": {case.name: asdict(replace(case.work)) for case in all_cases},
+                "recompute": {case.name: case.recompute for case in all_cases},
             },
             args.json,
         )

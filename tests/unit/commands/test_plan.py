@@ -63,9 +63,89 @@ def test_a_teacher_is_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path
                 assert bool(each["bytes"]["teacher"]) == bool(teacher)
     run(*words, "--distill")
     out = capsys.readouterr().out
-    assert "a teacher of 6,738,415,616" in out
+    assert "teacher: 6,738,415,616 parameters, the shape of --model" in out
     assert re.search(r"^  teacher +\d+\.\d+  its weights, and hidden states that wait$", out, re.M)
     assert re.search(r"^  teacher +\d+\.\d+  its forward pass$", out, re.M)
+
+
+def test_a_teacher_has_the_shape_of_the_model_that_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "checkpoint", SHAPE)
+    (tmp_path / "hf").mkdir()
+    config = config_of_shape(PRESETS["llama2-2.7b"], dtype="float32")
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    (tmp_path / "empty").mkdir()
+
+    def taught(named: str, *words: str) -> tuple[int, str]:
+        file = recipe(tmp_path / "pretrain.yaml", bf16=True, distill_from=named)
+        base = ("--model", "llama2-1.3b", "--pretrain-config", file, *EIGHT, "--any-layout")
+        (found,) = layouts(capsys, *base, "--micro-batch-size", "1", *words).values()
+        return found["teacher_parameters"], found["teacher_source"]
+
+    assert taught("hf") == (PRESETS["llama2-2.7b"].num_params(), "the shape of hf")
+    assert taught("checkpoint", "--tensor-model-parallel-size", "1") == (
+        SHAPE.num_params(),
+        "the shape of checkpoint",
+    )
+    of_flag = taught("hf", "--teacher", "llama2-7b")
+    assert of_flag == (PRESETS["llama2-7b"].num_params(), "the shape of llama2-7b")
+    # a student is planned alone: without the file there is nothing but its own shape to assume
+    parameters, source = taught("elsewhere/teacher")
+    assert parameters == PRESETS["llama2-1.3b"].num_params()
+    assert source == (
+        "assumed to be as --model, for elsewhere/teacher is not here; --teacher gives another"
+    )
+    file = recipe(tmp_path / "pretrain.yaml", bf16=True, distill_from="empty")
+    run("--model", "llama2-1.3b", "--pretrain-config", file, *EIGHT, status=2)
+    error = capsys.readouterr().err
+    assert re.search(r"distill_from empty: no checkpoint at empty.* or give the teacher's", error)
+    run("--model", "llama2-1.3b", "--teacher", "llama", *EIGHT, status=2)
+    assert "--teacher llama is neither a preset (" in capsys.readouterr().err
+
+
+MEASURED = str(Path(__file__).parents[3] / "docs/benchmarks/gpu_speed.json")
+
+
+def test_shares_of_the_peak_are_those_of_the_gpu_or_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--model", "llama2-7b", "--target", "llama2-2.7b", "--gpus", "8", "--gpu", "H200")
+    usual = layouts(capsys, *words)
+    assert [job["assumed_mfu"] for job in usual.values()] == [0.55, 0.57]
+    assert {job["mfu_source"] for job in usual.values()} == {
+        "megashear, 7B on one H200",
+        "megashear, 2.7B on one H200",
+    }
+    found = layouts(capsys, *words, "--measured", MEASURED, "--mfu", "0.5")
+    assert found["pruning"]["mfu_source"] == "measured, 7B pruning on NVIDIA H200"
+    assert found["pruning"]["assumed_mfu"] == pytest.approx(0.57, abs=0.005)
+    training = found["continued pretraining"]
+    assert (training["assumed_mfu"], training["mfu_source"]) == (0.5, "--mfu")
+    run(*words, "--measured", MEASURED)
+    assert "57 % of the peak while computing (measured, 7B pruning on" in capsys.readouterr().out
+    run(*words, "--measured", "gone.json", status=2)
+    assert "--measured gone.json is no file" in capsys.readouterr().err
+
+
+def test_a_budget_gives_shapes_and_then_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", "llama2-7b", "--budget-params", "1.3e9")
+    run(*words)
+    out = capsys.readouterr().out
+    assert "continued pretraining" not in out
+    (flags,) = re.findall(r"^The first: (.*)$", out, re.MULTILINE)
+    more = (*EIGHT, "--micro-batch-size", "1", "--pipeline-model-parallel-size", "1")
+    pasted = layouts(capsys, "--model", "llama2-7b", *flags.split(), *more)
+    found = layouts(capsys, *words, *more)
+    assert found["shapes"][0]["flags"] == flags
+    assert found["shapes"][0]["shape"] == PRESETS["llama2-1.3b"].to_dict()
+    assert {name: job for name, job in found.items() if name != "shapes"} == pasted
+    run(*words, *more, "--top", "1")
+    assert re.search(
+        r"^The first: .*\n\npruning: .*\n(.*\n)*continued", capsys.readouterr().out, re.M
+    )
+    assert layouts(capsys, *words, *EIGHT[2:], "--top", "1") == {"shapes": found["shapes"]}
 
 
 def test_the_table_lists_as_many_as_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,14 @@ from typing import get_args
 import pytest
 import torch
 
+from megashear.checkpoint import shear
+from megashear.checkpoint.description import Description
+from megashear.checkpoint.weights import write_weights
 from megashear.commands.settings import build
 from megashear.config import PretrainRun
 from megashear.conversion import hf
 from megashear.conversion.hf_config import config_of_shape
+from megashear.masks.targets import whole_parts
 from megashear.models.loadable import check_target, warn, why_refused
 from megashear.shape import PRESETS, Family, ModelShape
 from megashear.train.prepare import prepare
@@ -179,3 +183,33 @@ def test_pretraining_such_a_model_is_warned_of(
 def test_an_odd_width_of_heads_is_refused() -> None:
     with pytest.raises(ValueError, match=r"head_dim is 7; rotary positions .* it must be even"):
         replace(SHAPE, head_dim=7)
+
+
+@pytest.mark.parametrize("heads", [5, 4])
+def test_a_cut_to_such_a_model_is_warned_of_with_the_nearest(
+    heads: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = replace(SHAPE, hidden_size=24, num_attention_heads=heads, num_query_groups=heads)
+    parts = whole_parts(SHAPE, target)
+    details = {
+        "target_shape": target.to_dict(),
+        "mask_extents": {kind: list(part.extents) for kind, part in parts.items()},
+    }
+    description = Description(shape=SHAPE, iteration=4, stage="prune", details=details)
+    write_weights(tmp_path / "run", random_weights(SHAPE), description)
+    masks = {kind: torch.rand(part.num_rows, part.num_units) for kind, part in parts.items()}
+    # gates are tensors of a run of several ranks, which are not what this is about
+    monkeypatch.setattr(shear, "read_log_alpha", lambda directory: masks)
+    said = (
+        "target hidden_size 24 is not a multiple of num_attention_heads 5: transformers from "
+        "release 5 refuses such a llama model, although head_dim is given; the nearest that it "
+        "loads: --target-hidden-size 20 or 25, or --target-num-attention-heads 4 or 6"
+    )
+    for begin in (
+        lambda: shear.check_cut(tmp_path / "run"),
+        lambda: shear.cut_checkpoint(tmp_path / "run", tmp_path / "cut", exact_target=True),
+    ):
+        caplog.clear()
+        begin()
+        found = [record.getMessage() for record in caplog.records]
+        assert found == ([said] if heads == 5 else [])

@@ -1,4 +1,4 @@
-"""docs/planning.md shows what the command prints; run as a module, this writes it."""
+"""Pages about `plan` show what the command prints; run as a module, this writes it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from megashear.config import ModelConfig, ParallelConfig
 from megashear.planning.activations import attention_kept, loss_kept, mlp_kept
 from megashear.planning.hardware import GPUS
 from megashear.planning.memory import rank_memory, stage_parameters
+from megashear.planning.shares import SHARES
 from megashear.planning.time import Cluster, forward_seconds, step_time
 from megashear.planning.work import Work
 from megashear.shape import PRESETS
 from tests.unit.commands.conftest import _restore_logging  # noqa: F401 (autouse)
 
-DOC = Path(__file__).parents[3] / "docs/planning.md"
+DOCS = Path(__file__).parents[3] / "docs"
+DOC = DOCS / "planning.md"
+SHAPES = DOCS / "choosing-a-shape.md"
 OUTPUT = re.compile(r"(<!-- output: megashear (.+?) -->\n\n```\n)(.*?)(```\n)", re.DOTALL)
 REFUSED = re.compile(r"(^\$ megashear (.+?)\n)(  megashear plan: error: .+?\n)", re.MULTILINE)
 SEVEN = Work(
@@ -54,7 +57,9 @@ def outputs(text: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("command", "shown"), outputs(DOC.read_text()), ids=lambda text: text[:30].replace(" ", "-")
+    ("command", "shown"),
+    [*outputs(DOC.read_text()), *outputs(SHAPES.read_text())],
+    ids=lambda text: text[:40].replace(" ", "-"),
 )
 def test_the_document_shows_what_the_command_prints(command: str, shown: str) -> None:
     assert shown == printed(command), "python -m tests.unit.planning.test_planning_doc mends it"
@@ -63,6 +68,8 @@ def test_the_document_shows_what_the_command_prints(command: str, shown: str) ->
 def test_the_examples_are_found() -> None:
     commands = [command for command, _ in outputs(DOC.read_text())]
     assert len(commands) == 4
+    commands += [command for command, _ in outputs(SHAPES.read_text())]
+    assert len(commands) >= 6
     assert all(command.startswith("plan --model") for command in commands)
 
 
@@ -123,7 +130,10 @@ def test_the_traffic_explained_is_the_traffic_planned() -> None:
         SEVEN, shape=shape, parallel=parallel, micro_batch_size=2, data_size=4, num_microbatches=4
     )
     cluster = Cluster(gpu=gpu, num_gpus=64, gpus_per_node=8, network=gpu.network)
-    time = step_time(work, cluster, mfu=0.28)
+    time = step_time(work, cluster, mfu=SHARES["H100-80G"][0].value)
+    flops = 131072 * shape.training_flops(4096) / 64 / (SHARES["H100-80G"][0].value * 989e12)
+    assert f"would take {flops:.2f} s on 64 GPUs" in text
+    assert f"1/8 of a microbatch's .{800 * time.bubble:.0f} s" in text
     unit = 2 * 8192 * 8192 * 7 / 8
     assert f"units of {unit / 1e6:.1f} MB a microbatch" in text
     sent, exposed = time.tensor.sent / unit / 4, time.tensor.exposed * 450e9 * 0.75 / unit / 4
@@ -136,22 +146,34 @@ def test_the_traffic_explained_is_the_traffic_planned() -> None:
     assert f"are {18 * shape.num_params() / 2**30:,.0f} GiB" in text
 
 
+def test_the_table_of_shares_is_the_one_that_is_used() -> None:
+    text = DOC.read_text()
+    for kinds, gpu in (
+        ("A100, A800", "A800-80G"),
+        ("H100, H800", "H100-80G"),
+        ("H200", "H200-141G"),
+    ):
+        pruning, training = (f"{share.value:.2f}"[1:] for share in SHARES[gpu])
+        assert f"| {kinds} | {pruning} | {training} |" in text
+
+
 def test_the_table_of_gpus_is_the_one_that_is_used() -> None:
     text = DOC.read_text()
     for gpu in GPUS.values():
         row = (
             f"| {gpu.name} | {gpu.memory_gib:.1f} | {gpu.peak_flops / 1e12:,.0f} | "
-            f"{gpu.node_link / 1e9:g} | {gpu.network / 1e9:g} |"
+            f"{gpu.node_link / 1e9:g} | {gpu.network / 1e9:g} | {gpu.memory_speed / 1e9:,.0f} |"
         )
         assert row in text
 
 
 def write() -> None:
-    """Write the present output of the commands into the document."""
-    text = DOC.read_text()
-    text = OUTPUT.sub(lambda found: found[1] + printed(found[2]) + found[4], text)
-    text = REFUSED.sub(lambda found: found[1] + "  " + printed(found[2]), text)
-    DOC.write_text(text)
+    """Write the present output of the commands into the documents."""
+    for file in (DOC, SHAPES):
+        text = file.read_text()
+        text = OUTPUT.sub(lambda found: found[1] + printed(found[2]) + found[4], text)
+        text = REFUSED.sub(lambda found: found[1] + "  " + printed(found[2]), text)
+        file.write_text(text)
 
 
 if __name__ == "__main__":
