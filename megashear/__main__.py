@@ -20,7 +20,7 @@ COMMANDS = {
     "prune": "learn masks and weights together",
     "cut": "fold the masks in and drop the closed units, or keep the units of highest score",
     "pretrain": "train a checkpoint further, or fresh weights from the start",
-    "evaluate": "measure the held-out losses of a checkpoint by domain",
+    "evaluate": "measure held-out losses of a model by domain, or its scores in tasks",
     "generate": "print how a model continues a text",
     "reference-loss": "find the loss each domain should reach, from one model or several",
     "report": "write one HTML page about a finished or running run",

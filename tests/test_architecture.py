@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "conversion": {
         *("checkpoint", "models", "masks", "parallel", "shape", "tokenizer", "config", "files"),
     },
+    "tasks": {"text_table"},
     "data": {"parallel", "tokenizer", "config", "files"},
     "preprocessing": {"data", "tokenizer", "config", "files"},
     "monitor": {"masks", "parallel", "config", "files"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     },
     "train": {
         *("checkpoint", "conversion", "models", "masks", "data", "monitor", "planning", "parallel"),
-        *("shape", "tokenizer", "config", "files"),
+        *("shape", "tasks", "tokenizer", "config", "files"),
     },
 }
 """Parts of megashear that each part may import besides itself; those on top may import all."""

@@ -71,7 +71,8 @@ class PretrainRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateRun:
-    """`megashear evaluate`: measure the held-out loss of a checkpoint, per domain."""
+    """`megashear evaluate`: measure the held-out loss of a model by domain, or its scores in
+    tasks."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -83,14 +84,33 @@ class EvaluateRun:
     """Masks of a pruning run to evaluate its model under: those with as many units as the target
     (exact, which `megashear cut --exact-target` folds in), or with as many as the masks expect to
     keep (expected). A model without masks ignores the flag."""
-    data_path: str
-    """Directory that `megashear preprocess` wrote."""
+    data_path: Annotated[str | None, COMMON] = None
+    """Directory that `megashear preprocess` wrote, to measure losses on its held-out text."""
     seq_length: Annotated[Length | None, COMMON] = None
-    """Tokens per sequence; those of the run that made the checkpoint unless given."""
+    """Tokens per sequence of held-out text; those of the run that made the checkpoint unless
+    given."""
+    tasks: Annotated[tuple[str, ...], COMMON] = ()
+    """Tasks or groups of lm-evaluation-harness to score, in place of --data-path, also between
+    commas: --tasks arc_easy,piqa. sheared stands for the eleven of Sheared LLaMA with their numbers
+    of examples. Needs `pip install "megashear[eval]"`."""
+    include_path: str | None = None
+    """Directory with task files (.yaml) of your own, which are looked at first. They may read local
+    JSON lines."""
+    num_fewshot: Annotated[int, Between(0, 1000)] | None = None
+    """Examples before each question of --tasks; each task's own number unless given."""
+    limit: Steps | None = None
+    """Documents of each task to ask, the first ones; all unless given."""
+    tokenizer_model: str | None = None
+    """SentencePiece tokenizer.model, Hugging Face tokenizer.json, or a directory with one, for
+    --tasks; the model's own unless given."""
+    prepend_bos: bool = True
+    """Begin each text of --tasks with the tokenizer's BOS, as `megashear preprocess` begins
+    documents."""
     micro_batch_size: Annotated[Sequences, COMMON] = 1
     """Sequences per replica in one forward pass."""
     output: Annotated[str | None, COMMON] = None
-    """JSON file to write, with the losses and their standard errors."""
+    """JSON file to write: the losses and their standard errors, or the scores of --tasks in the
+    format of lm-evaluation-harness."""
     verify_checkpoint: bool = True
     """Compare every file of the checkpoint with its checksum first. Turned off, only names and
     sizes are compared."""
@@ -99,6 +119,19 @@ class EvaluateRun:
         check_bounds(self)
         check_one_source(self.load, self.load_hf)
         check_source_given(self.load, self.load_hf)
+        if self.data_path is None and not self.tasks:
+            raise ValueError(
+                "--data-path is not given; name the directory that `megashear preprocess` wrote, "
+                "for losses on its held-out text, or tasks with --tasks"
+            )
+        if self.data_path is not None and self.tasks:
+            raise ValueError(
+                f"--data-path {self.data_path} is for losses and --tasks {' '.join(self.tasks)} "
+                f"for scores; run the command once for each"
+            )
+        for name in ("include_path", "num_fewshot", "limit"):
+            if getattr(self, name) is not None and not self.tasks:
+                raise ValueError(f"--{name.replace('_', '-')} is for --tasks, which is not given")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from megashear.config import GenerateRun
 from megashear.files.regular import read_bytes
-from megashear.parallel.agree import check_same, gather_objects
+from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.tokenizer.models import Tokenizer
-from megashear.train.reading import Reader, longest_of
+from megashear.train.reading import longest_of
 from megashear.train.sampling import Sampling
 from megashear.train.stored_model import StoredModel, find_model
 
@@ -39,36 +39,24 @@ class PreparedTexts:
     """Tokens of each text."""
 
     def run(self, groups: ParallelGroups) -> list[str]:
-        """Load the model and continue the texts; replicas take turns. Collective over the world."""
+        """Load the model and continue the texts. Collective over the world."""
         config = self.config
         check_same({"texts": self.texts, "shape of the model": self.model.shape.to_dict()})
-        model = self.model.settle(groups, verify=config.verify_checkpoint)
-        reader = Reader(
-            model=model.open(groups, config.parallel, config.model),
-            shape=model.shape,
-            groups=groups,
-            parallel=config.parallel,
-            micro_batch_size=config.micro_batch_size,
-        )
+        model, reader = self.model.open_reader(groups, config)
         ends = model.end_tokens(self.tokenizer)
-        own = range(groups.data_rank, len(self.texts), groups.data_size)
         new = reader.continue_texts(
-            [self.texts[n] for n in own],
+            self.texts,
             most_new=config.max_new_tokens,
-            is_done=lambda text, tokens: tokens[-1] in ends,
+            is_done=lambda tokens: tokens[-1] in ends,
             sampling=Sampling(
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
                 seed=config.seed,
             ),
-            numbers=own,
         )
-        found: dict[int, list[int]] = {}
-        for theirs in gather_objects(dict(zip(own, new)), groups.data):
-            found |= theirs
         # decoded with the text, for a tokenizer may drop a blank before the first token
-        return [self.tokenizer.decode([*self.texts[n], *found[n]]) for n in sorted(found)]
+        return [self.tokenizer.decode([*text, *more]) for text, more in zip(self.texts, new)]
 
 
 def prepare_generate(config: GenerateRun) -> PreparedTexts:

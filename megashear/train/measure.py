@@ -168,6 +168,7 @@ class PreparedEvaluation:
 def _prepare(config: EvaluateRun) -> PreparedEvaluation:
     model = find_model(load=config.load, load_hf=config.load_hf, masks=config.masks)
     model.check_runnable(config.parallel, config.model)
+    assert config.data_path is not None  # by the configuration
     manifest = read_manifest(config.data_path)
     check_vocabulary(manifest, model.shape, model.tokenizer)
     seq_length = model.sequence_length(config.seq_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from megashear.data.batch import MicroBatch
 from megashear.models.next_token import token_scores, whole_rows
 from megashear.monitor.console import progress
 from megashear.parallel import device
-from megashear.parallel.agree import ordered_sum
+from megashear.parallel.agree import gather_objects, ordered_sum
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape
 from megashear.train.sampling import Sampling
@@ -48,7 +48,7 @@ class PassageScore(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """A model of one replica; all its ranks ask the same of it, and all get the answer.
+    """A model that all ranks ask the same of; replicas share the work, and all get the answers.
 
     Causal attention looks at no later token, so shorter texts of a batch are filled up at the end.
     """
@@ -58,7 +58,7 @@ class Reader:
     groups: ParallelGroups
     parallel: ParallelConfig
     micro_batch_size: int = 1
-    """Texts in one forward pass."""
+    """Texts in one forward pass of a replica."""
     beat: Callable[[str], None] = lambda doing: None
     """Is told of every few batches, see `Watchdog`."""
 
@@ -68,16 +68,18 @@ class Reader:
         return longest_of(self.shape)
 
     def score(self, passages: Sequence[Passage], *, what: str = "scoring") -> list[PassageScore]:
-        """Return the score of every passage. Collective over the replica's model group.
+        """Return the score of every passage. Collective over the world.
 
         Args:
             passages: none longer than `longest` and one token, for the last token is not read.
             what: text beside the progress bar.
         """
-        scores = torch.zeros(len(passages), 2, dtype=torch.float64)  # stay 0 on other stages
+        # rows that other stages or replicas measure stay 0 here
+        scores = torch.zeros(len(passages), 2, dtype=torch.float64)
         order = sorted(range(len(passages)), key=lambda n: -len(passages[n].tokens))
-        with self._bar(len(passages), what) as bar:
-            for part in self._parts(order):
+        own = order[self.groups.data_rank :: self.groups.data_size]
+        with self._bar(len(own), what) as bar:
+            for part in self._parts(own):
                 self.beat(what)
                 texts = [passages[n].tokens[:-1] for n in part]
                 labels = [passages[n].tokens[1:] for n in part]
@@ -89,6 +91,7 @@ class Reader:
                     scores[part] = torch.cat(found)[: len(part)]
                 bar.update(len(part))
         (scores,) = ordered_sum([scores], self.groups.pipeline)
+        (scores,) = ordered_sum([scores], self.groups.data)
         return [PassageScore(total, bool(greedy)) for total, greedy in scores.tolist()]
 
     def continue_texts(
@@ -96,70 +99,61 @@ class Reader:
         texts: Sequence[Sequence[int]],
         *,
         most_new: int,
-        is_done: Callable[[int, Sequence[int]], bool],
+        is_done: Callable[[Sequence[int]], bool],
         sampling: Sampling,
-        numbers: Sequence[int] | None = None,
         what: str = "generating",
     ) -> list[list[int]]:
-        """Return the tokens that follow each text. Collective over the replica's model group.
+        """Return the tokens that follow each text. Collective over the world.
 
         The whole text is read again for every token: there is no cache of keys and values.
 
         Args:
             texts: at least one token each, and no more than `longest`.
             most_new: tokens to add at most; fewer where the text has become as long as `longest`.
-            is_done: is given the place of a text in ``texts`` and its new tokens after each of
-                them; true ends the text.
+            is_done: is given the new tokens of a text after each of them; true ends the text.
             sampling: how tokens are chosen.
-            numbers: number of each text for ``sampling``; its place unless given.
             what: text beside the progress bar.
         """
-        new: list[list[int]] = [[] for _ in texts]
-        numbers = range(len(texts)) if numbers is None else numbers
-        active = list(range(len(texts)))
-        with self._bar(len(texts), what) as bar:
-            while most_new and active:
+        own = range(self.groups.data_rank, len(texts), self.groups.data_size)
+        new: dict[int, list[int]] = {n: [] for n in own}
+        active = list(own)
+        with self._bar(len(own), what) as bar:
+            while active:
                 self.beat(what)
-                whole = [[*texts[n], *new[n]] for n in active]
-                for n, token in zip(
-                    active, self._next_tokens(whole, active, numbers, new, sampling)
-                ):
+                whole = {n: [*texts[n], *new[n]] for n in active}
+                places = {n: len(new[n]) for n in active}
+                for n, token in self._next_tokens(whole, places, sampling).items():
                     new[n].append(token)
-                open_ones = [
+                still = [
                     n
                     for n in active
-                    if len(new[n]) < most_new
-                    and len(texts[n]) + len(new[n]) < self.longest
-                    and not is_done(n, new[n])
+                    if len(new[n]) < min(most_new, self.longest - len(texts[n]))
+                    and not is_done(new[n])
                 ]
-                bar.update(len(active) - len(open_ones))
-                active = open_ones
-        return new
+                bar.update(len(active) - len(still))
+                active = still
+        for theirs in gather_objects(new, self.groups.data):
+            new |= theirs
+        return [new[n] for n in range(len(texts))]
 
     def _next_tokens(
-        self,
-        texts: Sequence[Sequence[int]],
-        places: Sequence[int],
-        numbers: Sequence[int],
-        new: Sequence[Sequence[int]],
-        sampling: Sampling,
-    ) -> list[int]:
-        """Return the token after each text, equal on all ranks of the replica."""
-        chosen = torch.zeros(len(texts), dtype=torch.int64)  # stay 0 on other stages
+        self, texts: Mapping[int, Sequence[int]], places: Mapping[int, int], sampling: Sampling
+    ) -> dict[int, int]:
+        """Return the token after each text, by the text's number; equal on a replica's ranks."""
+        # 0 on stages that do not choose
+        chosen = torch.zeros(max(texts) + 1, dtype=torch.int64)
 
         def choose(batch: MicroBatch, logits: Tensor) -> None:
-            at = batch.loss_mask.bool().to(logits.device)
-            rows = whole_rows(logits[at], self.shape.vocab_size, self.groups.tensor)
+            last = batch.loss_mask.bool().to(logits.device)
+            rows = whole_rows(logits[last], self.shape.vocab_size, self.groups.tensor)
             for row, n in zip(rows, batch.positions.tolist()):
-                text = places[n]
-                chosen[n] = sampling.choose(row, text=numbers[text], place=len(new[text]))
+                chosen[n] = sampling.choose(row, text=n, place=places[n])
 
-        order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
-        for part in self._parts(order):
+        for part in self._parts(sorted(texts, key=lambda n: -len(texts[n]))):
             own = [texts[n] for n in part]
             self.model.read(self._batches(part, own, own, [1] * len(part)), choose)
         (chosen,) = ordered_sum([chosen], self.groups.pipeline)
-        return [int(token) for token in chosen]
+        return {n: int(chosen[n]) for n in texts}
 
     def _scores(self, batch: MicroBatch, logits: Tensor) -> Tensor:
         """Return sum of log-probabilities and whether all are greedy, float64 [b, 2]."""

@@ -19,7 +19,7 @@ from megashear.checkpoint.description import (
 )
 from megashear.checkpoint.store import agree_on_iteration, load_weights, read_log_alpha
 from megashear.checkpoint.weights import CheckpointWeights
-from megashear.config import Masks, ModelConfig, ParallelConfig
+from megashear.config import EvaluateRun, GenerateRun, Masks, ModelConfig, ParallelConfig
 from megashear.conversion.hf import HfWeights
 from megashear.conversion.sharded_hf import describe, load_hf
 from megashear.masks.mask_set import MaskSet, exact_gates, expected_gates
@@ -33,6 +33,7 @@ from megashear.shape import ModelShape
 from megashear.tokenizer import tokenizer_files
 from megashear.tokenizer.choice import load_tokenizer
 from megashear.tokenizer.models import Tokenizer
+from megashear.train.reading import Reader
 from megashear.train.schedule import ForwardPass
 from megashear.train.start import check_no_masks, check_weights
 from megashear.train.target import check_layers
@@ -190,6 +191,23 @@ class StoredModel:
             gates = expected_gates(log_alpha)
         binding.bind({0: binding.slice_gates(gates)})
         return ForwardPass(chunks=chunks, select=binding.select)
+
+    def open_reader(
+        self, groups: ParallelGroups, config: EvaluateRun | GenerateRun
+    ) -> tuple[StoredModel, Reader]:
+        """Settle which iteration is read, and load it to be asked about text.
+
+        Collective over the world; errors as for `settle`.
+        """
+        model = self.settle(groups, verify=config.verify_checkpoint)
+        reader = Reader(
+            model=model.open(groups, config.parallel, config.model),
+            shape=model.shape,
+            groups=groups,
+            parallel=config.parallel,
+            micro_batch_size=config.micro_batch_size,
+        )
+        return model, reader
 
 
 def find_model(*, load: str | None, load_hf: str | None, masks: Masks | None = None) -> StoredModel:

@@ -1,0 +1,40 @@
+"""The table of the eleven tasks: published means, and a model's own scores beside them."""
+
+import pytest
+
+from megashear.tasks.sheared import PUBLISHED, TASKS, score_of, sheared_table
+
+ROUNDING = 0.1
+"""Points; the paper's means are of scores that were not rounded."""
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_means_are_those_of_their_rows(model: str) -> None:
+    *scores, mean = PUBLISHED[model]
+    assert len(scores) == len(TASKS)
+    assert abs(sum(scores) / len(scores) - mean) < ROUNDING
+
+
+def test_scores_stand_beside_published_ones() -> None:
+    results = {
+        "results": {
+            name: {"alias": name, "acc,none": 0.1, f"{paper.metric},strip": 0.25 + n / 100}
+            for n, (name, paper) in enumerate(TASKS.items())
+            if paper.metric != "acc"
+        }
+        | {name: {"acc,none": 0.5} for name, paper in TASKS.items() if paper.metric == "acc"}
+    }
+    assert score_of(results, "sciq", "acc") == 0.5
+    assert score_of(results, "sciq", "acc_norm") is None
+    lines = sheared_table(results, "small").splitlines()
+    own = next(line for line in lines if line.startswith("small"))
+    assert own.split()[1:] == [
+        *("50.0", "50.0", "50.0", "50.0", "29.0", "30.0", "31.0", "50.0", "50.0", "34.0", "50.0"),
+        "43.1",
+    ]
+    assert sum("(published)" in line for line in lines) == len(PUBLISHED) + 1
+    assert max(map(len, lines)) <= 118
+    # one task that was not asked leaves no mean
+    del results["results"]["sciq"]
+    own = next(x for x in sheared_table(results, "small").splitlines() if x.startswith("small"))
+    assert (own.split()[1], own.split()[-1]) == ("-", "-")
