@@ -65,7 +65,7 @@ def run_tasks(
     return dict(found)
 
 
-class ReadingModel(TemplateLM):  # type: ignore[misc]  # untyped
+class ReadingModel(TemplateLM):
     """Answers requests of the harness through a `Reader`.
 
     To the harness every rank is the only one: all ranks make the same requests, and the reader
@@ -137,7 +137,8 @@ class ReadingModel(TemplateLM):  # type: ignore[misc]  # untyped
             # what is too long loses its beginning
             tokens = (context + continuation)[-(self.max_length + 1) :]
             passages.append(Passage(tokens, min(len(continuation), len(tokens) - 1)))
-        return [tuple(score) for score in self.reader.score(passages, what="tasks: scoring")]
+        scores = self.reader.score(passages, what="tasks: scoring")
+        return [(score.log_probability, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each text, read in windows of the model's length."""
