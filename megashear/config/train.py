@@ -60,6 +60,17 @@ class TrainConfig:
     eval_micro_batch_size: Sequences | None = None
     """Sequences per replica in one forward pass of an evaluation, which keeps no activations and so
     has room for more. --micro-batch-size unless given."""
+    eval_tasks: tuple[str, ...] = ()
+    """Tasks or groups of lm-evaluation-harness to score while the model is trained, also between
+    commas, and at the end: cheap ones, for the run waits. While masks are learned, of the model
+    that would be cut. Needs `pip install "megashear[eval]"`."""
+    eval_tasks_interval: StepsOrNever = 0
+    """Steps between the scores of --eval-tasks; 0 asks them only at the end."""
+    eval_tasks_limit: Steps | None = None
+    """Documents of each task of --eval-tasks to ask, the first ones; all unless given."""
+    include_path: str | None = None
+    """Directory with task files (.yaml) of your own for --eval-tasks, which are looked at first.
+    They may read local JSON lines."""
     save: Annotated[str | None, COMMON] = None
     """Directory for checkpoints."""
     save_interval: Annotated[StepsOrNever, COMMON] = 0
@@ -115,6 +126,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_bounds(self)
         self._check_eval_size()
+        for name in ("eval_tasks_interval", "eval_tasks_limit", "include_path"):
+            if getattr(self, name) and not self.eval_tasks:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} is for --eval-tasks, which "
+                    f"is not given"
+                )
         given = [n for n in ("entity", "exp_name", "save_dir") if getattr(self, f"wandb_{n}")]
         if given and self.wandb_project is None:
             flags = " and ".join(f"--wandb-{name.replace('_', '-')}" for name in given)

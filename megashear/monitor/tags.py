@@ -112,6 +112,7 @@ DISCRETISATION_GAP = _tag(
 RELAXED_MEAN_LOSS = _tag(
     "eval/relaxed-mean-loss", "Held-out mean loss under gates sampled as in training."
 )
+task_score = _tags("eval/task/<name>", "Score in a downstream task, by task and metric.")
 SAVE_SECONDS = _tag(
     "system/save-seconds", "Seconds from the beginning of a save until the checkpoint is visible."
 )

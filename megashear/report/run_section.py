@@ -56,6 +56,7 @@ from megashear.report.page import (
 )
 from megashear.report.record import RunRecord
 from megashear.report.tables import origin_text
+from megashear.report.task_curves import tasks_caption, tasks_figure, tasks_of
 from megashear.report.verdict import verdict
 
 
@@ -104,6 +105,9 @@ def run_section(record: RunRecord, name: str, source: MeanLoss | None) -> Sectio
         parts.append(heading("Domains"))
         drawn("domains", mixture_figure([points]), mixture_caption(points))
         parts += _domains_table(record, source)
+    if tasks_of(points):
+        parts.append(heading("Downstream tasks"))
+        drawn("tasks", tasks_figure(points), tasks_caption(points))
     if record.sessions and tags.LM_LOSS in record.events:
         parts.append(heading("Timeline"))
         drawn("timeline", timeline_figure(record), timeline_caption(record))

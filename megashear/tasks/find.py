@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,29 @@ class LoadedTasks:
         for task in self.tasks["tasks"].values():
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
         return self.tasks
+
+    def scores_of(self, results: Mapping[str, Any]) -> dict[str, float]:
+        """Return all scores as ``task/metric``, without standard errors.
+
+        A group that has scores of its own stands for its tasks.
+
+        Args:
+            results: of `lm_eval.evaluate` on these tasks.
+        """
+        of_groups = results.get("groups", {})
+        inside = {
+            task.task_name
+            for name in of_groups
+            for task in self.tasks["groups"][name].get_all_tasks()
+        }
+        alone = [name for name in self.tasks["tasks"] if name not in inside]
+        found = {name: results["results"][name] for name in alone} | of_groups
+        return {
+            f"{name}/{key.removesuffix(',none')}": float(value)
+            for name, metrics in found.items()
+            for key, value in metrics.items()
+            if "," in key and "_stderr" not in key and isinstance(value, int | float)
+        }
 
     def sizes(self) -> dict[str, int]:
         """Return the number of documents of each task."""
@@ -58,7 +82,12 @@ class FoundTasks:
         Raises:
             ValueError: with the way out.
         """
+        import datasets
+
         tasks: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+        if os.environ.get("RANK", "0") != "0":  # every rank loads, and one shows how far it is
+            logging.getLogger("lm_eval").setLevel(logging.ERROR)
+            datasets.disable_progress_bars()
         for name in self.names:
             try:
                 found = self.manager.load([name])

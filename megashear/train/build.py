@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from megashear.checkpoint.details import (
     CONSUMED_SAMPLES,
@@ -26,7 +25,6 @@ from megashear.models.llama import build_llama
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.watchdog import make_watchdog
-from megashear.tokenizer import tokenizer_files
 from megashear.train.distillation import Distillation, Teacher
 from megashear.train.environment import environment
 from megashear.train.fill import fill
@@ -38,7 +36,7 @@ from megashear.train.objectives import LanguageModelling, Objective
 from megashear.train.optim import build_optimizer, build_schedule
 from megashear.train.prepare import PreparedRun
 from megashear.train.pruning import StructuredPruning
-from megashear.train.start import Start
+from megashear.train.start import tokenizer_directory
 from megashear.train.state import RunState, Stateful
 from megashear.train.step import TrainStep
 from megashear.train.terms import CrossEntropy, LossTerm
@@ -106,7 +104,8 @@ def assemble(
             eval_sequences=inputs.eval_sequences,
         ),
         train=train,
-        tokenizer=_tokenizer(start, inputs.manifest.tokenizer_directory),
+        tokenizer=tokenizer_directory(start, inputs.manifest.tokenizer_directory),
+        tasks=prepared.tasks,
         watchdog=make_watchdog(
             groups.rank, groups.world_size, 60 * train.distributed_timeout_minutes
         ),
@@ -247,11 +246,3 @@ def _build_state(
         counts=lambda: {CONSUMED_SAMPLES: loader.consumed_samples},
         token_ids=start.description.token_ids if start.description else {},
     )
-
-
-def _tokenizer(start: Start, of_data: Path) -> Path:
-    """Return the directory of the model's own tokenizer files, or of the data's if it has none."""
-    carried = start.tokenizer
-    if carried is not None and carried.is_dir() and tokenizer_files.find(carried):
-        return carried
-    return of_data

@@ -212,7 +212,7 @@ class ReadingModel(TemplateLM):
 @contextlib.contextmanager
 def _quiet(is_first: bool) -> Iterator[None]:
     """Keep what the harness prints out of a command's output, and on other ranks out of sight."""
-    errors = sys.stderr if is_first else io.StringIO()
+    errors = sys.stderr if is_first else io.StringIO()  # where its bars go too
     with contextlib.redirect_stdout(errors), contextlib.redirect_stderr(errors):
         # or the harness would start a process a core for standard errors
         before = os.environ.get("DISABLE_MULTIPROC")

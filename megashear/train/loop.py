@@ -36,6 +36,7 @@ from megashear.train.result import RunResult
 from megashear.train.state import RunState
 from megashear.train.step import Step, TrainStep
 from megashear.train.stops import DIVERGED, Stops, exit_status
+from megashear.train.task_scores import RunTasks, TaskScores
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class Trainer:
     """Directory of the tokenizer's files, which every checkpoint carries."""
     watchdog: Watchdog
     """Is told of every step, evaluation and save."""
+    tasks: RunTasks | None = None
+    """Downstream tasks to ask now and then."""
     source: Path | None = None
     """Iteration that the run starts or resumes from."""
     bf16: bool = False
@@ -191,6 +194,13 @@ class _Run:
             *trainer.objective.evaluations(interval),
             self.held_out,
         ]
+        if trainer.tasks is not None:
+            self.evaluations.append(
+                TaskScores(
+                    *(trainer.objective, trainer.tasks, self.train, trainer.state.shape),
+                    *(self.groups, trainer.watchdog.beat),
+                )
+            )
 
     def to_the_end(self) -> RunResult:
         """Train, and evaluate, log and save in between. Collective over the world."""

@@ -45,9 +45,11 @@ from megashear.train.start import (
     check_weights,
     find_start,
     start_from_older,
+    tokenizer_directory,
 )
 from megashear.train.stored_model import StoredModel, find_model
 from megashear.train.target import check_layers, check_masks, check_target_layout
+from megashear.train.task_scores import RunTasks, load_run_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ class PreparedRun:
     """What --distill-from names."""
     scores: ImportanceScores | None = None
     """Importance that masks begin from; None where they begin all alike, or are resumed."""
+    tasks: RunTasks | None = None
+    """What --eval-tasks names."""
     then: PreparedRun | None = None
     """Continued pretraining that follows in the same job."""
 
@@ -147,6 +151,11 @@ def prepare_from(
         lineage=lineage,
         scores=scores,
         teacher=_find_teacher(config, start, inputs),
+        tasks=load_run_tasks(
+            config.train,
+            tokenizer_directory(start, inputs.manifest.tokenizer_directory),
+            is_dry_run=is_dry_run,
+        ),
     )
 
 

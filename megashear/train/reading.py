@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megashear.config import ParallelConfig
 from megashear.data.batch import MicroBatch
 from megashear.models.next_token import token_scores, whole_rows
 from megashear.monitor.console import progress
@@ -56,7 +55,6 @@ class Reader:
     model: ForwardPass
     shape: ModelShape
     groups: ParallelGroups
-    parallel: ParallelConfig
     micro_batch_size: int = 1
     """Texts in one forward pass of a replica."""
     beat: Callable[[str], None] = lambda doing: None
@@ -187,7 +185,7 @@ class Reader:
         per_pass = size * (stages if self.groups.virtual_size > 1 else 1)
         missing = -len(texts) % per_pass
         rows = [*range(len(texts)), *[len(texts) - 1] * missing]
-        multiple = math.lcm(_ROUND, self.parallel.tensor_model_parallel_size)
+        multiple = math.lcm(_ROUND, self.groups.tensor_size)
         length = -(-max(map(len, texts)) // multiple) * multiple
         tokens, after = (torch.zeros(len(rows), length, dtype=torch.int64) for _ in range(2))
         mask = torch.zeros(len(rows), length)

@@ -17,6 +17,7 @@ from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import ModelConfig, TrainConfig
 from megashear.conversion import sharded_hf
 from megashear.shape import ModelShape
+from megashear.tokenizer import tokenizer_files
 from megashear.train.pruning import StructuredPruning
 
 
@@ -144,6 +145,14 @@ def _start_at(directory: Path, source: str, is_own: bool, train: TrainConfig, st
         source=source,
         is_own=is_own,
     )
+
+
+def tokenizer_directory(start: Start, of_data: Path) -> Path:
+    """Return the directory of the model's own tokenizer files, or of the data's if it has none."""
+    carried = start.tokenizer
+    if carried is not None and carried.is_dir() and tokenizer_files.find(carried):
+        return carried
+    return of_data
 
 
 def check_events(train: TrainConfig) -> None:

@@ -204,7 +204,6 @@ class StoredModel:
             model=model.open(groups, config.parallel, config.model),
             shape=model.shape,
             groups=groups,
-            parallel=config.parallel,
             micro_batch_size=config.micro_batch_size,
         )
         return model, reader

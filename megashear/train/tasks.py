@@ -17,6 +17,7 @@ from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.tasks.find import FoundTasks, LoadedTasks, find_tasks
 from megashear.tasks.sheared import TASKS, sheared_table
+from megashear.tasks.table import scores_table
 from megashear.tokenizer.models import Tokenizer
 from megashear.train.environment import environment
 from megashear.train.stored_model import StoredModel, find_model
@@ -133,11 +134,7 @@ def _json(results: dict[str, Any]) -> str:
 
 
 def _tables(results: dict[str, Any], prepared: PreparedTasks) -> str:
-    from lm_eval.utils import make_table
-
-    tables = [make_table(results)]
-    if results.get("groups"):
-        tables.append(make_table(results, "groups"))
+    tables = [scores_table(results)]
     if prepared.found.shots.keys() >= TASKS.keys():
         tables.append(sheared_table(results, prepared.model.directory.name))
-    return "\n".join(tables)
+    return "\n\n".join(tables)

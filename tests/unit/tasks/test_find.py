@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 lm_tasks = pytest.importorskip("lm_eval.tasks")
 
 from megashear.tasks import find  # noqa: E402
-from megashear.tasks.find import find_tasks  # noqa: E402
+from megashear.tasks.find import LoadedTasks, find_tasks  # noqa: E402
 from tests import local_tasks  # noqa: E402
 from tests.local_tasks import CHOICE, READ  # noqa: E402
 
@@ -86,3 +87,22 @@ def test_a_task_without_its_data_is_refused(folder: Path) -> None:
     found = find_tasks([READ], include_path=str(folder))
     with pytest.raises(ValueError, match=r"task made_read cannot be loaded: .*or describe the tas"):
         found.load()
+
+
+def test_a_group_with_scores_stands_for_its_tasks() -> None:
+    def task(name: str) -> SimpleNamespace:
+        return SimpleNamespace(task_name=name)
+
+    part, alone = task("part"), task("alone")
+    group = SimpleNamespace(get_all_tasks=lambda: [part])
+    loaded = LoadedTasks(tasks={"tasks": {"part": part, "alone": alone}, "groups": {"all": group}})
+    metrics = {"alias": "x", "sample_len": 3, "acc,none": 0.5, "acc_stderr,none": 0.1}
+    results = {
+        "results": {"part": metrics, "alone": metrics | {"em,strict": 1.0}, "all": metrics},
+        "groups": {"all": metrics},
+    }
+    wanted = {"alone/acc": 0.5, "alone/em,strict": 1.0, "all/acc": 0.5}
+    assert loaded.scores_of(results) == wanted
+    assert loaded.scores_of(results | {"groups": {}}).keys() == {
+        *("alone/acc", "alone/em,strict", "part/acc"),
+    }

@@ -3,6 +3,7 @@
 import pytest
 
 from megashear.tasks.sheared import PUBLISHED, TASKS, score_of, sheared_table
+from megashear.tasks.table import scores_table
 
 ROUNDING = 0.1
 """Points; the paper's means are of scores that were not rounded."""
@@ -38,3 +39,25 @@ def test_scores_stand_beside_published_ones() -> None:
     del results["results"]["sciq"]
     own = next(x for x in sheared_table(results, "small").splitlines() if x.startswith("small"))
     assert (own.split()[1], own.split()[-1]) == ("-", "-")
+
+
+def test_a_table_has_a_row_for_each_metric() -> None:
+    results = {
+        "results": {
+            "made": {
+                "alias": "made",
+                "sample_len": 7,
+                "acc,none": 0.25,
+                "acc_stderr,none": 0.125,
+                "exact_match,strict": 1234567.0,
+                "exact_match_stderr,strict": "N/A",
+            }
+        },
+        "n-shot": {"made": 2},
+    }
+    head, _, *rows = (line.split() for line in scores_table(results).splitlines())
+    assert head == ["task", "metric", "filter", "examples", "score", "standard", "error"]
+    assert rows == [
+        ["made", "acc", "2", "0.2500", "0.1250"],
+        ["made", "exact_match", "strict", "2", "1.235e+06"],
+    ]
