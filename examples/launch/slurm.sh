@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run a training script on the nodes of a Slurm job, and queue the job again until the run has ended:
-#   sbatch --nodes 2 .../launch/slurm.sh .../recipe/04_prune.sh
+#   sbatch --nodes 2 .../launch/slurm.sh .../recipe/06_pretrain.sh
 # Flags of sbatch override the lines below; accounts, partitions and modules are yours to add.
 #SBATCH --job-name=megashear
 #SBATCH --nodes=1

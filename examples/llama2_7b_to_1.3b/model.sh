@@ -5,5 +5,8 @@
 # Hugging Face directory to prune.
 SOURCE_HF="${SOURCE_HF:-Llama-2-7b-hf}"
 
+# Shape to cut to by importance; that of masks is in prune.yaml.
+TARGET="${TARGET:---target llama2-1.3b}"
+
 # Loss that each domain should reach; published for this text.
 REFERENCE_LOSS="${REFERENCE_LOSS:-$HERE/reference_loss.yaml}"

@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 exec "$LAUNCH" -m megashear pretrain --config "$HERE/pretrain.yaml" \
   --data-path "$DATA" --reference-loss "$REFERENCE_LOSS" \
   --load "$CUT" --save "$SMALL" --resume --tensorboard-dir "$TENSORBOARD/pretrain" \
-  ${TEACHER:+--distill-from "$TEACHER"} $EXTRA
+  "${DISTILL[@]}" $EXTRA

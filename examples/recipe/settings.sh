@@ -8,20 +8,32 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && cd "$RECIPE" && pwd)"
 # What goes in, beside the source of model.sh: one jsonl file or folder per domain.
 TEXT="${TEXT:-text}"
 
-# Model to learn from while masks are learned and afterwards, a checkpoint or a Hugging Face
-# directory; with none, the text alone is learned from, as in the published recipes. SOURCE below is
-# the usual teacher. `megashear plan --distill` says what it costs.
-TEACHER="${TEACHER:-}"
+# How units are chosen: `importance`, from activations on some of the text, so that all tokens are
+# left for the smaller model, or `masks`, learned with the weights, as in the published recipes.
+# docs/quality.md compares them.
+UNITS="${UNITS:-importance}"
+if [[ "$UNITS" != importance && "$UNITS" != masks ]]; then
+  echo "UNITS=$UNITS; wanted importance or masks" >&2
+  exit 2
+fi
 
 # What comes out.
 RUN="${RUN:-runs/$(basename "$HERE")}"
 DATA="${DATA:-$RUN/data}"
 SOURCE="${SOURCE:-$RUN/source}"
+SCORES="${SCORES:-$RUN/scores.json}"
 PRUNED="${PRUNED:-$RUN/pruned}"
 CUT="${CUT:-$RUN/cut}"
 SMALL="${SMALL:-$RUN/small}"
 SMALL_HF="${SMALL_HF:-$RUN/small-hf}"
 TENSORBOARD="${TENSORBOARD:-$RUN/tensorboard}"
+
+# Model to learn from, a checkpoint or a Hugging Face directory: the source, if no other is given.
+# TEACHER=none learns from the text alone, as the published recipes do, in less time a step:
+# `megashear plan --distill` says how much less.
+TEACHER="${TEACHER:-$SOURCE}"
+DISTILL=()
+[[ "$TEACHER" == none ]] || DISTILL=(--distill-from "$TEACHER")
 
 # Share of the text to hold out. LLaMA-2's recipes hold out 500 sequences a domain, about 2 M tokens:
 # choose a share that gives at least that for the smallest domain. The last evaluation of a run

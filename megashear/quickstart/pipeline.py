@@ -75,12 +75,11 @@ class Quickstart:
         self._title("cut to the target, then continued pretraining, pipeline parallel")
         self._cut()
         self._recover()
-        self._title("to compare with: units chosen at once, by the size of their activations")
+        self._title("another way: units chosen at once by importance, the same tokens for recovery")
         self._one_shot()
-        self._title("to compare with: the same shape from scratch")
-        both = self.recipe.prune_iters + self.recipe.recover_iters
-        self._train_from_scratch("scratch-recovery", self.recipe.recover_iters, "recovery tokens")
-        self._train_from_scratch("scratch-both", both, "pruning + recovery tokens")
+        self._title("to compare with: the same shape from scratch, on the same tokens")
+        self._train_fresh("scratch", TARGET, self._all_iters, self.recipe.recover_lr)
+        self._read_result("scratch", "from scratch")
         self._write_results()
 
     def _prepare_text(self) -> None:
@@ -121,6 +120,7 @@ class Quickstart:
             sparsity_warmup_iters=recipe.sparsity_warmup_iters,
             mask_noise_streams=recipe.noise_streams,
             eval_relaxed_masks=True,
+            distill_from=self._path("source-mcore"),
             **_target_flags(),
         )
 
@@ -137,7 +137,7 @@ class Quickstart:
         cut = read_json_object(self._path("cut.json"))
         self.results.append(
             Result(
-                name="cut, no recovery",
+                name="masks, cut, no recovery",
                 parameters=cut["parameters"],
                 losses=cut["held-out loss"],
                 errors=cut["standard error"],
@@ -146,8 +146,7 @@ class Quickstart:
 
     def _recover(self) -> None:
         self._continue("cut", "sheared", self.recipe.recover_iters)
-        self._run("convert", input=self._path("sheared"), output=self._path("sheared-hf"))
-        self._read_result("sheared", "sheared")
+        self._read_result("sheared", "masks, cut, recovery")
 
     def _one_shot(self) -> None:
         """Cut the source by importance scores, and spend all tokens on recovery."""
@@ -169,11 +168,11 @@ class Quickstart:
             output=self._path("one-shot-cut"),
             **_target_flags(),
         )
-        self._continue("one-shot-cut", "one-shot", recipe.prune_iters + recipe.recover_iters)
-        self._read_result("one-shot", "one-shot importance, pruning + recovery tokens")
+        self._continue("one-shot-cut", "one-shot", self._all_iters)
+        self._read_result("one-shot", "importance, cut, recovery")
 
     def _continue(self, cut: str, name: str, iters: int) -> None:
-        """Pretrain a cut model, pipeline parallel."""
+        """Train a cut model with the source as its teacher, pipeline parallel; export it."""
         self._train(
             "pretrain",
             name,
@@ -182,14 +181,16 @@ class Quickstart:
             **self._evaluations(),
             pipeline_model_parallel_size=RANKS,
             micro_batch_size=max(1, self.recipe.global_batch_size // 4),
+            distill_from=self._path("source-mcore"),
         )
+        self._run("convert", input=self._path(name), output=self._path(f"{name}-hf"))
 
-    def _train_from_scratch(self, name: str, iters: int, tokens: str) -> None:
-        self._train_fresh(name, TARGET, iters, self.recipe.recover_lr)
-        self._read_result(name, f"from scratch, {tokens}")
+    @property
+    def _all_iters(self) -> int:
+        """Steps of a model that learns no masks: all the tokens of pruning and recovery."""
+        return self.recipe.prune_iters + self.recipe.recover_iters
 
     def _write_results(self) -> None:
-
         path = self._path("results.json")
         content = {
             "seed": self.seed,
@@ -200,7 +201,7 @@ class Quickstart:
         self._title("done")
         print(text_table(rows(self.results)))
         print(
-            f"\nsheared model (Hugging Face): {self._path('sheared-hf')}\n"
+            f"\nHugging Face models: {self._path('sheared-hf')}, {self._path('one-shot-hf')}\n"
             f"figures: tensorboard --logdir {self._path('tensorboard')}\n"
             f"this table: {path}\n"
             f"{self._report()}",

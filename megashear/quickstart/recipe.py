@@ -66,12 +66,12 @@ class Recipe:
 FULL = Recipe()
 SHORT = replace(
     FULL,
-    source_iters=120,
-    prune_iters=60,
-    recover_iters=40,
-    sparsity_warmup_iters=12,
-    score_sequences=32,
-    eval_interval=20,
-    eval_sequences=4,
+    source_iters=60,
+    prune_iters=24,
+    recover_iters=16,
+    sparsity_warmup_iters=5,
+    score_sequences=16,
+    eval_interval=8,
+    eval_sequences=2,
 )
-"""Steps to check that everything runs, in a third of the time; too few to compare models."""
+"""Steps to check that everything runs, in a sixth of the time; too few to compare models."""

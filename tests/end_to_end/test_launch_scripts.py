@@ -266,7 +266,7 @@ def test_a_batch_script_runs_a_recipe_on_its_nodes(
     launcher.write_text(LAUNCHER)
     launcher.chmod(0o755)
     recipe = ROOT / "examples/recipe/04_prune.sh"
-    done = slurm(slurm_job, recipe, EXTRA="--dry-run", LAUNCH=launcher)
+    done = slurm(slurm_job, recipe, EXTRA="--dry-run", LAUNCH=launcher, UNITS="masks")
     assert done.returncode == 2, done.stderr  # the recipe's data are not there
     lines = done.stdout.splitlines()
     assert lines[:3] == [

@@ -77,7 +77,7 @@ def target_of(path: Path) -> str:
 
 def test_there_are_examples() -> None:
     assert len(FOLDERS) == 2
-    assert len(STEPS) == 7
+    assert len(STEPS) == 8
     assert len(RECIPES) == 3
     assert len(YAMLS) == 6
 
@@ -215,14 +215,15 @@ def test_scripts_parse_and_stop_at_the_first_error(script: Path) -> None:
         assert text.startswith("# shellcheck shell=bash\n# ")
         knobs = re.findall(r"^(?:export )?([A-Z_]+)=(.*)$", text, flags=re.MULTILINE)
         assert [name for name, value in knobs if not value.startswith(f'"${{{name}:-')] == (
-            ["HERE"] if script.name == "settings.sh" else []
+            ["HERE", "DISTILL"] if script.name == "settings.sh" else []
         )
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=in_folders)
 @pytest.mark.parametrize("script", STEPS, ids=in_folders)
 def test_a_scripts_command_line_is_accepted(script: Path, recipe: Path, tmp_path: Path) -> None:
-    done = dry_run(script, tmp_path, recipe=recipe.name)
+    units = "masks" if script.name == "04_prune.sh" else "importance"
+    done = dry_run(script, tmp_path, recipe=recipe.name, UNITS=units)
     if script.name == "03_reference.sh" and recipe in FOLDERS:  # whose references are published
         file = recipe / "reference_loss.yaml"
         assert (done.returncode, done.stdout) == (0, f"{file} exists; nothing to measure\n")
@@ -239,7 +240,59 @@ def test_a_scripts_command_line_is_accepted(script: Path, recipe: Path, tmp_path
         assert Path(printed["load"]).name == {"prune": "source", "pretrain": "cut"}[command[1]]
         assert printed["save"].startswith(f"runs/{recipe.name}/")
         assert (printed["lr_warmup_iters"] == 1440) is (command[1] == "pretrain")
+        assert printed["distill_from"] == f"runs/{recipe.name}/source"
     assert list(tmp_path.iterdir()) == []
+
+
+def recipe_script(name: str) -> Path:
+    return EXAMPLES / "recipe" / name
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "other"),
+    [("04_prune.sh", "importance", "04_score.sh"), ("04_score.sh", "masks", "04_prune.sh")],
+)
+def test_the_way_of_choosing_units_that_was_not_chosen_does_nothing(
+    name: str, units: str, other: str, tmp_path: Path
+) -> None:
+    done = dry_run(recipe_script(name), tmp_path, extra="", UNITS=units)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"UNITS is {units}: {other} chooses the units" in done.stdout
+
+
+def test_units_are_chosen_by_importance_or_by_masks(tmp_path: Path) -> None:
+    done = dry_run(recipe_script("05_cut.sh"), tmp_path, UNITS="chance")
+    assert (done.returncode, done.stderr) == (2, "UNITS=chance; wanted importance or masks\n")
+
+
+@pytest.mark.parametrize(
+    ("units", "wanted"),
+    [
+        ("importance", {"load": "source", "scores": "scores.json", "exact_target": False}),
+        ("masks", {"load": "pruned", "scores": None, "exact_target": True}),
+    ],
+)
+def test_a_cut_keeps_what_the_step_before_it_chose(
+    units: str, wanted: dict[str, Any], tmp_path: Path
+) -> None:
+    printed = yaml.safe_load(dry_run(recipe_script("05_cut.sh"), tmp_path, UNITS=units).stdout)
+    folder = "runs/llama2_7b_to_2.7b"
+    for key, value in wanted.items():
+        assert printed[key] == (f"{folder}/{value}" if isinstance(value, str) else value)
+    assert printed["target"] == ("llama2-2.7b" if units == "importance" else None)
+
+
+@pytest.mark.parametrize("path", [path for path in YAMLS if path.stem == "prune"], ids=in_folders)
+def test_importance_and_masks_have_the_same_target(path: Path, tmp_path: Path) -> None:
+    done = dry_run(recipe_script("05_cut.sh"), tmp_path, recipe=path.parent.name)
+    printed, masks = yaml.safe_load(done.stdout), yaml.safe_load(path.read_text())
+    targets = {key for key in printed | masks if key.startswith("target")}
+    assert {key: printed[key] for key in targets} == {key: masks.get(key) for key in targets}
+
+
+def test_no_teacher_is_a_choice(tmp_path: Path) -> None:
+    done = dry_run(recipe_script("06_pretrain.sh"), tmp_path, TEACHER="none")
+    assert yaml.safe_load(done.stdout)["distill_from"] is None
 
 
 def test_an_unknown_flag_in_a_script_is_noticed(tmp_path: Path) -> None:
@@ -255,15 +308,20 @@ def test_a_recipe_that_is_not_there_is_noticed(tmp_path: Path) -> None:
 
 
 def dry_run(
-    script: Path, folder: Path, *, extra: str = "--dry-run", recipe: str = "llama2_7b_to_2.7b"
+    script: Path,
+    folder: Path,
+    *,
+    extra: str = "--dry-run",
+    recipe: str = "llama2_7b_to_2.7b",
+    **knobs: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script with one process in place of torchrun."""
     environment = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
-    knobs = {"PYTHON": sys.executable, "LAUNCH": sys.executable, "EXTRA": extra, "RECIPE": recipe}
+    given = {"PYTHON": sys.executable, "LAUNCH": sys.executable, "EXTRA": extra, "RECIPE": recipe}
     return subprocess.run(
         [script],
         cwd=folder,
-        env=environment | knobs | {"PYTHONPATH": str(ROOT)},
+        env=environment | given | knobs | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
