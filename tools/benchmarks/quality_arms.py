@@ -198,6 +198,15 @@ ARMS = {
     "masks-warm-kd": Arm(
         label="masks from importance, distilled", start="masks", distilled=True, warm=True
     ),
+    **{
+        f"masks-kd-{share:02d}": Arm(
+            label=f"masks on {share} % of the tokens, distilled",
+            start="masks",
+            distilled=True,
+            mask_share=share / 100,
+        )
+        for share in (5, 10, 40)
+    },
     "scratch": Arm(label="from scratch", start="scratch"),
     "scratch-kd": Arm(label="from scratch, distilled", start="scratch", distilled=True),
     "random": Arm(label="random units", start="random"),
