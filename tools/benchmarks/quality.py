@@ -263,7 +263,10 @@ class Comparison:
                 lr=self.size.mask_phase_lr,
                 warmup=mask_steps // 10,
                 batch=self.size.batch,
-                flags=flags | extents | self._learning(arm) | dict(arm.mask_flags),
+                flags=flags
+                | extents
+                | self._learning(arm, masks=True)
+                | dict(arm.mask_flags),
             )
             cut |= {"load": folder / "masks", "exact_target": True}
         else:
@@ -304,12 +307,12 @@ class Comparison:
         ImportanceScores(shape=source, values=values, measured={"random": seed}).write(path)
         return path
 
-    def _learning(self, arm: Arm) -> dict[str, object]:
-        """Return the flags of mixture and teacher, of both phases."""
+    def _learning(self, arm: Arm, *, masks: bool = False) -> dict[str, object]:
+        """Return the flags of mixture and teacher in recovery, or while masks learn."""
         flags: dict[str, object] = {"reweight": "constant"}
         if arm.dynamic:
             flags = {"reference_loss": self.output / "reference_loss.yaml"}
-        if arm.distilled:
+        if arm.distilled and (arm.masks_see_teacher or not masks):
             flags["distill_from"] = self.output / "source"
         return flags
 

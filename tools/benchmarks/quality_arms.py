@@ -173,6 +173,8 @@ class Arm:
     """Where its weights come from: nowhere, or units of the source that are chosen so."""
     distilled: bool = False
     """Whether the source is the teacher, in recovery and while masks learn."""
+    masks_see_teacher: bool = True
+    """Whether a distilled arm has its teacher while masks learn, too."""
     warm: bool = False
     """Whether masks begin from importance scores."""
     dynamic: bool = False
@@ -207,6 +209,27 @@ ARMS = {
         )
         for share in (5, 10, 40)
     },
+    "masks-kd-recovery": Arm(
+        label="masks, distilled in recovery alone",
+        start="masks",
+        distilled=True,
+        masks_see_teacher=False,
+    ),
+    **{
+        f"masks-kd-{streams}-streams": Arm(
+            label=f"masks, distilled, noise streams: {streams}",
+            start="masks",
+            distilled=True,
+            mask_flags={"mask_noise_streams": streams, "micro_batch_size": 8 // max(2, streams)},
+        )
+        for streams in (1, 8)
+    },
+    "masks-kd-slow": Arm(
+        label="masks, distilled, weights at a fifth of the rate while masks learn",
+        start="masks",
+        distilled=True,
+        mask_flags={"lr": 4e-4},
+    ),
     "scratch": Arm(label="from scratch", start="scratch"),
     "scratch-kd": Arm(label="from scratch, distilled", start="scratch", distilled=True),
     "random": Arm(label="random units", start="random"),
@@ -273,7 +296,8 @@ def _teacher_flops(arm: Arm, size: Size) -> float:
 
 
 def _mask_flops(arm: Arm, size: Size) -> float:
-    return size.source.training_flops(size.seq_length) + _teacher_flops(arm, size)
+    teacher = _teacher_flops(arm, size) if arm.masks_see_teacher else 0.0
+    return size.source.training_flops(size.seq_length) + teacher
 
 
 def _recover_flops(arm: Arm, size: Size) -> float:
