@@ -215,6 +215,13 @@ ARMS = {
         distilled=True,
         masks_see_teacher=False,
     ),
+    "masks-warm-kd-05": Arm(
+        label="masks from importance on 5 % of the tokens, distilled",
+        start="masks",
+        distilled=True,
+        warm=True,
+        mask_share=0.05,
+    ),
     **{
         f"masks-kd-{streams}-streams": Arm(
             label=f"masks, distilled, noise streams: {streams}",
