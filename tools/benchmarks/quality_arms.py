@@ -222,6 +222,21 @@ ARMS = {
         warm=True,
         mask_share=0.05,
     ),
+    "masks-warm-kd-05-slow": Arm(
+        label="masks from importance on 5 % of the tokens at a twentieth of the rate, distilled",
+        start="masks",
+        distilled=True,
+        warm=True,
+        mask_share=0.05,
+        mask_flags={"lr": 1e-4},
+    ),
+    "masks-kd-10-slow": Arm(
+        label="masks on 10 % of the tokens at a twentieth of the rate, distilled",
+        start="masks",
+        distilled=True,
+        mask_share=0.1,
+        mask_flags={"lr": 1e-4},
+    ),
     **{
         f"masks-kd-{streams}-streams": Arm(
             label=f"masks, distilled, noise streams: {streams}",
