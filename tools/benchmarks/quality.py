@@ -247,9 +247,10 @@ class Comparison:
         }
         cut: dict[str, object] = {"output": folder / "cut", "load": self.output / "source"}
         if arm.start == "masks":
+            masked = self._fewer_layers(seed) if arm.depth_first else self.output / "source"
             flags: dict[str, object] = {
                 "seed": seed,
-                "load": self.output / "source",
+                "load": masked,
                 "sparsity_warmup_iters": mask_steps // 5,
                 "mask_noise_streams": self.size.noise_streams,
             }
@@ -276,6 +277,21 @@ class Comparison:
         if not (folder / "cut").exists():
             run_stage("cut", cut)
         return {"load": folder / "cut"}
+
+    def _fewer_layers(self, seed: int) -> Path:
+        """Return the source without its least important layers; cut it if need be."""
+        path = self.output / "fewer-layers" / f"seed{seed}"
+        if not path.exists():
+            run_stage(
+                "cut",
+                {
+                    "load": self.output / "source",
+                    "scores": self._scores(seed),
+                    "target_num_layers": self.size.target.num_layers,
+                    "output": path,
+                },
+            )
+        return path
 
     def _scores(self, seed: int) -> Path:
         """Return the file of importance scores; measure them if need be."""

@@ -177,6 +177,8 @@ class Arm:
     """Whether a distilled arm has its teacher while masks learn, too."""
     warm: bool = False
     """Whether masks begin from importance scores."""
+    depth_first: bool = False
+    """Whether importance drops the layers at once, and masks learn the widths of the others."""
     dynamic: bool = False
     """Whether held-out losses move the mixture."""
     mask_share: float = MASK_SHARE
@@ -189,7 +191,7 @@ class Arm:
     @property
     def is_scored(self) -> bool:
         """Return whether it needs importance scores."""
-        return self.start == "importance" or self.warm
+        return self.start == "importance" or self.warm or self.depth_first
 
 
 ARMS = {
@@ -215,6 +217,16 @@ ARMS = {
         distilled=True,
         masks_see_teacher=False,
     ),
+    **{
+        f"widths-kd-{share:02d}": Arm(
+            label=f"importance for layers, masks for widths on {share} % of the tokens, distilled",
+            start="masks",
+            distilled=True,
+            depth_first=True,
+            mask_share=share / 100,
+        )
+        for share in (5, 10, 20)
+    },
     "masks-warm-kd-05": Arm(
         label="masks from importance on 5 % of the tokens, distilled",
         start="masks",
@@ -319,7 +331,9 @@ def _teacher_flops(arm: Arm, size: Size) -> float:
 
 def _mask_flops(arm: Arm, size: Size) -> float:
     teacher = _teacher_flops(arm, size) if arm.masks_see_teacher else 0.0
-    return size.source.training_flops(size.seq_length) + teacher
+    masked = replace(size.source, num_layers=size.target.num_layers)
+    shape = masked if arm.depth_first else size.source
+    return shape.training_flops(size.seq_length) + teacher
 
 
 def _recover_flops(arm: Arm, size: Size) -> float:
