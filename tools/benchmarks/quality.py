@@ -247,9 +247,10 @@ class Comparison:
         }
         cut: dict[str, object] = {"output": folder / "cut", "load": self.output / "source"}
         if arm.start == "masks":
+            masked = self._fewer_layers(seed) if arm.depth_first else self.output / "source"
             flags: dict[str, object] = {
                 "seed": seed,
-                "load": self.output / "source",
+                "load": masked,
                 "sparsity_warmup_iters": mask_steps // 5,
                 "mask_noise_streams": self.size.noise_streams,
             }
@@ -263,7 +264,10 @@ class Comparison:
                 lr=self.size.mask_phase_lr,
                 warmup=mask_steps // 10,
                 batch=self.size.batch,
-                flags=flags | extents | self._learning(arm) | dict(arm.mask_flags),
+                flags=flags
+                | extents
+                | self._learning(arm, masks=True)
+                | dict(arm.mask_flags),
             )
             cut |= {"load": folder / "masks", "exact_target": True}
         else:
@@ -273,6 +277,21 @@ class Comparison:
         if not (folder / "cut").exists():
             run_stage("cut", cut)
         return {"load": folder / "cut"}
+
+    def _fewer_layers(self, seed: int) -> Path:
+        """Return the source without its least important layers; cut it if need be."""
+        path = self.output / "fewer-layers" / f"seed{seed}"
+        if not path.exists():
+            run_stage(
+                "cut",
+                {
+                    "load": self.output / "source",
+                    "scores": self._scores(seed),
+                    "target_num_layers": self.size.target.num_layers,
+                    "output": path,
+                },
+            )
+        return path
 
     def _scores(self, seed: int) -> Path:
         """Return the file of importance scores; measure them if need be."""
@@ -304,12 +323,12 @@ class Comparison:
         ImportanceScores(shape=source, values=values, measured={"random": seed}).write(path)
         return path
 
-    def _learning(self, arm: Arm) -> dict[str, object]:
-        """Return the flags of mixture and teacher, of both phases."""
+    def _learning(self, arm: Arm, *, masks: bool = False) -> dict[str, object]:
+        """Return the flags of mixture and teacher in recovery, or while masks learn."""
         flags: dict[str, object] = {"reweight": "constant"}
         if arm.dynamic:
             flags = {"reference_loss": self.output / "reference_loss.yaml"}
-        if arm.distilled:
+        if arm.distilled and (arm.masks_see_teacher or not masks):
             flags["distill_from"] = self.output / "source"
         return flags
 

@@ -173,8 +173,12 @@ class Arm:
     """Where its weights come from: nowhere, or units of the source that are chosen so."""
     distilled: bool = False
     """Whether the source is the teacher, in recovery and while masks learn."""
+    masks_see_teacher: bool = True
+    """Whether a distilled arm has its teacher while masks learn, too."""
     warm: bool = False
     """Whether masks begin from importance scores."""
+    depth_first: bool = False
+    """Whether importance drops the layers at once, and masks learn the widths of the others."""
     dynamic: bool = False
     """Whether held-out losses move the mixture."""
     mask_share: float = MASK_SHARE
@@ -187,7 +191,7 @@ class Arm:
     @property
     def is_scored(self) -> bool:
         """Return whether it needs importance scores."""
-        return self.start == "importance" or self.warm
+        return self.start == "importance" or self.warm or self.depth_first
 
 
 ARMS = {
@@ -197,6 +201,68 @@ ARMS = {
     "masks-kd": Arm(label="masks, distilled", start="masks", distilled=True),
     "masks-warm-kd": Arm(
         label="masks from importance, distilled", start="masks", distilled=True, warm=True
+    ),
+    **{
+        f"masks-kd-{share:02d}": Arm(
+            label=f"masks on {share} % of the tokens, distilled",
+            start="masks",
+            distilled=True,
+            mask_share=share / 100,
+        )
+        for share in (5, 10, 40)
+    },
+    "masks-kd-recovery": Arm(
+        label="masks, distilled in recovery alone",
+        start="masks",
+        distilled=True,
+        masks_see_teacher=False,
+    ),
+    **{
+        f"widths-kd-{share:02d}": Arm(
+            label=f"importance for layers, masks for widths on {share} % of the tokens, distilled",
+            start="masks",
+            distilled=True,
+            depth_first=True,
+            mask_share=share / 100,
+        )
+        for share in (5, 10, 20)
+    },
+    "masks-warm-kd-05": Arm(
+        label="masks from importance on 5 % of the tokens, distilled",
+        start="masks",
+        distilled=True,
+        warm=True,
+        mask_share=0.05,
+    ),
+    "masks-warm-kd-05-slow": Arm(
+        label="masks from importance on 5 % of the tokens at a twentieth of the rate, distilled",
+        start="masks",
+        distilled=True,
+        warm=True,
+        mask_share=0.05,
+        mask_flags={"lr": 1e-4},
+    ),
+    "masks-kd-10-slow": Arm(
+        label="masks on 10 % of the tokens at a twentieth of the rate, distilled",
+        start="masks",
+        distilled=True,
+        mask_share=0.1,
+        mask_flags={"lr": 1e-4},
+    ),
+    **{
+        f"masks-kd-{streams}-streams": Arm(
+            label=f"masks, distilled, noise streams: {streams}",
+            start="masks",
+            distilled=True,
+            mask_flags={"mask_noise_streams": streams, "micro_batch_size": 8 // max(2, streams)},
+        )
+        for streams in (1, 8)
+    },
+    "masks-kd-slow": Arm(
+        label="masks, distilled, weights at a fifth of the rate while masks learn",
+        start="masks",
+        distilled=True,
+        mask_flags={"lr": 4e-4},
     ),
     "scratch": Arm(label="from scratch", start="scratch"),
     "scratch-kd": Arm(label="from scratch, distilled", start="scratch", distilled=True),
@@ -264,7 +330,10 @@ def _teacher_flops(arm: Arm, size: Size) -> float:
 
 
 def _mask_flops(arm: Arm, size: Size) -> float:
-    return size.source.training_flops(size.seq_length) + _teacher_flops(arm, size)
+    teacher = _teacher_flops(arm, size) if arm.masks_see_teacher else 0.0
+    masked = replace(size.source, num_layers=size.target.num_layers)
+    shape = masked if arm.depth_first else size.source
+    return shape.training_flops(size.seq_length) + teacher
 
 
 def _recover_flops(arm: Arm, size: Size) -> float:
