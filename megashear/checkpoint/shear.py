@@ -83,7 +83,6 @@ def cut_checkpoint(
         {
             PRUNED_FOR: weights.description.iteration,
             ROUNDING: {kind: found.num_changed for kind, found in counts.items()},
-            **({IMPORTANCE_SCORES: known.importance_scores} if known.importance_scores else {}),
         },
     ) | {
         "gates that rounding to the target changed": {

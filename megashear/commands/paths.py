@@ -42,8 +42,6 @@ def check_run_paths(config: PruneRun | PretrainRun) -> None:
     train = config.train
     resumed = train.resume and holds_iterations(train.save)
     source = [] if resumed else ["load", "load_hf"]
-    if isinstance(config, PruneRun) and not resumed:
-        source.append("init_scores")
     check_there(config, *source, "data_path", "reference_loss", "domain_phases", "distill_from")
     check_outputs(train)
 

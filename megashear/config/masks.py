@@ -66,10 +66,6 @@ class MaskConfig(TargetConfig):
     target_tensor_model_parallel_size: Ranks | None = None
     """Tensor-parallel ranks that the cut model must divide over; those of the pruning run unless
     given."""
-    init_scores: str | None = None
-    """File of `megashear score` of the model that the run starts from. Masks begin a little closer
-    to closing where a unit's score is low, in place of all alike. A run that is resumed keeps the
-    masks that it has."""
     sparsity_warmup_iters: Annotated[StepsOrNever, COMMON] = 640
     """Steps over which the target sparsity rises from 0."""
     mask_lr: Rate = 1.0

@@ -1,4 +1,4 @@
-"""Importance scores of units: which units a one-shot cut keeps, and where masks begin."""
+"""Importance scores of units: which units a one-shot cut keeps."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megashear.masks.gates import LOG_ALPHA_MAX
 from megashear.masks.kinds import KINDS
 from megashear.masks.targets import target_units
 from megashear.shape import ModelShape
-
-SPREAD = 1.5
-"""Distance of the first log_alpha of a row's least important unit from that of its most important.
-With it a row is expected to close 0.0046 of its units at step 0; without scores it is 0.0020."""
 
 
 def gates_of_scores(
@@ -45,28 +40,6 @@ def gates_of_scores(
         least = torch.argsort(rows, dim=1, stable=True)[:, : rows.size(1) - wanted]
         gates[kind] = torch.ones(rows.shape).scatter(1, least, 0.0)
     return gates
-
-
-def first_log_alpha(scores: Mapping[str, Tensor], source: ModelShape, kind: str) -> Tensor:
-    """Return where a mask begins that leans towards the units of the highest scores.
-
-    The most important unit of a row begins at the upper clamp, as every unit does without scores,
-    and the others below it by rank, evenly: scores of one kind may differ by orders of magnitude.
-    No unit can begin above the clamp, which the first step would undo.
-
-    Args:
-        scores: of every kind, as for `gates_of_scores`.
-        source: shape of the scored model.
-        kind: kind of mask.
-
-    Returns:
-        log_alpha of the whole mask, float32 [num_rows, num_units]. Among equal scores the first
-        units are nearest to closing.
-    """
-    rows = rows_of(kind, scores[kind], source)
-    rank = torch.argsort(torch.argsort(rows, dim=1, stable=True), dim=1)  # 0 is the least important
-    above = (rows.size(1) - 1 - rank) / max(rows.size(1) - 1, 1)
-    return (LOG_ALPHA_MAX - SPREAD * above).float()
 
 
 def rows_of(kind: str, values: Tensor, source: ModelShape) -> Tensor:

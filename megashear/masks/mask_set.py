@@ -45,17 +45,6 @@ class MaskSet:
         }
         self._ahead: dict[tuple[int, int, int, str], Tensor] = {}
 
-    def start_from(self, whole: Mapping[str, Tensor]) -> None:
-        """Set log_alpha to this process's part of whole masks, before the first step.
-
-        Args:
-            whole: log_alpha by kind, [num_rows, num_units].
-        """
-        with torch.no_grad():
-            for kind, log_alpha in self.log_alpha.items():
-                part = self.parts[kind]
-                log_alpha.copy_(whole[kind][list(part.rows)][:, _index(part.units)])
-
     def draw_ahead(self, *, seed: int, step: int, kinds: Mapping[int, Collection[str]]) -> None:
         """Draw the noise that `sample` will need, while the device works.
 

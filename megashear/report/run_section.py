@@ -116,7 +116,7 @@ def run_section(record: RunRecord, name: str, source: MeanLoss | None) -> Sectio
         parts.append(heading("Speed"))
         drawn("speed", speed_figure(points), speed_caption(points))
     if (description := record.description) is not None:
-        origin = origin_text(description.known, description.stage)
+        origin = origin_text(description.known)
         if origin is not None:
             parts += [heading("Importance scores"), paragraph(f"Its {origin}.")]
     if record.config:

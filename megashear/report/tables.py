@@ -206,7 +206,7 @@ def _facts(opened: OpenModel) -> str:
     known = opened.description.known
     if known.pruned_for is not None:
         lines.append(f"pruned for {known.pruned_for:,} steps")
-    if (origin := origin_text(known, opened.description.stage)) is not None:
+    if (origin := origin_text(known)) is not None:
         lines.append(origin)
     if known.rounding:
         changed = ", ".join(f"{n:,} {KINDS[kind].units}" for kind, n in known.rounding.items())
@@ -223,20 +223,13 @@ def _facts(opened: OpenModel) -> str:
     return "\n".join(lines)
 
 
-def origin_text(known: RunDetails, stage: str) -> str | None:
-    """Return in a sentence what scores did for a model; None for a model without them.
-
-    Args:
-        known: details of the model's checkpoint.
-        stage: of the checkpoint.
-    """
+def origin_text(known: RunDetails) -> str | None:
+    """Return in a sentence how scores chose a model's units; None for a model without them."""
     measured = known.importance_scores
     if not measured:
         return None
-    has_masks = stage == "prune" or known.pruned_for is not None
-    what = "masks began from" if has_masks else "units were chosen by"
     file = f" ({measured['file']})" if "file" in measured else ""
-    return f"{what} importance scores{measured_text(measured)}{file}"
+    return f"units were chosen by importance scores{measured_text(measured)}{file}"
 
 
 def measured_text(measured: Mapping[str, Any]) -> str:

@@ -20,7 +20,6 @@ from megashear.checkpoint.details import (
 from megashear.config import PretrainRun
 from megashear.data.batch import DocumentBorders
 from megashear.data.loader import MixtureLoader
-from megashear.masks.importance import first_log_alpha
 from megashear.models.llama import build_llama
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
@@ -169,12 +168,6 @@ def _build_objective(prepared: PreparedRun, groups: ParallelGroups) -> Objective
         adam=config.optimizer,
         terms=_build_terms(prepared, groups),
     )
-    if prepared.scores is not None:
-        values = prepared.scores.values
-        objective.masks.start_from(
-            {kind: first_log_alpha(values, shape, kind) for kind in objective.targets}
-        )
-        logger.info("masks begin from the scores of %s", config.masks.init_scores)
     return objective
 
 

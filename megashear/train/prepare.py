@@ -5,18 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from megashear.checkpoint.details import IMPORTANCE_SCORES, TARGET_SHAPE
+from megashear.checkpoint.details import TARGET_SHAPE
 from megashear.checkpoint.saver import name_latest
-from megashear.checkpoint.scores import ImportanceScores, read_scores
 from megashear.checkpoint.store import agree_on_iteration
-from megashear.checkpoint.weights import CheckpointWeights
 from megashear.config import (
     Constraint,
     DistillConfig,
@@ -26,7 +21,6 @@ from megashear.config import (
     PretrainRun,
     PruneRun,
 )
-from megashear.conversion.hf import HfWeights
 from megashear.masks.target_flags import target_shape
 from megashear.models import loadable
 from megashear.models.llama import check_layout
@@ -67,8 +61,6 @@ class PreparedRun:
     """Plain values about pruning, past or to come, that every checkpoint of the run keeps."""
     teacher: StoredModel | None = None
     """What --distill-from names."""
-    scores: ImportanceScores | None = None
-    """Importance that masks begin from; None where they begin all alike, or are resumed."""
     tasks: RunTasks | None = None
     """What --eval-tasks names."""
     then: PreparedRun | None = None
@@ -134,22 +126,17 @@ def prepare_from(
     """Read and check what a run needs besides its beginning, which is known; see `prepare`."""
     _check_flags(config, start, is_dry_run=is_dry_run)
     inputs = read_inputs(config, start)
-    scores = None
     lineage = {} if start.description is None else start.description.lineage
     if isinstance(config, PruneRun):
         assert target is not None
         check_masks(config.masks, config.train, start, target)
         lineage = {TARGET_SHAPE: target.to_dict()}
-        scores, origin = _find_scores(config.masks.init_scores, start)
-        if origin:
-            lineage[IMPORTANCE_SCORES] = origin
     return PreparedRun(
         config=config,
         start=start,
         inputs=inputs,
         target=target,
         lineage=lineage,
-        scores=scores,
         teacher=_find_teacher(config, start, inputs),
         tasks=load_run_tasks(
             config.train,
@@ -305,38 +292,6 @@ def _check_teacher(
             "--seq-length %d is longer than the %d positions the teacher was made for",
             *(length, shape.max_position_embeddings),
         )
-
-
-def _find_scores(file: str | None, start: Start) -> tuple[ImportanceScores | None, dict[str, Any]]:
-    """Return the scores that masks begin from, and what the run's checkpoints keep about them.
-
-    Args:
-        file: of --init-scores.
-        start: where the run begins.
-
-    Raises:
-        ValueError: the scores are of another model, or the run has masks already.
-    """
-    if start.resumes:
-        assert start.description is not None
-        if file is not None and not start.is_own:
-            raise ValueError(
-                f"--init-scores {file} is for masks that begin, and --load {start.checkpoint} is "
-                f"a pruning run, which is resumed with its masks; leave the flag out, or add "
-                f"--finetune to start new masks from its weights"
-            )
-        return None, start.description.known.importance_scores
-    if file is None:
-        return None, {}
-    scores = read_scores(file, "--init-scores")
-    weights: Mapping[str, Tensor]
-    if start.checkpoint is None:
-        assert start.hf is not None, "pruning has no fresh weights"
-        weights, model = HfWeights(start.hf), f"--load-hf {start.hf}"
-    else:
-        weights, model = CheckpointWeights(start.checkpoint), f"--load {start.checkpoint}"
-    scores.check_model(start.shape, weights, flag=f"--init-scores {file}", model=model)
-    return scores, dict(scores.measured)
 
 
 def _stage(config: PruneRun | PretrainRun) -> str:

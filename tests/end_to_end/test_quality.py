@@ -37,8 +37,8 @@ def test_the_smallest_comparison_runs_and_is_not_run_again(
         # a point after every interval, the last at the end
         tokens = [place for place, _ in each["curve"]]
         assert tokens[-1] == each["tokens"]["recovery"]
-        assert tokens == [4 * 128 * number for number in range(1, len(tokens) + 1)]
-    assert runs["masks-kd"]["tokens"]["masks"] == 4 * 128
+        assert tokens == [2 * 128 * number for number in range(1, len(tokens) + 1)]
+    assert runs["masks-kd"]["tokens"]["masks"] == 8 * 128
     assert (output / "quality.svg").exists()
     assert "importance" in (output / "quality.md").read_text()
     # once more: every stage is done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +67,18 @@ def flops_of_token(shape: Any, seq_length: int, passes: int) -> int:
     return 2 * passes * (shape.num_layers * (attention + mlp) + shape.vocab_size * h)
 
 
-@pytest.mark.parametrize("name", ["scratch", "importance", "masks", "masks-warm-kd"])
+@pytest.mark.parametrize("name", ["scratch", "importance", "masks", "widths-kd-05"])
 def test_arithmetic_counts_masks_at_the_sources_shape_and_the_teacher_forward(name: str) -> None:
     arm, steps, length = ARMS[name], Plan(mask_steps=7, recover_steps=11), TINY.seq_length
     tokens = TINY.batch * length
+    layers = TINY.target.num_layers if name == "widths-kd-05" else TINY.source.num_layers
+    masked = replace(TINY.source, num_layers=layers)
     wanted = tokens * (
-        7 * flops_of_token(TINY.source, length, 3) + 11 * flops_of_token(TINY.target, length, 3)
+        7 * flops_of_token(masked, length, 3) + 11 * flops_of_token(TINY.target, length, 3)
     )
     if arm.distilled:
         wanted += 18 * tokens * flops_of_token(TINY.source, length, 1)
-    if name in ("importance", "masks-warm-kd"):
+    if name in ("importance", "widths-kd-05"):
         wanted += TINY.score_sequences * length * flops_of_token(TINY.source, length, 1)
     assert arithmetic(arm, TINY, steps) == pytest.approx(wanted, rel=1e-12)
 
@@ -122,24 +125,25 @@ def comparison(folder: Path, deadline: float | None = None) -> quality.Compariso
 def test_what_is_done_is_not_done_again_and_what_is_begun_is_resumed(
     tmp_path: Path, stages: list[tuple[str, dict[str, Any]]]
 ) -> None:
-    comparison(tmp_path).run_arm("masks-warm-kd", 2, "tokens")
-    assert [command for command, _ in stages] == ["score", "prune", "cut", "pretrain"]
-    folder = tmp_path / "arms/masks-warm-kd.tokens/seed2"
+    comparison(tmp_path).run_arm("widths-kd-05", 2, "tokens")
+    assert [command for command, _ in stages] == ["score", "cut", "prune", "cut", "pretrain"]
+    assert stages[1][1]["output"] == stages[2][1]["load"] != stages[3][1]["output"]
+    folder = tmp_path / "arms/widths-kd-05.tokens/seed2"
     for command, flags in stages:
         if command in ("prune", "pretrain"):
             assert flags["resume"] is True
             assert flags["seed"] == 2
             assert flags["distill_from"] == tmp_path / "source"
     found = json.loads((folder / "result.json").read_text())
-    assert found["tokens"] == {"masks": 200 * 1024, "recovery": 800 * 1024}
+    assert found["tokens"] == {"masks": 50 * 1024, "recovery": 950 * 1024}
     # all done
-    comparison(tmp_path).run_arm("masks-warm-kd", 2, "tokens")
-    assert len(stages) == 4
+    comparison(tmp_path).run_arm("widths-kd-05", 2, "tokens")
+    assert len(stages) == 5
     # killed after the masks, before the end of recovery
     for file in ("result.json", "model.done"):
         (folder / file).unlink()
-    comparison(tmp_path).run_arm("masks-warm-kd", 2, "tokens")
-    assert "prune" not in [command for command, _ in stages[4:]]
+    comparison(tmp_path).run_arm("widths-kd-05", 2, "tokens")
+    assert "prune" not in [command for command, _ in stages[5:]]
     assert stages[-1][0] == "pretrain"
 
 

@@ -36,18 +36,17 @@ from megashear.quickstart.tokenizer import train_tokenizer
 PAIRS = (
     ("masks", "importance"),
     ("masks-kd", "importance-kd"),
-    ("masks-warm-kd", "importance-kd"),
-    ("masks-warm-kd", "masks-kd"),
     ("importance", "random"),
     ("importance-kd", "random-kd"),
     ("importance-kd", "importance"),
     ("masks-kd", "masks"),
     ("importance-kd", "masks"),
     ("importance-kd", "scratch"),
-    ("masks-warm-kd", "masks"),
-    ("masks-warm-kd", "scratch"),
+    ("scratch-kd", "scratch"),
+    ("random-kd", "random"),
+    ("widths-kd-05", "importance-kd"),
+    ("widths-kd-05", "masks-kd-05"),
     ("importance-kd-dynamic", "importance-kd"),
-    ("masks-kd-dynamic", "masks-kd"),
 )
 """Arms whose difference the second table shows: the first should be lower."""
 _EXIT_TIME_UP = 3
@@ -254,8 +253,6 @@ class Comparison:
                 "sparsity_warmup_iters": mask_steps // 5,
                 "mask_noise_streams": self.size.noise_streams,
             }
-            if arm.warm:
-                flags["init_scores"] = self._scores(seed)
             self._train(
                 "prune",
                 folder,
@@ -264,10 +261,7 @@ class Comparison:
                 lr=self.size.mask_phase_lr,
                 warmup=mask_steps // 10,
                 batch=self.size.batch,
-                flags=flags
-                | extents
-                | self._learning(arm, masks=True)
-                | dict(arm.mask_flags),
+                flags=flags | extents | self._learning(arm) | dict(arm.mask_flags),
             )
             cut |= {"load": folder / "masks", "exact_target": True}
         else:
@@ -323,12 +317,12 @@ class Comparison:
         ImportanceScores(shape=source, values=values, measured={"random": seed}).write(path)
         return path
 
-    def _learning(self, arm: Arm, *, masks: bool = False) -> dict[str, object]:
-        """Return the flags of mixture and teacher in recovery, or while masks learn."""
+    def _learning(self, arm: Arm) -> dict[str, object]:
+        """Return the flags of mixture and teacher, of both phases."""
         flags: dict[str, object] = {"reweight": "constant"}
         if arm.dynamic:
             flags = {"reference_loss": self.output / "reference_loss.yaml"}
-        if arm.distilled and (arm.masks_see_teacher or not masks):
+        if arm.distilled:
             flags["distill_from"] = self.output / "source"
         return flags
 

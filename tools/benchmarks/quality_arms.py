@@ -102,7 +102,7 @@ SIZES = {
         batch=8,
         seq_length=128,
         score_sequences=512,
-        eval_interval=100,
+        eval_interval=50,
         eval_sequences=16,
     ),
     # 24.6 M parameters and 200 M tokens, 7.9 M and 16 M tokens an arm; --minutes fits it to a lease
@@ -145,11 +145,11 @@ SIZES = {
         ),
         source_steps=20,
         source_batch=4,
-        arm_steps=20,
+        arm_steps=40,
         batch=4,
         seq_length=32,
         score_sequences=8,
-        eval_interval=4,
+        eval_interval=2,
         eval_sequences=2,
         ranks=1,
         seeds=(1,),
@@ -173,10 +173,6 @@ class Arm:
     """Where its weights come from: nowhere, or units of the source that are chosen so."""
     distilled: bool = False
     """Whether the source is the teacher, in recovery and while masks learn."""
-    masks_see_teacher: bool = True
-    """Whether a distilled arm has its teacher while masks learn, too."""
-    warm: bool = False
-    """Whether masks begin from importance scores."""
     depth_first: bool = False
     """Whether importance drops the layers at once, and masks learn the widths of the others."""
     dynamic: bool = False
@@ -191,7 +187,7 @@ class Arm:
     @property
     def is_scored(self) -> bool:
         """Return whether it needs importance scores."""
-        return self.start == "importance" or self.warm or self.depth_first
+        return self.start == "importance" or self.depth_first
 
 
 ARMS = {
@@ -199,9 +195,6 @@ ARMS = {
     "importance-kd": Arm(label="importance, distilled", start="importance", distilled=True),
     "masks": Arm(label="masks", start="masks"),
     "masks-kd": Arm(label="masks, distilled", start="masks", distilled=True),
-    "masks-warm-kd": Arm(
-        label="masks from importance, distilled", start="masks", distilled=True, warm=True
-    ),
     **{
         f"masks-kd-{share:02d}": Arm(
             label=f"masks on {share} % of the tokens, distilled",
@@ -209,38 +202,14 @@ ARMS = {
             distilled=True,
             mask_share=share / 100,
         )
-        for share in (5, 10, 40)
+        for share in (5, 10)
     },
-    "masks-kd-recovery": Arm(
-        label="masks, distilled in recovery alone",
+    "widths-kd-05": Arm(
+        label="importance for layers, masks for widths on 5 % of the tokens, distilled",
         start="masks",
         distilled=True,
-        masks_see_teacher=False,
-    ),
-    **{
-        f"widths-kd-{share:02d}": Arm(
-            label=f"importance for layers, masks for widths on {share} % of the tokens, distilled",
-            start="masks",
-            distilled=True,
-            depth_first=True,
-            mask_share=share / 100,
-        )
-        for share in (5, 10, 20)
-    },
-    "masks-warm-kd-05": Arm(
-        label="masks from importance on 5 % of the tokens, distilled",
-        start="masks",
-        distilled=True,
-        warm=True,
+        depth_first=True,
         mask_share=0.05,
-    ),
-    "masks-warm-kd-05-slow": Arm(
-        label="masks from importance on 5 % of the tokens at a twentieth of the rate, distilled",
-        start="masks",
-        distilled=True,
-        warm=True,
-        mask_share=0.05,
-        mask_flags={"lr": 1e-4},
     ),
     "masks-kd-10-slow": Arm(
         label="masks on 10 % of the tokens at a twentieth of the rate, distilled",
@@ -248,21 +217,6 @@ ARMS = {
         distilled=True,
         mask_share=0.1,
         mask_flags={"lr": 1e-4},
-    ),
-    **{
-        f"masks-kd-{streams}-streams": Arm(
-            label=f"masks, distilled, noise streams: {streams}",
-            start="masks",
-            distilled=True,
-            mask_flags={"mask_noise_streams": streams, "micro_batch_size": 8 // max(2, streams)},
-        )
-        for streams in (1, 8)
-    },
-    "masks-kd-slow": Arm(
-        label="masks, distilled, weights at a fifth of the rate while masks learn",
-        start="masks",
-        distilled=True,
-        mask_flags={"lr": 4e-4},
     ),
     "scratch": Arm(label="from scratch", start="scratch"),
     "scratch-kd": Arm(label="from scratch, distilled", start="scratch", distilled=True),
@@ -273,9 +227,6 @@ ARMS = {
         start="importance",
         distilled=True,
         dynamic=True,
-    ),
-    "masks-kd-dynamic": Arm(
-        label="masks, distilled, dynamic mixture", start="masks", distilled=True, dynamic=True
     ),
 }
 """Arms by the names that --arms takes, in the order in which they run."""
@@ -330,10 +281,9 @@ def _teacher_flops(arm: Arm, size: Size) -> float:
 
 
 def _mask_flops(arm: Arm, size: Size) -> float:
-    teacher = _teacher_flops(arm, size) if arm.masks_see_teacher else 0.0
-    masked = replace(size.source, num_layers=size.target.num_layers)
-    shape = masked if arm.depth_first else size.source
-    return shape.training_flops(size.seq_length) + teacher
+    layers = size.target.num_layers if arm.depth_first else size.source.num_layers
+    masked = replace(size.source, num_layers=layers)
+    return masked.training_flops(size.seq_length) + _teacher_flops(arm, size)
 
 
 def _recover_flops(arm: Arm, size: Size) -> float:
