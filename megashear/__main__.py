@@ -20,6 +20,7 @@ COMMANDS = {
     "prune": "learn masks and weights together",
     "cut": "fold the masks in and drop the closed units, or keep the units of highest score",
     "pretrain": "train a checkpoint further, or fresh weights from the start",
+    "finetune": "teach a model to answer, from conversations",
     "evaluate": "measure held-out losses of a model by domain, or its scores in tasks",
     "generate": "print how a model continues a text",
     "reference-loss": "find the loss each domain should reach, from one model or several",

@@ -18,8 +18,10 @@ _ROWS = {
             "choices": [str(n), f"{2 * n} in all"],
             "at": 1,
         }
-        for n, before in enumerate(["", "", "Once. ", "Twice: ", "", _LONG, ""], start=2)
-    ],
+        for n, before in enumerate(["", "", "Once. ", "Twice: ", "", _LONG], start=2)
+    ]
+    # read together, for these differ in their last token alone
+    + [{"question": "Which letter?", "choices": ["x", "y", "z"], "at": 1}],
     SAY: [
         {"question": question, "answer": "the"}
         for question in ("Return the", "One of", "A file is", _LONG)

@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,14 +139,14 @@ class Saver:
         description: Description,
         state: dict[str, Any],
         *,
-        tokenizer: Path | str | None = None,
+        tokenizer: Path | str | Sequence[Path] | None = None,
     ) -> list[SaveReport]:
         """Save one iteration.
 
         Args:
             description: shape, iteration, stage and plain values.
             state: sharded state dict, as `dist_checkpointing.save` takes it.
-            tokenizer: directory of the tokenizer's files, carried along.
+            tokenizer: the tokenizer's files, or their directory, carried along.
 
         Returns:
             Saves that have become visible: an earlier one that had to be waited for, and this one

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megashear.checkpoint.description import holds_iterations
 from megashear.commands.settings import flag_of, flatten
-from megashear.config import PretrainRun, PruneRun, TrainConfig
+from megashear.config import TrainConfig, TrainingRun
 from megashear.files.output import check_writable
 
 
@@ -28,7 +28,7 @@ def check_there(config: object, *keys: str) -> None:
                 raise ValueError(f"{flag_of(key)} {path} does not exist")
 
 
-def check_run_paths(config: PruneRun | PretrainRun) -> None:
+def check_run_paths(config: TrainingRun) -> None:
     """Refuse paths of a run that do not exist, and outputs that cannot be written.
 
     A run that is resumed does not read its source, which may be deleted.

@@ -67,8 +67,9 @@ def check(config: PreprocessConfig) -> None:
     """
     check_there(config, "input", "tokenizer_model")
     check_new(config, "output")
+    from megashear.preprocessing.domains import template_for
     from megashear.preprocessing.inputs import find_domains
     from megashear.tokenizer.choice import load_tokenizer
 
     find_domains(config.input, config.json_key)
-    load_tokenizer(config.tokenizer_model)
+    template_for(config.chat_format, load_tokenizer(config.tokenizer_model))

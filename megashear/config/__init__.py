@@ -16,30 +16,34 @@ from megashear.config.commands import (
     QuickstartConfig,
     ReportConfig,
 )
-from megashear.config.data import DataConfig, NamedNumbers, Reweight, WhenExhausted
+from megashear.config.data import ChatDataConfig, DataConfig, NamedNumbers, Reweight, WhenExhausted
 from megashear.config.distill import DistillConfig
 from megashear.config.masks import Constraint, MaskConfig, Masks, TargetConfig, check_streams
 from megashear.config.model import ModelConfig, TransformerImpl
 from megashear.config.parallel import ParallelConfig
 from megashear.config.runs import (
     EvaluateRun,
+    FinetuneRun,
     GenerateRun,
     PretrainRun,
     PruneRun,
     ReferenceLossRun,
     ScoreRun,
+    TrainingRun,
 )
 from megashear.config.train import DEFAULT_EVAL_SEQUENCES, OptimizerConfig, TrainConfig
 
 __all__ = [
     "DEFAULT_EVAL_SEQUENCES",
     "BudgetConfig",
+    "ChatDataConfig",
     "Constraint",
     "ConvertConfig",
     "CutConfig",
     "DataConfig",
     "DistillConfig",
     "EvaluateRun",
+    "FinetuneRun",
     "GenerateRun",
     "InspectConfig",
     "MaskConfig",
@@ -60,6 +64,7 @@ __all__ = [
     "ScoreRun",
     "TargetConfig",
     "TrainConfig",
+    "TrainingRun",
     "TransformerImpl",
     "WhenExhausted",
     "check_streams",

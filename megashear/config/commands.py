@@ -121,6 +121,12 @@ class PreprocessConfig:
     """Begin each document with the tokenizer's BOS. Input that is tokens already is not changed."""
     held_out_fraction: Annotated[float, Between(1e-9, 1, below=True)] = HELD_OUT_FRACTION
     """Share of documents in the held-out set; the hash of a document's text decides."""
+    chat_format: Literal["template", "sheared"] | None = None
+    """Read conversations for `megashear finetune`, JSON objects with messages, conversations, or
+    prompt and response, and write them by the chat template of the tokenizer (template) or in the
+    prompt of Sheared-LLaMA-ShareGPT (sheared). Each record is text unless given."""
+    first_turn: bool = False
+    """Keep each conversation up to its first answer. For --chat-format."""
     tokens_dtype: Literal["uint16", "int32", "uint32", "int64"] = TOKENS_DTYPE
     """Type of the token ids in MDS shards, which do not name it; LLM-Shearing writes uint16."""
     max_document_mb: Annotated[int, Between(1, MOST_DOCUMENT_MB)] = MAX_DOCUMENT_MB
@@ -131,6 +137,11 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.first_turn and self.chat_format is None:
+            raise ValueError(
+                "--first-turn is of conversations, which --chat-format reads; add that flag, or "
+                "leave this one out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

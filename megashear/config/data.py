@@ -69,3 +69,15 @@ class DataConfig:
                 f"--domain-weights and --domain-phases {self.domain_phases} both say how the "
                 f"mixture starts; leave --domain-weights out, because the first phase begins at 0"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatDataConfig(DataConfig):
+    """The domains of conversations, their starting weights, and how losses move the weights."""
+
+    reweight: Annotated[Reweight, COMMON] = "constant"
+    """How evaluations move the weights: constant, not at all; or as in `megashear pretrain`, which
+    has the other values."""
+    pack: Annotated[bool, COMMON] = False
+    """Lay as many conversations into a sequence as it has room for, none of which sees another, in
+    place of one. Costs a mask of (sequence length)^2 bytes for each sequence in flight."""

@@ -18,7 +18,7 @@ from megashear.bounds import (
     Tokens,
     check_bounds,
 )
-from megashear.config.data import DataConfig
+from megashear.config.data import ChatDataConfig, DataConfig
 from megashear.config.defaults import INIT_METHOD_STD, SEED
 from megashear.config.distill import DistillConfig
 from megashear.config.masks import MaskConfig, Masks
@@ -67,6 +67,30 @@ class PretrainRun:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneRun:
+    """`megashear finetune`: teach a model to answer, from conversations."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: ChatDataConfig
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.pack and self.model.transformer_impl == "transformer_engine":
+            raise ValueError(
+                "--pack does not work with --transformer-impl transformer_engine, whose causal "
+                "attention ignores the mask between conversations; use --transformer-impl local, "
+                "or leave --pack out"
+            )
+
+
+TrainingRun = PruneRun | PretrainRun | FinetuneRun
+"""A run that trains, saves and is resumed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megashear.config import ModelConfig
+from megashear.data.context import ids_of
 from megashear.parallel import device
 
 
@@ -21,7 +22,8 @@ class MicroBatch:
     labels: Tensor
     """The token after each input, int64 [b, s]."""
     loss_mask: Tensor
-    """1 where a label counts, 0 in sequences that only fill a batch; float32 [b, s]."""
+    """1 where a label counts, 0 where it is context and in sequences that only fill a batch;
+    float32 [b, s]."""
     domains: Tensor
     """Domain of each sequence, int64 [b]."""
     documents: Tensor | None = None
@@ -42,9 +44,17 @@ class DocumentBorders:
     """The first label of each document does not count."""
 
     @classmethod
-    def of(cls, model: ModelConfig) -> DocumentBorders:
-        """Return the meaning that the flags give."""
-        return cls(part_attention=model.reset_attention_mask, mask_loss=model.eod_mask_loss)
+    def of(cls, model: ModelConfig, *, are_packed: bool = False) -> DocumentBorders:
+        """Return the meaning that the flags give.
+
+        Args:
+            model: the flags.
+            are_packed: whether documents are conversations of one sequence, which never see each
+                other.
+        """
+        return cls(
+            part_attention=model.reset_attention_mask or are_packed, mask_loss=model.eod_mask_loss
+        )
 
     @property
     def are_read(self) -> bool:
@@ -65,8 +75,8 @@ def micro_batch(
     """Make a microbatch of sequences.
 
     Args:
-        tokens: input ids, int64 [b, s].
-        labels: the token after each, int64 [b, s].
+        tokens: stored tokens of the input, int64 [b, s]; see `context`.
+        labels: stored token after each, int64 [b, s].
         domains: domain of each sequence.
         positions: place of each sequence in the global batch.
         num_counted: sequences whose labels count; those after them only fill the batch.
@@ -77,6 +87,9 @@ def micro_batch(
     assert (documents is not None) == borders.are_read
     loss_mask = torch.ones(labels.shape)  # [b, s]
     loss_mask[num_counted:] = 0.0
+    if bool((tokens < 0).any() | (labels < 0).any()):
+        loss_mask = loss_mask * (labels >= 0)
+        tokens, labels = ids_of(tokens), ids_of(labels)
     if documents is not None and borders.mask_loss:
         loss_mask = loss_mask * (documents[0] == documents[1])
     apart = documents[0] if documents is not None and borders.part_attention else None

@@ -42,12 +42,7 @@ class HeldOutSet:
         self._text = open_text(prefix)
         self.num_tokens = int(self._text.sequence_lengths.sum(dtype=np.int64))
         """Tokens of the whole set."""
-        self._length = num_sequences(
-            prefix,
-            self.num_tokens,
-            sequence_length,
-            way_out="preprocess again with a larger --held-out-fraction or more text,",
-        )
+        self._length = self._count(prefix)
 
     def __len__(self) -> int:
         return self._length
@@ -121,6 +116,14 @@ class HeldOutSet:
                 borders=self.borders,
                 documents=documents,
             )
+
+    def _count(self, prefix: str | Path) -> int:
+        return num_sequences(
+            prefix,
+            self.num_tokens,
+            self.sequence_length,
+            way_out="preprocess again with a larger --held-out-fraction or more text,",
+        )
 
 
 def _parts(text: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,10 +70,13 @@ def restore(state: LoaderState, domains: Sequence[DomainSequences], mixture: Dom
 
 def _check_same_text(state: LoaderState, domains: Sequence[DomainSequences]) -> None:
     # Sequences as the saved run would have counted those of this text.
-    sizes = [(domain.num_tokens - 1) // state["sequence_length"] for domain in domains]
+    sizes = [domain.count(state["sequence_length"]) for domain in domains]
     for key, saved, now, way_out in (
         ("domains", state["domains"], [d.name for d in domains], "the data of the saved run"),
-        ("samples_per_epoch", state["samples_per_epoch"], sizes, "the data of the saved run"),
+        (
+            *("samples_per_epoch", state["samples_per_epoch"], sizes),
+            "the data of the saved run, and its --pack if it is of `megashear finetune`",
+        ),
         ("seed", state["seed"], domains[0].seed, "the saved --seed"),
     ):
         if saved != now:

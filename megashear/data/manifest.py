@@ -84,6 +84,9 @@ class DataManifest:
     """Numpy type of the stored tokens."""
     tokenizer_fingerprint: str
     """SHA-256 of the tokenizer's model file, hex."""
+    chat_format: str | None = None
+    """What wrote the conversations, as --chat-format names it; None where documents are text. The
+    template is in the tokenizer's directory."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,6 +109,31 @@ class DataManifest:
     def moved(self, directory: Path) -> DataManifest:
         """Return a manifest of the same data after a move to ``directory``."""
         return replace(self, directory=directory)
+
+    def check_text(self) -> None:
+        """Refuse conversations, for whoever learns from every token.
+
+        Raises:
+            ValueError: documents are conversations.
+        """
+        if self.chat_format is not None:
+            raise ValueError(
+                f"{self.directory} holds conversations (--chat-format {self.chat_format}), of "
+                f"which the assistant's words alone are learned: use `megashear finetune`, or "
+                f"preprocess text"
+            )
+
+    def check_chat(self) -> None:
+        """Refuse text, for whoever learns from conversations.
+
+        Raises:
+            ValueError: documents are text.
+        """
+        if self.chat_format is None:
+            raise ValueError(
+                f"{self.directory} holds text and no conversations: preprocess conversations with "
+                f"--chat-format, or use `megashear pretrain`"
+            )
 
     def check_vocab(self, model_vocab_size: int) -> None:
         """Refuse a model that has no embedding for some of the ids.

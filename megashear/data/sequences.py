@@ -53,12 +53,8 @@ class DomainSequences:
         self._text = open_text(prefix)
         self.num_tokens = int(self._text.sequence_lengths.sum(dtype=np.int64))
         """Tokens of one epoch."""
-        self.samples_per_epoch = num_sequences(
-            prefix,
-            self.num_tokens,
-            sequence_length,
-            way_out="add text to this domain, leave it out,",
-        )
+        self._check(prefix)
+        self.samples_per_epoch = self.count(sequence_length)
         """Sequences of one epoch."""
         self.origin = (0, 0)
         """Number of a sample that begins an epoch, and number of that epoch. Samples before it were
@@ -88,6 +84,10 @@ class DomainSequences:
         numbers = np.arange(len(lengths), dtype=np.int64).repeat(lengths)
         return torch.from_numpy(numbers[: self.sequence_length + 1])
 
+    def count(self, sequence_length: int) -> int:
+        """Return the sequences of one epoch at a sequence length."""
+        return (self.num_tokens - 1) // sequence_length
+
     def prepare(self, sample: int) -> None:
         """Build the index of the epoch that a sample is in."""
         self._of_epoch(self.place(sample)[0])
@@ -103,6 +103,14 @@ class DomainSequences:
         """Return the epochs read once ``num_drawn`` samples are drawn, 1.5 for one and a half."""
         first, epoch = self.origin
         return epoch + (num_drawn - first) / self.samples_per_epoch
+
+    def _check(self, prefix: str | Path) -> None:
+        num_sequences(
+            prefix,
+            self.num_tokens,
+            self.sequence_length,
+            way_out="add text to this domain, leave it out,",
+        )
 
     def _of_epoch(self, epoch: int) -> GPTDataset:
         """Return the sequences of one epoch; the latest epoch asked for is kept."""

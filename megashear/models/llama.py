@@ -132,6 +132,7 @@ def build_llama(
     variant: TransformerImpl,
     init_method_std: float = INIT_METHOD_STD,
     seed: int = SEED,
+    tokens_count_alike: bool = False,
 ) -> list[DistributedDataParallel]:
     """Build this rank's chunks, wrapped for data parallelism. Collective over the world.
 
@@ -145,6 +146,8 @@ def build_llama(
         variant: kind of layers; masks need local ones.
         init_method_std: standard deviation of fresh weights.
         seed: seed of fresh weights.
+        tokens_count_alike: whether the loss of a step is the mean over the counted tokens of its
+            global batch, however many each microbatch has; else the mean over microbatches.
 
     Returns:
         One chunk, or one per virtual stage.
@@ -162,6 +165,7 @@ def build_llama(
         seed=seed,
     )
     config = unwrap(chunks[0]).config
+    config.calculate_per_token_loss = tokens_count_alike
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=model.bf16,
         use_distributed_optimizer=parallel.use_distributed_optimizer,

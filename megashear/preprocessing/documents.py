@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -15,9 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megashear.preprocessing.conversations import ChatEncoder, Skipped, read_messages, to_learn
 from megashear.preprocessing.inputs import read_chunks
 from megashear.preprocessing.long_text import encode_parts
 from megashear.preprocessing.text_files import Chunk, Record
+from megashear.tokenizer.chat_template import Message, chat_template
 from megashear.tokenizer.choice import load_tokenizer
 
 EMPTY = "empty"
@@ -45,6 +48,10 @@ class EncodingPolicy:
     """Expected share of held-out documents."""
     dtype: str
     """Name of the numpy type of stored tokens."""
+    chat_template: str | None = None
+    """Text of the template by which records are conversations; None where they are text."""
+    first_turn: bool = False
+    """Keep a conversation up to its first answer."""
 
 
 class EncodedSide(NamedTuple):
@@ -95,8 +102,17 @@ def read_texts(file: Path, json_key: str) -> Iterator[str]:
                 yield LONE_SURROGATE.sub("\ufffd", text)
 
 
-def check_first(file: Path, json_key: str, tokens_dtype: str, max_document_mb: int) -> None:
+def check_first(
+    file: Path, json_key: str, tokens_dtype: str, max_document_mb: int, *, is_chat: bool = False
+) -> None:
     """Check the first record of a file, for most mistakes are in all records.
+
+    Args:
+        file: of any kind.
+        json_key: key of the text.
+        tokens_dtype: numpy type of ids in an MDS shard.
+        max_document_mb: longest record, MB.
+        is_chat: whether records are conversations.
 
     Raises:
         ValueError: the file cannot be read, or its first record is not valid; names the file and
@@ -111,9 +127,15 @@ def check_first(file: Path, json_key: str, tokens_dtype: str, max_document_mb: i
     )
     for chunk in chunks:
         for number, record in enumerate(chunk.records, start=chunk.first):
-            if not isinstance(record, bytes) or record.strip():
-                _text(record, json_key, f"{file}, {chunk.unit} {number}")
-                return
+            place = f"{file}, {chunk.unit} {number}"
+            if isinstance(record, bytes) and not record.strip():
+                continue
+            if is_chat:
+                with contextlib.suppress(Skipped):
+                    _conversation(record, place)
+            else:
+                _text(record, json_key, place)
+            return
 
 
 def encode_chunk(policy: EncodingPolicy, chunk: Chunk) -> EncodedChunk:
@@ -127,11 +149,23 @@ def encode_chunk(policy: EncodingPolicy, chunk: Chunk) -> EncodedChunk:
     sides: tuple[list[npt.NDArray[np.integer]], ...] = ([], [])
     skipped: Counter[str] = Counter()
     text_bytes = num_pretokenised = lone_surrogates = 0
+    tokens: npt.NDArray[np.integer]
     for number, record in enumerate(chunk.records, start=chunk.first):
         if isinstance(record, bytes) and not record.strip():
             continue  # a blank line is no document
         place = f"{chunk.file}, {chunk.unit} {number}"
-        if isinstance(record, np.ndarray):  # tokens: check them
+        if encoder.chat is not None:
+            try:
+                messages, replaced = _conversation(record, place)
+                messages = to_learn(messages, first_turn=policy.first_turn)
+                tokens, size = encoder.chat.encode(messages)
+            except Skipped as reason:
+                skipped[str(reason)] += 1
+                continue
+            is_held_out = encoder.is_held_out(json.dumps(messages).encode())
+            text_bytes += size
+            lone_surrogates += replaced
+        elif isinstance(record, np.ndarray):  # tokens: check them
             if not len(record):
                 skipped[EMPTY] += 1
                 continue
@@ -171,6 +205,11 @@ class _Encoder:
         self._before = [self._tokenizer.bos_id] if policy.prepend_bos else []
         self._after = [self._tokenizer.eos_id] if policy.append_eod else []
         self._held_out_below = int(policy.held_out_fraction * 2**64)
+        self.chat: ChatEncoder | None = None
+        """Encodes conversations; None where records are text."""
+        if policy.chat_template is not None:
+            template = chat_template(self._tokenizer, policy.chat_template)
+            self.chat = ChatEncoder(self._tokenizer, template)
 
     def encode(self, text: str) -> npt.NDArray[np.integer] | None:
         """Return the tokens of a document; None where it is blank."""
@@ -223,6 +262,37 @@ def _text(record: Record, key: str, place: str) -> object:
     """Return what a record holds as its text, of any type."""
     if not isinstance(record, bytes):
         return record
+    line = _json_object(record, place)
+    if key not in line:
+        raise ValueError(
+            f"{place} has no key {key!r}, only {sorted(line)}; name the key of the text with "
+            f"--json-key, or move the file away if it is no text"
+        )
+    if isinstance(line, _RepeatedKeys) and line.counts[key] > 1:
+        raise ValueError(
+            f"{place} has the key {key!r} {line.counts[key]} times, so its text is not clear; "
+            f"keep one of them"
+        )
+    return line[key]
+
+
+def _conversation(record: Record, place: str) -> tuple[list[Message], int]:
+    """Return the messages of a record, and how many halves of surrogate pairs were replaced."""
+    if not isinstance(record, bytes):
+        raise ValueError(
+            f"{place} is no JSON; --chat-format reads conversations from JSON lines or arrays "
+            f"(*.jsonl, *.json): write them so, or move the file away"
+        )
+    messages: list[Message] = []
+    replaced = 0
+    for message in read_messages(_json_object(record, place), place):
+        content, count = LONE_SURROGATE.subn("\ufffd", message["content"])
+        messages.append({**message, "content": content})
+        replaced += count
+    return messages, replaced
+
+
+def _json_object(record: bytes, place: str) -> dict[str, object]:
     try:
         # From text, for json takes bytes for UTF-16 or UTF-32 too, whose lines were cut wrongly.
         line = json.loads(record.decode("utf-8-sig"), object_pairs_hook=_object)
@@ -235,17 +305,7 @@ def _text(record: Record, key: str, place: str) -> object:
         ) from None
     if not isinstance(line, dict):
         raise ValueError(f"{place} holds a {type(line).__name__}; a JSON object is wanted")
-    if key not in line:
-        raise ValueError(
-            f"{place} has no key {key!r}, only {sorted(line)}; name the key of the text with "
-            f"--json-key, or move the file away if it is no text"
-        )
-    if isinstance(line, _RepeatedKeys) and line.counts[key] > 1:
-        raise ValueError(
-            f"{place} has the key {key!r} {line.counts[key]} times, so its text is not clear; "
-            f"keep one of them"
-        )
-    return line[key]
+    return line
 
 
 class _RepeatedKeys(dict[str, object]):

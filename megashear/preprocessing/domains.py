@@ -39,6 +39,12 @@ from megashear.preprocessing.journal import FOLDER, unfinished
 from megashear.preprocessing.mds import check_set
 from megashear.preprocessing.progress import Meter
 from megashear.preprocessing.text_files import CHUNK_BYTES, Chunk
+from megashear.tokenizer.chat_template import (
+    SHEARED,
+    TEMPLATE_NAME,
+    chat_template,
+    template_of,
+)
 from megashear.tokenizer.choice import load_tokenizer
 from megashear.tokenizer.models import Tokenizer
 
@@ -97,19 +103,28 @@ def preprocess(
     _check_inputs(files, output)
     for each in files.values():
         for file in samples_of(each):
-            check_first(file, config.json_key, config.tokens_dtype, config.max_document_mb)
+            check_first(
+                *(file, config.json_key, config.tokens_dtype, config.max_document_mb),
+                is_chat=config.chat_format is not None,
+            )
     # Load the tokenizer.
     tokenizer = load_tokenizer(config.tokenizer_model)
     if tokenizer.note is not None:
         logger.warning("--tokenizer-model: %s", tokenizer.note)
-    _check_special_tokens(tokenizer, config)
+    template = template_for(config.chat_format, tokenizer)
+    is_text = template is None
+    if is_text:  # else the template writes what it wants
+        _check_special_tokens(tokenizer, config)
     policy = EncodingPolicy(
         tokenizer_path=tokenizer.path.absolute(),
         json_key=config.json_key,
-        prepend_bos=config.prepend_bos,
-        append_eod=config.append_eod,
+        prepend_bos=config.prepend_bos and is_text,
+        append_eod=config.append_eod and is_text,
         held_out_fraction=config.held_out_fraction,
-        dtype=token_dtype(tokenizer.vocab_size),
+        # context is stored below 0
+        dtype=token_dtype(tokenizer.vocab_size) if is_text else "int32",
+        chat_template=template,
+        first_turn=config.first_turn,
     )
     settings = {
         **asdict(policy),
@@ -127,18 +142,21 @@ def preprocess(
         _drop_other_domains(aside, files)
         domains = _Run(config, policy, chunk_bytes).write_all(files, aside, progress)
         tokenizer.copy_to(aside / TOKENIZER_FOLDER)
+        if template is not None:  # what the model learned, its users must write
+            (aside / TOKENIZER_FOLDER / TEMPLATE_NAME).write_text(template, encoding="utf-8")
         manifest = DataManifest(
             directory=aside,
             domains=tuple(domains),
             vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
-            prepend_bos=config.prepend_bos,
-            append_eod=config.append_eod,
+            prepend_bos=policy.prepend_bos,
+            append_eod=policy.append_eod,
             held_out_fraction=config.held_out_fraction,
             json_key=config.json_key,
             dtype=policy.dtype,
             tokenizer_fingerprint=tokenizer.fingerprint,
+            chat_format=config.chat_format,
         )
         manifest.write()
         if output.exists():  # since the check at the start; a rename would replace an empty one
@@ -146,6 +164,24 @@ def preprocess(
         aside.rename(output)
     shutil.rmtree(output / FOLDER)
     return manifest.moved(output)
+
+
+def template_for(chat_format: str | None, tokenizer: Tokenizer) -> str | None:
+    """Return the text of the template that --chat-format names; None where records are text.
+
+    Raises:
+        ValueError: the tokenizer has no template, or one that is none, or no EOS to end answers.
+    """
+    if chat_format is None:
+        return None
+    template = template_of(tokenizer) if chat_format == "template" else SHEARED
+    if chat_format == "sheared" and tokenizer.eos_id is None:
+        raise ValueError(
+            f"--chat-format sheared ends each answer with EOS, which the tokenizer "
+            f"{tokenizer.path} lacks; name the token in tokenizer_config.json beside it"
+        )
+    chat_template(tokenizer, template)
+    return template
 
 
 def _check_inputs(inputs: Mapping[str, Sequence[Path]], output: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megashear.data.context import largest_id
 from megashear.data.indexed import read_documents, write_index
 from megashear.preprocessing.documents import EncodedSide
 from megashear.preprocessing.journal import FOLDER, SideState
@@ -56,13 +57,13 @@ class SideWriter:
         assert side.tokens.dtype == self._dtype, (side.tokens.dtype, self._dtype)
         for stream, numbers in zip(self._streams, (side.tokens, side.lengths)):
             stream.write(numbers.tobytes())
-        old, place = self.state, int(side.tokens.argmax())
+        old, (largest, place) = self.state, largest_id(side.tokens)
         self.state = replace(
             old,
             documents=old.documents + len(side.lengths),
             tokens=old.tokens + len(side.tokens),
         )
-        if (largest := int(side.tokens[place])) > old.largest_id:
+        if largest > old.largest_id:
             self.state = replace(self.state, largest_id=largest, largest_id_at=old.tokens + place)
 
     def sync(self) -> None:

@@ -9,7 +9,12 @@ from megashear.monitor.console import format_duration
 from megashear.report.page import Section, paragraph, table
 from megashear.report.record import RunRecord
 
-STAGES = {"prune": "Pruning", "pretrain": "Continued pretraining", None: "Run"}
+STAGES = {
+    "prune": "Pruning",
+    "pretrain": "Continued pretraining",
+    "finetune": "Instruction tuning",
+    None: "Run",
+}
 """What the stages of a run are called."""
 
 

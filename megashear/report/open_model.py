@@ -22,6 +22,7 @@ STAGES = {
     "prune": "pruning run",
     "cut": "cut, before recovery",
     "pretrain": "continued pretraining",
+    "finetune": "instruction tuning",
 }
 """What the stages of a checkpoint are called."""
 
@@ -48,7 +49,7 @@ class OpenModel:
         if self.description is None:
             return self.kind
         stage = STAGES.get(self.description.stage, self.description.stage)
-        if self.description.stage in ("prune", "pretrain"):
+        if self.description.stage in ("prune", "pretrain", "finetune"):
             return f"checkpoint, {stage}, step {self.description.iteration:,}"
         return f"checkpoint, {stage}"
 

@@ -120,7 +120,7 @@ class RunRecord:
 
     @property
     def stage(self) -> str | None:
-        """ "prune" or "pretrain"; None where nothing is known."""
+        """ "prune", "pretrain" or "finetune"; None where nothing is known."""
         if self.description is not None:
             return self.description.stage
         if any(tag.startswith("prune/") for tag in self.events):
@@ -253,7 +253,7 @@ def read_run(folder: Path, tensorboard_dirs: Sequence[Path] = ()) -> RunRecord:
     if holds_iterations(folder):
         directory = find_iteration(folder)
         description = read_description(directory)
-        if description.stage not in ("prune", "pretrain"):
+        if description.stage not in ("prune", "pretrain", "finetune"):
             raise ValueError(
                 f"{folder} is a checkpoint of stage {description.stage!r} and no run; "
                 f"`megashear inspect {folder}` looks into it"

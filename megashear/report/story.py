@@ -127,9 +127,7 @@ def _sentence(records: Sequence[RunRecord]) -> str:
         )
     for record in records:
         loss = final_loss(record)
-        what = {"prune": "Pruning", "pretrain": "Continued pretraining"}.get(
-            record.stage or "", "The run"
-        )
+        what = STAGES.get(record.stage or "", "The run")
         steps = f"{record.step:,} of {record.train_iters:,}" if record.train_iters else record.step
         done = f"{what} has done {steps} steps"
         if loss is not None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from megashear.files.regular import open_regular, read_bytes
 from megashear.files.structured import LARGE_JSON_BYTES
@@ -58,6 +62,25 @@ class Tokenizer(ABC):
         A special token spelled out in the text is encoded as its letters: a document that talks
         about ``</s>`` must not end there.
         """
+
+    @abstractmethod
+    def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a text that a chat template wrote, and where each of them ends.
+
+        A special token spelled out in the text is that token, as the template means it.
+
+        Returns:
+            Ids, and the number of characters up to the end of each.
+        """
+
+    @property
+    @abstractmethod
+    def special_tokens(self) -> frozenset[str]:
+        """Texts of the tokens that never come from text."""
+
+    @abstractmethod
+    def token(self, number: int) -> str:
+        """Return the text of a token as the vocabulary spells it."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -126,6 +149,62 @@ class SentencePieceTokenizer(Tokenizer):
         ids: list[int] = self._model.encode(text)
         return ids
 
+    def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
+        """Return ids and their ends; see ``Tokenizer.encode_rendered``."""
+        specials = self._specials
+        ids: list[int] = []
+        ends: list[int] = []
+        start = 0
+        for part in re.split("(" + "|".join(map(re.escape, specials)) + ")", text):
+            if part in specials:
+                ids.append(specials[part])
+                ends.append(start + len(part))
+            elif part:
+                found, of_part = self._pieces(part)
+                ids += found
+                ends += [start + end for end in of_part]
+            start += len(part)
+        return ids, ends
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """Texts of the tokens that never come from text."""
+        return frozenset(self._specials)
+
+    def token(self, number: int) -> str:
+        """Return the text of a token; see ``Tokenizer.token``."""
+        if number in self._added:
+            return self._added[number].content
+        piece: str = self._model.id_to_piece(number)
+        return piece
+
+    @functools.cached_property
+    def _specials(self) -> dict[str, int]:
+        """Ids of the special tokens by their text; SentencePiece always has one, <unk>."""
+        model = self._model
+        pieces = range(model.get_piece_size())
+        found = {
+            model.id_to_piece(n): n for n in pieces if model.is_control(n) or model.is_unknown(n)
+        }
+        return found | {t.content: t.number for t in self._added.values() if t.special}
+
+    def _pieces(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a text without special tokens, and their ends in characters."""
+        from sentencepiece import sentencepiece_pb2
+
+        # The class is made when the module is imported, unseen by type checkers.
+        found: Any = getattr(sentencepiece_pb2, "SentencePieceText")()  # noqa: B009
+        found.ParseFromString(self._model.encode(text, out_type="serialized_proto"))
+        ends, last = [], len(text.encode())
+        # a blank that SentencePiece puts first, and all but the last byte of a character that it
+        # lacks, have no width: they end with the next piece
+        for piece in reversed(found.pieces):
+            last = piece.end if piece.end > piece.begin else last
+            ends.append(last)
+        sizes = np.cumsum([len(character.encode()) for character in text])  # bytes up to its end
+        in_characters = np.searchsorted(sizes, ends[::-1], side="right")
+        return [piece.id for piece in found.pieces], in_characters.tolist()
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids``; see ``Tokenizer.decode``."""
         size = self._model.get_piece_size()
@@ -189,6 +268,24 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the ids of ``text``; see ``Tokenizer.encode``."""
         ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
+        """Return ids and their ends; see ``Tokenizer.encode_rendered``."""
+        self._model.encode_special_tokens = False
+        try:
+            found = self._model.encode(text, add_special_tokens=False)
+        finally:
+            self._model.encode_special_tokens = True
+        return found.ids, [end for _, end in found.offsets]
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """Texts of the tokens that never come from text."""
+        return frozenset(token.content for token in self.added if token.special)
+
+    def token(self, number: int) -> str:
+        """Return the text of a token; see ``Tokenizer.token``."""
+        return str(self._model.id_to_token(number))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids``; see ``Tokenizer.decode``."""

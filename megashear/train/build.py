@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from megashear.checkpoint.details import (
     CONSUMED_SAMPLES,
@@ -17,25 +18,29 @@ from megashear.checkpoint.details import (
     SCHEDULER,
     TEACHER_ITERATION,
 )
-from megashear.config import PretrainRun
-from megashear.data.batch import DocumentBorders
+from megashear.config import PretrainRun, PruneRun
+from megashear.config.defaults import INIT_METHOD_STD
 from megashear.data.loader import MixtureLoader
+from megashear.data.manifest import DataManifest
 from megashear.models.llama import build_llama
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.watchdog import make_watchdog
+from megashear.tokenizer import tokenizer_files
+from megashear.tokenizer.chat_template import TEMPLATE_NAME
 from megashear.train.distillation import Distillation, Teacher
 from megashear.train.environment import environment
 from megashear.train.fill import fill
 from megashear.train.guard import StepGuard
+from megashear.train.inputs import borders_of
 from megashear.train.loop import Trainer
 from megashear.train.memory import tell_memory
 from megashear.train.mixing import RunData
-from megashear.train.objectives import LanguageModelling, Objective
+from megashear.train.objectives import InstructionTuning, LanguageModelling, Objective
 from megashear.train.optim import build_optimizer, build_schedule
 from megashear.train.prepare import PreparedRun
 from megashear.train.pruning import StructuredPruning
-from megashear.train.start import tokenizer_directory
+from megashear.train.start import Start, tokenizer_directory
 from megashear.train.state import RunState, Stateful
 from megashear.train.step import TrainStep
 from megashear.train.terms import CrossEntropy, LossTerm
@@ -103,7 +108,7 @@ def assemble(
             eval_sequences=inputs.eval_sequences,
         ),
         train=train,
-        tokenizer=tokenizer_directory(start, inputs.manifest.tokenizer_directory),
+        tokenizer=_tokenizer(start, inputs.manifest),
         tasks=prepared.tasks,
         watchdog=make_watchdog(
             groups.rank, groups.world_size, 60 * train.distributed_timeout_minutes
@@ -141,17 +146,21 @@ def _check_same(prepared: PreparedRun) -> None:
 def _build_objective(prepared: PreparedRun, groups: ParallelGroups) -> Objective:
     """Build the model, with weights that are drawn from the seed, and what it is trained for."""
     config, shape, train = prepared.config, prepared.start.shape, prepared.config.train
-    if isinstance(config, PretrainRun):
+    if not isinstance(config, PruneRun):
+        is_text = isinstance(config, PretrainRun)
+        std = config.init_method_std if isinstance(config, PretrainRun) else INIT_METHOD_STD
         chunks = build_llama(
             shape,
             groups,
             config.parallel,
             config.model,
             variant=config.model.transformer_impl,
-            init_method_std=config.init_method_std,
+            init_method_std=std,
             seed=train.seed,
+            tokens_count_alike=not is_text,
         )
-        return LanguageModelling(chunks, terms=_build_terms(prepared, groups))
+        objective_type = LanguageModelling if is_text else InstructionTuning
+        return objective_type(chunks, terms=_build_terms(prepared, groups))
     assert prepared.target is not None
     chunks = build_llama(
         shape, groups, config.parallel, config.model, variant="local", seed=train.seed
@@ -195,7 +204,7 @@ def _build_terms(prepared: PreparedRun, groups: ParallelGroups) -> list[LossTerm
 def _build_loader(prepared: PreparedRun, groups: ParallelGroups) -> MixtureLoader:
     """Build the loader at its first sample; its state is yet to be filled in."""
     config, inputs = prepared.config, prepared.inputs
-    borders = DocumentBorders.of(config.model)
+    borders = borders_of(config)
     return MixtureLoader(
         inputs.training,
         inputs.mixture(when_exhausted=config.data.data_exhausted),
@@ -239,3 +248,14 @@ def _build_state(
         counts=lambda: {CONSUMED_SAMPLES: loader.consumed_samples},
         token_ids=start.description.token_ids if start.description else {},
     )
+
+
+def _tokenizer(start: Start, manifest: DataManifest) -> Path | list[Path]:
+    """Return the directory of the model's own tokenizer files, or of the data's if it has none; of
+    a model that learns conversations its files, with the template that the data were written by."""
+    of_data = manifest.tokenizer_directory
+    directory = tokenizer_directory(start, of_data)
+    if manifest.chat_format is None:
+        return directory
+    others = [file for file in tokenizer_files.find(directory) if file.name != TEMPLATE_NAME]
+    return [*others, of_data / TEMPLATE_NAME]

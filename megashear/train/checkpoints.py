@@ -34,7 +34,7 @@ class RunCheckpoints:
         state: what a checkpoint holds.
         train: the flags.
         guard: knows for how many steps no weight has moved.
-        tokenizer: directory of the tokenizer's files, which every checkpoint carries.
+        tokenizer: the tokenizer's files, or their directory, which every checkpoint carries.
         source: iteration that the run starts or resumes from.
         first_step: steps done when the run starts.
         watchdog: is told of saves that are waited for.
@@ -46,7 +46,7 @@ class RunCheckpoints:
         train: TrainConfig,
         guard: StepGuard,
         *,
-        tokenizer: Path,
+        tokenizer: Path | Sequence[Path],
         source: Path | None,
         first_step: int,
         watchdog: Watchdog,

@@ -8,7 +8,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megashear.checkpoint.description import Description
 from megashear.checkpoint.store import load_weights
-from megashear.config import PretrainRun, PruneRun, TrainConfig
+from megashear.config import TrainConfig, TrainingRun
 from megashear.conversion.sharded_hf import load_hf
 from megashear.train.optim import apply_flags
 from megashear.train.start import Start
@@ -17,7 +17,7 @@ from megashear.train.state import RunState
 logger = logging.getLogger(__name__)
 
 
-def fill(state: RunState, start: Start, config: PruneRun | PretrainRun) -> None:
+def fill(state: RunState, start: Start, config: TrainingRun) -> None:
     """Fill a run from where it begins. Collective over the world.
 
     Raises:
@@ -35,7 +35,7 @@ def fill(state: RunState, start: Start, config: PruneRun | PretrainRun) -> None:
         logger.info("starting from fresh weights, seed %d", config.train.seed)
 
 
-def _resume(state: RunState, start: Start, config: PruneRun | PretrainRun) -> None:
+def _resume(state: RunState, start: Start, config: TrainingRun) -> None:
     """Fill a run from its checkpoint, and log what flags change."""
     assert start.checkpoint is not None
     description = state.load_tensors(start.checkpoint)
@@ -70,7 +70,7 @@ def _rate(optimizer: MegatronOptimizer) -> float | None:
 
 def _warn_of_rate(
     description: Description,
-    config: PruneRun | PretrainRun,
+    config: TrainingRun,
     before: float | None,
     now: float | None,
 ) -> None:

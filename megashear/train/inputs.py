@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import numpy as np
 
 from megashear.config import (
     DataConfig,
-    ModelConfig,
-    PretrainRun,
+    FinetuneRun,
     PruneRun,
     TrainConfig,
+    TrainingRun,
     WhenExhausted,
 )
 from megashear.data.batch import DocumentBorders
+from megashear.data.conversations import ConversationSequences, HeldOutConversations
 from megashear.data.held_out import HeldOutSet
 from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.mixture import DomainMixture, normalise_weights
@@ -78,7 +80,7 @@ class Inputs:
         return DomainMixture(self.weights, available=limit, when_exhausted=when_exhausted)
 
 
-def read_inputs(config: PruneRun | PretrainRun, start: Start) -> Inputs:
+def read_inputs(config: TrainingRun, start: Start) -> Inputs:
     """Open the data and read what the mixture follows.
 
     Args:
@@ -93,10 +95,15 @@ def read_inputs(config: PruneRun | PretrainRun, start: Start) -> Inputs:
     manifest = read_manifest(data.data_path)
     names = manifest.names
     check_vocabulary(manifest, start.shape, start.tokenizer)
+    if isinstance(config, FinetuneRun):
+        manifest.check_chat()
+    else:
+        manifest.check_text()
     limits = limits_of(data.domain_floor, data.domain_cap, names)
     weights = shares = starting_weights(data, manifest, limits)
-    training = training_sequences(manifest, train)
-    held_out = held_out_sets(manifest, train.seq_length, config.model)
+    is_packed = isinstance(config, FinetuneRun) and config.data.pack
+    training = training_sequences(manifest, train, is_packed=is_packed)
+    held_out = held_out_sets(manifest, train.seq_length, borders_of(config), is_packed=is_packed)
     # mixture
     changes: Mapping[int, Vector] = {}
     if data.domain_phases is not None:
@@ -214,20 +221,47 @@ def starting_weights(data: DataConfig, manifest: DataManifest, limits: ShareLimi
     return weights
 
 
-def training_sequences(manifest: DataManifest, train: TrainConfig) -> list[DomainSequences]:
-    """Open the training text of every domain, in the manifest's order."""
+def borders_of(config: TrainingRun) -> DocumentBorders:
+    """Return what the borders of documents mean in a run."""
+    are_packed = isinstance(config, FinetuneRun) and config.data.pack
+    return DocumentBorders.of(config.model, are_packed=are_packed)
+
+
+def training_sequences(
+    manifest: DataManifest, train: TrainConfig, *, is_packed: bool = False
+) -> list[DomainSequences]:
+    """Open the training text of every domain, in the manifest's order.
+
+    Args:
+        manifest: of the data.
+        train: has the sequence length and the seed.
+        is_packed: of conversations: lay several into a sequence.
+    """
+    opened: Callable[..., DomainSequences] = DomainSequences
+    if manifest.chat_format is not None:
+        opened = functools.partial(ConversationSequences, is_packed=is_packed)
     return [
-        DomainSequences(manifest.prefix(name), train.seq_length, train.seed, number)
+        opened(manifest.prefix(name), train.seq_length, train.seed, number)
         for number, name in enumerate(manifest.names)
     ]
 
 
-def held_out_sets(manifest: DataManifest, seq_length: int, model: ModelConfig) -> list[HeldOutSet]:
-    """Open the held-out text of every domain, in sequences of ``seq_length`` tokens, with the
-    document borders that ``model`` asks for."""
-    borders = DocumentBorders.of(model)
+def held_out_sets(
+    manifest: DataManifest, seq_length: int, borders: DocumentBorders, *, is_packed: bool = False
+) -> list[HeldOutSet]:
+    """Open the held-out text of every domain, in the manifest's order.
+
+    Args:
+        manifest: of the data.
+        seq_length: tokens of a sequence.
+        borders: what the borders of documents mean.
+        is_packed: of conversations: lay several into a sequence.
+    """
+    opened: Callable[..., HeldOutSet] = HeldOutSet
+    if manifest.chat_format is not None:
+        opened = functools.partial(HeldOutConversations, is_packed=is_packed)
     return [
-        HeldOutSet(manifest.held_out_prefix(name), seq_length, domain_index=number, borders=borders)
+        opened(manifest.held_out_prefix(name), seq_length, domain_index=number, borders=borders)
         for number, name in enumerate(manifest.names)
     ]
 
@@ -246,7 +280,7 @@ def _references(data: DataConfig, manifest: DataManifest, *, is_evaluated: bool)
     )
 
 
-def _eval_sequences(config: PruneRun | PretrainRun, start: Start, num_domains: int) -> int:
+def _eval_sequences(config: TrainingRun, start: Start, num_domains: int) -> int:
     """Return the sequences per domain of an evaluation: by the flags, or as in the run that is
     resumed, so that its curve continues."""
     num_modes = len(modes_of_evaluation(config.masks)) if isinstance(config, PruneRun) else 1

@@ -56,8 +56,8 @@ class Trainer:
     """The domains."""
     train: TrainConfig
     """The flags."""
-    tokenizer: Path
-    """Directory of the tokenizer's files, which every checkpoint carries."""
+    tokenizer: Path | Sequence[Path]
+    """The tokenizer's files, or their directory, which every checkpoint carries."""
     watchdog: Watchdog
     """Is told of every step, evaluation and save."""
     tasks: RunTasks | None = None

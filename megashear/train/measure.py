@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megashear.config import EvaluateRun, ReferenceLossRun, TargetConfig
+from megashear.data.batch import DocumentBorders
 from megashear.data.held_out import HeldOutSet
 from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.reference_loss import MEASURED, PARAMETERS, SEQUENCE_LENGTH, Model, read_models
@@ -179,7 +180,9 @@ def _prepare(config: EvaluateRun) -> PreparedEvaluation:
         model=model,
         manifest=manifest,
         seq_length=seq_length,
-        held_out=held_out_sets(manifest, seq_length, model.as_trained(config.model)),
+        held_out=held_out_sets(
+            manifest, seq_length, DocumentBorders.of(model.as_trained(config.model))
+        ),
     )
 
 

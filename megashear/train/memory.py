@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from megashear.config import PretrainRun, PruneRun
+from megashear.config import FinetuneRun, TrainingRun
 from megashear.parallel.groups import ParallelGroups
 from megashear.planning.memory import Memory, evaluation_memory, fullest_stage
 from megashear.planning.work import GIB, Work
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def tell_memory(
-    config: PruneRun | PretrainRun,
+    config: TrainingRun,
     shape: ModelShape,
     objective: Objective,
     groups: ParallelGroups,
@@ -44,7 +44,7 @@ def tell_memory(
     )
 
 
-def _evaluations(config: PruneRun | PretrainRun, work: Work) -> Iterator[tuple[int, Memory]]:
+def _evaluations(config: TrainingRun, work: Work) -> Iterator[tuple[int, Memory]]:
     """Yield each stage with what it holds while it evaluates."""
     train = config.train
     size = train.eval_micro_batch_size or train.micro_batch_size
@@ -52,10 +52,11 @@ def _evaluations(config: PruneRun | PretrainRun, work: Work) -> Iterator[tuple[i
         yield stage, evaluation_memory(work, stage, micro_batch_size=size)
 
 
-def _not_counted(config: PruneRun | PretrainRun) -> str:
+def _not_counted(config: TrainingRun) -> str:
     """Return what is set and no part of the plan."""
     model = config.model
     foreign = model.transformer_impl != "local"
-    found = ["--reset-attention-mask"] * model.reset_attention_mask
+    found = ["--pack"] * (isinstance(config, FinetuneRun) and config.data.pack)
+    found += ["--reset-attention-mask"] * model.reset_attention_mask
     found += [f"--transformer-impl {model.transformer_impl}"] * foreign
     return f"; not counted: {', '.join(found)}" if found else ""

@@ -163,3 +163,9 @@ class LanguageModelling(Objective):
     """Cross entropy of the next token, or other terms, without masks."""
 
     stage = "pretrain"
+
+
+class InstructionTuning(LanguageModelling):
+    """The same, of the tokens that the assistant wrote: what else is read has a loss mask of 0."""
+
+    stage = "finetune"

@@ -15,11 +15,13 @@ from megashear.checkpoint.store import agree_on_iteration
 from megashear.config import (
     Constraint,
     DistillConfig,
+    FinetuneRun,
     MaskConfig,
     ModelConfig,
     ParallelConfig,
     PretrainRun,
     PruneRun,
+    TrainingRun,
 )
 from megashear.masks.target_flags import target_shape
 from megashear.models import loadable
@@ -30,7 +32,7 @@ from megashear.parallel.agree import check_same, raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape, read_shape
 from megashear.train.inputs import Inputs, check_vocabulary, read_inputs
-from megashear.train.objectives import LanguageModelling
+from megashear.train.objectives import InstructionTuning, LanguageModelling
 from megashear.train.optim import check_schedule
 from megashear.train.pruning import StructuredPruning
 from megashear.train.start import (
@@ -52,7 +54,7 @@ logger = logging.getLogger(__name__)
 class PreparedRun:
     """A run as far as files and flags make it, read once and checked."""
 
-    config: PruneRun | PretrainRun
+    config: TrainingRun
     start: Start
     inputs: Inputs
     target: ModelShape | None
@@ -68,7 +70,7 @@ class PreparedRun:
 
 
 def prepare(
-    config: PruneRun | PretrainRun,
+    config: TrainingRun,
     *,
     cut_for: PretrainRun | None = None,
     is_dry_run: bool = False,
@@ -86,8 +88,8 @@ def prepare(
         ValueError: anything a user can correct; equal on every rank, before any of them waits for
             another.
     """
-    if isinstance(config, PretrainRun):
-        return prepare_from(_start_of_pretraining(config), config, is_dry_run=is_dry_run)
+    if not isinstance(config, PruneRun):
+        return prepare_from(_start_of_training(config), config, is_dry_run=is_dry_run)
     check_layers(config.model)
     start = find_start(
         config.train,
@@ -118,7 +120,7 @@ def _with_constraint(masks: MaskConfig, start: Start) -> MaskConfig:
 
 def prepare_from(
     start: Start,
-    config: PruneRun | PretrainRun,
+    config: TrainingRun,
     *,
     target: ModelShape | None = None,
     is_dry_run: bool = False,
@@ -223,9 +225,7 @@ def _settle_start(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun:
     return prepared
 
 
-def _find_teacher(
-    config: PruneRun | PretrainRun, start: Start, inputs: Inputs
-) -> StoredModel | None:
+def _find_teacher(config: TrainingRun, start: Start, inputs: Inputs) -> StoredModel | None:
     """Find what --distill-from names.
 
     Raises:
@@ -245,7 +245,7 @@ def _find_teacher(
     return teacher
 
 
-def _warn_of_other_flags(config: PruneRun | PretrainRun, start: Start) -> None:
+def _warn_of_other_flags(config: TrainingRun, start: Start) -> None:
     """Warn that a resumed run learns from a teacher in another way than before."""
     if not start.resumes or start.description is None:
         return
@@ -259,9 +259,7 @@ def _warn_of_other_flags(config: PruneRun | PretrainRun, start: Start) -> None:
             )
 
 
-def _check_teacher(
-    teacher: StoredModel, config: PruneRun | PretrainRun, start: Start, inputs: Inputs
-) -> None:
+def _check_teacher(teacher: StoredModel, config: TrainingRun, start: Start, inputs: Inputs) -> None:
     """Refuse a teacher of another vocabulary, layout or text than the student's.
 
     Raises:
@@ -294,24 +292,28 @@ def _check_teacher(
         )
 
 
-def _stage(config: PruneRun | PretrainRun) -> str:
-    return (StructuredPruning if isinstance(config, PruneRun) else LanguageModelling).stage
+def _stage(config: TrainingRun) -> str:
+    if isinstance(config, PruneRun):
+        return StructuredPruning.stage
+    return (InstructionTuning if isinstance(config, FinetuneRun) else LanguageModelling).stage
 
 
-def _start_of_pretraining(config: PretrainRun) -> Start:
-    fresh = None if config.init_shape is None else read_shape(config.init_shape)
+def _start_of_training(config: PretrainRun | FinetuneRun) -> Start:
+    fresh, ways = None, "name a checkpoint, or a Hugging Face directory with --load-hf"
+    if isinstance(config, PretrainRun):
+        ways = (
+            "name a checkpoint, a Hugging Face directory with --load-hf, or --init-shape for fresh "
+            "weights"
+        )
+        fresh = None if config.init_shape is None else read_shape(config.init_shape)
     start = find_start(
-        config.train,
-        stage=LanguageModelling.stage,
-        without="--load is not given; name a checkpoint, a Hugging Face directory with --load-hf, "
-        "or --init-shape for fresh weights",
-        fresh=fresh,
+        config.train, stage=_stage(config), without=f"--load is not given; {ways}", fresh=fresh
     )
     loadable.warn(start.shape)
     return start
 
 
-def _check_flags(config: PruneRun | PretrainRun, start: Start, *, is_dry_run: bool) -> None:
+def _check_flags(config: TrainingRun, start: Start, *, is_dry_run: bool) -> None:
     """Refuse layout, batches, schedule and checkpoint that do not fit each other.
 
     Raises:

@@ -68,25 +68,39 @@ class Reader:
     def score(self, passages: Sequence[Passage], *, what: str = "scoring") -> list[PassageScore]:
         """Return the score of every passage. Collective over the world.
 
+        Passages that differ in their last token alone, such as the choices A, B, C and D after a
+        question, are read together once.
+
         Args:
             passages: none longer than `longest` and one token, for the last token is not read.
             what: text beside the progress bar.
         """
+        by_text: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for number, (tokens, num_scored) in enumerate(passages):
+            by_text.setdefault((tuple(tokens[:-1]), num_scored), []).append(number)
+        readings = list(by_text.values())  # numbers of passages that are read together
+        texts = [passages[numbers[0]] for numbers in readings]
         # rows that other stages or replicas measure stay 0 here
         scores = torch.zeros(len(passages), 2, dtype=torch.float64)
-        order = sorted(range(len(passages)), key=lambda n: -len(passages[n].tokens))
+
+        def measure(batch: MicroBatch, logits: Tensor) -> None:
+            together = [readings[n] for n in batch.positions.tolist()]
+            ends = [[passages[number].tokens[-1] for number in numbers] for numbers in together]
+            for numbers, found in zip(together, self._scores(batch, logits, ends)):
+                scores[numbers] = torch.tensor(found, dtype=torch.float64)
+
+        order = sorted(range(len(texts)), key=lambda n: -len(texts[n].tokens))
         own = order[self.groups.data_rank :: self.groups.data_size]
         with self._bar(len(own), what) as bar:
             for part in self._parts(own):
                 self.beat(what)
-                texts = [passages[n].tokens[:-1] for n in part]
-                labels = [passages[n].tokens[1:] for n in part]
-                found = self.model.read(
-                    self._batches(part, texts, labels, [passages[n].num_scored for n in part]),
-                    self._scores,
+                batches = self._batches(
+                    part,
+                    [texts[n].tokens[:-1] for n in part],
+                    [texts[n].tokens[1:] for n in part],
+                    [texts[n].num_scored for n in part],
                 )
-                if found:
-                    scores[part] = torch.cat(found)[: len(part)]
+                self.model.read(batches, measure)
                 bar.update(len(part))
         (scores,) = ordered_sum([scores], self.groups.pipeline)
         (scores,) = ordered_sum([scores], self.groups.data)
@@ -153,17 +167,37 @@ class Reader:
         (chosen,) = ordered_sum([chosen], self.groups.pipeline)
         return {n: int(chosen[n]) for n in texts}
 
-    def _scores(self, batch: MicroBatch, logits: Tensor) -> Tensor:
-        """Return sum of log-probabilities and whether all are greedy, float64 [b, 2]."""
+    def _scores(
+        self, batch: MicroBatch, logits: Tensor, ends: Sequence[Sequence[int]]
+    ) -> list[list[tuple[float, bool]]]:
+        """Return sum of log-probabilities, and whether all are greedy, with each last token.
+
+        Args:
+            batch: its loss mask selects the scored tokens.
+            logits: of the batch, [b, s, vocab/tp].
+            ends: of each sequence the last tokens to score it with; the first is its label.
+        """
         is_scored = batch.loss_mask.bool()  # [b, s]
         rows = logits[is_scored.to(logits.device)]
-        tokens = batch.labels[is_scored].to(logits.device)
+        tokens = batch.labels[is_scored]
+        # the row of a sequence's last token once more for each further end
+        counts = is_scored.sum(dim=1)
+        last = (counts.cumsum(dim=0) - 1).tolist()
+        again = [row for row, of_one in zip(last, ends) for _ in of_one[1:]]
+        further = torch.tensor([end for of_one in ends for end in of_one[1:]], dtype=torch.int64)
+        rows = torch.cat([rows, rows[again]])
+        tokens = torch.cat([tokens, further]).to(logits.device)
         log_probabilities, is_greedy = token_scores(rows, tokens, self.groups.tensor)
-        found = torch.zeros(*is_scored.shape, 2, dtype=torch.float64)
-        found[is_scored, 0] = log_probabilities.double().cpu()
-        found[is_scored, 1] = (~is_greedy).double().cpu()
-        sums = found.sum(dim=1)
-        return torch.stack([sums[:, 0], (sums[:, 1] == 0).double()], dim=1)
+        values = list(zip(log_probabilities.double().tolist(), is_greedy.tolist()))
+        # sums by sequence and end
+        found, behind = [], int(counts.sum())
+        for end_row, count, of_one in zip(last, counts.tolist(), ends):
+            shared = values[end_row - count + 1 : end_row]
+            total, greedy = sum(value for value, _ in shared), all(each for _, each in shared)
+            own = [values[end_row], *values[behind : behind + len(of_one) - 1]]
+            behind += len(of_one) - 1
+            found.append([(total + value, greedy and each) for value, each in own])
+        return found
 
     def _parts(self, order: Sequence[int]) -> Iterator[list[int]]:
         """Yield the texts that go through the model together, by their numbers."""

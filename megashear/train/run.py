@@ -1,4 +1,4 @@
-"""prune and pretrain: from a configuration to a finished run."""
+"""prune, pretrain and finetune: from a configuration to a finished run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 
 from megashear.checkpoint.hold import held_together
-from megashear.config import PretrainRun, PruneRun
+from megashear.config import FinetuneRun, PretrainRun, PruneRun
 from megashear.parallel.launch import distributed
 from megashear.parallel.watchdog import collective_timeout_s
 from megashear.train.build import assemble
@@ -39,6 +39,19 @@ def pretrain(config: PretrainRun, *, command: Sequence[str] = ()) -> RunResult:
     """Train on language modelling, from a checkpoint or from fresh weights.
 
     Collective over the processes torchrun started.
+
+    Args:
+        config: the run.
+        command: words of the command line, which checkpoints keep.
+
+    Raises:
+        ValueError: anything a user can correct, found before processes meet where it can be.
+    """
+    return _run(prepare(config), command)
+
+
+def finetune(config: FinetuneRun, *, command: Sequence[str] = ()) -> RunResult:
+    """Teach a model to answer, from conversations. Collective over the processes torchrun started.
 
     Args:
         config: the run.

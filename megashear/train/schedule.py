@@ -55,7 +55,8 @@ def run_schedule(
 
     Collective over the replica's model group, and over the data group when gradients are reduced.
     The loss of a microbatch is the sum of its terms' means over counted tokens, times their
-    weights; the loss of the step is the mean over microbatches.
+    weights; the loss of the step is the mean over microbatches, or over the counted tokens of all
+    of them where the model was built so.
 
     Args:
         chunks: this rank's model chunks, wrapped for data parallelism.
@@ -83,9 +84,11 @@ def run_schedule(
             in_float32=False,
         )
         # last stage: cross entropy [b, s], or logits [b, s, vocab/tp]
-        return output, partial(_loss, chunk if reads_logits else None, batch, terms)
+        measure = _loss_sum if is_by_token else _loss
+        return output, partial(measure, chunk if reads_logits else None, batch, terms)
 
     reads_logits = any(term.needs_logits for term, _ in terms)
+    is_by_token = unwrap(chunks[0]).config.calculate_per_token_loss
     pairs = list(zip(batches, streams if streams is not None else [0] * len(batches)))
     size, length = batches[0].tokens.shape
     # megatron-core's forward_only leaves autograd on, and with it every activation in memory
@@ -230,7 +233,18 @@ def _loss(
     terms: Sequence[tuple[LossTerm, float]],
     output: Tensor,
 ) -> tuple[Tensor, SequenceLosses]:
-    """Return the loss of a microbatch, and what was measured.
+    """Return the loss of a microbatch, and what was measured; arguments as of `_loss_sum`."""
+    total, count, measured = _loss_sum(chunk, batch, terms, output)
+    return total / count.clamp(min=1), measured
+
+
+def _loss_sum(
+    chunk: torch.nn.Module | None,
+    batch: MicroBatch,
+    terms: Sequence[tuple[LossTerm, float]],
+    output: Tensor,
+) -> tuple[Tensor, Tensor, SequenceLosses]:
+    """Return the sum of a microbatch's loss, its number of tokens, and what was measured.
 
     Args:
         chunk: the last one, where ``output`` is its logits; None where it is the cross entropy.
@@ -260,5 +274,5 @@ def _loss(
         added = added.sum() if weight == 1.0 else weight * added.sum()
         total = added if total is None else total + added
     assert total is not None, "a loss has terms"
-    loss = total / counts.sum().clamp(min=1.0)
-    return loss, SequenceLosses(sums.detach(), counts, batch.domains, further)
+    measured = SequenceLosses(sums.detach(), counts, batch.domains, further)
+    return total, counts.sum().to(torch.int), measured

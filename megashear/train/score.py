@@ -197,6 +197,7 @@ def prepare_score(config: ScoreRun) -> PreparedScores:
     model = find_model(load=config.load, load_hf=config.load_hf)
     check_layout(model.shape, config.parallel)
     manifest = read_manifest(config.data_path)
+    manifest.check_text()
     check_vocabulary(manifest, model.shape, model.tokenizer)
     seq_length = model.sequence_length(config.seq_length)
     config.parallel.check_sequence(seq_length)

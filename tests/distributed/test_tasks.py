@@ -25,6 +25,8 @@ from megashear.models import next_token
 from megashear.parallel.launch import distributed
 from megashear.tasks.find import LoadedTasks, find_tasks
 from megashear.train import harness, reading
+from megashear.train.reading import Passage
+from megashear.train.schedule import ForwardPass
 from megashear.train.tasks import prepare_tasks
 from tests import local_tasks
 from tests.distributed.test_cut import prune_half_way
@@ -168,6 +170,43 @@ def test_a_hugging_face_directory_answers_as_its_checkpoint(
 ) -> None:
     config = configured(stock.checkpoint, folder, load=None, load_hf=str(stock.hf))
     assert largest_difference(in_place(config, tasks, layout()), by_harness) < OTHER_KERNELS
+
+
+def test_choices_of_one_token_are_read_once_and_scored_as_alone(stock: Stock, folder: Path) -> None:
+    context = [1, 300, 310, 320, 330]
+    passages = [
+        Passage([*context, 340], 1),
+        Passage([*context, 341], 2),  # another number of scored tokens
+        Passage([7, 8, 9, 10], 2),
+        Passage([*context, 341], 1),
+        Passage([7, 8, 9, 340], 2),
+        Passage([*context, 400], 1),
+        Passage([*context, 340], 1),  # the same once more
+    ]
+    config = configured(stock.checkpoint, folder)
+
+    def body(rank: int) -> tuple[Any, Any, list[int]]:
+        num_read = []
+        with distributed(config.parallel, config.model) as groups:
+            _, reader = prepare_tasks(config).model.open_reader(groups, config)
+            read = ForwardPass.read
+
+            def counted(model: ForwardPass, batches: Any, measure: Any) -> Any:
+                num_read.extend(int(n) for batch in batches for n in batch.positions)
+                return read(model, batches, measure)
+
+            ForwardPass.read = counted  # type: ignore[assignment]
+            together = reader.score(passages)
+            seen = sorted({*num_read})
+            return together, [reader.score([passage])[0] for passage in passages], seen
+
+    ((together, alone, seen),) = run_ranks(1, body)
+    assert seen == [0, 1, 2]
+    for found, wanted in zip(together, alone):
+        assert found.log_probability == pytest.approx(wanted.log_probability, abs=OTHER_KERNELS)
+        assert found.is_greedy == wanted.is_greedy
+    assert len({round(score.log_probability, 3) for score in alone}) == 6
+    assert sum(score.is_greedy for score in together) < len(passages)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,10 @@ SIZES = {
     "TRAIN_BATCH": 4,
     "RATE": "1e-3",
     "HELD_OUT": 0.04,
+    "CHAT": ROOT / "examples/chat/colours",
+    "CHAT_STEPS": 4,
+    "CHAT_BATCH": 4,
+    "CHAT_RATE": "1e-3",
     "EVAL": 2,
     "LOG_EVERY": 2,
     "PRUNE_EVAL_EVERY": 2,
@@ -93,9 +97,12 @@ def test_every_command_of_the_tutorial_runs(text: TextRun, tmp_path: Path) -> No
     config = json.loads((tmp_path / "work/small-hf/config.json").read_text())
     assert (config["hidden_size"], config["num_hidden_layers"]) == (32, 3)
     assert (config["num_attention_heads"], config["intermediate_size"]) == (4, 56)
-    parameters, shape = done.stdout.splitlines()[-1].split(" ", 1)
-    assert int(parameters) < sum(weight.numel() for weight in weights.values())
-    assert re.fullmatch(rf"torch\.Size\(\[1, \d+, {SHAPE.vocab_size}\]\)", shape)
+    said = re.search(
+        rf"^(\d+) torch\.Size\(\[1, \d+, {SHAPE.vocab_size}\]\)$", done.stdout, flags=re.MULTILINE
+    )
+    assert said is not None
+    assert int(said[1]) < sum(weight.numel() for weight in weights.values())
+    assert "### Response:" in (tmp_path / "work/chat-hf/chat_template.jinja").read_text()
 
 
 def test_intervals_are_those_of_the_recipe() -> None:

@@ -25,6 +25,7 @@ TEXTS = sorted(
 RUNS = [
     config.PruneRun,
     config.PretrainRun,
+    config.FinetuneRun,
     config.EvaluateRun,
     config.GenerateRun,
     config.ScoreRun,

@@ -114,6 +114,23 @@ def test_llama_with_both_files_keeps_the_ids_of_the_sentencepiece_model(
     assert [fast.encode(text) for text in LEADING] != [ours.encode(text) for text in LEADING]
 
 
+@pytest.mark.parametrize("word", ["cat", "\u20ac\U0001f642"])
+def test_a_sentencepiece_model_reads_what_a_template_wrote(
+    model: Path, tmp_path: Path, word: str
+) -> None:
+    fast_tokenizer.write_for_transformers(model, tmp_path)
+    shutil.copyfile(model, tmp_path / "tokenizer.model")
+    text = f"<s>the {word}\n\nsat: on the mat</s>\n a<unk><s>{word} mat"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    wanted = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
+    ours = SentencePieceTokenizer(model)
+    ids, ends = ours.encode_rendered(text)
+    assert ids == wanted["input_ids"]
+    assert ends == [end for _, end in wanted["offset_mapping"]]
+    assert ours.special_tokens == {"<s>", "</s>", "<unk>"}
+    assert [ours.token(number) for number in (ours.bos_id, ours.eos_id)] == ["<s>", "</s>"]
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 @pytest.mark.parametrize(
     "options",

@@ -1,0 +1,37 @@
+"""Teach a model to answer, from conversations that `megashear preprocess` read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megashear.commands.outcome import UNSAVED, report, report_stop, user_errors
+from megashear.commands.parse import parse
+from megashear.commands.paths import check_run_paths
+from megashear.config import FinetuneRun
+
+PROG = "megashear finetune"
+
+
+@user_errors(PROG, interrupted=UNSAVED)
+def main(argv: Sequence[str]) -> int:
+    """Run the command on the arguments after its name; the exit status."""
+    config = parse(FinetuneRun, argv, prog=PROG, description=__doc__ or "", check=check)
+    # Here, not above: torch and megatron-core take seconds that --help should not.
+    from megashear.train.run import finetune
+
+    reached = finetune(config, command=["finetune", *argv])
+    report(reached.summary())
+    report_stop(PROG, reached, resumes=config.train.resume)
+    return reached.exit_status
+
+
+def check(config: FinetuneRun) -> None:
+    """Refuse what the run would refuse before its processes meet.
+
+    Raises:
+        ValueError: anything a user can mend.
+    """
+    check_run_paths(config)
+    from megashear.train.prepare import prepare
+
+    prepare(config, is_dry_run=True)
