@@ -1,9 +1,10 @@
 """Which cases of a long matrix a plain run takes.
 
 A test marked ``sampled(n)`` runs with ``n`` of its cases, chosen by the commit, so that every case
-runs within some commits. Of all tests marked ``scenario``, whole jobs that torchrun starts and
-something ends, `NUM_SCENARIOS` run: no law and no twin is one of them. ``--slow`` runs all. Tests
-without a mark always run whole.
+runs within some commits; so does a test without the mark that starts ranks, with `OF_RANKS` of
+them. Of all tests marked ``scenario``, whole jobs that torchrun starts and something ends,
+`NUM_SCENARIOS` run: no law and no twin is one of them. ``--slow`` runs all. Other tests always run
+whole.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ SCENARIOS = "scenarios"
 SEED_VARIABLE = "MEGASHEAR_TEST_SAMPLE"
 NUM_SCENARIOS = 3
 """Tests marked ``scenario`` that a plain run takes."""
+RANKS = "tests/distributed/"
+"""Folder of the tests that start ranks."""
+OF_RANKS = 2
+"""Cases of each of these tests that a plain run takes, unless a mark says another number. All of
+them take twice as long as the 15 minutes that `.ci/run` should take on two slow cores."""
 LEFT_OUT = pytest.StashKey[int]()
 
 
@@ -58,6 +64,10 @@ def left_out(items: list[pytest.Item], seed: str) -> set[str]:
         elif item.get_closest_marker("scenario") is not None:
             matrices[SCENARIOS].append(item.nodeid)
             counts[SCENARIOS] = NUM_SCENARIOS
+        elif item.nodeid.startswith(RANKS):
+            function = item.nodeid.split("[", 1)[0]
+            matrices[function].append(item.nodeid)
+            counts[function] = OF_RANKS
     return {
         name
         for function, names in matrices.items()

@@ -75,7 +75,7 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Pruned(source, target, saved, output, whole_logits(ranks)[..., : source.vocab_size])
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "parallel", [layout(), layout(tp=2), layout(pp=3)], ids=["whole", "tp2", "pp3"]
 )

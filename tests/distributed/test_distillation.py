@@ -233,7 +233,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("parallel", "replicas"), LAYOUTS)
 def test_gradients_are_those_of_an_independent_formula(

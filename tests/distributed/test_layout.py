@@ -70,7 +70,7 @@ def check_steps(
         )
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("parallel", "data_size", "model"), LAYOUTS)
 def test_a_step_does_not_depend_on_layout(
     parallel: ParallelConfig, data_size: int, model: ModelConfig | None

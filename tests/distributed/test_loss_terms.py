@@ -189,7 +189,7 @@ TERMS = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize(("parallel", "replicas"), LAYOUTS)
 def test_gradients_with_terms_are_those_of_an_independent_formula(

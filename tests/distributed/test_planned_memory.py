@@ -350,7 +350,7 @@ def errors(work: Work, rank: dict[str, Any]) -> dict[str, float]:
     return {part: abs(planned[part] - rank[part]) / max(rank[part], 1) for part in (*PARTS, "peak")}
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 def test_every_part_is_what_a_run_allocates(name: str) -> None:
     work = CASES[name].work()

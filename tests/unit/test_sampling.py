@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from tests.sampling import NUM_SCENARIOS, SEED_VARIABLE, left_out, sample, seed
+from tests.sampling import NUM_SCENARIOS, OF_RANKS, RANKS, SEED_VARIABLE, left_out, sample, seed
 
 NAMES = [f"test_law[{n}]" for n in range(28)]
 
@@ -44,6 +44,8 @@ CASES = [
     *(Case(f"a.py::test_whole[{n}]") for n in range(9)),
     *(Case(f"b.py::test_one[{n}]", 1) for n in range(5)),
     Case("b.py::test_alone", 1),
+    *(Case(f"{RANKS}c.py::test_ranks[{n}]") for n in range(9)),
+    *(Case(f"{RANKS}c.py::test_more[{n}]", 4) for n in range(9)),
 ]
 
 
@@ -56,6 +58,8 @@ def test_every_function_keeps_its_cases(seed: str) -> None:
         "a.py::test_whole": 9,
         "b.py::test_one": 1,
         "b.py::test_alone": 1,
+        f"{RANKS}c.py::test_ranks": OF_RANKS,
+        f"{RANKS}c.py::test_more": 4,
     }
 
 
