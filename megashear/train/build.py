@@ -13,6 +13,7 @@ from megashear.checkpoint.details import (
     EVAL_SEQUENCES,
     GUARD,
     LOADER,
+    ORIGIN,
     REWEIGHTING,
     RUN,
     SCHEDULER,
@@ -137,7 +138,8 @@ def _check_same(prepared: PreparedRun) -> None:
             ),
             RUN: dataclasses.asdict(prepared.config),
             "shape of the model": start.shape.to_dict(),
-            "target of the run": prepared.lineage,
+            # a host's copy of --load-hf may lack a card
+            "target of the run": {k: v for k, v in prepared.lineage.items() if k != ORIGIN},
             **prepared.inputs.replicated(),
         }
     )
