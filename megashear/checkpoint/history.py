@@ -22,7 +22,8 @@ def own_run(description: Description) -> RunSummary | None:
         stage=description.stage,
         steps=description.iteration,
         samples=known.consumed_samples,
-        seq_length=known.flags.seq_length,
+        # conversations do not fill their sequences, so these do not count tokens
+        seq_length=None if description.stage == "finetune" else known.flags.seq_length,
         drawn=dict(zip(names, drawn)),
         constraint=known.flags.constraint if description.stage == "prune" else None,
         distill_from=known.flags.distill_from,

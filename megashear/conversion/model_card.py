@@ -146,9 +146,6 @@ class Card:
         constraints = {run.constraint for run in self.runs if run.constraint}
         if constraints:
             parts.append(f"Masks were held to the target by the {', '.join(sorted(constraints))}.")
-        if known.importance_scores:
-            what = "Masks began from" if known.pruned_for else "Units were chosen by"
-            parts.append(f"{what} importance scores of the model's activations.")
         if known.pruned_for is not None and not any(run.stage == "prune" for run in self.runs):
             parts.append(f"Its masks were learned in {known.pruned_for:,} steps.")
         return "\n\n".join(parts)

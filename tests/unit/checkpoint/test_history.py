@@ -63,6 +63,8 @@ def test_a_run_is_counted_from_what_its_checkpoint_says() -> None:
     assert run.held_out_loss == {"exact": {"web": 2.5, "books": 3.5}}
     (later,) = runs_of(saved("pretrain", 10))
     assert later.constraint is None  # it has no masks, whatever its flags say
+    (tuned,) = runs_of(saved("finetune", 10))
+    assert (tuned.samples, tuned.tokens) == (80, None)
 
 
 def test_an_older_checkpoint_has_no_history() -> None:

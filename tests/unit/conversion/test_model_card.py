@@ -128,6 +128,29 @@ def test_numbers_are_those_of_the_checkpoint(exported: Path, trained: Path) -> N
     assert "after step 30 of continued pretraining" in card
 
 
+def test_a_cut_by_scores_and_a_cut_by_masks_are_told_apart(trained: Path) -> None:
+    source = open_checkpoint(trained)
+    by_masks = model_card.Card(title="x", source=source, has_tokenizer=False).text()
+    assert "by the method of [Sheared LLaMA](https://arxiv.org/abs/2310.06694)" in by_masks
+    details = {name: value for name, value in source.details.items() if name != "pruned_for"}
+    one_shot = replace(source, details=details, description=None)
+    text = model_card.Card(title="x", source=one_shot, has_tokenizer=False).text()
+    assert "to a uniform shape by importance scores, in one shot" in text
+    assert "Sheared LLaMA" not in text
+    assert "## How it was made" not in text
+
+
+def test_a_model_under_masks_has_the_losses_of_the_size_of_its_cut(tmp_path: Path) -> None:
+    cut = Description(
+        shape=SMALL, iteration=0, stage="cut", details=made_before(saved("prune", 10))
+    )
+    write_weights(tmp_path / "cut", random_weights(SMALL), cut)
+    source = open_checkpoint(tmp_path / "cut")
+    card = model_card.Card(title="x", source=source, has_tokenizer=False).text()
+    assert rows(card, "Held-out loss")["web"] == ["2.5000", ""]
+    assert "after step 10 of pruning (masks and weights together), under masks at the size" in card
+
+
 def test_tasks_are_those_of_the_results_file(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     assert "Scored with lm-evaluation-harness 0.4.13." in card
