@@ -99,7 +99,7 @@ CARD = "---\nlicense: llama2\nlicense_link: LICENSE.txt\ntags: [a]\n---\n\n# A m
     ("folder", "named", "name"),
     [
         ("model", "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"),
-        ("Llama-2-7b-hf", "/home/someone/models", "Llama-2-7b-hf"),
+        ("Llama-2-7b-hf", "/models/llama", "Llama-2-7b-hf"),
         ("Llama-2-7b-hf", None, "Llama-2-7b-hf"),
         ("models--org--a-model.v1/snapshots/0a1b", "", "org/a-model.v1"),
     ],
