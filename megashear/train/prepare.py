@@ -177,6 +177,8 @@ def settle(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun:
             "flags of --then-pretrain": then and dataclasses.asdict(then.config),
             "teacher": _facts(prepared.teacher),
             "teacher of --then-pretrain": then and _facts(then.teacher),
+            "documents of --eval-tasks": _documents(prepared),
+            "documents of --then-pretrain's --eval-tasks": then and _documents(then),
         }
     )
     prepared = settle_teacher(_settle_start(prepared, groups), groups)
@@ -197,6 +199,11 @@ def settle_teacher(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun
     with raise_together():
         _check_teacher(teacher, prepared.config, prepared.start, prepared.inputs)
     return dataclasses.replace(prepared, teacher=teacher)
+
+
+def _documents(prepared: PreparedRun) -> object:
+    """Return the number of documents of each task, which other hosts must find too."""
+    return prepared.tasks and prepared.tasks.tasks.sizes()
 
 
 def _facts(teacher: StoredModel | None) -> object:
