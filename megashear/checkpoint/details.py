@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megashear.checkpoint.run_summary import RunSummary
 from megashear.files.structured import check_fields
 from megashear.shape import ModelShape
 
@@ -30,9 +31,13 @@ TEACHER_ITERATION = "teacher_iteration"
 HELD_OUT_LOSS = "held_out_loss"
 HELD_OUT_ERROR = "held_out_standard_error"
 HF_CONFIG = "hf_config"
+ORIGIN = "origin"
+HISTORY = "history"
 
-LINEAGE = (SOURCE_SHAPE, PRUNED_FOR, ROUNDING, IMPORTANCE_SCORES)
-"""Keys of the pruning that a model came from; later stages keep them."""
+BEFORE = (ORIGIN, HISTORY)
+"""Keys of where a model came from and which runs made it; all later stages keep them."""
+LINEAGE = (SOURCE_SHAPE, PRUNED_FOR, ROUNDING, IMPORTANCE_SCORES, *BEFORE)
+"""Keys of the pruning that a model came from, and `BEFORE`; stages after the cut keep them."""
 PASSING = (SCHEDULER, LOADER, GUARD, REWEIGHTING)
 """Keys of what differs with every step."""
 
@@ -50,6 +55,7 @@ class SavedFlags:
     tensorboard_dir: str | None = None
     bf16: bool | None = None
     constraint: str | None = None
+    distill_from: str | None = None
     reset_attention_mask: bool = False
     eod_mask_loss: bool = False
 
@@ -117,6 +123,10 @@ class RunDetails:
     """Standard errors of these losses; None for an error that is not known."""
     hf_config: dict[str, Any] = field(default_factory=dict)
     """Fields that return to config.json unchanged; see `hf_fields.KEPT`."""
+    origin: dict[str, str] = field(default_factory=dict)
+    """Name and licence of the model before megashear; see `origin.origin_of`."""
+    history: list[RunSummary] = field(default_factory=list)
+    """Runs that made the model before the one that saved it, the first one first."""
 
     @classmethod
     def of(cls, details: Mapping[str, Any]) -> RunDetails:
@@ -135,6 +145,10 @@ class RunDetails:
         for name in (HELD_OUT_LOSS, HELD_OUT_ERROR):
             for mode in values.get(name, {}):
                 _mapping(values[name], mode)
+        if HISTORY in values:
+            values[HISTORY] = _summaries(values[HISTORY])
+        if not all(isinstance(value, str) for value in values.get(ORIGIN, {}).values()):
+            raise TypeError(f"{ORIGIN} is {str(values[ORIGIN])[:80]}; wanted texts")
         if MASK_EXTENTS in values and TARGET_SHAPE not in values:
             raise ValueError(f"{TARGET_SHAPE} is missing, which {MASK_EXTENTS} needs")
         return cls(**values, flags=SavedFlags.of(values.get(RUN, {})))
@@ -146,7 +160,7 @@ class RunDetails:
         return self.target_shape
 
 
-_GROUPS = ("train", "model", "optimizer", "masks")
+_GROUPS = ("train", "model", "optimizer", "masks", "distill")
 """Groups of the run's flags where `SavedFlags` stand."""
 
 
@@ -161,6 +175,17 @@ def _shape(values: Mapping[str, Any], name: str) -> ModelShape:
         return ModelShape(**_mapping(values, name))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _summaries(values: object) -> list[RunSummary]:
+    """Return the runs that a value stands for.
+
+    Raises:
+        TypeError: it is no list of them.
+    """
+    if not isinstance(values, list):
+        raise TypeError(f"{HISTORY} is {str(values)[:80]}; wanted a list")
+    return [RunSummary.read(each) for each in values]
 
 
 def _mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:

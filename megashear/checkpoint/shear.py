@@ -18,6 +18,7 @@ from megashear.checkpoint.details import (
     RUN,
     SOURCE_SHAPE,
 )
+from megashear.checkpoint.history import made_before
 from megashear.checkpoint.scores import ImportanceScores, read_scores
 from megashear.checkpoint.store import read_log_alpha
 from megashear.checkpoint.weights import CheckpointWeights, write_weights
@@ -170,6 +171,7 @@ def _write(
             stage="cut",
             token_ids=weights.description.token_ids,
             details={
+                **made_before(weights.description),
                 SOURCE_SHAPE: source.to_dict(),
                 **origin,
                 # `megashear evaluate` asks for the length of sequences and the borders of documents

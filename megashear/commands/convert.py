@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from megashear.commands.outcome import refuse_torchrun, report, user_errors
 from megashear.commands.parse import parse
 from megashear.commands.paths import check_new, check_there
 from megashear.config import ConvertConfig
 from megashear.files.output import check_writable
+
+if TYPE_CHECKING:
+    from megashear.conversion.task_results import TaskResults
 
 PROG = "megashear convert"
 
@@ -21,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     # Here, not above: torch takes seconds that --help should not.
     from megashear.conversion import certificate
     from megashear.conversion.convert import to_checkpoint, to_hf
-    from megashear.conversion.sources import CHECKPOINT, SAYABLE, open_source
+    from megashear.conversion.sources import SAYABLE, open_source
     from megashear.files.aside import check_absent
     from megashear.files.workers import default_workers
 
@@ -34,9 +38,10 @@ def main(argv: Sequence[str]) -> int:
     check_absent(config.output)
     check_writable("--output", config.output)
     source = open_source(config.input, **{name: getattr(config, name) for name in SAYABLE})
-    wanted = config.output_format
-    if wanted == "auto":
-        wanted = "hf" if source.kind == CHECKPOINT else "checkpoint"
+    wanted = _format(config, source.kind)
+    results = _results(config, wanted)
+    source = source.of(name=config.base_model, licence=config.license)
+    more: dict[str, Any] = {"card": config.model_card, "results": results} if wanted == "hf" else {}
     done = (to_hf if wanted == "hf" else to_checkpoint)(
         source,
         config.output,
@@ -44,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
         tokenizer=config.tokenizer,
         workers=workers,
         verify=config.verify_tokens if config.verify else None,
+        **more,
     )
     kind = "Hugging Face directory" if wanted == "hf" else "checkpoint"
     masters = ""
@@ -65,15 +71,44 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _format(config: ConvertConfig, kind: str) -> str:
+    """Return what to write of a source of a kind."""
+    from megashear.conversion.sources import CHECKPOINT
+
+    if config.output_format != "auto":
+        return config.output_format
+    return "hf" if kind == CHECKPOINT else "checkpoint"
+
+
+def _results(config: ConvertConfig, wanted: str) -> TaskResults | None:
+    """Return the scores for the card.
+
+    Raises:
+        ValueError: no results file, or no card to be written.
+    """
+    if config.task_results is None:
+        return None
+    from megashear.conversion.task_results import read_results
+
+    if wanted != "hf" or not config.model_card:
+        raise ValueError(
+            f"--task-results {config.task_results} is for the card of a Hugging Face directory, "
+            f"which is not written; leave it out, or convert with --output-format hf and "
+            f"--model-card"
+        )
+    return read_results(config.task_results, "--task-results")
+
+
 def check(config: ConvertConfig) -> None:
     """Refuse what the command would refuse before it starts.
 
     Raises:
         ValueError: anything a user can mend.
     """
-    check_there(config, "input", "tokenizer", "check")
+    check_there(config, "input", "tokenizer", "check", "task_results")
     check_new(config, "output")
     if config.input is not None:
         from megashear.conversion.sources import SAYABLE, open_source
 
-        open_source(config.input, **{name: getattr(config, name) for name in SAYABLE})
+        source = open_source(config.input, **{name: getattr(config, name) for name in SAYABLE})
+        _results(config, _format(config, source.kind))

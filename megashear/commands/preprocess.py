@@ -67,7 +67,7 @@ def check(config: PreprocessConfig) -> None:
     """
     check_there(config, "input", "tokenizer_model")
     check_new(config, "output")
-    from megashear.preprocessing.domains import template_for
+    from megashear.preprocessing.conversations import template_for
     from megashear.preprocessing.inputs import find_domains
     from megashear.tokenizer.choice import load_tokenizer
 

@@ -181,6 +181,18 @@ class ConvertConfig:
     float32, 4 bytes per parameter."""
     verify_tokens: Annotated[tuple[int, ...], Between(0, MOST_EXTENT)] = ()
     """Token ids on which --verify compares logits; random ones unless given."""
+    model_card: bool = True
+    """Write a model card, README.md, into a Hugging Face directory: what the model was made from
+    and how, its text, its held-out losses, how to load it."""
+    base_model: str | None = None
+    """Model that --input was made from, for the card and for checkpoints made of it: its name on
+    the hub, ORGANISATION/NAME. What the Hugging Face directory or the checkpoint says unless
+    given."""
+    license: str | None = None
+    """Licence of that model, by its name on the hub, for the same; that of the README.md in the
+    Hugging Face directory unless given."""
+    task_results: str | None = None
+    """JSON file of scores that lm-evaluation-harness wrote for this model, for the card."""
     check: str | None = None
     """Converted directory to compare with its certificate; nothing is converted."""
 

@@ -181,6 +181,9 @@ class GenerateRun:
     """File of texts to continue, a text on each line; empty lines are skipped."""
     prepend_bos: bool = True
     """Begin each text with the tokenizer's BOS, as `megashear preprocess` begins documents."""
+    chat: Annotated[bool, COMMON] = False
+    """Take each text for a user's message and write it by the chat template of the tokenizer, which
+    `megashear finetune` leaves with a model; the template writes BOS."""
     max_new_tokens: Annotated[Length, COMMON] = 64
     """Tokens to add to a text at most; fewer where the model ends the text, or where the text
     becomes as long as the model can read."""

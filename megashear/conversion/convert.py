@@ -11,9 +11,10 @@ from torch import Tensor
 
 from megashear.checkpoint.description import checksums
 from megashear.checkpoint.weights import fill_checkpoint
-from megashear.conversion import certificate, hf
+from megashear.conversion import certificate, hf, model_card
 from megashear.conversion.certificate import Witness
 from megashear.conversion.sources import CHECKPOINT, HUGGING_FACE, Source
+from megashear.conversion.task_results import TaskResults
 from megashear.files import integrity
 from megashear.files.aside import check_absent, written_aside
 from megashear.files.workers import Task, byte_bar
@@ -91,6 +92,8 @@ def to_hf(
     workers: int = 1,
     verify: Sequence[int] | None = None,
     progress: bool | None = None,
+    card: bool = True,
+    results: TaskResults | None = None,
 ) -> dict[str, Any]:
     """Write a Hugging Face directory of a model.
 
@@ -106,6 +109,8 @@ def to_hf(
         workers: threads.
         verify: as for `to_checkpoint`; the comparison needs a checkpoint as the source.
         progress: show a bar; None shows it when stderr is a terminal.
+        card: write a model card.
+        results: scores of tasks for the card.
 
     Returns:
         As `to_checkpoint`.
@@ -133,6 +138,16 @@ def to_hf(
             )
         found = _compare(source.path, aside, tokens, witness)
         certificate.write(aside, witness, source.shape, source=source.named, logits=found)
+        if card:  # after the certificate, because people edit it
+            model_card.write(
+                aside,
+                model_card.Card(
+                    title=Path(output).resolve().name,
+                    source=source,
+                    has_tokenizer=bool(tokenizer_files.fingerprint(files)),
+                    results=results,
+                ),
+            )
     return {"bytes": num_bytes, "dtypes": witness.dtypes, "logits": found}
 
 

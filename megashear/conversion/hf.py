@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 _OLD_SINGLE = "pytorch_model.bin"
 _OLD_INDEX = "pytorch_model.bin.index.json"
 _OF_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
@@ -348,6 +349,7 @@ def fill_directory(
     )
     _write_json(directory / CONFIG, config)
     tokenizer_files.copy_for_transformers(files, directory)
+    _complete_generation_config(directory / GENERATION, ids)
     return num_bytes
 
 
@@ -431,6 +433,20 @@ def _weight_files(
         if not (directory / name).is_file():
             raise ValueError(f"{index_path} names {name}, which is missing; download it again")
     return [directory / name for name in names]
+
+
+def _complete_generation_config(path: Path, ids: Mapping[str, Any]) -> None:
+    """Write the file that says where text ends, or add that to a file which does not say it.
+
+    Generation takes the end from this file alone where it is there, and not from config.json.
+    """
+    if not path.is_file():
+        if ids:
+            _write_json(path, {"_from_model_config": True, **ids})
+        return
+    said = read_json_object(path, wide_integers=True)
+    if said.get("eos_token_id") is None and ids.get("eos_token_id") is not None:
+        _write_json(path, said | {"eos_token_id": ids["eos_token_id"]})
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from megashear.checkpoint.description import Description
-from megashear.checkpoint.details import HF_CONFIG
+from megashear.checkpoint.details import HF_CONFIG, ORIGIN
 from megashear.checkpoint.hf_fields import kept_fields
+from megashear.checkpoint.origin import LICENCE_FIELDS, origin_of
 from megashear.checkpoint.weights import CheckpointWeights
 from megashear.conversion.composer import (
     HEAD_DIM,
@@ -64,9 +65,28 @@ class Source:
     """Fields of config.json that are written unchanged."""
     details: dict[str, Any] = field(default_factory=dict)
     """Plain values for megashear.json."""
+    description: Description | None = None
+    """What a checkpoint says of itself."""
     trained_in: str | None = None
     """Number format of the model in training, where ``weights`` are finer: those of a --bf16 run
     and of its cut are float32 masters."""
+
+    def of(self, *, name: str | None, licence: str | None) -> Source:
+        """Return the model with the origin that the user says it has; None leaves what is known.
+
+        Args:
+            name: model that it was made from, as the hub names it.
+            licence: licence of that model, as the hub names it.
+        """
+        if name is None and licence is None:
+            return self
+        origin = dict(self.details.get(ORIGIN, {}))
+        if licence is not None:
+            origin = {key: value for key, value in origin.items() if key not in LICENCE_FIELDS}
+            origin["license"] = licence
+        if name is not None:
+            origin["name"] = name
+        return replace(self, details=self.details | {ORIGIN: origin})
 
     def described(self) -> Description:
         """Return the description of a checkpoint made of this model, without the tokenizer."""
@@ -123,6 +143,7 @@ def open_hf(directory: Path | str) -> Source:
         token_ids={name: config[name] for name in TOKEN_IDS if config.get(name) is not None},
         kept_fields=kept_fields(config),
         tokenizer=Path(directory),
+        details={ORIGIN: origin_of(Path(directory), config)},
     )
 
 
@@ -147,6 +168,8 @@ def open_checkpoint(directory: Path | str, iteration: int | None = None) -> Sour
         token_ids=weights.description.token_ids,
         kept_fields=weights.description.hf_config.get(HF_CONFIG, {}),
         tokenizer=weights.tokenizer,
+        details=weights.description.lineage,
+        description=weights.description,
         trained_in=weights.trained_in,
     )
 

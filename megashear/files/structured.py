@@ -173,6 +173,16 @@ def read_yaml(path: Path | str, name: str | None = None) -> Any:
     return None if root is None else _construct(loader, root, name)
 
 
+def read_yaml_text(text: str, name: str) -> Any:
+    """Return what a text of YAML holds; None where it is empty.
+
+    Raises:
+        ValueError: as `read_yaml`; messages call the text ``name``.
+    """
+    loader, root = _compose_text(text, name)
+    return None if root is None else _construct(loader, root, name)
+
+
 def read_yaml_pairs(path: Path | str, name: str | None = None) -> list[tuple[int, Any, Any]]:
     """Read a YAML file that holds a mapping, as lines, keys and values; empty where it is.
 
@@ -230,13 +240,21 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.bounded_real)
 
 def _compose(path: Path | str, name: str) -> tuple[_Loader, yaml.Node | None]:
     try:
-        loader = _Loader(read_bytes(path, YAML_BYTES, name).decode("utf-8-sig"))
+        text = read_bytes(path, YAML_BYTES, name).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not YAML: {error}") from None
+    return _compose_text(text, name)
+
+
+def _compose_text(text: str, name: str) -> tuple[_Loader, yaml.Node | None]:
+    try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         if root is not None:
             _check_node(root)
     except _RefusedError as error:
         raise ValueError(f"{name} {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
     return loader, root
 

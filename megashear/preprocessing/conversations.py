@@ -10,10 +10,14 @@ import numpy.typing as npt
 from megashear.data.context import as_context
 from megashear.tokenizer.chat_template import (
     ASSISTANT,
+    SHEARED,
     ChatTemplate,
     Message,
     TemplateRefusedError,
     UnsteadyError,
+    chat_template,
+    no_template,
+    template_of,
 )
 from megashear.tokenizer.models import Tokenizer
 
@@ -144,3 +148,25 @@ class ChatEncoder:
         if not is_target.any():
             raise Skipped(NO_ANSWER)
         return np.where(is_target, tokens, as_context(tokens)), len(text.encode())
+
+
+def template_for(chat_format: str | None, tokenizer: Tokenizer) -> str | None:
+    """Return the text of the template that --chat-format names; None where records are text.
+
+    Raises:
+        ValueError: the tokenizer has no template, or one that is none, or no EOS to end answers.
+    """
+    if chat_format is None:
+        return None
+    template = template_of(tokenizer) if chat_format == "template" else SHEARED
+    if template is None:
+        raise no_template(
+            tokenizer, "give --chat-format sheared, the prompt of Sheared-LLaMA-ShareGPT"
+        )
+    if chat_format == "sheared" and tokenizer.eos_id is None:
+        raise ValueError(
+            f"--chat-format sheared ends each answer with EOS, which the tokenizer "
+            f"{tokenizer.path} lacks; name the token in tokenizer_config.json beside it"
+        )
+    chat_template(tokenizer, template)
+    return template

@@ -27,6 +27,7 @@ from megashear.data.manifest import (
     DomainCounts,
 )
 from megashear.files.processes import begin_worker
+from megashear.preprocessing.conversations import template_for
 from megashear.preprocessing.documents import (
     EncodedChunk,
     EncodingPolicy,
@@ -39,12 +40,7 @@ from megashear.preprocessing.journal import FOLDER, unfinished
 from megashear.preprocessing.mds import check_set
 from megashear.preprocessing.progress import Meter
 from megashear.preprocessing.text_files import CHUNK_BYTES, Chunk
-from megashear.tokenizer.chat_template import (
-    SHEARED,
-    TEMPLATE_NAME,
-    chat_template,
-    template_of,
-)
+from megashear.tokenizer.chat_template import TEMPLATE_NAME
 from megashear.tokenizer.choice import load_tokenizer
 from megashear.tokenizer.models import Tokenizer
 
@@ -164,24 +160,6 @@ def preprocess(
         aside.rename(output)
     shutil.rmtree(output / FOLDER)
     return manifest.moved(output)
-
-
-def template_for(chat_format: str | None, tokenizer: Tokenizer) -> str | None:
-    """Return the text of the template that --chat-format names; None where records are text.
-
-    Raises:
-        ValueError: the tokenizer has no template, or one that is none, or no EOS to end answers.
-    """
-    if chat_format is None:
-        return None
-    template = template_of(tokenizer) if chat_format == "template" else SHEARED
-    if chat_format == "sheared" and tokenizer.eos_id is None:
-        raise ValueError(
-            f"--chat-format sheared ends each answer with EOS, which the tokenizer "
-            f"{tokenizer.path} lacks; name the token in tokenizer_config.json beside it"
-        )
-    chat_template(tokenizer, template)
-    return template
 
 
 def _check_inputs(inputs: Mapping[str, Sequence[Path]], output: Path) -> None:

@@ -146,11 +146,28 @@ def chat_template(tokenizer: Tokenizer, text: str) -> ChatTemplate:
     return ChatTemplate(text, tokens)
 
 
-def template_of(tokenizer: Tokenizer) -> str:
-    """Return the text of a tokenizer's own template, which lies beside it.
+def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:
+    """Return the special token that ends the assistant's turns; None where none does."""
+    turn = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}]
+    try:
+        text, spans = template.render(turn)
+    except (TemplateRefusedError, UnsteadyError):
+        return None
+    start, stop = spans[-1]
+    special = tokenizer.special_tokens
+    for number, end in zip(*tokenizer.encode_rendered(text)):
+        if start < end <= stop and tokenizer.token(number) in special:
+            return number
+    return None
+
+
+def template_of(tokenizer: Tokenizer) -> str | None:
+    """Return the text of a tokenizer's own template, which lies beside it; of several the default.
+
+    None where it has none, as a base model.
 
     Raises:
-        ValueError: it has none, or several of which none is the default.
+        ValueError: a file beside the tokenizer cannot be read.
     """
     file = tokenizer.path.with_name(TEMPLATE_NAME)
     if file.is_file():
@@ -161,14 +178,21 @@ def template_of(tokenizer: Tokenizer) -> str:
         found = read_json_object(beside, wide_integers=True).get("chat_template")
     if isinstance(found, list):  # of several, by name
         found = next((t.get("template") for t in found if t.get("name") == "default"), None)
-    if not isinstance(found, str):
-        raise ValueError(
-            f"the tokenizer {tokenizer.path} has no chat template: neither {TEMPLATE_NAME} nor a "
-            f"chat_template in {CONFIG_NAME} beside it, as a base model has none; give "
-            f"--chat-format sheared, the prompt of Sheared-LLaMA-ShareGPT, or put a template as "
-            f"{TEMPLATE_NAME} beside the tokenizer"
-        )
-    return found
+    return found if isinstance(found, str) else None
+
+
+def no_template(tokenizer: Tokenizer, way_out: str) -> ValueError:
+    """Return the error for a tokenizer without a template.
+
+    Args:
+        tokenizer: has none.
+        way_out: what to do about it besides adding one.
+    """
+    return ValueError(
+        f"the tokenizer {tokenizer.path} has no chat template: neither {TEMPLATE_NAME} nor a "
+        f"chat_template in {CONFIG_NAME} beside it, as a base model has none; {way_out}, or put a "
+        f"template as {TEMPLATE_NAME} beside the tokenizer"
+    )
 
 
 def _text(file: Path) -> str:

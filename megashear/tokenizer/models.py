@@ -9,9 +9,6 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from megashear.files.regular import open_regular, read_bytes
 from megashear.files.structured import LARGE_JSON_BYTES
@@ -26,6 +23,7 @@ from megashear.tokenizer.companions import (
     sha256_of,
     some,
 )
+from megashear.tokenizer.pieces import encode_rendered
 
 WELL_KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 WELL_KNOWN_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
@@ -151,20 +149,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_rendered(self, text: str) -> tuple[list[int], list[int]]:
         """Return ids and their ends; see ``Tokenizer.encode_rendered``."""
-        specials = self._specials
-        ids: list[int] = []
-        ends: list[int] = []
-        start = 0
-        for part in re.split("(" + "|".join(map(re.escape, specials)) + ")", text):
-            if part in specials:
-                ids.append(specials[part])
-                ends.append(start + len(part))
-            elif part:
-                found, of_part = self._pieces(part)
-                ids += found
-                ends += [start + end for end in of_part]
-            start += len(part)
-        return ids, ends
+        return encode_rendered(self._model, self._specials, text)
 
     @property
     def special_tokens(self) -> frozenset[str]:
@@ -187,23 +172,6 @@ class SentencePieceTokenizer(Tokenizer):
             model.id_to_piece(n): n for n in pieces if model.is_control(n) or model.is_unknown(n)
         }
         return found | {t.content: t.number for t in self._added.values() if t.special}
-
-    def _pieces(self, text: str) -> tuple[list[int], list[int]]:
-        """Return the ids of a text without special tokens, and their ends in characters."""
-        from sentencepiece import sentencepiece_pb2
-
-        # The class is made when the module is imported, unseen by type checkers.
-        found: Any = getattr(sentencepiece_pb2, "SentencePieceText")()  # noqa: B009
-        found.ParseFromString(self._model.encode(text, out_type="serialized_proto"))
-        ends, last = [], len(text.encode())
-        # a blank that SentencePiece puts first, and all but the last byte of a character that it
-        # lacks, have no width: they end with the next piece
-        for piece in reversed(found.pieces):
-            last = piece.end if piece.end > piece.begin else last
-            ends.append(last)
-        sizes = np.cumsum([len(character.encode()) for character in text])  # bytes up to its end
-        in_characters = np.searchsorted(sizes, ends[::-1], side="right")
-        return [piece.id for piece in found.pieces], in_characters.tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids``; see ``Tokenizer.decode``."""

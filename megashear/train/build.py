@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megashear.checkpoint.details import (
     CONSUMED_SAMPLES,
@@ -13,6 +14,7 @@ from megashear.checkpoint.details import (
     EVAL_SEQUENCES,
     GUARD,
     LOADER,
+    ORIGIN,
     REWEIGHTING,
     RUN,
     SCHEDULER,
@@ -27,7 +29,13 @@ from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.watchdog import make_watchdog
 from megashear.tokenizer import tokenizer_files
-from megashear.tokenizer.chat_template import TEMPLATE_NAME
+from megashear.tokenizer.chat_template import (
+    TEMPLATE_NAME,
+    chat_template,
+    end_of_turn,
+    template_of,
+)
+from megashear.tokenizer.choice import load_tokenizer
 from megashear.train.distillation import Distillation, Teacher
 from megashear.train.environment import environment
 from megashear.train.fill import fill
@@ -137,7 +145,8 @@ def _check_same(prepared: PreparedRun) -> None:
             ),
             RUN: dataclasses.asdict(prepared.config),
             "shape of the model": start.shape.to_dict(),
-            "target of the run": prepared.lineage,
+            # a host's copy of --load-hf may lack a card
+            "target of the run": {k: v for k, v in prepared.lineage.items() if k != ORIGIN},
             **prepared.inputs.replicated(),
         }
     )
@@ -246,8 +255,27 @@ def _build_state(
         )
         | (start.description.hf_config if start.description else {}),
         counts=lambda: {CONSUMED_SAMPLES: loader.consumed_samples},
-        token_ids=start.description.token_ids if start.description else {},
+        token_ids=_token_ids(start, inputs.manifest),
     )
+
+
+def _token_ids(start: Start, manifest: DataManifest) -> dict[str, Any]:
+    """Return the special tokens as config.json has them; what ends the assistant's turns ends texts
+    of a model that learned conversations, beside what ended them before."""
+    ids = dict(start.description.token_ids) if start.description else {}
+    if manifest.chat_format is None:
+        return ids
+    tokenizer = load_tokenizer(manifest.tokenizer_directory)
+    text = template_of(tokenizer)
+    assert text is not None, "preprocess writes it"
+    ending = end_of_turn(tokenizer, chat_template(tokenizer, text))
+    known = ids.get("eos_token_id", tokenizer.eos_id)
+    ends = [
+        number for number in (known if isinstance(known, list) else [known]) if number is not None
+    ]
+    if ending is not None and ending not in ends:
+        ids["eos_token_id"] = [*ends, ending] if ends else ending
+    return ids
 
 
 def _tokenizer(start: Start, manifest: DataManifest) -> Path | list[Path]:

@@ -11,6 +11,12 @@ from megashear.files.regular import read_bytes
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
+from megashear.tokenizer.chat_template import (
+    TemplateRefusedError,
+    chat_template,
+    no_template,
+    template_of,
+)
 from megashear.tokenizer.models import Tokenizer
 from megashear.train.reading import longest_of
 from megashear.train.sampling import Sampling
@@ -70,8 +76,13 @@ def prepare_generate(config: GenerateRun) -> PreparedTexts:
     tokenizer = model.open_tokenizer(config.tokenizer_model)
     begin = [tokenizer.bos_id] if config.prepend_bos and tokenizer.bos_id is not None else []
     longest, texts = longest_of(model.shape), []
+    template = template_of(tokenizer) if config.chat else None
+    if config.chat and template is None:
+        raise no_template(tokenizer, "leave --chat out")
     for text in _texts(config):
         tokens = [*begin, *tokenizer.encode(text)]
+        if template is not None:
+            tokens = _question(text, tokenizer, template)
         if not 0 < len(tokens) < longest:
             raise ValueError(
                 f"the text {text[:40]!r} has {len(tokens)} tokens; the model reads up to "
@@ -79,6 +90,26 @@ def prepare_generate(config: GenerateRun) -> PreparedTexts:
             )
         texts.append(tokens)
     return PreparedTexts(config=config, model=model, tokenizer=tokenizer, texts=texts)
+
+
+def _question(text: str, tokenizer: Tokenizer, template: str) -> list[int]:
+    """Return the tokens of the prompt that asks ``text``.
+
+    Raises:
+        ValueError: the template has no prompt for it.
+    """
+    if spelled := [token for token in tokenizer.special_tokens if token in text]:
+        raise ValueError(
+            f"--chat: the text {text[:40]!r} spells {spelled[0]!r}, which would be read as the "
+            f"template's own; leave it out of the text"
+        )
+    try:
+        prompt = chat_template(tokenizer, template).prompt([{"role": "user", "content": text}])
+    except TemplateRefusedError as error:
+        raise ValueError(
+            f"--chat: the chat template has no prompt for {text[:40]!r}: {error}; leave --chat out"
+        ) from None
+    return tokenizer.encode_rendered(prompt)[0]
 
 
 def _texts(config: GenerateRun) -> list[str]:

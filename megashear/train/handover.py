@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megashear.checkpoint.description import holds_iterations
 from megashear.checkpoint.details import LINEAGE, PRUNED_FOR, ROUNDING, SOURCE_SHAPE
+from megashear.checkpoint.history import made_before
 from megashear.config import PretrainRun, PruneRun
 from megashear.masks.census import take_census
 from megashear.masks.mask_set import exact_gates
@@ -81,6 +82,7 @@ def hand_over(pruned: Trainer, pruning: PreparedRun, *, command: Sequence[str]) 
     masked = _losses(objective, EXACT, following, groups)
     log_alpha = objective.binding.gather_log_alpha()
     counts = take_census(log_alpha, objective.targets)
+    made = made_before(pruned.state.description(pruned.train.train_iters))
     # the smaller model
     # megatron-core knows one layout at a time; the old groups still serve the old model
     groups.destroy()
@@ -93,6 +95,7 @@ def hand_over(pruned: Trainer, pruning: PreparedRun, *, command: Sequence[str]) 
             PRUNED_FOR: pruned.train.train_iters,
             ROUNDING: {kind: found.num_changed for kind, found in counts.items()},
             **{name: pruning.lineage[name] for name in LINEAGE if name in pruning.lineage},
+            **made,
         },
     )
     objective.terms.clear()  # the teacher of the masked model is not needed any more

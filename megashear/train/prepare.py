@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megashear.checkpoint.details import TARGET_SHAPE
+from megashear.checkpoint.details import BEFORE, TARGET_SHAPE
+from megashear.checkpoint.history import made_before
 from megashear.checkpoint.saver import name_latest
 from megashear.checkpoint.store import agree_on_iteration
 from megashear.config import (
@@ -129,10 +130,13 @@ def prepare_from(
     _check_flags(config, start, is_dry_run=is_dry_run)
     inputs = read_inputs(config, start)
     lineage = {} if start.description is None else start.description.lineage
+    if start.description is not None and not start.resumes:
+        lineage |= made_before(start.description)
     if isinstance(config, PruneRun):
         assert target is not None
         check_masks(config.masks, config.train, start, target)
-        lineage = {TARGET_SHAPE: target.to_dict()}
+        lineage = {name: lineage[name] for name in BEFORE if name in lineage}
+        lineage[TARGET_SHAPE] = target.to_dict()
     return PreparedRun(
         config=config,
         start=start,
@@ -173,6 +177,8 @@ def settle(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun:
             "flags of --then-pretrain": then and dataclasses.asdict(then.config),
             "teacher": _facts(prepared.teacher),
             "teacher of --then-pretrain": then and _facts(then.teacher),
+            "documents of --eval-tasks": _documents(prepared),
+            "documents of --then-pretrain's --eval-tasks": then and _documents(then),
         }
     )
     prepared = settle_teacher(_settle_start(prepared, groups), groups)
@@ -193,6 +199,11 @@ def settle_teacher(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun
     with raise_together():
         _check_teacher(teacher, prepared.config, prepared.start, prepared.inputs)
     return dataclasses.replace(prepared, teacher=teacher)
+
+
+def _documents(prepared: PreparedRun) -> object:
+    """Return the number of documents of each task, which other hosts must find too."""
+    return prepared.tasks and prepared.tasks.tasks.sizes()
 
 
 def _facts(teacher: StoredModel | None) -> object:

@@ -165,7 +165,8 @@ class StoredModel:
         if self.load is None:
             load_hf(self.directory, chunks, groups)
         else:
-            load_weights(self.directory, chunks)
+            # masks fold into float32 masters where there are some, as in the cut
+            load_weights(self.directory, chunks, exact=self.masks is not None)
         return chunks
 
     def open(

@@ -18,6 +18,7 @@ from megashear.config import (
     ChatDataConfig,
     EvaluateRun,
     FinetuneRun,
+    GenerateRun,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -32,6 +33,7 @@ from megashear.data.reference_loss import MEASURED
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
 from megashear.train import measure, run
+from megashear.train.generate import generate, prepare_generate
 from megashear.train.objectives import InstructionTuning
 from megashear.train.points import mean_losses
 from tests import reference_llama
@@ -271,13 +273,13 @@ def test_a_run_and_the_evaluation_of_its_checkpoint_agree_packed_or_not(
 
 
 def test_a_small_model_learns_to_answer_and_exports_the_template(
-    chat_run: ChatRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    chat_run: ChatRun, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
     config = configuration(
-        *(chat_run, tmp_path), train_iters=130, micro_batch_size=8, eval_interval=0
+        *(chat_run, tmp_path), train_iters=100, micro_batch_size=8, eval_interval=0
     )
-    start(replace(config, optimizer=OptimizerConfig(lr=4e-3, lr_warmup_iters=5)))
+    start(replace(config, optimizer=OptimizerConfig(lr=5e-3, lr_warmup_iters=5)))
     exported = str(tmp_path / "hf")
     assert main(["convert", "--input", str(tmp_path / "saved"), "--output", exported]) == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
@@ -285,6 +287,9 @@ def test_a_small_model_learns_to_answer_and_exports_the_template(
     base = chat_run.checkpoint / "iter_0000000" / "tokenizer"
     assert transformers.AutoTokenizer.from_pretrained(base).chat_template != CHAT_ML
     assert tokenizer.chat_template == CHAT_ML
+
+    ending = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert model.config.eos_token_id == [tokenizer.eos_token_id, ending]
 
     def reply(question: str) -> str:
         prompt = tokenizer.apply_chat_template(
@@ -297,7 +302,6 @@ def test_a_small_model_learns_to_answer_and_exports_the_template(
             **prompt,
             max_new_tokens=16,
             do_sample=False,
-            eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
             pad_token_id=0,
         )
         answered = ids[0, prompt["input_ids"].shape[1] :]
@@ -309,6 +313,18 @@ def test_a_small_model_learns_to_answer_and_exports_the_template(
     wrong = {thing: text for thing, text in replies.items() if text != wanted[thing]}
     assert len(wanted) == 12
     assert len(wrong) <= 3, wrong
+
+    # and the command says the same
+    asked = "Tell me, what colour has snow?"
+    question = GenerateRun(load=str(tmp_path / "saved"), chat=True, prompt=(asked,))
+    ((said,),) = run_ranks(1, lambda rank: generate(question))
+    assert said.endswith(f"{asked}\nassistant\n{replies['snow']}")
+    with pytest.raises(ValueError, match="spells '</s>', which would be read as the template's"):
+        prepare_generate(replace(question, prompt=("What is </s>?",)))
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        (Path(exported) / name).unlink()
+    with pytest.raises(ValueError, match=r"has no chat template: .*; leave --chat out"):
+        prepare_generate(replace(question, load=None, load_hf=exported))
 
 
 def test_data_of_the_other_kind_are_refused(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megashear.checkpoint.cut import cut
-from megashear.checkpoint.description import Description, read_description
+from megashear.checkpoint.description import Description, find_iteration, read_description
+from megashear.checkpoint.history import runs_of
 from megashear.checkpoint.shear import cut_checkpoint
 from megashear.checkpoint.store import read_log_alpha
 from megashear.config import (
@@ -172,6 +173,14 @@ def test_weights_equal_the_offline_path_s(
 def test_weights_equal_the_offline_path_s_at_tp2_pp2(sheared: Sheared, tmp_path: Path) -> None:
     offline = weights_offline(sheared.folder / "pruned", tmp_path / "cut")
     assert same_weights(sheared, offline) == []
+
+
+def test_the_second_run_knows_what_the_first_one_did(sheared: Sheared) -> None:
+    first, second = runs_of(read_description(find_iteration(sheared.folder / "recovered")))
+    assert (first.stage, first.steps, first.samples) == ("prune", PRUNED, 8 * PRUNED)
+    assert (second.stage, second.steps) == ("pretrain", RECOVERED)
+    assert sum(first.drawn.values()) == 8 * PRUNED
+    assert second.held_out_loss["loss"].keys() == first.drawn.keys()
 
 
 def in_hf_names(tensors: dict[str, Tensor], prefix: str, shape: ModelShape) -> dict[str, Tensor]:

@@ -12,15 +12,18 @@ import torch
 
 pytest.importorskip("lm_eval")
 
+from megashear.checkpoint.description import find_iteration, read_description
 from megashear.config import EvaluateRun, TrainConfig
 from megashear.monitor import tags
 from megashear.tasks.find import find_tasks
 from megashear.train import harness
+from megashear.train.measure import evaluate
 from megashear.train.task_scores import load_run_tasks
 from tests import local_tasks, text_run
 from tests.distributed.test_resume import WHOLE, configuration, start
 from tests.distributed.test_tasks import in_place
 from tests.local_tasks import CHOICE, READ
+from tests.ranks import run_ranks
 from tests.text_run import TextRun
 from tests.tiny import layout
 
@@ -55,6 +58,13 @@ def test_a_pruning_run_logs_the_scores_of_what_it_would_cut(text: TextRun, tmp_p
     # the twin: of the masks two steps before
     last = f"{READ}/bits_per_byte"
     assert found[last][4] != pytest.approx(wanted[last], rel=OTHER_KERNELS)
+
+    # held-out losses too are those that the run found at its end
+    of_run = read_description(find_iteration(tmp_path / "saved")).details["held_out_loss"]
+    measured = EvaluateRun(load=str(tmp_path / "saved"), data_path=str(text.data))
+    for masks in ("exact", "expected"):
+        (losses,) = run_ranks(1, lambda rank: evaluate(replace(measured, masks=masks)))  # noqa: B023
+        assert losses["held-out loss"] == pytest.approx(of_run[masks], rel=OTHER_KERNELS)
 
 
 def test_asking_leaves_random_numbers_as_they_were() -> None:

@@ -44,6 +44,9 @@ def test_there_and_back_every_bit_is_the_same(
     for name, weight in weights.items():
         assert back[name].dtype == weight.dtype
         assert torch.equal(back[name], weight), name
+    # what is carried says where text ends, if only config.json said it before
+    said = {"temperature": 0.6, "eos_token_id": [12, 13]}
+    (tmp_path / "hf/generation_config.json").write_text(json.dumps(said))
     for name in ("config.json", "generation_config.json"):  # shape, ids and carried files
         found, wanted = (
             json.loads((tmp_path / directory / name).read_text()) for directory in ("back", "hf")

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from megashear.preprocessing.conversations import template_for
 from megashear.tokenizer.chat_template import (
     SHEARED,
     ChatTemplate,
     TemplateRefusedError,
     UnsteadyError,
     chat_template,
+    end_of_turn,
     template_of,
 )
 from megashear.tokenizer.choice import load_tokenizer
@@ -112,8 +114,19 @@ def test_templates_that_are_none_are_refused(folder: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="the chat template is no Jinja: "):
         ChatTemplate("{% for %}", {})
     bare = write_tokenizer(tmp_path / "bare", template=None)
+    assert template_of(load_tokenizer(bare)) is None
     with pytest.raises(ValueError, match=r"has no chat template: .*give --chat-format sheared"):
-        template_of(load_tokenizer(bare))
+        template_for("template", load_tokenizer(bare))
+
+
+@pytest.mark.parametrize(
+    ("text", "ending"),
+    [(CHAT_ML, "<|im_end|>"), (INSTRUCT, "</s>"), (MARKED, "<|im_end|>"), ("{{ 1 }}", None)],
+)
+def test_what_ends_a_turn_is_known(folder: Path, text: str, ending: str | None) -> None:
+    tokenizer = load_tokenizer(folder)
+    found = end_of_turn(tokenizer, chat_template(tokenizer, text))
+    assert (None if found is None else tokenizer.token(found)) == ending
 
 
 def test_a_file_and_the_default_of_several_are_found(folder: Path, tmp_path: Path) -> None:
