@@ -36,7 +36,8 @@ SHEARED = (
 )
 """The prompt of Sheared-LLaMA-*-ShareGPT; further turns repeat it from its input on, which is ours.
 
-Source: the model card of princeton-nlp/Sheared-LLaMA-1.3B-ShareGPT.
+Source: instruction_tuning/prompts/sft_prompt.json of princeton-nlp/LLM-Shearing, which the model
+card of Sheared-LLaMA-1.3B-ShareGPT repeats.
 """
 
 Message = Mapping[str, str]
