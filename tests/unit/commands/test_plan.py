@@ -107,8 +107,8 @@ def test_a_teacher_has_the_shape_of_the_model_that_is_named(
     assert "--teacher llama is neither a preset (" in capsys.readouterr().err
     run("--model", "llama2-1.3b", "--teacher", "llama3.1-8b", *EIGHT, status=2)
     assert re.search(
-        r"error: the teacher \(the shape of llama3.1-8b\) has a vocabulary of 128256 tokens and the "
-        r"model one of 32000; a teacher must have the same tokens",
+        r"error: the teacher \(the shape of llama3.1-8b\) has a vocabulary of 128256 tokens and "
+        r"the model one of 32000; a teacher must have the same tokens",
         capsys.readouterr().err,
     )
 
