@@ -170,13 +170,13 @@ def template_of(tokenizer: Tokenizer) -> str | None:
     Raises:
         ValueError: a file beside the tokenizer cannot be read.
     """
-    file = tokenizer.path.with_name(TEMPLATE_NAME)
-    if file.is_file():
-        return _text(file)
-    beside = tokenizer.path.with_name(CONFIG_NAME)
+    # none where the tokenizer's file goes alone
+    beside = {file.name: file for file in tokenizer.files[1:]}
+    if TEMPLATE_NAME in beside:
+        return _text(beside[TEMPLATE_NAME])
     found: Any = None
-    if beside.is_file():
-        found = read_json_object(beside, wide_integers=True).get("chat_template")
+    if CONFIG_NAME in beside:
+        found = read_json_object(beside[CONFIG_NAME], wide_integers=True).get("chat_template")
     if isinstance(found, list):  # of several, by name
         found = next((t.get("template") for t in found if t.get("name") == "default"), None)
     return found if isinstance(found, str) else None
