@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> PlanConfig:
     try:
-        return parse(PlanConfig, argv, prog=PROG, description=__doc__ or "", check=_read)
+        return parse(PlanConfig, argv, prog=PROG, description=__doc__ or "", check=_check)
     except UsageError as error:
         if CONFIG.flag in argv and "unknown key" in str(error):
             raise UsageError(
@@ -78,6 +78,19 @@ def _parse(argv: Sequence[str]) -> PlanConfig:
                 f"with --prune-config or --pretrain-config"
             ) from None
         raise
+
+
+def _check(config: PlanConfig) -> None:
+    """Refuse wrong files and flags, and a budget that no shape meets.
+
+    Raises:
+        ValueError: anything a user can correct.
+    """
+    *_, source, _ = _read(config)
+    if config.budget.flags:
+        from megashear.planning.shapes import make_shapes
+
+        make_shapes(config, source, _asked(config), _measured(config))
 
 
 def _read(

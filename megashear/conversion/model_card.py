@@ -74,7 +74,7 @@ class Card:
         """Return what the hub reads of a card; what is not known is left out."""
         origin, tags = self.known.origin, ["megashear", self.source.shape.family]
         if self.is_pruned:
-            tags += ["pruning", "sheared"]
+            tags += ["pruning", *["sheared"] * (self.known.pruned_for is not None)]
         if any(run.distill_from for run in self.runs):
             tags.append("distillation")
         return {
@@ -202,8 +202,8 @@ class Card:
         base = _cell(origin["name"]) if "name" in origin else "the model it was made from"
         if "license" in origin:
             return (
-                f"`{_cell(origin['license'])}`, as the card of {base} says; its terms apply to "
-                f"this model too."
+                f"`{_cell(origin['license'])}`, the licence of {base}, whose terms apply to this "
+                f"model too."
             )
         return (
             f"Not known: nothing beside {base} named its licence. Add `license` to the head of "

@@ -106,6 +106,13 @@ def make_plans(
         network=gpu.network if network is None else network * GB / BITS,
     )
     after = target or source
+    for teacher in teachers.values():
+        if teacher.shape.vocab_size != after.vocab_size:
+            raise ValueError(
+                f"the teacher ({teacher.source}) has a vocabulary of {teacher.shape.vocab_size} "
+                f"tokens and the model one of {after.vocab_size}; a teacher must have the same "
+                f"tokens"
+            )
     mfu = planned_share(config, after, gpu, measured, has_masks=False)
     trained = _continued(
         config, after, pretrain or PUBLISHED_PRETRAIN, mfu, teachers.get(CONTINUED)

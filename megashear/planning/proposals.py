@@ -27,7 +27,7 @@ INDIVISIBLE = 0.04
 """Distance of layers, and again of key/value heads, that do not."""
 DEEPEST = 0.6
 """Hidden size per layer, over the source's, down to which a shape is taken to be as good as one
-that keeps the source's. Sheared-LLaMA-1.3B has .67, 2.7B .63, Llama-3.2-3B .86,
+that keeps the source's. Sheared-LLaMA-1.3B has .67, 2.7B .62, Llama-3.2-3B .86,
 Llama-3.1-Minitron-4B-Width .75 and Llama-3.2-1B 1."""
 FARTHEST_HEADS = 1.5
 """Factor from the source's proportion of attention to hidden size within which heads are tried."""

@@ -36,7 +36,8 @@ SHEARED = (
 )
 """The prompt of Sheared-LLaMA-*-ShareGPT; further turns repeat it from its input on, which is ours.
 
-Source: the model card of princeton-nlp/Sheared-LLaMA-1.3B-ShareGPT.
+Source: instruction_tuning/prompts/sft_prompt.json of princeton-nlp/LLM-Shearing, which the model
+card of Sheared-LLaMA-1.3B-ShareGPT repeats.
 """
 
 Message = Mapping[str, str]
@@ -169,13 +170,13 @@ def template_of(tokenizer: Tokenizer) -> str | None:
     Raises:
         ValueError: a file beside the tokenizer cannot be read.
     """
-    file = tokenizer.path.with_name(TEMPLATE_NAME)
-    if file.is_file():
-        return _text(file)
-    beside = tokenizer.path.with_name(CONFIG_NAME)
+    # none where the tokenizer's file goes alone
+    beside = {file.name: file for file in tokenizer.files[1:]}
+    if TEMPLATE_NAME in beside:
+        return _text(beside[TEMPLATE_NAME])
     found: Any = None
-    if beside.is_file():
-        found = read_json_object(beside, wide_integers=True).get("chat_template")
+    if CONFIG_NAME in beside:
+        found = read_json_object(beside[CONFIG_NAME], wide_integers=True).get("chat_template")
     if isinstance(found, list):  # of several, by name
         found = next((t.get("template") for t in found if t.get("name") == "default"), None)
     return found if isinstance(found, str) else None

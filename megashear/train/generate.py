@@ -12,8 +12,10 @@ from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
 from megashear.tokenizer.chat_template import (
+    ChatTemplate,
     TemplateRefusedError,
     chat_template,
+    end_of_turn,
     no_template,
     template_of,
 )
@@ -43,13 +45,15 @@ class PreparedTexts:
     tokenizer: Tokenizer
     texts: Sequence[Sequence[int]]
     """Tokens of each text."""
+    turn_end: int | None = None
+    """Token that ends an answer too, beside those that end any text."""
 
     def run(self, groups: ParallelGroups) -> list[str]:
         """Load the model and continue the texts. Collective over the world."""
         config = self.config
         check_same({"texts": self.texts, "shape of the model": self.model.shape.to_dict()})
         model, reader = self.model.open_reader(groups, config)
-        ends = model.end_tokens(self.tokenizer)
+        ends = model.end_tokens(self.tokenizer) | {self.turn_end}
         new = reader.continue_texts(
             self.texts,
             most_new=config.max_new_tokens,
@@ -76,9 +80,12 @@ def prepare_generate(config: GenerateRun) -> PreparedTexts:
     tokenizer = model.open_tokenizer(config.tokenizer_model)
     begin = [tokenizer.bos_id] if config.prepend_bos and tokenizer.bos_id is not None else []
     longest, texts = longest_of(model.shape), []
-    template = template_of(tokenizer) if config.chat else None
-    if config.chat and template is None:
-        raise no_template(tokenizer, "leave --chat out")
+    template, turn_end = None, None
+    if config.chat:
+        if (found := template_of(tokenizer)) is None:
+            raise no_template(tokenizer, "leave --chat out")
+        template = chat_template(tokenizer, found)
+        turn_end = end_of_turn(tokenizer, template)
     for text in _texts(config):
         tokens = [*begin, *tokenizer.encode(text)]
         if template is not None:
@@ -89,10 +96,12 @@ def prepare_generate(config: GenerateRun) -> PreparedTexts:
                 f"{longest}, and a text to continue must have 1 to {longest - 1}"
             )
         texts.append(tokens)
-    return PreparedTexts(config=config, model=model, tokenizer=tokenizer, texts=texts)
+    return PreparedTexts(
+        config=config, model=model, tokenizer=tokenizer, texts=texts, turn_end=turn_end
+    )
 
 
-def _question(text: str, tokenizer: Tokenizer, template: str) -> list[int]:
+def _question(text: str, tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
     """Return the tokens of the prompt that asks ``text``.
 
     Raises:
@@ -104,7 +113,7 @@ def _question(text: str, tokenizer: Tokenizer, template: str) -> list[int]:
             f"template's own; leave it out of the text"
         )
     try:
-        prompt = chat_template(tokenizer, template).prompt([{"role": "user", "content": text}])
+        prompt = template.prompt([{"role": "user", "content": text}])
     except TemplateRefusedError as error:
         raise ValueError(
             f"--chat: the chat template has no prompt for {text[:40]!r}: {error}; leave --chat out"

@@ -162,6 +162,7 @@ def theirs(chat_run: ChatRun) -> Measured:
         pytest.param(layout(), 1, 1, id="one"),
         pytest.param(layout(tp=2, sp=True), 2, 1, id="tp2-sp"),
         pytest.param(layout(pp=2), 1, 2, id="pp2-dp2"),
+        pytest.param(layout(pp=2, vpp=2), 2, 1, id="pp2-vpp2"),
     ],
 )
 def test_loss_and_gradients_are_transformers_on_the_same_packed_batch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def test_a_teacher_has_the_shape_of_the_model_that_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_checkpoint(tmp_path / "checkpoint", SHAPE)
+    small = replace(SHAPE, vocab_size=32000)
+    write_checkpoint(tmp_path / "checkpoint", small)
     (tmp_path / "hf").mkdir()
     config = config_of_shape(PRESETS["llama2-2.7b"], dtype="float32")
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
@@ -86,7 +88,7 @@ def test_a_teacher_has_the_shape_of_the_model_that_is_named(
 
     assert taught("hf") == (PRESETS["llama2-2.7b"].num_params(), "the shape of hf")
     assert taught("checkpoint", "--tensor-model-parallel-size", "1") == (
-        SHAPE.num_params(),
+        small.num_params(),
         "the shape of checkpoint",
     )
     of_flag = taught("hf", "--teacher", "llama2-7b")
@@ -103,6 +105,12 @@ def test_a_teacher_has_the_shape_of_the_model_that_is_named(
     assert re.search(r"distill_from empty: no checkpoint at empty.* or give the teacher's", error)
     run("--model", "llama2-1.3b", "--teacher", "llama", *EIGHT, status=2)
     assert "--teacher llama is neither a preset (" in capsys.readouterr().err
+    run("--model", "llama2-1.3b", "--teacher", "llama3.1-8b", *EIGHT, status=2)
+    assert re.search(
+        r"error: the teacher \(the shape of llama3.1-8b\) has a vocabulary of 128256 tokens and "
+        r"the model one of 32000; a teacher must have the same tokens",
+        capsys.readouterr().err,
+    )
 
 
 MEASURED = str(Path(__file__).parents[3] / "docs/benchmarks/gpu_speed.json")
@@ -145,6 +153,9 @@ def test_a_budget_gives_shapes_and_then_a_plan(capsys: pytest.CaptureFixture[str
     assert re.search(
         r"^The first: .*\n\npruning: .*\n(.*\n)*continued", capsys.readouterr().out, re.M
     )
+    # and --dry-run says what is wrong with it
+    run("--model", "llama2-7b", "--budget-params", "9e9", "--dry-run", status=2)
+    assert "--budget-params 9e9 is not below" in capsys.readouterr().err
     assert layouts(capsys, *words, *EIGHT[2:], "--top", "1") == {"shapes": found["shapes"]}
 
 

@@ -19,6 +19,7 @@ from megashear.masks.targets import target_units
 from megashear.models.loadable import why_refused
 from megashear.planning.budget import kv_bytes, weight_bytes
 from megashear.planning.proposal_tables import shape_lines
+from megashear.planning.published import PUBLISHED
 from megashear.planning.shapes import Shapes, make_shapes
 from megashear.shape import PRESETS, ModelShape
 
@@ -165,6 +166,22 @@ def test_a_limit_is_kept_and_used(flags: dict[str, Any], cost: Any) -> None:
     uses = [cost(one.shape) for one in found]
     assert 0.8 <= min(uses) <= max(uses) <= 1
     assert math.exp(found[0].deviation.budget) == pytest.approx(uses[0])
+
+
+def test_the_page_shows_what_others_chose() -> None:
+    page = (Path(__file__).parents[3] / "docs/choosing-a-shape.md").read_text()
+    for one in PUBLISHED:
+        shape, source = one.shape, SEVEN if one.source == "LLaMA-2-7B" else EIGHT
+        wider = source.head_dim // shape.head_dim
+        flat = shape.hidden_size / shape.num_layers * source.num_layers / source.hidden_size
+        row = (
+            f"| {one.name} | {one.source} | {shape.num_layers} of {source.num_layers} | "
+            f"{shape.hidden_size} of {source.hidden_size} | {shape.num_attention_heads} of "
+            f"{wider * source.num_attention_heads} | {shape.num_query_groups} of "
+            f"{source.num_query_groups} | {shape.ffn_hidden_size} of {source.ffn_hidden_size} | "
+            f"{flat:.2f} |"
+        )
+        assert row in page
 
 
 def test_a_limit_beside_the_parameters_is_kept() -> None:

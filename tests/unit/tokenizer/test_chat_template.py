@@ -142,6 +142,9 @@ def test_a_file_and_the_default_of_several_are_found(folder: Path, tmp_path: Pat
     assert template_of(load_tokenizer(several)) == "plain"
     (several / "chat_template.jinja").write_text("of the file")
     assert template_of(load_tokenizer(several)) == "of the file"
+    # what lies beside a file of another name may be another tokenizer's
+    (several / "tokenizer.json").rename(several / "other.json")
+    assert template_of(load_tokenizer(several / "other.json")) is None
 
 
 def test_special_tokens_are_spelled_in_no_text(folder: Path) -> None:
