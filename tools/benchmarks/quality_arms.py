@@ -157,6 +157,9 @@ SIZES = {
     ),
 }
 
+SIZES["tiny-long"] = replace(SIZES["tiny"], arm_steps=4000, eval_interval=200)
+"""Four times as many tokens an arm, from the same source, to see how differences change."""
+
 Start = Literal["scratch", "random", "importance", "masks"]
 Budget = Literal["tokens", "arithmetic"]
 """What all arms have the same of: tokens of training, or operations, a teacher's and the source's
