@@ -186,9 +186,9 @@ def test_every_command_is_accepted(
 def test_the_commands_of_the_readme_are_found() -> None:
     lines = command_lines((ROOT / "README.md").read_text(encoding="utf-8"))
     assert [line[0] for line in lines] == [
-        *("preprocess", "convert", "prune", "cut", "pretrain", "convert", "report")
+        *("preprocess", "convert", "score", "cut", "pretrain", "convert", "report", "prune", "cut")
     ]
-    assert "--tensorboard-dir" in lines[2]
+    assert "--tensorboard-dir" in lines[4]
 
 
 def test_a_wrong_command_is_noticed() -> None:

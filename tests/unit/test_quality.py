@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,14 @@ sys.path.insert(0, str(FOLDER))
 import quality  # noqa: E402
 import quality_text  # noqa: E402
 from quality_arms import ARMS, SIZES, Arm, Plan, Size, arithmetic, plan  # noqa: E402
-from quality_figures import first_tokens, losses_table, spread, tokens_saved  # noqa: E402
+from quality_figures import (  # noqa: E402
+    by_arm,
+    first_tokens,
+    losses_table,
+    mean_loss,
+    spread,
+    tokens_saved,
+)
 
 CURVE = [(100, 5.0), (200, 4.0), (400, 3.5)]
 TINY = SIZES["tiny"]
@@ -206,6 +215,25 @@ def test_without_packages_the_text_is_that_of_python(
     assert found["domains"] == {"python": {"bytes": 7}}
     assert list(found["packages"]) == ["python"]
     assert "taking text of this Python" in capsys.readouterr().err
+
+
+def test_the_readmes_losses_are_those_of_the_raw_output() -> None:
+    root = FOLDER.parents[1]
+    runs = json.loads((root / "docs/benchmarks/quality_tiny.json").read_text())["runs"]
+    arms = by_arm(runs, "tokens")
+    wanted = [
+        str(spread([mean_loss(each) for each in arms[name]]))
+        for name in ("importance-kd", "masks-kd", "importance", "masks", "scratch")
+    ]
+    _, _, text = (root / "README.md").read_text().partition("<!-- quality-table -->")
+    table, _, after = text.partition("<!-- /quality-table -->")
+    assert after
+    assert re.findall(r"\d\.\d{3} \+- 0\.\d{3}", table) == wanted
+    for other, factor in (("masks", "3.6"), ("scratch", "12")):
+        saved = tokens_saved(arms["importance-kd"], arms[other])
+        assert saved is not None
+        assert f"{statistics.mean(saved):.1f}".startswith(factor)
+        assert f" with {factor} times fewer" in table.replace("\n", " ")
 
 
 @pytest.mark.parametrize("budget", ["tokens", "arithmetic"])

@@ -13,6 +13,8 @@ from measuring import table
 from megashear.monitor.drawing import legend, new_figure, style
 from megashear.monitor.figures import COLOURS, DASHES
 
+_MOST_ABOVE = 2.0
+"""Nats above the source up to which curves are drawn, or all but the first would look alike."""
 Curve = Sequence[tuple[int, float]]
 """Tokens so far and held-out loss, by rising tokens."""
 Found = Mapping[str, Any]
@@ -138,7 +140,7 @@ def pairs_table(runs: Sequence[Found], pairs: Sequence[tuple[str, str]]) -> str:
 
 def draw(runs: Sequence[Found], source: Mapping[str, float], output: Path) -> None:
     """Draw held-out loss over tokens, the mean over seeds of each arm at equal tokens."""
-    figure = new_figure(4.6)
+    figure = new_figure(6.4)
     figure.patch.set(facecolor="white", alpha=1.0)
     panel = figure.subplots()
     for number, found in enumerate(by_arm(runs, "tokens").values()):
@@ -156,7 +158,8 @@ def draw(runs: Sequence[Found], source: Mapping[str, float], output: Path) -> No
     level = statistics.mean(source.values())
     panel.axhline(level, color="black", linewidth=0.8, label="source")
     style(panel, xlabel="M tokens, masks and recovery", ylabel="held-out loss, nats per token")
-    legend(figure, loc="outside right upper")
+    panel.set_ylim(level - 0.1, level + _MOST_ABOVE)
+    legend(figure, loc="outside lower center")
     figure.savefig(output)
 
 
