@@ -239,8 +239,8 @@ def _results_section(path: Path) -> Section | None:
         parts=[
             paragraph(
                 "Loss on held-out text, nats per token, by domain and as their mean; lower is "
-                "better. The sheared model stands against its source, against itself before "
-                "recovery, and against models of its own shape that began from nothing."
+                "better. The smaller models, of units chosen by masks or by importance, stand "
+                "against their source and against a model of their shape from scratch."
             ),
             table(["model", "parameters", *domains, "mean"], rows),
         ],

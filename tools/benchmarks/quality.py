@@ -44,6 +44,7 @@ PAIRS = (
     ("importance-kd", "scratch"),
     ("scratch-kd", "scratch"),
     ("random-kd", "random"),
+    ("masks-kd-05", "importance-kd"),
     ("widths-kd-05", "importance-kd"),
     ("widths-kd-05", "masks-kd-05"),
     ("importance-kd-dynamic", "importance-kd"),
