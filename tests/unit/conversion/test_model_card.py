@@ -273,11 +273,15 @@ def test_another_file_of_results_is_refused(tmp_path: Path, content: str, messag
         read_results(tmp_path / "r.json", "--task-results")
 
 
-def test_results_without_a_card_are_refused(
+def test_results_and_names_without_a_card_are_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "r.json").write_text(json.dumps(RESULTS))
     words = ["--input", str(trained), "--output", str(tmp_path / "o"), "--task-results"]
+    named = ["--base-model", "org/model", "--license", "apache-2.0"]
+    assert main(["convert", *words[:4], *named, "--no-model-card"]) == 2
+    wanted = "--base-model org/model and --license apache-2.0 would stand in the card of the"
+    assert wanted in capsys.readouterr().err
     for more in (["--no-model-card"], ["--output-format", "checkpoint"]):
         assert main(["convert", *words, str(tmp_path / "r.json"), *more]) == 2
         assert "is for the card of a Hugging Face directory" in capsys.readouterr().err
