@@ -196,7 +196,7 @@ def converted(tmp_path: Path, *words: str, card: str | None = None, **generation
 def test_a_licence_travels_from_the_sources_card(tmp_path: Path) -> None:
     card = converted(tmp_path, card="---\nlicense: other\nlicense_name: llama3.1\n---\n")
     head = front_matter(tmp_path / "out/README.md")
-    assert head["base_model"] == "in"
+    assert "base_model" not in head, "the hub would take a folder's name for a repository's"
     assert (head["license"], head["license_name"]) == ("other", "llama3.1")
     assert "`other`, the licence of in, whose terms" in card
     assert "pruning" not in head["tags"]
@@ -222,6 +222,30 @@ def test_end_tokens_of_a_generation_config_stay(tmp_path: Path) -> None:
     converted(tmp_path, **said)
     found = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert found == said
+
+
+@pytest.mark.parametrize(
+    ("said", "ids", "wanted"),
+    [
+        (5, [5, 7], [5, 7]),
+        ([6, 5], [5, 6, 7], [6, 5, 7]),
+        ([5, 6], [5, 7], [5, 6, 7]),
+        ([5, 6], 5, [5, 6]),
+        (5, [7, 8], 5),
+        (None, [5, 7], [5, 7]),
+    ],
+)
+def test_the_end_of_a_turn_joins_those_of_a_generation_config(
+    tmp_path: Path, said: Any, ids: Any, wanted: Any
+) -> None:
+    (source := tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": said, "temperature": 0.6})
+    )
+    known = {"eos_token_id": ids}
+    out = tmp_path / "out"
+    hf.write_directory(out, random_weights(SMALL), SMALL, token_ids=known, tokenizer=[source])
+    found = json.loads((out / "generation_config.json").read_text())
+    assert found == {"eos_token_id": wanted, "temperature": 0.6}
 
 
 def test_missing_end_tokens_are_added(tmp_path: Path) -> None:
