@@ -43,8 +43,8 @@ setup(
         "gpu-cu13": ["transformer-engine[pytorch,core_cu13]>=2.9"],
         "verify": ["transformers>=4.51"],
         "report": ["matplotlib>=3.8"],
-        # its interface changes in 0.5
-        "eval": ["lm-eval>=0.4.9,<0.5"],
+        # TaskManager.load begins with 0.4.12; the interface changes in 0.5
+        "eval": ["lm-eval>=0.4.12,<0.5"],
         "parquet": ["pyarrow>=15"],
         "wandb": ["wandb>=0.19"],
         "test": [
@@ -53,7 +53,7 @@ setup(
             "pytest-xdist>=3.8",
             "hypothesis>=6",
             "transformers>=4.51",
-            "lm-eval>=0.4.9,<0.5",
+            "lm-eval>=0.4.12,<0.5",
             "accelerate>=0.26",  # of the harness's own `hf` model, with which ours is compared
             "matplotlib>=3.8",
             "pyarrow>=15",

@@ -54,9 +54,14 @@ def front_matter(readme: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+def is_hub_name(name: str) -> bool:
+    """Return whether a name is of the form ORGANISATION/NAME, as the hub's repositories are."""
+    return _HUB_NAME.fullmatch(name) is not None
+
+
 def _name(directory: Path, config: Mapping[str, Any]) -> str:
     named = config.get("_name_or_path")
-    if isinstance(named, str) and _HUB_NAME.fullmatch(named):
+    if isinstance(named, str) and is_hub_name(named):
         return named
     for part in reversed(directory.resolve().parts):
         if found := _CACHED.fullmatch(part):

@@ -84,8 +84,10 @@ def _results(config: ConvertConfig, wanted: str) -> TaskResults | None:
     """Return the scores for the card.
 
     Raises:
-        ValueError: no results file, or no card to be written.
+        ValueError: no results file, or no card to be written for what it alone would say.
     """
+    if wanted == "hf" and not config.model_card:
+        _check_unnamed(config)
     if config.task_results is None:
         return None
     from megashear.conversion.task_results import read_results
@@ -97,6 +99,20 @@ def _results(config: ConvertConfig, wanted: str) -> TaskResults | None:
             f"--model-card"
         )
     return read_results(config.task_results, "--task-results")
+
+
+def _check_unnamed(config: ConvertConfig) -> None:
+    """Refuse names that only a card would hold."""
+    given = [
+        f"--{name.replace('_', '-')} {value}"
+        for name in ("base_model", "license")
+        if (value := getattr(config, name)) is not None
+    ]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} would stand in the card of the Hugging Face directory, which "
+            f"--no-model-card leaves out; leave out one or the other"
+        )
 
 
 def check(config: ConvertConfig) -> None:

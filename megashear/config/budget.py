@@ -30,6 +30,11 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.budget_batch_size != 1 and not self.flags:
+            raise ValueError(
+                f"--budget-batch-size {self.budget_batch_size} is for a budget, and none is given; "
+                f"add one, say --budget-forward-ms, or leave it out"
+            )
 
     @property
     def flags(self) -> str:

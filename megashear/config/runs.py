@@ -153,9 +153,16 @@ class EvaluateRun:
                 f"--data-path {self.data_path} is for losses and --tasks {' '.join(self.tasks)} "
                 f"for scores; run the command once for each"
             )
-        for name in ("include_path", "num_fewshot", "limit"):
-            if getattr(self, name) is not None and not self.tasks:
-                raise ValueError(f"--{name.replace('_', '-')} is for --tasks, which is not given")
+        names = ("include_path", "num_fewshot", "limit", "tokenizer_model")
+        given = [name.replace("_", "-") for name in names if getattr(self, name) is not None]
+        given += [] if self.prepend_bos else ["no-prepend-bos"]
+        if given and not self.tasks:
+            raise ValueError(f"--{given[0]} is for --tasks, which is not given; leave it out")
+        if self.seq_length is not None and self.tasks:
+            raise ValueError(
+                f"--seq-length {self.seq_length} is for the held-out text of --data-path, and "
+                f"--tasks {' '.join(self.tasks)} reads as much as the model can; leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -436,17 +436,29 @@ def _weight_files(
 
 
 def _complete_generation_config(path: Path, ids: Mapping[str, Any]) -> None:
-    """Write the file that says where text ends, or add that to a file which does not say it.
+    """Write the file that says where text ends, or add to a file the end tokens that it lacks.
 
-    Generation takes the end from this file alone where it is there, and not from config.json.
+    Generation takes the end from this file alone where it is there, and not from config.json. A
+    file none of whose end tokens the checkpoint has was made so on purpose, and stays.
     """
     if not path.is_file():
         if ids:
             _write_json(path, {"_from_model_config": True, **ids})
         return
     said = read_json_object(path, wide_integers=True)
-    if said.get("eos_token_id") is None and ids.get("eos_token_id") is not None:
+    known, ours = (_ids(values.get("eos_token_id")) for values in (said, ids))
+    missing = [number for number in ours if number not in known]
+    if not known and ours:
         _write_json(path, said | {"eos_token_id": ids["eos_token_id"]})
+    elif missing and len(missing) < len(ours):
+        _write_json(path, said | {"eos_token_id": [*known, *missing]})
+
+
+def _ids(value: Any) -> list[Any]:
+    """Return the token ids of a field that has one, several or none."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import yaml
 from megashear import __version__
 from megashear.checkpoint.details import RunDetails
 from megashear.checkpoint.history import runs_of
-from megashear.checkpoint.origin import LICENCE_FIELDS, README
+from megashear.checkpoint.origin import LICENCE_FIELDS, README, is_hub_name
 from megashear.checkpoint.run_summary import RunSummary
 from megashear.conversion.sources import Source
 from megashear.conversion.task_results import TaskResults
@@ -77,9 +77,11 @@ class Card:
             tags += ["pruning", *["sheared"] * (self.known.pruned_for is not None)]
         if any(run.distill_from for run in self.runs):
             tags.append("distillation")
+        name = origin.get("name", "")
         return {
-            **({"base_model": origin["name"]} if "name" in origin else {}),
-            **{name: origin[name] for name in LICENCE_FIELDS if name in origin},
+            # the hub would take a folder's name for a repository's
+            **({"base_model": name} if is_hub_name(name) else {}),
+            **{key: origin[key] for key in LICENCE_FIELDS if key in origin},
             "library_name": "transformers",
             "pipeline_tag": "text-generation",
             "tags": tags,

@@ -132,7 +132,7 @@ class ConversationSequences(DomainSequences):
         Raises:
             ValueError: the files do not exist, or no conversation has a token to learn.
         """
-        self._is_packed = is_packed
+        self.is_packed = is_packed
         super().__init__(prefix, sequence_length, seed, domain_index)
 
     def __getitem__(self, sample: int) -> Tensor:
@@ -151,7 +151,7 @@ class ConversationSequences(DomainSequences):
         """Return the rows of one epoch at a sequence length."""
         if sequence_length == self.sequence_length:
             return len(self._rows)
-        return len(ConversationRows(self._text, sequence_length, is_packed=self._is_packed))
+        return len(ConversationRows(self._text, sequence_length, is_packed=self.is_packed))
 
     def _check(self, prefix: str | Path) -> None:
         _check_rows(self._rows, prefix, self.sequence_length)
@@ -167,7 +167,7 @@ class ConversationSequences(DomainSequences):
 
     @functools.cached_property
     def _rows(self) -> ConversationRows:
-        return ConversationRows(self._text, self.sequence_length, is_packed=self._is_packed)
+        return ConversationRows(self._text, self.sequence_length, is_packed=self.is_packed)
 
     def _row(self, sample: int) -> int:
         epoch, place = self.place(sample)

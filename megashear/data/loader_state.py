@@ -19,6 +19,8 @@ class LoaderState(TypedDict):
     samples_per_epoch: list[int]
     sequence_length: int
     seed: int
+    pack: bool
+    """`DomainSequences.is_packed`."""
     mixture: MixtureState
     origins: list[list[int]]
     """`DomainSequences.origin` of every domain."""
@@ -31,6 +33,7 @@ def state_of(domains: Sequence[DomainSequences], mixture: DomainMixture) -> Load
         "samples_per_epoch": [domain.samples_per_epoch for domain in domains],
         "sequence_length": domains[0].sequence_length,
         "seed": domains[0].seed,
+        "pack": domains[0].is_packed,
         "mixture": mixture.state_dict(),
         "origins": [list(domain.origin) for domain in domains],
     }
@@ -44,8 +47,8 @@ def restore(state: LoaderState, domains: Sequence[DomainSequences], mixture: Dom
     a warning says.
 
     Raises:
-        ValueError: the text or the seed differ, or the sequence length where domains do not
-            repeat, so that the run would repeat some samples and skip others.
+        ValueError: the text, packing or the seed differ, or the sequence length where domains do
+            not repeat, so that the run would repeat some samples and skip others.
     """
     # Checkpoints from before sequence lengths could change have no origins.
     origins = state.get("origins", [[0, 0] for _ in domains])
@@ -71,8 +74,11 @@ def restore(state: LoaderState, domains: Sequence[DomainSequences], mixture: Dom
 def _check_same_text(state: LoaderState, domains: Sequence[DomainSequences]) -> None:
     # Sequences as the saved run would have counted those of this text.
     sizes = [domain.count(state["sequence_length"]) for domain in domains]
+    pack = domains[0].is_packed
     for key, saved, now, way_out in (
         ("domains", state["domains"], [d.name for d in domains], "the data of the saved run"),
+        # checkpoints from before it was kept have none
+        ("pack", state.get("pack", pack), pack, "the saved --pack"),
         (
             *("samples_per_epoch", state["samples_per_epoch"], sizes),
             "the data of the saved run, and its --pack if it is of `megashear finetune`",

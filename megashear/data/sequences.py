@@ -30,6 +30,9 @@ class DomainSequences:
     group. Its one-epoch index takes 4 bytes per document and 12 bytes per sequence.
     """
 
+    is_packed = False
+    """Whether a sequence has several conversations (--pack)."""
+
     def __init__(
         self, prefix: str | Path, sequence_length: int, seed: int, domain_index: int
     ) -> None:

@@ -112,7 +112,7 @@ def target_units(source: ModelShape, target: ModelShape) -> dict[str, int]:
     Raises:
         ValueError: no set of masks leads from ``source`` to ``target``.
     """
-    _check_reachable(source, target)
+    check_reachable(source, target)
     units: dict[str, int] = {}
     for kind in kinds_of(source):
         wanted = kind.row_length(target, source)
@@ -127,12 +127,12 @@ def target_units(source: ModelShape, target: ModelShape) -> dict[str, int]:
     return units
 
 
-def target_flag(extent: str) -> str:
-    """Return the flag that sets an extent of the target, as a user types it."""
-    return "--target-" + extent.replace("_", "-")
+def check_reachable(source: ModelShape, target: ModelShape) -> None:
+    """Refuse a target that has what no mask changes, or more than the source.
 
-
-def _check_reachable(source: ModelShape, target: ModelShape) -> None:
+    Raises:
+        ValueError: with the flag to set.
+    """
     for name in UNMASKED:
         found, wanted = getattr(target, name), getattr(source, name)
         if found != wanted:
@@ -149,6 +149,11 @@ def _check_reachable(source: ModelShape, target: ModelShape) -> None:
                 f"{target_flag(name)} to at most {most}"
             )
     _check_heads(source, target)
+
+
+def target_flag(extent: str) -> str:
+    """Return the flag that sets an extent of the target, as a user types it."""
+    return "--target-" + extent.replace("_", "-")
 
 
 def _check_heads(source: ModelShape, target: ModelShape) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from megashear.config import TargetConfig
 from megashear.masks.kinds import EXTENTS
 from megashear.masks.target_flags import target_shape
-from megashear.masks.targets import target_flag
+from megashear.masks.targets import check_reachable, target_flag
 from megashear.models import loadable
 from megashear.planning.budget import Budget
 from megashear.shape import ModelShape
@@ -131,10 +131,12 @@ def proposals(
         stages: model chunks that layers divide over.
 
     Raises:
-        ValueError: the budget is beyond the source, or no shape fits; with the nearest.
+        ValueError: the budget or a chosen extent is beyond the source, or no shape fits; with
+            the nearest.
     """
     _check_reachable(source, budget)
     fixed = target_shape(asked, source)
+    check_reachable(source, fixed)
     grid = _Grid(source, fixed, asked, tensor, stages)
     low, high = 1 - TOLERANCE, 1 + TOLERANCE
     if budget.params is None:

@@ -20,6 +20,7 @@ from megashear.tokenizer.chat_template import (
     template_of,
 )
 from megashear.tokenizer.models import Tokenizer
+from megashear.tokenizer.turns import check_turns
 
 ROLES = {
     "system": "system",
@@ -154,7 +155,8 @@ def template_for(chat_format: str | None, tokenizer: Tokenizer) -> str | None:
     """Return the text of the template that --chat-format names; None where records are text.
 
     Raises:
-        ValueError: the tokenizer has no template, or one that is none, or no EOS to end answers.
+        ValueError: the tokenizer has no template, or one that is none or of which headers would be
+            learned, or no EOS to end answers.
     """
     if chat_format is None:
         return None
@@ -168,5 +170,5 @@ def template_for(chat_format: str | None, tokenizer: Tokenizer) -> str | None:
             f"--chat-format sheared ends each answer with EOS, which the tokenizer "
             f"{tokenizer.path} lacks; name the token in tokenizer_config.json beside it"
         )
-    chat_template(tokenizer, template)
+    check_turns(tokenizer, chat_template(tokenizer, template))
     return template

@@ -80,11 +80,12 @@ class FoundTasks:
                 given. A task that says it has none keeps none.
 
         Raises:
-            ValueError: with the way out.
+            ValueError: a task cannot be loaded, or two names stand for it.
         """
         import datasets
 
         tasks: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+        named_by: dict[str, str] = {}
         if os.environ.get("RANK", "0") != "0":  # every rank loads, and one shows how far it is
             logging.getLogger("lm_eval").setLevel(logging.ERROR)
             datasets.disable_progress_bars()
@@ -93,11 +94,23 @@ class FoundTasks:
                 found = self.manager.load([name])
             except Exception as error:  # whatever a task's own code or a hub's client raises
                 raise ValueError(self._not_loaded(name, error)) from error
+            if twice := sorted(named_by.keys() & found["tasks"].keys()):
+                raise ValueError(self._named_twice(twice, named_by[twice[0]], name))
+            named_by |= dict.fromkeys(found["tasks"], name)
             for task in found["tasks"].values():
                 _set_shots(task, self.shots.get(name), num_shots)
             for part, each in tasks.items():
                 each |= found.get(part, {})
         return LoadedTasks(tasks=tasks)
+
+    def _named_twice(self, tasks: Sequence[str], first: str, second: str) -> str:
+        others = f" and {len(tasks) - 1} more" if len(tasks) > 1 else ""
+        by = [f"{name} of {SHEARED}" if name in self.shots else name for name in (first, second)]
+        return (
+            f"{self.flag}: task {tasks[0]}{others} is named twice, by {' and by '.join(by)}, and "
+            f"has one number of examples in a run; leave one of the two names out, or run the "
+            f"command once for each"
+        )
 
     def _not_loaded(self, name: str, error: Exception) -> str:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -168,9 +181,9 @@ def require_harness(flag: str) -> None:
             '"megashear[eval]"'
         ) from None
     numbers = [int(number) for number in version.split(".")[:3] if number.isdigit()]
-    if not [0, 4, 9] <= numbers < [0, 5]:
+    if not [0, 4, 12] <= numbers < [0, 5]:
         raise ValueError(
-            f"{flag} needs lm-evaluation-harness 0.4.9 or later, below 0.5, and {version} is "
+            f"{flag} needs lm-evaluation-harness 0.4.12 or later, below 0.5, and {version} is "
             f'installed: pip install "megashear[eval]"'
         )
 

@@ -92,6 +92,20 @@ def sheared_table(results: Mapping[str, Any], name: str) -> str:
         [f"{model} (published)", *(f"{value:.1f}" for value in row)]
         for model, row in PUBLISHED.items()
     ]
-    shots = ["examples", *(str(paper.num_shots) for paper in TASKS.values()), ""]
+    asked = {task: results["n-shot"].get(task) for task in TASKS}
+    other = {
+        task: shots
+        for task, shots in asked.items()
+        if shots is not None and shots != TASKS[task].num_shots
+    }
+    shown_shots = [
+        "-" if shots is None else f"{shots}{'*' if task in other else ''}"
+        for task, shots in asked.items()
+    ]
+    shots = ["examples", *shown_shots, ""]
     metrics = ["metric", *(_SHORT[paper.metric] for paper in TASKS.values()), ""]
-    return f"{text_table([head, metrics, shots, own, *published])}\n{NOTE}"
+    table = f"{text_table([head, metrics, shots, own, *published])}\n{NOTE}"
+    if not other:
+        return table
+    paper = ", ".join(f"{TASKS[task].title} {TASKS[task].num_shots}" for task in other)
+    return f"{table}\n* not the number of examples of the published scores, which is {paper}"

@@ -147,21 +147,6 @@ def chat_template(tokenizer: Tokenizer, text: str) -> ChatTemplate:
     return ChatTemplate(text, tokens)
 
 
-def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:
-    """Return the special token that ends the assistant's turns; None where none does."""
-    turn = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}]
-    try:
-        text, spans = template.render(turn)
-    except (TemplateRefusedError, UnsteadyError):
-        return None
-    start, stop = spans[-1]
-    special = tokenizer.special_tokens
-    for number, end in zip(*tokenizer.encode_rendered(text)):
-        if start < end <= stop and tokenizer.token(number) in special:
-            return number
-    return None
-
-
 def template_of(tokenizer: Tokenizer) -> str | None:
     """Return the text of a tokenizer's own template, which lies beside it; of several the default.
 

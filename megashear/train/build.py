@@ -29,13 +29,9 @@ from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.watchdog import make_watchdog
 from megashear.tokenizer import tokenizer_files
-from megashear.tokenizer.chat_template import (
-    TEMPLATE_NAME,
-    chat_template,
-    end_of_turn,
-    template_of,
-)
+from megashear.tokenizer.chat_template import TEMPLATE_NAME, chat_template, template_of
 from megashear.tokenizer.choice import load_tokenizer
+from megashear.tokenizer.turns import end_of_turn
 from megashear.train.distillation import Distillation, Teacher
 from megashear.train.environment import environment
 from megashear.train.fill import fill

@@ -15,18 +15,20 @@ from megashear.tokenizer.chat_template import (
     ChatTemplate,
     TemplateRefusedError,
     chat_template,
-    end_of_turn,
     no_template,
     template_of,
 )
 from megashear.tokenizer.models import Tokenizer
+from megashear.tokenizer.turns import check_turns, end_of_turn
 from megashear.train.reading import longest_of
 from megashear.train.sampling import Sampling
 from megashear.train.stored_model import StoredModel, find_model
 
 
 def generate(config: GenerateRun) -> list[str]:
-    """Return every text with its continuation. Collective over the processes torchrun started.
+    """Return every text with its continuation, or with --chat the answer to it.
+
+    Collective over the processes torchrun started.
 
     Raises:
         ValueError: anything a user can correct.
@@ -49,7 +51,7 @@ class PreparedTexts:
     """Token that ends an answer too, beside those that end any text."""
 
     def run(self, groups: ParallelGroups) -> list[str]:
-        """Load the model and continue the texts. Collective over the world."""
+        """Load the model and continue the texts, or answer them. Collective over the world."""
         config = self.config
         check_same({"texts": self.texts, "shape of the model": self.model.shape.to_dict()})
         model, reader = self.model.open_reader(groups, config)
@@ -65,6 +67,8 @@ class PreparedTexts:
                 seed=config.seed,
             ),
         )
+        if config.chat:
+            return [self.tokenizer.decode(more) for more in new]
         # decoded with the text, for a tokenizer may drop a blank before the first token
         return [self.tokenizer.decode([*text, *more]) for text, more in zip(self.texts, new)]
 
@@ -85,6 +89,7 @@ def prepare_generate(config: GenerateRun) -> PreparedTexts:
         if (found := template_of(tokenizer)) is None:
             raise no_template(tokenizer, "leave --chat out")
         template = chat_template(tokenizer, found)
+        check_turns(tokenizer, template)
         turn_end = end_of_turn(tokenizer, template)
     for text in _texts(config):
         tokens = [*begin, *tokenizer.encode(text)]

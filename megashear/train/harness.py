@@ -7,7 +7,7 @@ import io
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -135,7 +135,7 @@ class ReadingModel(TemplateLM):
         passages = []
         for _, context, continuation in requests:
             # what is too long loses its beginning
-            tokens = (context + continuation)[-(self.max_length + 1) :]
+            tokens = ((context or [self.prefix_token_id]) + continuation)[-(self.max_length + 1) :]
             passages.append(Passage(tokens, min(len(continuation), len(tokens) - 1)))
         scores = self.reader.score(passages, what="tasks: scoring")
         return [(score.log_probability, score.is_greedy) for score in scores]
@@ -184,15 +184,12 @@ class ReadingModel(TemplateLM):
                 f"{self.max_length}; set max_gen_toks lower in the generation_kwargs of its .yaml"
             )
         decode = self._own_tokenizer.decode
+        longest = self.max_length - most_new
         new = self.reader.continue_texts(
-            [self.tok_encode(text)[-(self.max_length - most_new) :] for text in contexts],
+            [self.tok_encode(text)[-longest:] or [self.prefix_token_id] for text in contexts],
             most_new=most_new,
             is_done=self._stopper(stops, decode),
-            sampling=Sampling(
-                temperature=settings.get("temperature", 0.0) if settings["do_sample"] else 0.0,
-                top_k=settings.get("top_k"),
-                top_p=settings.get("top_p"),
-            ),
+            sampling=_sampling(settings),
             what="tasks: generating",
         )
         return [postprocess_generated_text(decode(tokens), stops, None) for tokens in new]
@@ -207,6 +204,17 @@ class ReadingModel(TemplateLM):
             return any(stop in text for stop in stops)
 
         return is_done
+
+
+def _sampling(settings: Mapping[str, Any]) -> Sampling:
+    """Return how a task's generation_kwargs, normalised, want tokens chosen."""
+    top_k = settings.get("top_k")
+    return Sampling(
+        temperature=settings.get("temperature", 0.0) if settings["do_sample"] else 0.0,
+        # 0 and -1 stand for all tokens, as in transformers and vLLM
+        top_k=None if top_k is None or top_k <= 0 else top_k,
+        top_p=settings.get("top_p"),
+    )
 
 
 @contextlib.contextmanager

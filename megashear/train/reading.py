@@ -33,7 +33,7 @@ class Passage(NamedTuple):
     tokens: Sequence[int]
     """All tokens."""
     num_scored: int
-    """Number of last tokens to score; at least one token precedes them."""
+    """Number of last tokens to score; at least one token precedes them. None scores 0 nats."""
 
 
 class PassageScore(NamedTuple):
@@ -77,6 +77,8 @@ class Reader:
         """
         by_text: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for number, (tokens, num_scored) in enumerate(passages):
+            if num_scored == 0:  # has no row of its own in the logits
+                continue
             by_text.setdefault((tuple(tokens[:-1]), num_scored), []).append(number)
         readings = list(by_text.values())  # numbers of passages that are read together
         texts = [passages[numbers[0]] for numbers in readings]
@@ -104,7 +106,10 @@ class Reader:
                 bar.update(len(part))
         (scores,) = ordered_sum([scores], self.groups.pipeline)
         (scores,) = ordered_sum([scores], self.groups.data)
-        return [PassageScore(total, bool(greedy)) for total, greedy in scores.tolist()]
+        return [
+            PassageScore(total, bool(greedy) or passage.num_scored == 0)
+            for passage, (total, greedy) in zip(passages, scores.tolist())
+        ]
 
     def continue_texts(
         self,
@@ -158,6 +163,7 @@ class Reader:
         def choose(batch: MicroBatch, logits: Tensor) -> None:
             last = batch.loss_mask.bool().to(logits.device)
             rows = whole_rows(logits[last], self.shape.vocab_size, self.groups.tensor)
+            assert len(rows) == len(batch.positions), "a text without tokens"
             for row, n in zip(rows, batch.positions.tolist()):
                 chosen[n] = sampling.choose(row, text=n, place=places[n])
 

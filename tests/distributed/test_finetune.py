@@ -256,7 +256,7 @@ def test_a_resumed_run_is_bit_equal(chat_run: ChatRun, uninterrupted: Path, tmp_
     # and other rows would be others
     other = configuration(chat_run, tmp_path, SPLIT, resume=True)
     other = replace(other, data=replace(other.data, pack=False))
-    with pytest.raises(AssertionError, match=r"samples_per_epoch was .* and its --pack"):
+    with pytest.raises(AssertionError, match=r"pack was True .* with the saved --pack"):
         start(other)
 
 
@@ -319,7 +319,7 @@ def test_a_small_model_learns_to_answer_and_exports_the_template(
     asked = "Tell me, what colour has snow?"
     question = GenerateRun(load=str(tmp_path / "saved"), chat=True, prompt=(asked,))
     ((said,),) = run_ranks(1, lambda rank: generate(question))
-    assert said.endswith(f"{asked}\nassistant\n{replies['snow']}")
+    assert said == replies["snow"]
     with pytest.raises(ValueError, match="spells '</s>', which would be read as the template's"):
         prepare_generate(replace(question, prompt=("What is </s>?",)))
     for name in ("chat_template.jinja", "tokenizer_config.json"):

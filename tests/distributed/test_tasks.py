@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from megashear.parallel.launch import distributed
 from megashear.tasks.find import LoadedTasks, find_tasks
 from megashear.train import harness, reading
 from megashear.train.reading import Passage
+from megashear.train.sampling import Sampling
 from megashear.train.schedule import ForwardPass
 from megashear.train.tasks import prepare_tasks
 from tests import local_tasks
@@ -41,6 +43,8 @@ OTHER_KERNELS = 1e-4
 """Absolute, nats: sums of some dozen float32 log-probabilities, of other kernels."""
 BROKEN = 0.01
 """Nats; whatever is broken here is off by more."""
+
+NO_TASKS = "--(tokenizer-model|no-prepend-bos) is for --tasks, which is not given; leave it out"
 
 Results = dict[str, Any]
 
@@ -209,12 +213,60 @@ def test_choices_of_one_token_are_read_once_and_scored_as_alone(stock: Stock, fo
     assert sum(score.is_greedy for score in together) < len(passages)
 
 
+def test_empty_texts_are_answered_and_leave_others_as_they_were(stock: Stock, folder: Path) -> None:
+    config = configured(stock.checkpoint, folder, micro_batch_size=3, prepend_bos=False)
+    settings = {"until": [], "max_gen_toks": 4, "do_sample": False}
+    continued = [("Return", " the"), ("Return", ""), (" ", "x"), ("", " the"), ("Return the", " x")]
+
+    def body(rank: int) -> tuple[Any, ...]:
+        with distributed(config.parallel, config.model) as groups:
+            prepared = prepare_tasks(config)
+            model, reader = prepared.model.open_reader(groups, config)
+            ends = model.end_tokens(prepared.tokenizer)
+            lm = harness.ReadingModel(reader, prepared.tokenizer, ends, prepend_bos=False)
+            with_bos = harness.ReadingModel(reader, prepared.tokenizer, ends, prepend_bos=True)
+
+            def said(*texts: str, by: Any = lm) -> list[str]:
+                asked = [SimpleNamespace(args=(text, settings)) for text in texts]
+                return by.generate_until(asked)
+
+            def scored(*pairs: tuple[str, str]) -> list[tuple[float, bool]]:
+                return lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs])
+
+            texts = ("Return the", "", "One of")
+            alone = [*said(texts[0]), *said("", by=with_bos), *said(texts[2])]
+            with pytest.raises(AssertionError, match="a text without tokens"):  # the twin
+                reader.continue_texts(
+                    [[7, 8], [], [9]], most_new=1, is_done=bool, sampling=Sampling()
+                )
+            return said(*texts), alone, scored(*continued), [scored(each)[0] for each in continued]
+
+    ((texts, alone, together, each),) = run_ranks(1, body)
+    assert texts == alone
+    assert len({*texts}) == 3
+    assert together[1] == each[1] == (0.0, True)
+    for n in (0, 2, 3, 4):
+        assert together[n] == (pytest.approx(each[n][0], abs=OTHER_KERNELS), each[n][1])
+        assert together[n][0] < -BROKEN
+
+
+def test_no_number_of_likeliest_tokens_stands_for_all() -> None:
+    drawn = {"do_sample": True, "temperature": 0.5}
+    for top_k in (0, -1, None):
+        assert harness._sampling(drawn | {"top_k": top_k}).top_k is None
+    assert harness._sampling(drawn | {"top_k": 2}) == Sampling(temperature=0.5, top_k=2)
+    assert harness._sampling(drawn | {"do_sample": False}).temperature == 0.0
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"data_path": "data"}, r"--data-path data is for losses and --tasks made_choice made_sa"),
         ({"tasks": ()}, r"--data-path is not given; name the directory .* or tasks with --tasks"),
         ({"tasks": (), "data_path": "data"}, "--include-path is for --tasks, which is not given"),
+        ({"tasks": (), "data_path": "d", "include_path": None, "tokenizer_model": "t"}, NO_TASKS),
+        ({"tasks": (), "data_path": "d", "include_path": None, "prepend_bos": False}, NO_TASKS),
+        ({"seq_length": 128}, r"--seq-length 128 is for the held-out text .* made_say .*leave it"),
         ({"num_fewshot": -1}, "--num-fewshot is -1; wanted 0 to 1000"),
     ],
 )

@@ -196,7 +196,7 @@ def converted(tmp_path: Path, *words: str, card: str | None = None, **generation
 def test_a_licence_travels_from_the_sources_card(tmp_path: Path) -> None:
     card = converted(tmp_path, card="---\nlicense: other\nlicense_name: llama3.1\n---\n")
     head = front_matter(tmp_path / "out/README.md")
-    assert head["base_model"] == "in"
+    assert "base_model" not in head, "the hub would take a folder's name for a repository's"
     assert (head["license"], head["license_name"]) == ("other", "llama3.1")
     assert "`other`, the licence of in, whose terms" in card
     assert "pruning" not in head["tags"]
@@ -222,6 +222,30 @@ def test_end_tokens_of_a_generation_config_stay(tmp_path: Path) -> None:
     converted(tmp_path, **said)
     found = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert found == said
+
+
+@pytest.mark.parametrize(
+    ("said", "ids", "wanted"),
+    [
+        (5, [5, 7], [5, 7]),
+        ([6, 5], [5, 6, 7], [6, 5, 7]),
+        ([5, 6], [5, 7], [5, 6, 7]),
+        ([5, 6], 5, [5, 6]),
+        (5, [7, 8], 5),
+        (None, [5, 7], [5, 7]),
+    ],
+)
+def test_the_end_of_a_turn_joins_those_of_a_generation_config(
+    tmp_path: Path, said: Any, ids: Any, wanted: Any
+) -> None:
+    (source := tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": said, "temperature": 0.6})
+    )
+    known = {"eos_token_id": ids}
+    out = tmp_path / "out"
+    hf.write_directory(out, random_weights(SMALL), SMALL, token_ids=known, tokenizer=[source])
+    found = json.loads((out / "generation_config.json").read_text())
+    assert found == {"eos_token_id": wanted, "temperature": 0.6}
 
 
 def test_missing_end_tokens_are_added(tmp_path: Path) -> None:
@@ -273,11 +297,15 @@ def test_another_file_of_results_is_refused(tmp_path: Path, content: str, messag
         read_results(tmp_path / "r.json", "--task-results")
 
 
-def test_results_without_a_card_are_refused(
+def test_results_and_names_without_a_card_are_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "r.json").write_text(json.dumps(RESULTS))
     words = ["--input", str(trained), "--output", str(tmp_path / "o"), "--task-results"]
+    named = ["--base-model", "org/model", "--license", "apache-2.0"]
+    assert main(["convert", *words[:4], *named, "--no-model-card"]) == 2
+    wanted = "--base-model org/model and --license apache-2.0 would stand in the card of the"
+    assert wanted in capsys.readouterr().err
     for more in (["--no-model-card"], ["--output-format", "checkpoint"]):
         assert main(["convert", *words, str(tmp_path / "r.json"), *more]) == 2
         assert "is for the card of a Hugging Face directory" in capsys.readouterr().err

@@ -15,6 +15,8 @@ from megashear.data.batch import DocumentBorders, micro_batch
 from megashear.data.context import as_context, ids_of, largest_id
 from megashear.data.conversations import ConversationSequences, HeldOutConversations, best_fit
 from megashear.data.indexed import write_index
+from megashear.data.loader_state import LoaderState, restore, state_of
+from megashear.data.mixture import DomainMixture
 
 LENGTH = 12
 
@@ -105,6 +107,24 @@ def test_labels_that_count_are_the_tokens_to_learn(tmp_path: Path) -> None:
     assert batch.labels.min() >= 0
     learned = batch.labels[batch.loss_mask.bool()]
     assert sorted(learned.tolist()) == sorted(text[text >= 0].tolist())
+
+
+def test_a_run_resumes_with_the_packing_it_was_started_with(tmp_path: Path) -> None:
+    prefix = write(tmp_path, [(10, 2)] * 4)  # no two fit into a row: as many rows either way
+
+    def standing(state: LoaderState | None = None, *, is_packed: bool) -> LoaderState:
+        rows, mixture = [opened(prefix, is_packed=is_packed)], DomainMixture([1.0])
+        if state is not None:
+            restore(state, rows, mixture)
+        return state_of(rows, mixture)
+
+    saved = standing(is_packed=True)
+    assert standing(saved, is_packed=True) == saved
+    with pytest.raises(ValueError, match=r"pack was True in .* False now.* with the saved --pack"):
+        standing(saved, is_packed=False)
+    # checkpoints of earlier versions do not say it
+    del saved["pack"]  # type: ignore[misc]
+    assert standing(saved, is_packed=False)["pack"] is False
 
 
 def test_a_sequence_length_at_which_nobody_answers_is_refused(tmp_path: Path) -> None:

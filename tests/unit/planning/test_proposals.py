@@ -271,6 +271,21 @@ def test_lines_say_what_is_off_and_what_others_chose() -> None:
             r"heads for 64 tensor ranks, fits --budget-params 1.3e9; none",
         ),
         (
+            SEVEN,
+            {"budget_params": 2.7e9, "target_num_layers": 40},
+            r"num_layers is 40, the source has 32, .* set --target-num-layers to at most 32",
+        ),
+        (
+            SEVEN,
+            {"budget_params": 2.7e9, "target_ffn_hidden_size": 20000},
+            r"is 20000, the source has 11008, .* set --target-ffn-hidden-size to at most 11008",
+        ),
+        (
+            SEVEN,
+            {"budget_params": 2.7e9, "target_hidden_size": 5120},
+            r"is 5120, the source has 4096, .* set --target-hidden-size to at most 4096",
+        ),
+        (
             PRESETS["mistral-7b-v0.1"],
             {"budget_params": 1e9, "seq_length": 8192},
             r"--seq-length 8192 is longer than the model's sliding_window",
@@ -290,5 +305,7 @@ def test_a_plan_needs_gpus_or_a_budget_and_no_whole_target() -> None:
     budget = BudgetConfig(budget_weights_gb=3.0)
     with pytest.raises(ValueError, match=r"--target llama2-1.3b is a whole shape, and --budget-w"):
         PlanConfig(model="llama2-7b", target="llama2-1.3b", budget=budget)
+    with pytest.raises(ValueError, match=r"--budget-batch-size 8 is for a budget, and none is g"):
+        BudgetConfig(budget_batch_size=8)
     with pytest.raises(ValueError, match=r"--budget-params is 0; wanted 1e-6 to 1e18"):
         BudgetConfig(budget_params=0)

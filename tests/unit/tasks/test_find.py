@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 from pathlib import Path
@@ -49,8 +50,9 @@ def test_the_papers_tasks_have_the_papers_examples(monkeypatch: pytest.MonkeyPat
     ("version", "message"),
     [
         (None, r'not installed: pip install "megashear\[eval\]"'),
-        ("0.5.1", r"needs lm-evaluation-harness 0.4.9 or later, below 0.5, and 0.5.1 is"),
-        ("0.4.3", r"below 0.5, and 0.4.3 is installed"),
+        ("0.5.1", r"needs lm-evaluation-harness 0.4.12 or later, below 0.5, and 0.5.1 is"),
+        ("0.4.11", r"0.4.12 or later, below 0.5, and 0.4.11 is installed: pip install"),
+        ("0.4.9.2", r"and 0.4.9.2 is installed: pip install \"megashear\[eval\]\""),
     ],
 )
 def test_another_harness_is_refused(
@@ -87,6 +89,18 @@ def test_a_task_without_its_data_is_refused(folder: Path) -> None:
     found = find_tasks([READ], include_path=str(folder))
     with pytest.raises(ValueError, match=r"task made_read cannot be loaded: .*or describe the tas"):
         found.load()
+
+
+def test_a_task_that_two_names_stand_for_is_refused(folder: Path) -> None:
+    (folder / "made_all.yaml").write_text(f"group: made_all\ntask: [{READ}, {CHOICE}]\n")
+    found = find_tasks(["made_all"], include_path=str(folder))
+    assert found.load().sizes() == {READ: 3, CHOICE: 7}
+    both = dataclasses.replace(found, names=[READ, "made_all"])
+    with pytest.raises(ValueError, match=f"task {READ} is named twice, by {READ} and by made_all,"):
+        both.load()
+    of_paper = dataclasses.replace(found, names=["made_all", READ], shots={READ: 3})
+    with pytest.raises(ValueError, match=f"made_all and by {READ} of sheared, .*; leave one of th"):
+        of_paper.load()
 
 
 def test_a_group_with_scores_stands_for_its_tasks() -> None:

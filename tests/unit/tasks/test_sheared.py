@@ -23,7 +23,8 @@ def test_scores_stand_beside_published_ones() -> None:
             for n, (name, paper) in enumerate(TASKS.items())
             if paper.metric != "acc"
         }
-        | {name: {"acc,none": 0.5} for name, paper in TASKS.items() if paper.metric == "acc"}
+        | {name: {"acc,none": 0.5} for name, paper in TASKS.items() if paper.metric == "acc"},
+        "n-shot": {name: paper.num_shots for name, paper in TASKS.items()},
     }
     assert score_of(results, "sciq", "acc") == 0.5
     assert score_of(results, "sciq", "acc_norm") is None
@@ -35,10 +36,24 @@ def test_scores_stand_beside_published_ones() -> None:
     ]
     assert sum("(published)" in line for line in lines) == len(PUBLISHED) + 1
     assert max(map(len, lines)) <= 118
+    examples = ["0", "0", "0", "0", "25", "10", "0", "32", "0", "32", "5"]
+    assert next(x for x in lines if x.startswith("examples")).split()[1:] == examples
+    assert "*" not in "".join(lines)
     # one task that was not asked leaves no mean
     del results["results"]["sciq"]
     own = next(x for x in sheared_table(results, "small").splitlines() if x.startswith("small"))
     assert (own.split()[1], own.split()[-1]) == ("-", "-")
+
+
+def test_other_numbers_of_examples_than_the_papers_are_marked() -> None:
+    shots = {name: paper.num_shots for name, paper in TASKS.items()}
+    del shots["mmlu"]
+    results = {"results": {}, "n-shot": shots | {"arc_challenge": 0, "boolq": 3}}
+    lines = sheared_table(results, "small").splitlines()
+    examples = ["0", "0", "0", "0", "0*", "10", "0", "3*", "0", "32", "-"]
+    assert next(x for x in lines if x.startswith("examples")).split()[1:] == examples
+    assert lines[-1].startswith("* not the number of examples of the published scores")
+    assert lines[-1].endswith("ARC-C 25, BoolQ 32")
 
 
 def test_a_table_has_a_row_for_each_metric() -> None:

@@ -16,10 +16,10 @@ from megashear.tokenizer.chat_template import (
     TemplateRefusedError,
     UnsteadyError,
     chat_template,
-    end_of_turn,
     template_of,
 )
 from megashear.tokenizer.choice import load_tokenizer
+from megashear.tokenizer.turns import check_turns, end_of_turn
 from tests import chat
 from tests.chat import CHAT_ML, write_tokenizer
 
@@ -41,6 +41,17 @@ MARKED = """{%- for message in messages %}
 {%- if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}
 """
 """With the tags and the filters that transformers knows."""
+HEADER = "{{ '<|im_start|>assistant\n' }}"
+UNASKED = CHAT_ML.partition("{% if add")[0]
+"""ChatML as it was before there were generation prompts."""
+ALWAYS = UNASKED + HEADER
+LAST = UNASKED + "{% if messages[-1].role == 'user' %}" + HEADER + "{% endif %}"
+"""Knows no generation prompt, and needs none."""
+THINKING = CHAT_ML.replace(
+    "+ message['content']",
+    "+ ('<s></s>' if loop.last and message.role == 'assistant' else '') + message['content']",
+)
+"""Something before the answer that is no part of the prompt, special tokens in it."""
 TURNS = [
     {"role": "user", "content": " What colour is <b>snow</b>? \u00e9\U0001f642 "},
     {"role": "assistant", "content": "Snow is white."},
@@ -121,12 +132,52 @@ def test_templates_that_are_none_are_refused(folder: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("text", "ending"),
-    [(CHAT_ML, "<|im_end|>"), (INSTRUCT, "</s>"), (MARKED, "<|im_end|>"), ("{{ 1 }}", None)],
+    [
+        (CHAT_ML, "<|im_end|>"),
+        (INSTRUCT, "</s>"),
+        (MARKED, "<|im_end|>"),
+        (UNASKED, "<|im_end|>"),
+        (ALWAYS, "<|im_end|>"),
+        (THINKING, "<|im_end|>"),
+        ("{{ 1 }}", None),
+    ],
 )
 def test_what_ends_a_turn_is_known(folder: Path, text: str, ending: str | None) -> None:
     tokenizer = load_tokenizer(folder)
     found = end_of_turn(tokenizer, chat_template(tokenizer, text))
     assert (None if found is None else tokenizer.token(found)) == ending
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (UNASKED, r"a prompt lacks '<\|im_start\|>assistant\\n', .*end the template with \{% if"),
+        (
+            ALWAYS,
+            r"after an answer, too, it writes '.*assistant\\n', .* add_generation_prompt %\} a",
+        ),
+    ],
+)
+def test_templates_whose_headers_would_be_learned_are_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer", template=text))
+    with pytest.raises(ValueError, match="json ignores add_generation_prompt: " + message):
+        template_for("template", tokenizer)
+
+
+def test_the_way_out_that_a_refusal_names_is_one(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    with pytest.raises(ValueError, match="end the template with ") as refusal:
+        check_turns(tokenizer, chat_template(tokenizer, UNASKED))
+    named = str(refusal.value).partition("end the template with ")[2].partition("; correct")[0]
+    check_turns(tokenizer, chat_template(tokenizer, UNASKED + named))
+
+
+@pytest.mark.parametrize("text", [CHAT_ML, INSTRUCT, MARKED, SHEARED, LAST, THINKING, "{{ 1 }}"])
+def test_templates_whose_answers_have_no_header_are_taken(folder: Path, text: str) -> None:
+    tokenizer = load_tokenizer(folder)
+    check_turns(tokenizer, chat_template(tokenizer, text))
 
 
 def test_a_file_and_the_default_of_several_are_found(folder: Path, tmp_path: Path) -> None:
