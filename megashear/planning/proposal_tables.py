@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from megashear.masks.kinds import EXTENTS
+from megashear.masks.kinds import EXTENTS, HIDDEN
 from megashear.masks.targets import target_units
 from megashear.planning.budget import Budget, kv_bytes, weight_bytes
 from megashear.planning.hardware import GB
@@ -26,7 +26,7 @@ from megashear.shape import ModelShape
 from megashear.text_table import text_table
 
 _HEAD = (
-    *("layers", "hidden", "heads", "kv", "neurons", "parameters", "GB", "KV bytes", "ms"),
+    *("layers", HIDDEN, "heads", "kv", "neurons", "parameters", "GB", "KV bytes", "ms"),
     *("tp", "distance", "what is off"),
 )
 MOST_RANKS = 8

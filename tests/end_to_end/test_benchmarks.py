@@ -162,7 +162,8 @@ def test_what_masks_send_depends_on_neither_sequence_nor_batch(tmp_path: Path) -
     for rank, mine in enumerate(first):
         calls = sum(each["calls"] for each in mine["added"].values())
         size = sum(each["bytes"] for each in mine["added"].values())
-        assert 0 < calls < 10
+        # half of them are the projection's three sums, each over tensor and over pipeline ranks
+        assert 0 < calls <= 12
         # gathered over tensor and pipeline ranks; the rest are sums of rows
         assert 0 < size - 2 * found["hidden_row_bytes"] < 1024
         for other in others:
