@@ -19,11 +19,11 @@ import pytest
 
 SCENARIOS = "scenarios"
 SEED_VARIABLE = "MEGASHEAR_TEST_SAMPLE"
-NUM_SCENARIOS = 3
+NUM_SCENARIOS = 2
 """Tests marked ``scenario`` that a plain run takes."""
 RANKS = "tests/distributed/"
 """Folder of the tests that start ranks."""
-OF_RANKS = 2
+OF_RANKS = 1
 """Cases of each of these tests that a plain run takes, unless a mark says another number. All of
 them take twice as long as the 15 minutes that `.ci/run` should take on two slow cores."""
 LEFT_OUT = pytest.StashKey[int]()
