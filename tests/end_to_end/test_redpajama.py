@@ -85,7 +85,7 @@ def test_llama_is_sheared_on_redpajama(tmp_path: Path, capsys: pytest.CaptureFix
             points[f"prune/{which}-sparsity/{kind}"] for which in ("target", "expected")
         )
         assert wanted[5] < 0.2 < 0.45 < wanted[WARMUP] <= wanted[ITERATIONS] == 0.5
-        assert found[5] < 0.05
+        assert found[5] < 0.2  # follows its target from the first step on
         assert found[ITERATIONS] == pytest.approx(wanted[ITERATIONS], abs=SPARSITY_GAP), kind
 
     cut, sheared = tmp_path / "cut", tmp_path / "sheared"
