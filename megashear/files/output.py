@@ -47,6 +47,21 @@ def writing(flag: str, path: Path | str) -> Iterator[None]:
         raise UnwritableError(f"{flag} {path} cannot be written: {way_out}") from error
 
 
+def check_new_file(flag: str, path: Path | str) -> None:
+    """Refuse a file to write that exists or cannot be made, before work is spent on it.
+
+    Args:
+        flag: what the user typed to name it.
+        path: of the file.
+
+    Raises:
+        ValueError: it exists, or cannot be made.
+    """
+    if Path(path).exists():
+        raise ValueError(f"{flag} {path} exists; choose another or remove it first")
+    check_writable(flag, path)
+
+
 def check_writable(flag: str, path: Path | str, *, into: bool = False) -> None:
     """Refuse an output that cannot be made where it shall be, before work is spent on it.
 

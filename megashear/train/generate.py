@@ -92,8 +92,9 @@ def prepare_generate(config: GenerateRun) -> PreparedTexts:
         check_turns(tokenizer, template)
         turn_end = end_of_turn(tokenizer, template)
     for text in _texts(config):
-        tokens = [*begin, *tokenizer.encode(text)]
-        if template is not None:
+        if template is None:
+            tokens = [*begin, *tokenizer.encode(text)]
+        else:
             tokens = _question(text, tokenizer, template)
         if not 0 < len(tokens) < longest:
             raise ValueError(

@@ -14,7 +14,7 @@ from megashear.data.held_out import HeldOutSet
 from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.reference_loss import MEASURED, PARAMETERS, SEQUENCE_LENGTH, Model, read_models
 from megashear.files import durable
-from megashear.files.output import check_writable, writing
+from megashear.files.output import check_new_file, writing
 from megashear.masks.target_flags import target_shape
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
@@ -52,10 +52,8 @@ def prepare_evaluate(config: EvaluateRun) -> PreparedEvaluation:
     Raises:
         ValueError: anything a user can correct.
     """
-    if config.output is not None and Path(config.output).exists():
-        raise ValueError(f"--output {config.output} exists; choose another or remove it first")
     if config.output is not None:
-        check_writable("--output", config.output)
+        check_new_file("--output", config.output)
     return _prepare(config)
 
 

@@ -17,7 +17,7 @@ from megashear.data.batch import DocumentBorders, MicroBatch, micro_batch
 from megashear.data.manifest import DataManifest, read_manifest
 from megashear.data.mixture import DomainMixture
 from megashear.data.sequences import DomainSequences
-from megashear.files.output import check_writable, writing
+from megashear.files.output import check_new_file, writing
 from megashear.models.activations import FORMULAS, ActivationScores
 from megashear.models.llama import check_layout
 from megashear.monitor.console import progress
@@ -186,9 +186,7 @@ def prepare_score(config: ScoreRun) -> PreparedScores:
     Raises:
         ValueError: anything a user can correct.
     """
-    if Path(config.output).exists():
-        raise ValueError(f"--output {config.output} exists; choose another or remove it first")
-    check_writable("--output", config.output)
+    check_new_file("--output", config.output)
     if config.model.transformer_impl != "local":
         raise ValueError(
             f"--transformer-impl {config.model.transformer_impl} fuses norms with the layers after "

@@ -11,7 +11,7 @@ from typing import Any
 
 from megashear.config import EvaluateRun
 from megashear.files import durable
-from megashear.files.output import check_writable, writing
+from megashear.files.output import check_new_file, writing
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.launch import distributed
@@ -113,10 +113,8 @@ def prepare_tasks(config: EvaluateRun) -> PreparedTasks:
     Raises:
         ValueError: anything a user can correct.
     """
-    if config.output is not None and Path(config.output).exists():
-        raise ValueError(f"--output {config.output} exists; choose another or remove it first")
     if config.output is not None:
-        check_writable("--output", config.output)
+        check_new_file("--output", config.output)
     model = find_model(load=config.load, load_hf=config.load_hf, masks=config.masks)
     model.check_runnable(config.parallel, config.model)
     return PreparedTasks(
