@@ -94,20 +94,40 @@ TrainingRun = PruneRun | PretrainRun | FinetuneRun
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateRun:
-    """`megashear evaluate`: measure the held-out loss of a model by domain, or its scores in
-    tasks."""
+class StoredModelRun:
+    """A command that reads one model and trains nothing."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     load: Annotated[str | None, COMMON] = None
-    """Checkpoint directory to evaluate."""
+    """Checkpoint directory of the model."""
     load_hf: Annotated[str | None, COMMON] = None
-    """Hugging Face directory to evaluate, in place of --load; each rank reads only its slices."""
+    """Hugging Face directory of the model, in place of --load; each rank reads only its slices."""
+    verify_checkpoint: bool = True
+    """Compare every file of the checkpoint with its checksum first. Turned off, only names and
+    sizes are compared."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        check_one_source(self.load, self.load_hf)
+        check_source_given(self.load, self.load_hf)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskedModelRun(StoredModelRun):
+    """A command that reads one model, which may be a pruning run's."""
+
     masks: Masks = "exact"
-    """Masks of a pruning run to evaluate its model under: those with as many units as the target
-    (exact, which `megashear cut --exact-target` folds in), or with as many as the masks expect to
-    keep (expected). A model without masks ignores the flag."""
+    """Masks of a pruning run to apply: those with as many units as the target (exact, which
+    `megashear cut --exact-target` folds in), or with as many as the masks expect to keep
+    (expected). A model without masks ignores the flag."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateRun(MaskedModelRun):
+    """`megashear evaluate`: measure the held-out loss of a model by domain, or its scores in
+    tasks."""
+
     data_path: Annotated[str | None, COMMON] = None
     """Directory that `megashear preprocess` wrote, to measure losses on its held-out text."""
     seq_length: Annotated[Length | None, COMMON] = None
@@ -135,14 +155,9 @@ class EvaluateRun:
     output: Annotated[str | None, COMMON] = None
     """JSON file to write: the losses and their standard errors, or the scores of --tasks in the
     format of lm-evaluation-harness."""
-    verify_checkpoint: bool = True
-    """Compare every file of the checkpoint with its checksum first. Turned off, only names and
-    sizes are compared."""
 
     def __post_init__(self) -> None:
-        check_bounds(self)
-        check_one_source(self.load, self.load_hf)
-        check_source_given(self.load, self.load_hf)
+        MaskedModelRun.__post_init__(self)  # not super(): slots make the class anew
         if self.data_path is None and not self.tasks:
             raise ValueError(
                 "--data-path is not given; name the directory that `megashear preprocess` wrote, "
@@ -166,19 +181,9 @@ class EvaluateRun:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateRun:
+class GenerateRun(MaskedModelRun):
     """`megashear generate`: print how a model continues a text."""
 
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    load: Annotated[str | None, COMMON] = None
-    """Checkpoint directory of the model."""
-    load_hf: Annotated[str | None, COMMON] = None
-    """Hugging Face directory of the model, in place of --load; each rank reads only its slices."""
-    masks: Masks = "exact"
-    """Masks of a pruning run to apply: those with as many units as the target (exact, which
-    `megashear cut --exact-target` folds in), or with as many as the masks expect to keep
-    (expected). A model without masks ignores the flag."""
     tokenizer_model: str | None = None
     """SentencePiece tokenizer.model, Hugging Face tokenizer.json, or a directory with one; the
     model's own unless given."""
@@ -206,14 +211,9 @@ class GenerateRun:
     """Seed of the draws. The text is the same at every layout, up to rounding."""
     micro_batch_size: Sequences = 8
     """Texts per replica in one forward pass."""
-    verify_checkpoint: bool = True
-    """Compare every file of the checkpoint with its checksum first. Turned off, only names and
-    sizes are compared."""
 
     def __post_init__(self) -> None:
-        check_bounds(self)
-        check_one_source(self.load, self.load_hf)
-        check_source_given(self.load, self.load_hf)
+        MaskedModelRun.__post_init__(self)  # not super(): slots make the class anew
         if not self.prompt and self.prompt_file is None:
             raise ValueError(
                 "--prompt is not given; give texts to continue, or a file of them with "
@@ -228,15 +228,9 @@ class GenerateRun:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreRun:
+class ScoreRun(StoredModelRun):
     """`megashear score`: measure how important each unit of a model is, for `megashear cut`."""
 
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    load: Annotated[str | None, COMMON] = None
-    """Checkpoint directory of a model without masks to score."""
-    load_hf: Annotated[str | None, COMMON] = None
-    """Hugging Face directory to score, in place of --load; each rank reads only its slices."""
     data_path: str
     """Directory that `megashear preprocess` wrote; its training text is read, all domains in
     proportion to their tokens."""
@@ -250,14 +244,6 @@ class ScoreRun:
     """Sequences per replica in one forward pass."""
     seed: Seed = SEED
     """Seed of the choice of sequences."""
-    verify_checkpoint: bool = True
-    """Compare every file of the checkpoint with its checksum first. Turned off, only names and
-    sizes are compared."""
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
-        check_one_source(self.load, self.load_hf)
-        check_source_given(self.load, self.load_hf)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
