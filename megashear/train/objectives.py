@@ -166,6 +166,6 @@ class LanguageModelling(Objective):
 
 
 class InstructionTuning(LanguageModelling):
-    """The same, of the tokens that the assistant wrote: what else is read has a loss mask of 0."""
+    """Cross entropy of the assistant's tokens alone; all others have a loss mask of 0."""
 
     stage = "finetune"

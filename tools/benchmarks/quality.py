@@ -186,7 +186,7 @@ class Comparison:
             lr=self.size.recover_lr,
             warmup=steps.recover_steps // 20,
             batch=self.size.batch,
-            flags=start | {"seed": seed} | self._learning(arm) | dict(arm.recover_flags),
+            flags=start | {"seed": seed} | self._learning(arm),
         )
         step_tokens = self.size.batch * self.size.seq_length
         masks = folder / "masks.jsonl"

@@ -184,8 +184,6 @@ class Arm:
     """Share of the tokens on which masks learn."""
     mask_flags: Mapping[str, object] = field(default_factory=dict)
     """Further flags of `megashear prune`."""
-    recover_flags: Mapping[str, object] = field(default_factory=dict)
-    """Further flags of `megashear pretrain`."""
 
     @property
     def is_scored(self) -> bool:
