@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "planning": {"models", "masks", "shape", "config", "text_table"},
     "checkpoint": {"models", "masks", "parallel", "shape", "tokenizer", "config", "files"},
     "conversion": {
-        *("checkpoint", "models", "masks", "parallel", "shape", "tokenizer", "config", "files"),
+        *("checkpoint", "models", "masks", "parallel", "shape", "tasks", "tokenizer", "config"),
+        "files",
     },
     "tasks": {"text_table"},
     "data": {"parallel", "tokenizer", "config", "files"},

@@ -244,7 +244,7 @@ def _tasks(results: TaskResults) -> str:
         [
             _cell(score.task),
             "" if score.shots is None else str(score.shots),
-            _cell(score.metric),
+            _cell(score.metric + (f" ({score.behind})" if score.behind else "")),
             f"{score.value:.4f}",
             _error(score.error),
         ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megashear.tasks.scores import scores_of
 from megashear.tasks.sheared import SHEARED, TASKS
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,9 @@ class LoadedTasks:
         alone = [name for name in self.tasks["tasks"] if name not in inside]
         found = {name: results["results"][name] for name in alone} | of_groups
         return {
-            f"{name}/{key.removesuffix(',none')}": float(value)
-            for name, metrics in found.items()
-            for key, value in metrics.items()
-            if "," in key and "_stderr" not in key and isinstance(value, int | float)
+            f"{score.task}/{score.metric}"
+            + (f",{score.behind}" if score.behind else ""): score.value
+            for score in scores_of({"results": found})
         }
 
     def sizes(self) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from megashear.tasks.scores import scores_of
 from megashear.text_table import text_table
 
 SHEARED = "sheared"
@@ -69,10 +70,8 @@ def score_of(results: Mapping[str, Any], task: str, metric: str) -> float | None
         task: name of a task or group.
         metric: of the task; ``acc``, say.
     """
-    for key, value in results["results"].get(task, {}).items():
-        if key.partition(",")[0] == metric and isinstance(value, int | float):
-            return float(value)
-    return None
+    of_task = (score for score in scores_of(results) if score.task == task)
+    return next((score.value for score in of_task if score.metric == metric), None)
 
 
 def sheared_table(results: Mapping[str, Any], name: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from megashear.tasks.scores import scores_of
 from megashear.text_table import text_table
 
 
@@ -15,21 +16,16 @@ def scores_table(results: Mapping[str, Any]) -> str:
         results: of `lm_eval.evaluate`.
     """
     head = ["task", "metric", "filter", "examples", "score", "standard error"]
-    return text_table([head, *_rows(results)], left=3)
-
-
-def _rows(results: Mapping[str, Any]) -> Iterator[list[str]]:
-    for name, found in results["results"].items():
-        for key, value in found.items():
-            metric, comma, behind = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            error = found.get(f"{metric}_stderr,{behind}")
-            shots = results["n-shot"].get(name, "")
-            yield [
-                *(name, metric, "" if behind == "none" else behind, str(shots), _shown(value)),
-                _shown(error) if isinstance(error, int | float) else "",
-            ]
+    rows = [
+        [
+            *(score.task, score.metric, score.behind),
+            "" if score.shots is None else str(score.shots),
+            _shown(score.value),
+            "" if score.error is None else _shown(score.error),
+        ]
+        for score in scores_of(results)
+    ]
+    return text_table([head, *rows], left=3)
 
 
 def _shown(value: float) -> str:
