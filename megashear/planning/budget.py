@@ -24,8 +24,8 @@ def kv_bytes(shape: ModelShape) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ForwardPass:
-    """A forward pass of a whole model on one GPU."""
+class ForwardTime:
+    """How long a forward pass of a whole model takes on one GPU."""
 
     sequences: int
     seq_length: int
@@ -54,7 +54,7 @@ class Budget:
     """Most bytes of KV cache for a token."""
     forward_ms: float | None
     """Most milliseconds of ``forward``."""
-    forward: ForwardPass
+    forward: ForwardTime
     flags: str
     """The budgets as the user typed them."""
 

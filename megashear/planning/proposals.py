@@ -32,7 +32,7 @@ Llama-3.1-Minitron-4B-Width .75 and Llama-3.2-1B 1."""
 FARTHEST_HEADS = 1.5
 """Factor from the source's proportion of attention to hidden size within which heads are tried."""
 FARTHEST_NEURONS = 1.1
-"""The same of neurons."""
+"""Factor from the source's proportion of neurons to hidden size within which neurons are tried."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

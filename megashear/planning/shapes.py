@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megashear.config import PlanConfig, TargetConfig
-from megashear.planning.budget import Budget, ForwardPass
+from megashear.planning.budget import Budget, ForwardTime
 from megashear.planning.hardware import find_gpu
 from megashear.planning.proposals import Proposal, proposals
 from megashear.planning.shares import planned_share
@@ -57,7 +57,7 @@ def make_shapes(
         weights_gb=wanted.budget_weights_gb,
         kv_bytes=wanted.budget_kv_bytes,
         forward_ms=wanted.budget_forward_ms,
-        forward=ForwardPass(
+        forward=ForwardTime(
             sequences=wanted.budget_batch_size,
             seq_length=length,
             gpu=gpu,
