@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megashear.checkpoint.run_summary import RunSummary
+from megashear.checkpoint.text_sample import TextSample
 from megashear.files.structured import check_fields
 from megashear.shape import ModelShape
 
@@ -30,6 +31,7 @@ EVAL_SEQUENCES = "eval_sequences"
 TEACHER_ITERATION = "teacher_iteration"
 HELD_OUT_LOSS = "held_out_loss"
 HELD_OUT_ERROR = "held_out_standard_error"
+TEXT_SAMPLES = "text_samples"
 HF_CONFIG = "hf_config"
 ORIGIN = "origin"
 HISTORY = "history"
@@ -38,7 +40,7 @@ BEFORE = (ORIGIN, HISTORY)
 """Keys of where a model came from and which runs made it; all later stages keep them."""
 LINEAGE = (SOURCE_SHAPE, PRUNED_FOR, ROUNDING, IMPORTANCE_SCORES, *BEFORE)
 """Keys of the pruning that a model came from, and `BEFORE`; stages after the cut keep them."""
-PASSING = (SCHEDULER, LOADER, GUARD, REWEIGHTING)
+PASSING = (SCHEDULER, LOADER, GUARD, REWEIGHTING, TEXT_SAMPLES)
 """Keys of what differs with every step."""
 
 
@@ -121,6 +123,8 @@ class RunDetails:
     """Losses of a finished run's last evaluation, by mode and domain, nats per token."""
     held_out_standard_error: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Standard errors of these losses; None for an error that is not known."""
+    text_samples: list[TextSample] = field(default_factory=list)
+    """Held-out texts as the model of a finished run continues them."""
     hf_config: dict[str, Any] = field(default_factory=dict)
     """Fields that return to config.json unchanged; see `hf_fields.KEPT`."""
     origin: dict[str, str] = field(default_factory=dict)
@@ -146,7 +150,9 @@ class RunDetails:
             for mode in values.get(name, {}):
                 _mapping(values[name], mode)
         if HISTORY in values:
-            values[HISTORY] = _summaries(values[HISTORY])
+            values[HISTORY] = [RunSummary.read(each) for each in _list(values, HISTORY)]
+        if TEXT_SAMPLES in values:
+            values[TEXT_SAMPLES] = [TextSample.read(each) for each in _list(values, TEXT_SAMPLES)]
         if not all(isinstance(value, str) for value in values.get(ORIGIN, {}).values()):
             raise TypeError(f"{ORIGIN} is {str(values[ORIGIN])[:80]}; wanted texts")
         if MASK_EXTENTS in values and TARGET_SHAPE not in values:
@@ -177,15 +183,16 @@ def _shape(values: Mapping[str, Any], name: str) -> ModelShape:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _summaries(values: object) -> list[RunSummary]:
-    """Return the runs that a value stands for.
+def _list(values: Mapping[str, Any], name: str) -> list[Any]:
+    """Return a value that must be a list.
 
     Raises:
-        TypeError: it is no list of them.
+        TypeError: it is none.
     """
-    if not isinstance(values, list):
-        raise TypeError(f"{HISTORY} is {str(values)[:80]}; wanted a list")
-    return [RunSummary.read(each) for each in values]
+    found = values[name]
+    if not isinstance(found, list):
+        raise TypeError(f"{name} is {str(found)[:80]}; wanted a list")
+    return found
 
 
 def _mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:

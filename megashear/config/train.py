@@ -71,6 +71,10 @@ class TrainConfig:
     include_path: str | None = None
     """Directory with task files (.yaml) of your own for --eval-tasks, which are looked at first.
     They may read local JSON lines."""
+    text_samples: Annotated[int, Between(0, 100)] = 3
+    """Number of held-out texts that the model continues at the end of the run, for the log and the
+    report: up to 48 tokens each, the likeliest ones. After a run that learns masks, the model that
+    would be cut writes. 0 for none."""
     save: Annotated[str | None, COMMON] = None
     """Directory for checkpoints."""
     save_interval: Annotated[StepsOrNever, COMMON] = 0

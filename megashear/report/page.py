@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from megashear import __version__
+from megashear.checkpoint.text_sample import TextSample
 from megashear.monitor.drawing import as_svg, save
 
 if TYPE_CHECKING:
@@ -102,6 +103,11 @@ def folded(summary: str, body: Markup) -> Markup:
 def preformatted(words: str) -> Markup:
     """Return text with its spaces and line ends."""
     return _part("preformatted", words)
+
+
+def samples(texts: Sequence[TextSample]) -> Markup:
+    """Return texts with what a model made of their beginnings."""
+    return _part("samples", texts)
 
 
 def definitions(words: Mapping[str, str]) -> Markup:

@@ -11,6 +11,7 @@ import yaml
 from markupsafe import Markup
 
 from megashear import config
+from megashear.checkpoint.description import Description
 from megashear.masks.kinds import KINDS
 from megashear.monitor import tags
 from megashear.monitor.console import format_duration
@@ -52,6 +53,7 @@ from megashear.report.page import (
     moment,
     paragraph,
     preformatted,
+    samples,
     table,
 )
 from megashear.report.record import RunRecord
@@ -108,6 +110,9 @@ def run_section(record: RunRecord, name: str, source: MeanLoss | None) -> Sectio
     if tasks_of(points):
         parts.append(heading("Downstream tasks"))
         drawn("tasks", tasks_figure(points), tasks_caption(points))
+    if record.description is not None and record.description.known.text_samples:
+        parts.append(heading("What the model writes"))
+        parts += _samples(record.description)
     if record.sessions and tags.LM_LOSS in record.events:
         parts.append(heading("Timeline"))
         drawn("timeline", timeline_figure(record), timeline_caption(record))
@@ -173,6 +178,15 @@ def _domains_table(record: RunRecord, source: MeanLoss | None) -> list[Markup]:
     ]
     said = f"Held-out loss of every domain, nats per token, {loss.words}; the mean is {loss}."
     return [table(["domain", *columns], rows), paragraph(said, kind="muted")]
+
+
+def _samples(description: Description) -> list[Markup]:
+    of_masks = ", under the masks that a cut would keep" if description.stage == "prune" else ""
+    said = (
+        f"Beginnings of held-out texts as the model continues them{of_masks}: in colour what it "
+        f"wrote, the likeliest token each time, and below how the text goes on."
+    )
+    return [paragraph(said), samples(description.known.text_samples)]
 
 
 def _environment_parts(found: Mapping[str, Any]) -> list[Markup]:

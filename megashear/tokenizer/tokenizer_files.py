@@ -19,7 +19,7 @@ from megashear.tokenizer.companions import (
     sha256_of,
     stamps_of,
 )
-from megashear.tokenizer.models import SentencePieceTokenizer
+from megashear.tokenizer.models import SentencePieceTokenizer, Tokenizer
 
 TEMPLATES = "additional_chat_templates"
 """Folder of further chat templates, ``*.jinja``, that checkpoints carry along too."""
@@ -97,6 +97,18 @@ def token_ids(files: Sequence[Path]) -> dict[str, Any]:
     """
     beside = {path.with_name(name) for path in files for name in COMPANION_NAMES}
     return dict(_token_ids(tuple(files), stamps_of(sorted({*files, *beside}))))
+
+
+def end_tokens(token_ids: Mapping[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that end a text, as a model and its tokenizer name them.
+
+    Args:
+        token_ids: special tokens of the model, as config.json has them.
+        tokenizer: of the model.
+    """
+    named = token_ids.get("eos_token_id")
+    found = {tokenizer.eos_id, *(named if isinstance(named, list) else [named])}
+    return frozenset(token for token in found if token is not None)
 
 
 @functools.lru_cache(maxsize=4)

@@ -112,7 +112,8 @@ def assemble(
             eval_sequences=inputs.eval_sequences,
         ),
         train=train,
-        tokenizer=_tokenizer(start, inputs.manifest),
+        tokenizer_files=_tokenizer_files(start, inputs.manifest),
+        tokenizer=prepared.tokenizer,
         tasks=prepared.tasks,
         watchdog=make_watchdog(
             groups.rank, groups.world_size, 60 * train.distributed_timeout_minutes
@@ -274,7 +275,7 @@ def _token_ids(start: Start, manifest: DataManifest) -> dict[str, Any]:
     return ids
 
 
-def _tokenizer(start: Start, manifest: DataManifest) -> Path | list[Path]:
+def _tokenizer_files(start: Start, manifest: DataManifest) -> Path | list[Path]:
     """Return the directory of the model's own tokenizer files, or of the data's if it has none; of
     a model that learns conversations its files, with the template that the data were written by."""
     of_data = manifest.tokenizer_directory

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megashear.checkpoint.description import iteration_name, read_description
-from megashear.checkpoint.details import HELD_OUT_ERROR, HELD_OUT_LOSS
+from megashear.checkpoint.details import HELD_OUT_ERROR, HELD_OUT_LOSS, TEXT_SAMPLES
 from megashear.checkpoint.finite import not_finite_anywhere
 from megashear.checkpoint.saver import Saver, SaveReport
 from megashear.checkpoint.store import amend_description, checkpoint_bytes
+from megashear.checkpoint.text_sample import TextSample
 from megashear.config import TrainConfig
 from megashear.models.llama import gather_weights
 from megashear.monitor import tags
@@ -143,17 +145,20 @@ class RunCheckpoints:
         elif self._is_ours(self._source):
             self.last = self._source  # killed before the evaluation that comes now
 
-    def finish(self, step: int, found: Mapping[str, DomainLosses]) -> None:
+    def finish(
+        self, step: int, found: Mapping[str, DomainLosses], samples: Sequence[TextSample]
+    ) -> None:
         """Add the last losses to the last checkpoint, which they prove to be good.
 
         Args:
             step: steps done.
             found: held-out losses over all held-out text, by mode; finite.
+            samples: what the model writes.
         """
         if self._saver is not None:
             self._saver.prove(self._newest_good(step) if self._guard.in_a_row else step)
         if self.last is not None:
-            self._amend(self.last, found)
+            self._amend(self.last, found, samples)
 
     def close(self) -> None:
         """Wait for deletions of older checkpoints."""
@@ -195,11 +200,14 @@ class RunCheckpoints:
             and checkpoint.resolve().parent == Path(save).resolve()
         )
 
-    def _amend(self, saved: Path, found: Mapping[str, DomainLosses]) -> None:
-        """Add the last losses to a checkpoint, unless a run has done so before."""
+    def _amend(
+        self, saved: Path, found: Mapping[str, DomainLosses], samples: Sequence[TextSample]
+    ) -> None:
+        """Add what was found at the end to a checkpoint, unless a run has done so before."""
         details = {
             HELD_OUT_LOSS: {mode: domains.losses for mode, domains in found.items()},
             HELD_OUT_ERROR: {mode: domains.known_errors for mode, domains in found.items()},
+            TEXT_SAMPLES: [dataclasses.asdict(sample) for sample in samples],
         }
         with raise_together():
             done = bool(read_description(saved).known.held_out_loss)

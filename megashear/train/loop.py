@@ -26,6 +26,9 @@ from megashear.parallel import device
 from megashear.parallel.agree import raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.watchdog import Watchdog
+from megashear.tasks.find import LoadedTasks
+from megashear.tokenizer.models import Tokenizer
+from megashear.tokenizer.tokenizer_files import end_tokens
 from megashear.train.checkpoints import RunCheckpoints
 from megashear.train.evaluate import DomainLosses, HeldOutLosses
 from megashear.train.evaluations import EqualCopies, Evaluation, Moment, is_due
@@ -33,10 +36,12 @@ from megashear.train.mixing import Mixing, RunData
 from megashear.train.objectives import Objective
 from megashear.train.points import StepLog
 from megashear.train.result import RunResult
+from megashear.train.run_reader import RunReader
 from megashear.train.state import RunState
 from megashear.train.step import Step, TrainStep
 from megashear.train.stops import DIVERGED, Stops, exit_status
-from megashear.train.task_scores import RunTasks, TaskScores
+from megashear.train.task_scores import TaskScores
+from megashear.train.text_samples import TextSamples
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +61,13 @@ class Trainer:
     """The domains."""
     train: TrainConfig
     """The flags."""
-    tokenizer: Path | Sequence[Path]
+    tokenizer_files: Path | Sequence[Path]
     """The tokenizer's files, or their directory, which every checkpoint carries."""
+    tokenizer: Tokenizer
+    """What they are."""
     watchdog: Watchdog
     """Is told of every step, evaluation and save."""
-    tasks: RunTasks | None = None
+    tasks: LoadedTasks | None = None
     """Downstream tasks to ask now and then."""
     source: Path | None = None
     """Iteration that the run starts or resumes from."""
@@ -106,7 +113,7 @@ class Trainer:
             self.state,
             self.train,
             self.train_step.guard,
-            tokenizer=self.tokenizer,
+            tokenizer=self.tokenizer_files,
             source=self.source,
             first_step=first_step,
             watchdog=self.watchdog,
@@ -185,6 +192,16 @@ class _Run:
             self.groups,
             trainer.watchdog.beat,
         )
+        reader = RunReader(
+            objective=trainer.objective,
+            shape=trainer.state.shape,
+            tokenizer=trainer.tokenizer,
+            ends=end_tokens(trainer.state.token_ids, trainer.tokenizer),
+            train=self.train,
+            groups=self.groups,
+            beat=trainer.watchdog.beat,
+        )
+        self.samples = TextSamples(reader, self.data.manifest.names, self.data.held_out)
         interval = self.train.eval_interval
         self.evaluations: list[Evaluation] = [
             EqualCopies(
@@ -193,14 +210,10 @@ class _Run:
             ),
             *trainer.objective.evaluations(interval),
             self.held_out,
+            self.samples,
         ]
         if trainer.tasks is not None:
-            self.evaluations.append(
-                TaskScores(
-                    *(trainer.objective, trainer.tasks, self.train, trainer.state.shape),
-                    *(self.groups, trainer.watchdog.beat),
-                )
-            )
+            self.evaluations.append(TaskScores(reader, trainer.tasks))
 
     def to_the_end(self) -> RunResult:
         """Train, and evaluate, log and save in between. Collective over the world."""
@@ -354,7 +367,7 @@ class _Run:
         found = self.held_out.found
         if (bad := self.held_out.not_finite()) is not None:
             raise self.checkpoints.diverged(f"step {self.step}: {bad}", self.step)
-        self.checkpoints.finish(self.step, found)
+        self.checkpoints.finish(self.step, found, self.samples.found)
         # whatever continues after this run must know of a signal that came meanwhile
         _, self.request = self.trainer.train_step.agree([], self.stops.request())
         self.stop = self.stops.reason(self.request, None)

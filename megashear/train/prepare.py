@@ -32,6 +32,9 @@ from megashear.parallel import cpu_megatron
 from megashear.parallel.agree import check_same, raise_together
 from megashear.parallel.groups import ParallelGroups
 from megashear.shape import ModelShape, read_shape
+from megashear.tasks.find import LoadedTasks
+from megashear.tokenizer.choice import load_tokenizer
+from megashear.tokenizer.models import Tokenizer
 from megashear.train.inputs import Inputs, check_vocabulary, read_inputs
 from megashear.train.objectives import InstructionTuning, LanguageModelling
 from megashear.train.optim import check_schedule
@@ -46,7 +49,7 @@ from megashear.train.start import (
 )
 from megashear.train.stored_model import StoredModel, find_model
 from megashear.train.target import check_layers, check_masks, check_target_layout
-from megashear.train.task_scores import RunTasks, load_run_tasks
+from megashear.train.task_scores import load_run_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +65,11 @@ class PreparedRun:
     """Shape that pruning works towards; None of a run that does not prune."""
     lineage: dict[str, Any]
     """Plain values about pruning, past or to come, that every checkpoint of the run keeps."""
+    tokenizer: Tokenizer
+    """The model's, or the data's if the model has none."""
     teacher: StoredModel | None = None
     """What --distill-from names."""
-    tasks: RunTasks | None = None
+    tasks: LoadedTasks | None = None
     """What --eval-tasks names."""
     then: PreparedRun | None = None
     """Continued pretraining that follows in the same job."""
@@ -144,11 +149,8 @@ def prepare_from(
         target=target,
         lineage=lineage,
         teacher=_find_teacher(config, start, inputs),
-        tasks=load_run_tasks(
-            config.train,
-            tokenizer_directory(start, inputs.manifest.tokenizer_directory),
-            is_dry_run=is_dry_run,
-        ),
+        tokenizer=load_tokenizer(tokenizer_directory(start, inputs.manifest.tokenizer_directory)),
+        tasks=load_run_tasks(config.train, is_dry_run=is_dry_run),
     )
 
 
@@ -203,7 +205,7 @@ def settle_teacher(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun
 
 def _documents(prepared: PreparedRun) -> object:
     """Return the number of documents of each task, which other hosts must find too."""
-    return prepared.tasks and prepared.tasks.tasks.sizes()
+    return prepared.tasks and prepared.tasks.sizes()
 
 
 def _facts(teacher: StoredModel | None) -> object:

@@ -107,9 +107,7 @@ class StoredModel:
 
     def end_tokens(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Return the tokens that end a text, as the model and its tokenizer name them."""
-        named = self.description.token_ids.get("eos_token_id")
-        found = {tokenizer.eos_id, *(named if isinstance(named, list) else [named])}
-        return frozenset(token for token in found if token is not None)
+        return tokenizer_files.end_tokens(self.description.token_ids, tokenizer)
 
     def sequence_length(self, asked: int | None) -> int:
         """Return the length asked for, or that of the run that made the checkpoint.

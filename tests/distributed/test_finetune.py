@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megashear.__main__ import main
-from megashear.checkpoint.description import read_description
+from megashear.checkpoint.description import find_iteration, read_description
 from megashear.config import (
     ChatDataConfig,
     EvaluateRun,
@@ -281,6 +281,11 @@ def test_a_small_model_learns_to_answer_and_exports_the_template(
         *(chat_run, tmp_path), train_iters=100, micro_batch_size=8, eval_interval=0
     )
     start(replace(config, optimizer=OptimizerConfig(lr=5e-3, lr_warmup_iters=5)))
+    known = read_description(find_iteration(tmp_path / "saved")).known
+    assert len(known.text_samples) == 3
+    # questions that were held out: the form of the answer is learned, and some colours are known
+    assert all(one.continuation.endswith(".") for one in known.text_samples)
+    assert any(one.continuation == one.original for one in known.text_samples)
     exported = str(tmp_path / "hf")
     assert main(["convert", "--input", str(tmp_path / "saved"), "--output", exported]) == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)

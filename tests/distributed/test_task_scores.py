@@ -84,13 +84,13 @@ def test_asking_leaves_random_numbers_as_they_were() -> None:
     assert draw() == wanted
 
 
-def test_flags_of_tasks_need_tasks(text: TextRun, tmp_path: Path) -> None:
+def test_flags_of_tasks_need_tasks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--eval-tasks-interval 4 is for --eval-tasks, which is"):
         TrainConfig(train_iters=8, seq_length=8, eval_tasks_interval=4)
     folder = str(local_tasks.write(tmp_path / "tasks"))
     train = TrainConfig(train_iters=8, seq_length=8, eval_tasks=(READ,), include_path=folder)
-    assert load_run_tasks(train, text.tokenizer, is_dry_run=True) is None
-    asked = load_run_tasks(train, text.tokenizer)
+    assert load_run_tasks(train, is_dry_run=True) is None
+    asked = load_run_tasks(train)
     assert asked is not None
-    assert asked.tasks.sizes() == {READ: 3}
-    assert load_run_tasks(replace(train, eval_tasks=(), include_path=None), tmp_path) is None
+    assert asked.sizes() == {READ: 3}
+    assert load_run_tasks(replace(train, eval_tasks=(), include_path=None)) is None
