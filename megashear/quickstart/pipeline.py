@@ -119,7 +119,6 @@ class Quickstart:
             micro_batch_size=recipe.global_batch_size // recipe.noise_streams,
             sparsity_warmup_iters=recipe.sparsity_warmup_iters,
             mask_noise_streams=recipe.noise_streams,
-            eval_relaxed_masks=True,
             distill_from=self._path("source-mcore"),
             **_target_flags(),
         )
@@ -145,7 +144,13 @@ class Quickstart:
         )
 
     def _recover(self) -> None:
-        self._continue("cut", "sheared", self.recipe.recover_iters)
+        self._continue(
+            "cut",
+            "sheared",
+            self.recipe.recover_iters,
+            pipeline_model_parallel_size=RANKS,
+            micro_batch_size=max(1, self.recipe.global_batch_size // 4),
+        )
         self._read_result("sheared", "masks, cut, recovery")
 
     def _one_shot(self) -> None:
@@ -168,19 +173,23 @@ class Quickstart:
             output=self._path("one-shot-cut"),
             **_target_flags(),
         )
-        self._continue("one-shot-cut", "one-shot", self._all_iters)
+        self._continue(
+            "one-shot-cut",
+            "one-shot",
+            self._all_iters,
+            micro_batch_size=self.recipe.global_batch_size // RANKS,
+        )
         self._read_result("one-shot", "importance, cut, recovery")
 
-    def _continue(self, cut: str, name: str, iters: int) -> None:
-        """Train a cut model with the source as its teacher, pipeline parallel; export it."""
+    def _continue(self, cut: str, name: str, iters: int, **layout: object) -> None:
+        """Train a cut model with the source as its teacher; export it."""
         self._train(
             "pretrain",
             name,
             {"load": self._path(cut), "save": self._path(name)},
             (iters, self.recipe.recover_lr),
             **self._evaluations(),
-            pipeline_model_parallel_size=RANKS,
-            micro_batch_size=max(1, self.recipe.global_batch_size // 4),
+            **layout,
             distill_from=self._path("source-mcore"),
         )
         self._run("convert", input=self._path(name), output=self._path(f"{name}-hf"))
@@ -255,6 +264,7 @@ class Quickstart:
             lr_warmup_iters=iters // (10 if command == "prune" else 20),
             seq_length=self.recipe.seq_length,
             global_batch_size=self.recipe.global_batch_size,
+            eval_micro_batch_size=self.recipe.eval_batch_size,
             log_interval=max(10, iters // 10),
             seed=self.seed,
             **flags,

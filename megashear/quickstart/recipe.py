@@ -35,11 +35,11 @@ TARGET = replace(
 class Recipe:
     """Steps and rates; every step reads ``global_batch_size * seq_length`` tokens."""
 
-    source_iters: int = 1000
+    source_iters: int = 700
     """Steps of the source model, from fresh weights."""
-    prune_iters: int = 200
-    """Steps of pruning."""
-    recover_iters: int = 200
+    prune_iters: int = 80
+    """Steps of pruning: few, for they cost most, and the tokens serve recovery as well."""
+    recover_iters: int = 240
     """Steps of continued pretraining after the cut."""
     seq_length: int = 128
     """Tokens per sequence."""
@@ -50,16 +50,18 @@ class Recipe:
     recover_lr: float = 2e-3
     init_method_std: float = 0.05
     """Standard deviation of fresh weights; with 0.02 a model of this width learns far slower."""
-    sparsity_warmup_iters: int = 40
+    sparsity_warmup_iters: int = 16
     """Steps over which the target sparsity rises: a fifth of pruning, as in the recipes."""
     noise_streams: int = 4
     """Independent draws of the masks per step."""
     score_sequences: int = 256
     """Sequences from which the importance of units is measured for the one-shot model."""
-    eval_interval: int = 50
+    eval_interval: int = 20
     """Steps between the evaluations that move the mixture."""
     eval_sequences: int = 16
     """Held-out sequences per domain in each evaluation."""
+    eval_batch_size: int = 16
+    """Sequences in one forward pass of an evaluation."""
     held_out_fraction: float = 0.02
 
 
