@@ -19,10 +19,10 @@ PROG = "megashear convert"
 
 @user_errors(PROG, interrupted="nothing of --output is left; the same command starts anew")
 def main(argv: Sequence[str]) -> int:
-    """Run the command on the arguments after its name; the exit status."""
+    """Run the command on the arguments after its name and return the exit status."""
     config = parse(ConvertConfig, argv, prog=PROG, description=__doc__ or "", check=check)
     refuse_torchrun(PROG)
-    # Here, not above: torch takes seconds that --help should not.
+    # Imported here, because torch takes seconds that --help should not.
     from megashear.conversion import certificate
     from megashear.conversion.convert import to_checkpoint, to_hf
     from megashear.conversion.sources import SAYABLE, open_source
@@ -119,7 +119,7 @@ def check(config: ConvertConfig) -> None:
     """Refuse what the command would refuse before it starts.
 
     Raises:
-        ValueError: anything a user can mend.
+        ValueError: anything a user can correct.
     """
     check_there(config, "input", "tokenizer", "check", "task_results")
     check_new(config, "output")

@@ -14,9 +14,9 @@ PROG = "megashear finetune"
 
 @user_errors(PROG, interrupted=UNSAVED)
 def main(argv: Sequence[str]) -> int:
-    """Run the command on the arguments after its name; the exit status."""
+    """Run the command on the arguments after its name and return the exit status."""
     config = parse(FinetuneRun, argv, prog=PROG, description=__doc__ or "", check=check)
-    # Here, not above: torch and megatron-core take seconds that --help should not.
+    # Imported here, because torch and megatron-core take seconds that --help should not.
     from megashear.train.run import finetune
 
     reached = finetune(config, command=["finetune", *argv])
@@ -29,7 +29,7 @@ def check(config: FinetuneRun) -> None:
     """Refuse what the run would refuse before its processes meet.
 
     Raises:
-        ValueError: anything a user can mend.
+        ValueError: anything a user can correct.
     """
     check_run_paths(config)
     from megashear.train.prepare import prepare

@@ -63,7 +63,7 @@ def check(config: PreprocessConfig) -> None:
     """Refuse what the command would refuse before it starts.
 
     Raises:
-        ValueError: anything a user can mend.
+        ValueError: anything a user can correct.
     """
     check_there(config, "input", "tokenizer_model")
     check_new(config, "output")

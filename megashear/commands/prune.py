@@ -31,7 +31,7 @@ def check(config: PruneRun) -> None:
     """Refuse what the run would refuse before its processes meet.
 
     Raises:
-        ValueError: anything a user can mend.
+        ValueError: anything a user can correct.
     """
     then = _then(config)
     # a job of both that is resumed after its pruning reads nothing of the pruning run

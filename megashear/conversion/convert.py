@@ -193,7 +193,7 @@ def _tokens_to_compare(verify: Sequence[int] | None, source: Source, other: str)
             f"{source.kind}, and neither is on one of the sides: leave --verify out, and add it "
             f"when the output is converted on"
         )
-    # Here, not above: megatron-core takes seconds and memory that conversion does not need.
+    # Imported here, because megatron-core takes seconds and memory that conversion does not need.
     from megashear.conversion import logits
 
     logits.require_transformers()

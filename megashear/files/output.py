@@ -21,7 +21,7 @@ WAYS_OUT = {
     errno.EIO: "the disk fails; choose an output on another one",
     errno.ESTALE: "the file system of another host has changed; choose another output",
 }
-"""Errors of writing that a user can mend, and how."""
+"""Errors of writing that a user can correct, and how."""
 
 
 class UnwritableError(ValueError):
@@ -37,7 +37,7 @@ def writing(flag: str, path: Path | str) -> Iterator[None]:
         path: of the output.
 
     Raises:
-        UnwritableError: in place of an OSError that a user can mend.
+        UnwritableError: in place of an OSError that a user can correct.
     """
     try:
         yield

@@ -26,7 +26,7 @@ def configure_logging(rank: int) -> None:
     """Let megashear log to stderr on rank 0 from INFO, on other ranks from ERROR only.
 
     Other libraries keep their own logging; a few warnings of torch and megatron-core that no user
-    of megashear can mend are dropped. May be called again, with the rank that turns out.
+    of megashear can correct are dropped. May be called again, with the rank that turns out.
 
     Args:
         rank: of this process in the whole run.
@@ -46,7 +46,7 @@ def configure_logging(rank: int) -> None:
 
 
 def _drop_warnings_for_others() -> None:
-    """Leave out what every rank would print a dozen times and no user of megashear can mend."""
+    """Leave out what every rank would print a dozen times and no user of megashear can correct."""
     for message in (
         r"(Transformer Engine|Apex).* not installed",  # at import; neither is needed
         "full scope is deprecated",  # TransformerConfig about its own default

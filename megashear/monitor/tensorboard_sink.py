@@ -44,7 +44,7 @@ class TensorBoardSink:
         self.takes_images = directory is not None
         self.name = f"--tensorboard-dir {directory}"
         if directory is not None:
-            # Here, not above: it imports torch, and most commands log nothing.
+            # Imported here, because it brings torch, and most commands log nothing.
             from torch.utils.tensorboard import SummaryWriter
 
             self._directory = Path(directory)

@@ -35,11 +35,11 @@ TARGET = replace(
 class Recipe:
     """Steps and rates; every step reads ``global_batch_size * seq_length`` tokens."""
 
-    source_iters: int = 700
+    source_iters: int = 600
     """Steps of the source model, from fresh weights."""
-    prune_iters: int = 80
+    prune_iters: int = 60
     """Steps of pruning: few, for they cost most, and the tokens serve recovery as well."""
-    recover_iters: int = 240
+    recover_iters: int = 180
     """Steps of continued pretraining after the cut."""
     seq_length: int = 128
     """Tokens per sequence."""
@@ -50,7 +50,7 @@ class Recipe:
     recover_lr: float = 2e-3
     init_method_std: float = 0.05
     """Standard deviation of fresh weights; with 0.02 a model of this width learns far slower."""
-    sparsity_warmup_iters: int = 16
+    sparsity_warmup_iters: int = 12
     """Steps over which the target sparsity rises: a fifth of pruning, as in the recipes."""
     noise_streams: int = 4
     """Independent draws of the masks per step."""
