@@ -215,6 +215,7 @@ def configuration(
                 "log_interval": 1,
                 "eval_interval": 2,
                 "eval_sequences": 4,
+                "text_samples": 0,
                 "save": str(folder / "saved"),
                 "load": str(chat_run.checkpoint),
                 "tensorboard_dir": str(folder / "events"),
@@ -278,7 +279,7 @@ def test_a_small_model_learns_to_answer_and_exports_the_template(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     config = configuration(
-        *(chat_run, tmp_path), train_iters=100, micro_batch_size=8, eval_interval=0
+        *(chat_run, tmp_path), train_iters=100, micro_batch_size=8, eval_interval=0, text_samples=3
     )
     start(replace(config, optimizer=OptimizerConfig(lr=5e-3, lr_warmup_iters=5)))
     known = read_description(find_iteration(tmp_path / "saved")).known

@@ -204,6 +204,7 @@ def pretraining(text: TextRun, folder: Path, parallel: ParallelConfig, **train: 
             seq_length=text_run.SEQUENCE,
             eval_interval=0,
             eval_sequences=4,
+            text_samples=0,
             save=str(folder / "saved"),
             **train,
         ),

@@ -417,7 +417,7 @@ def configuration(
             save=str(folder / "saved"),
             load=str(text.checkpoint),
             tensorboard_dir=str(folder / "events"),
-            **train,
+            **{"text_samples": 0, **train},
         ),
         "optimizer": OptimizerConfig(lr=1e-3, lr_warmup_iters=2),
         "data": DataConfig(data_path=str(text.data), reference_loss=str(text.reference)),

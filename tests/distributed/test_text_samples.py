@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +58,7 @@ def continued(text: TextRun, saved: Path, masks: Masks) -> list[str]:
 def test_a_run_writes_what_its_checkpoint_writes(
     text: TextRun, tmp_path: Path, stage: str, parallel: ParallelConfig, replicas: int
 ) -> None:
-    start(configuration(text, stage, parallel, tmp_path), replicas)
+    start(configuration(text, stage, parallel, tmp_path, text_samples=3), replicas)
     saved = tmp_path / "saved"
     samples = read_description(find_iteration(saved)).known.text_samples
     assert [one.domain for one in samples] == list(read_manifest(text.data).names)
@@ -73,8 +72,7 @@ def test_a_run_writes_what_its_checkpoint_writes(
 
 
 def test_none_are_written_where_none_are_wanted(text: TextRun, tmp_path: Path) -> None:
-    config = configuration(text, "pretrain", layout(), tmp_path)
-    start(replace(config, train=replace(config.train, text_samples=0)), 1)
+    start(configuration(text, "pretrain", layout(), tmp_path, text_samples=0), 1)
     record = read_run(tmp_path / "saved")
     assert record.description is not None
     assert record.description.known.text_samples == []
