@@ -44,8 +44,8 @@ class PruneRun:
     masks: MaskConfig = field(default_factory=MaskConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     then_pretrain: Annotated[str | None, COMMON] = None
-    """YAML file of a `megashear pretrain` that follows in the same job: the model is cut in memory,
-    with float32 masters and Adam's moments, at the same layout."""
+    """YAML file of a `megashear pretrain` that follows in the same job, at a layout of its own: the
+    model is cut in memory, with float32 masters and Adam's moments."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
