@@ -76,4 +76,4 @@ SHORT = replace(
     eval_interval=8,
     eval_sequences=2,
 )
-"""Steps to check that everything runs, in a sixth of the time; too few to compare models."""
+"""Steps to check that everything runs, in a fraction of the time; too few to compare models."""

@@ -28,9 +28,9 @@ from megashear.models.llama import build_llama
 from megashear.parallel.agree import check_same
 from megashear.parallel.groups import ParallelGroups
 from megashear.parallel.watchdog import make_watchdog
-from megashear.tokenizer import tokenizer_files
 from megashear.tokenizer.chat_template import TEMPLATE_NAME, chat_template, template_of
 from megashear.tokenizer.choice import load_tokenizer
+from megashear.tokenizer.tokenizer_files import end_tokens
 from megashear.tokenizer.turns import end_of_turn
 from megashear.train.distillation import Distillation, Teacher
 from megashear.train.environment import environment
@@ -44,10 +44,11 @@ from megashear.train.objectives import InstructionTuning, LanguageModelling, Obj
 from megashear.train.optim import build_optimizer, build_schedule
 from megashear.train.prepare import PreparedRun
 from megashear.train.pruning import StructuredPruning
-from megashear.train.start import Start, tokenizer_directory
+from megashear.train.start import Start, tokenizer_of
 from megashear.train.state import RunState, Stateful
 from megashear.train.step import TrainStep
 from megashear.train.terms import CrossEntropy, LossTerm
+from megashear.train.text_samples import beginnings
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +146,21 @@ def _check_same(prepared: PreparedRun) -> None:
             # a host's copy of --load-hf may lack a card
             "target of the run": {k: v for k, v in prepared.lineage.items() if k != ORIGIN},
             **prepared.inputs.replicated(),
+            **_text_samples(prepared),
         }
     )
+
+
+def _text_samples(prepared: PreparedRun) -> dict[str, object]:
+    """Return what ranks must agree on to continue texts together, by name."""
+    start, inputs, tokenizer = prepared.start, prepared.inputs, prepared.tokenizer
+    if tokenizer is None:
+        return {"text samples": None}
+    texts = beginnings(inputs.manifest.names, inputs.held_out, prepared.config.train.text_samples)
+    return {
+        "text samples": [text.prompt for text in texts],
+        "end tokens": sorted(end_tokens(_token_ids(start, inputs.manifest), tokenizer)),
+    }
 
 
 def _build_objective(prepared: PreparedRun, groups: ParallelGroups) -> Objective:
@@ -275,12 +289,11 @@ def _token_ids(start: Start, manifest: DataManifest) -> dict[str, Any]:
     return ids
 
 
-def _tokenizer_files(start: Start, manifest: DataManifest) -> Path | list[Path]:
-    """Return the directory of the model's own tokenizer files, or of the data's if it has none; of
-    a model that learns conversations its files, with the template that the data were written by."""
-    of_data = manifest.tokenizer_directory
-    directory = tokenizer_directory(start, of_data)
+def _tokenizer_files(start: Start, manifest: DataManifest) -> list[Path]:
+    """Return the tokenizer files that checkpoints carry; of a model that learns conversations with
+    the template that the data were written by."""
+    files = tokenizer_of(start, manifest.tokenizer_directory)
     if manifest.chat_format is None:
-        return directory
-    others = [file for file in tokenizer_files.find(directory) if file.name != TEMPLATE_NAME]
-    return [*others, of_data / TEMPLATE_NAME]
+        return files
+    others = [file for file in files if file.name != TEMPLATE_NAME]
+    return [*others, manifest.tokenizer_directory / TEMPLATE_NAME]

@@ -63,8 +63,8 @@ class Trainer:
     """The flags."""
     tokenizer_files: Path | Sequence[Path]
     """The tokenizer's files, or their directory, which every checkpoint carries."""
-    tokenizer: Tokenizer
-    """What they are."""
+    tokenizer: Tokenizer | None
+    """To ask the model about text; None where nothing is asked."""
     watchdog: Watchdog
     """Is told of every step, evaluation and save."""
     tasks: LoadedTasks | None = None
@@ -192,16 +192,6 @@ class _Run:
             self.groups,
             trainer.watchdog.beat,
         )
-        reader = RunReader(
-            objective=trainer.objective,
-            shape=trainer.state.shape,
-            tokenizer=trainer.tokenizer,
-            ends=end_tokens(trainer.state.token_ids, trainer.tokenizer),
-            train=self.train,
-            groups=self.groups,
-            beat=trainer.watchdog.beat,
-        )
-        self.samples = TextSamples(reader, self.data.manifest.names, self.data.held_out)
         interval = self.train.eval_interval
         self.evaluations: list[Evaluation] = [
             EqualCopies(
@@ -210,10 +200,22 @@ class _Run:
             ),
             *trainer.objective.evaluations(interval),
             self.held_out,
-            self.samples,
         ]
-        if trainer.tasks is not None:
-            self.evaluations.append(TaskScores(reader, trainer.tasks))
+        self.samples: TextSamples | None = None
+        if trainer.tokenizer is not None:
+            reader = RunReader(
+                objective=trainer.objective,
+                shape=trainer.state.shape,
+                tokenizer=trainer.tokenizer,
+                ends=end_tokens(trainer.state.token_ids, trainer.tokenizer),
+                train=self.train,
+                groups=self.groups,
+                beat=trainer.watchdog.beat,
+            )
+            self.samples = TextSamples(reader, self.data.manifest.names, self.data.held_out)
+            self.evaluations.append(self.samples)
+            if trainer.tasks is not None:
+                self.evaluations.append(TaskScores(reader, trainer.tasks))
 
     def to_the_end(self) -> RunResult:
         """Train, and evaluate, log and save in between. Collective over the world."""
@@ -367,7 +369,7 @@ class _Run:
         found = self.held_out.found
         if (bad := self.held_out.not_finite()) is not None:
             raise self.checkpoints.diverged(f"step {self.step}: {bad}", self.step)
-        self.checkpoints.finish(self.step, found, self.samples.found)
+        self.checkpoints.finish(self.step, found, self.samples.found if self.samples else [])
         # whatever continues after this run must know of a signal that came meanwhile
         _, self.request = self.trainer.train_step.agree([], self.stops.request())
         self.stop = self.stops.reason(self.request, None)

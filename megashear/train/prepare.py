@@ -22,6 +22,7 @@ from megashear.config import (
     ParallelConfig,
     PretrainRun,
     PruneRun,
+    TrainConfig,
     TrainingRun,
 )
 from megashear.masks.target_flags import target_shape
@@ -65,8 +66,9 @@ class PreparedRun:
     """Shape that pruning works towards; None of a run that does not prune."""
     lineage: dict[str, Any]
     """Plain values about pruning, past or to come, that every checkpoint of the run keeps."""
-    tokenizer: Tokenizer
-    """The model's, or the data's if the model has none."""
+    tokenizer: Tokenizer | None = None
+    """The model's, or the data's if the model has none; None of a run that asks its model no
+    text."""
     teacher: StoredModel | None = None
     """What --distill-from names."""
     tasks: LoadedTasks | None = None
@@ -149,9 +151,28 @@ def prepare_from(
         target=target,
         lineage=lineage,
         teacher=_find_teacher(config, start, inputs),
-        tokenizer=load_tokenizer(tokenizer_directory(start, inputs.manifest.tokenizer_directory)),
+        tokenizer=_load_tokenizer(
+            config.train, tokenizer_directory(start, inputs.manifest.tokenizer_directory)
+        ),
         tasks=load_run_tasks(config.train, is_dry_run=is_dry_run),
     )
+
+
+def _load_tokenizer(train: TrainConfig, directory: Path) -> Tokenizer | None:
+    """Load the tokenizer where the run reads or writes text; None where it cannot, or need not.
+
+    Raises:
+        ValueError: it cannot be loaded, and --eval-tasks need it.
+    """
+    if not train.eval_tasks and not train.text_samples:
+        return None
+    try:
+        return load_tokenizer(directory)
+    except ValueError as error:
+        if train.eval_tasks:
+            raise
+        logger.warning("there will be no --text-samples at the end of the run: %s", error)
+        return None
 
 
 def settle(prepared: PreparedRun, groups: ParallelGroups) -> PreparedRun:

@@ -135,11 +135,11 @@ class Reader:
         new: dict[int, list[int]] = {n: [] for n in own}
         active = list(own)
         with self._bar(len(own), what) as bar:
-            while active:
-                self.beat(what)
+            # replicas go on together: one that waited for the others' texts would count as hung
+            while self._anyone(active):
                 whole = {n: [*texts[n], *new[n]] for n in active}
                 places = {n: len(new[n]) for n in active}
-                for n, token in self._next_tokens(whole, places, sampling).items():
+                for n, token in self._next_tokens(whole, places, sampling, what).items():
                     new[n].append(token)
                 still = [
                     n
@@ -153,12 +153,21 @@ class Reader:
             new |= theirs
         return [new[n] for n in range(len(texts))]
 
+    def _anyone(self, active: Sequence[int]) -> bool:
+        """Return whether some replica still continues texts."""
+        (count,) = ordered_sum([torch.tensor([len(active)])], self.groups.data)
+        return bool(count)
+
     def _next_tokens(
-        self, texts: Mapping[int, Sequence[int]], places: Mapping[int, int], sampling: Sampling
+        self,
+        texts: Mapping[int, Sequence[int]],
+        places: Mapping[int, int],
+        sampling: Sampling,
+        what: str,
     ) -> dict[int, int]:
         """Return the token after each text, by the text's number; equal on a replica's ranks."""
         # 0 on stages that do not choose
-        chosen = torch.zeros(max(texts) + 1, dtype=torch.int64)
+        chosen = torch.zeros(max(texts, default=0) + 1, dtype=torch.int64)
 
         def choose(batch: MicroBatch, logits: Tensor) -> None:
             last = batch.loss_mask.bool().to(logits.device)
@@ -167,7 +176,9 @@ class Reader:
             for row, n in zip(rows, batch.positions.tolist()):
                 chosen[n] = sampling.choose(row, text=n, place=places[n])
 
+        self.beat(what)
         for part in self._parts(sorted(texts, key=lambda n: -len(texts[n]))):
+            self.beat(what)
             own = [texts[n] for n in part]
             self.model.read(self._batches(part, own, own, [1] * len(part)), choose)
         (chosen,) = ordered_sum([chosen], self.groups.pipeline)

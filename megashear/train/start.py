@@ -148,11 +148,28 @@ def _start_at(directory: Path, source: str, is_own: bool, train: TrainConfig, st
 
 
 def tokenizer_directory(start: Start, of_data: Path) -> Path:
-    """Return the directory of the model's own tokenizer files, or of the data's if it has none."""
-    carried = start.tokenizer
-    if carried is not None and carried.is_dir() and tokenizer_files.find(carried):
-        return carried
+    """Return the directory of the model's own tokenizer, or of the data's if it has none."""
+    own = _carried(start)
+    # a generation_config.json alone is no tokenizer
+    if own and tokenizer_files.fingerprint(own) is not None:
+        assert start.tokenizer is not None
+        return start.tokenizer
     return of_data
+
+
+def tokenizer_of(start: Start, of_data: Path) -> list[Path]:
+    """Return the tokenizer files that checkpoints carry: the model's, and where no tokenizer is
+    among them, the data's too."""
+    own = _carried(start)
+    if own and tokenizer_files.fingerprint(own) is not None:
+        return own
+    names = {file.name for file in own}
+    return [*own, *(file for file in tokenizer_files.find(of_data) if file.name not in names)]
+
+
+def _carried(start: Start) -> list[Path]:
+    carried = start.tokenizer
+    return tokenizer_files.find(carried) if carried is not None and carried.is_dir() else []
 
 
 def check_events(train: TrainConfig) -> None:

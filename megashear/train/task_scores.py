@@ -51,16 +51,16 @@ class TaskScores:
         # Imported here, because the harness may not be installed.
         from megashear.train.harness import ReadingModel, run_tasks
 
-        asked, tasks = self._reader, self._tasks
-        with asked.reading() as reader:
+        run, tasks = self._reader, self._tasks
+        with run.reading() as reader:
             found = run_tasks(
-                ReadingModel(reader, asked.tokenizer, asked.ends, prepend_bos=True),
+                ReadingModel(reader, run.tokenizer, run.ends, prepend_bos=True),
                 tasks,
-                limit=asked.train.eval_tasks_limit,
+                limit=run.train.eval_tasks_limit,
                 has_errors=False,
             )
         scores = tasks.scores_of(found)
-        label = asked.objective.label(asked.mode)
+        label = run.objective.label(run.mode)
         line = " | ".join(f"{name} {score:.4g}" for name, score in scores.items())
         logger.info("step %d: %s%s", moment.step, line, f" [{label}]" if label else "")
         return {tags.task_score(name): score for name, score in scores.items()}

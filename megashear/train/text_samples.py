@@ -20,13 +20,15 @@ from megashear.train.sampling import Sampling
 logger = logging.getLogger(__name__)
 
 _PROMPT = 32
-"""Tokens of a text that the model reads at most; conversations are read up to the first answer."""
+"""Tokens of a text that the model reads at most."""
+_QUESTION = 256
+"""Tokens of a conversation that it reads at most, the last ones before the first answer."""
 _NEW = 48
-"""Tokens that it writes at most: three lines, which cost as many forward passes."""
+"""Tokens that it writes at most: some three lines. Each reads the whole text again."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Beginning:
+class Beginning:
     """A text that a model is to continue."""
 
     domain: str
@@ -60,7 +62,8 @@ class TextSamples:
         texts = list(beginnings(self._names, self._held_out, self._reader.train.text_samples))
         with self._reader.reading() as reader:
             new = reader.continue_texts(
-                [text.prompt[-reader.longest :] for text in texts],
+                # sequences may be longer than what the model was made to read
+                [text.prompt[1 - reader.longest :] for text in texts],
                 most_new=_NEW,
                 is_done=lambda tokens: tokens[-1] in self._reader.ends,
                 sampling=Sampling(),
@@ -68,30 +71,32 @@ class TextSamples:
             )
         self.found = [self._sample(text, tokens) for text, tokens in zip(texts, new)]
         for one in self.found:
-            logger.info("%s: %r, and the model: %r", one.domain, one.prompt, one.continuation)
+            # a line each; the report has the whole prompt
+            logger.info("%s: %r, and the model: %r", one.domain, one.prompt[-80:], one.continuation)
         return {}
 
-    def _sample(self, text: _Beginning, new: Sequence[int]) -> TextSample:
+    def _sample(self, text: Beginning, new: Sequence[int]) -> TextSample:
         decode, ends = self._reader.tokenizer.decode, self._reader.ends
-        prompt = decode(text.prompt)
+        # the last token may be a part of a character
+        prompt = decode(text.prompt).rstrip("\ufffd")
 
         def after(tokens: Sequence[int]) -> str:
+            # templates write a line end after the token that ends an answer
+            said = itertools.takewhile(lambda token: token not in ends, tokens)
             # decoded with the prompt, for a tokenizer may drop a blank before the first token
-            whole = decode([*text.prompt, *tokens])
-            return whole.removeprefix(prompt) if whole.startswith(prompt) else decode(tokens)
+            return decode([*text.prompt, *said]).removeprefix(prompt)
 
         return TextSample(
             domain=text.domain,
             prompt=prompt,
             continuation=after(new),
-            # templates write a line end after the token that ends an answer
-            original=after(list(itertools.takewhile(lambda token: token not in ends, text.rest))),
+            original=after(text.rest),
         )
 
 
 def beginnings(
     names: Sequence[str], held_out: Sequence[HeldOutSet], number: int
-) -> Iterator[_Beginning]:
+) -> Iterator[Beginning]:
     """Yield beginnings of held-out texts, domain by domain in turn, and the first text of each
     first; fewer than ``number`` where there is no more text.
 
@@ -100,15 +105,18 @@ def beginnings(
         held_out: sets of the domains, in the same order.
         number: texts wanted.
     """
-    for row in range(max(map(len, held_out))):
-        for name, text in zip(names, held_out):
-            if number and row < len(text):
-                yield _beginning(name, text[row], text.documents(row))
-                number -= 1
+    rows = (
+        (name, text, row)
+        for row in range(max(map(len, held_out)))
+        for name, text in zip(names, held_out)
+        if row < len(text)
+    )
+    for name, text, row in itertools.islice(rows, number):
+        yield _beginning(name, text[row], text.documents(row))
 
 
-def _beginning(domain: str, stored: Tensor, documents: Tensor) -> _Beginning:
-    """Return the beginning of the longest document of a sequence.
+def _beginning(domain: str, stored: Tensor, documents: Tensor) -> Beginning:
+    """Return the beginning of the document with the most tokens to predict in a sequence.
 
     Args:
         domain: of the text.
@@ -123,4 +131,8 @@ def _beginning(domain: str, stored: Tensor, documents: Tensor) -> _Beginning:
     if not all(learned):  # up to the first answer, which goes on to the next context
         begin = max(1, learned.index(True))
         end = [*learned, False].index(False, begin)
-    return _Beginning(domain=domain, prompt=ids[:begin], rest=ids[begin : min(end, begin + _NEW)])
+    return Beginning(
+        domain=domain,
+        prompt=ids[max(0, begin - _QUESTION) : begin],
+        rest=ids[begin : min(end, begin + _NEW)],
+    )

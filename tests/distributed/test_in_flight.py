@@ -71,7 +71,7 @@ def jobs(
         "log_interval": 1,
         "eval_interval": 2,
         "eval_sequences": 4,
-        "text_samples": 0,
+        "text_samples": 1,
     }
     # interleaved stages want a layer each
     layers = 4 if parallel.num_virtual_stages_per_pipeline_rank > 1 else 2

@@ -20,7 +20,7 @@ from megashear.config import ModelConfig
 from megashear.files import integrity
 from megashear.models.llama import build_llama
 from megashear.parallel.groups import ParallelGroups
-from megashear.train import checkpoints, loop
+from megashear.train import checkpoints, loop, prepare
 from megashear.train.schedule import run_schedule
 from tests.distributed.test_resume import WHOLE, configuration, start
 from tests.ranks import run_ranks
@@ -39,19 +39,21 @@ def test_the_last_step_is_saved_before_the_long_evaluation(text: TextRun, tmp_pa
 
         loop._Run.evaluate = until_the_limit  # type: ignore[method-assign]
 
+    written = {"text_samples": 1}
     with pytest.raises(AssertionError, match="TimeoutError: time limit"):
-        start(configuration(text, "prune", layout(), tmp_path), 1, cut_off)
+        start(configuration(text, "prune", layout(), tmp_path, **written), 1, cut_off)
     description = read_description(find_iteration(tmp_path / "saved"))
     assert description.iteration == WHOLE
-    assert "held_out_loss" not in description.details
+    assert not description.details.keys() & {"held_out_loss", "text_samples"}
     # and the next start, of the same command line, adds it, once
-    again = configuration(text, "prune", layout(), tmp_path, resume=True)
+    again = configuration(text, "prune", layout(), tmp_path, resume=True, **written)
     start(again, 1)
-    losses = read_description(find_iteration(tmp_path / "saved")).details["held_out_loss"]
-    assert losses.keys() == {"expected", "exact"}
+    once = read_description(find_iteration(tmp_path / "saved")).details
+    assert once["held_out_loss"].keys() == {"expected", "exact"}
+    assert len(once["text_samples"]) == 1
     start(again, 1)
     description = read_description(find_iteration(tmp_path / "saved", contents=True))
-    assert description.details["held_out_loss"] == losses
+    assert description.details == once
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -100,6 +102,36 @@ def test_a_run_carries_the_models_own_tokenizer_and_token_ids(
     assert files[0]
     assert files[1] == files[0]
     assert trained.details["held_out_loss"]["loss"].keys() == {"words", "paths", "numbers"}
+
+
+def test_a_model_without_a_tokenizer_goes_on_with_that_of_its_data(
+    text: TextRun, tmp_path: Path
+) -> None:
+    model = text._replace(checkpoint=tmp_path / "model")
+    shutil.copytree(text.checkpoint, model.checkpoint)
+    before = find_iteration(model.checkpoint)
+    for file in (before / TOKENIZER).iterdir():
+        file.unlink()
+    (before / TOKENIZER / "generation_config.json").write_text('{"temperature": 0.6}')
+    integrity.write(before)
+    start(configuration(model, "pretrain", layout(), tmp_path, text_samples=1), 1)
+    after = find_iteration(tmp_path / "saved")
+    carried = {path.name for path in (after / TOKENIZER).iterdir()}
+    assert {"tokenizer.model", "generation_config.json"} <= carried
+    assert len(read_description(after).known.text_samples) == 1
+
+
+def test_a_tokenizer_that_cannot_be_read_costs_the_samples_alone(
+    text: TextRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = configuration(text, "pretrain", layout(), tmp_path, text_samples=1).train
+    assert prepare._load_tokenizer(train, text.tokenizer) is not None
+    assert prepare._load_tokenizer(replace(train, text_samples=0), tmp_path) is None
+    assert "text-samples" not in caplog.text
+    assert prepare._load_tokenizer(train, tmp_path) is None
+    assert "there will be no --text-samples at the end of the run: no tokenizer in" in caplog.text
+    with pytest.raises(ValueError, match="no tokenizer in"):
+        prepare._load_tokenizer(replace(train, eval_tasks=("piqa",)), tmp_path)
 
 
 @pytest.mark.parametrize("forward_only", [True, False])

@@ -196,7 +196,7 @@ def test_growth_and_mask_costs_are_measured(tmp_path: Path) -> None:
     assert costs["step_s"] == pytest.approx(1.58, rel=0.01)  # 7B, 131,072 tokens, 8 * 445 TFLOP/s
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_gpu_script_runs_on_a_cpu_and_knows_a_wrong_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool, capfd: pytest.CaptureFixture[str]

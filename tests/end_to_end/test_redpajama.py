@@ -48,6 +48,7 @@ SPARSITY_GAP = 0.1
 and two swings of 80 steps end within .05, measured."""
 
 
+@pytest.mark.scenario
 def test_llama_is_sheared_on_redpajama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def call(*words: object) -> str:
         assert main([str(word) for word in words]) == 0, capsys.readouterr().err

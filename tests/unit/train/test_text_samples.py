@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megashear.checkpoint.text_sample import TextSample
 from megashear.data.conversations import HeldOutConversations
 from megashear.data.held_out import HeldOutSet
-from megashear.train.text_samples import beginnings
+from megashear.tokenizer.choice import load_tokenizer
+from megashear.train.text_samples import Beginning, TextSamples, beginnings
 from tests.unit.data.test_conversations import conversation, write
 
 LENGTH = 512
@@ -66,6 +68,26 @@ def test_an_answer_ends_where_the_next_question_begins(tmp_path: Path) -> None:
     Path(f"{prefix}.bin").write_bytes(turns.tobytes())
     (found,) = beginnings(["chat"], [HeldOutConversations(prefix, CHAT_LENGTH, is_packed=False)], 1)
     assert (found.prompt, found.rest) == ([100 + n for n in range(7)], [107, 108])
+
+
+def test_a_text_that_is_cut_within_a_character_is_put_together_again(
+    hugging_face_file: Path,
+) -> None:
+    tokenizer = load_tokenizer(hugging_face_file)
+    ids = tokenizer.encode("caf\u00e9 \u4f60")
+    reader: Any = SimpleNamespace(tokenizer=tokenizer, ends=frozenset({7}))
+    texts = TextSamples(reader, [], [])
+    assert "\ufffd" in tokenizer.decode(ids[:-1]), "a character of several tokens"
+    cut = Beginning(domain="words", prompt=ids[:-1], rest=[*ids[-1:], 7, *ids])
+    sample = texts._sample(cut, ids[-1:])
+    assert (sample.prompt, sample.continuation) == ("caf\u00e9 ", "\u4f60")
+    assert sample.original == "\u4f60", "nothing behind the end of a text"
+
+
+def test_a_long_question_is_read_from_its_end(tmp_path: Path) -> None:
+    prefix = write(tmp_path, [(400, 5)])
+    (found,) = beginnings(["chat"], [HeldOutConversations(prefix, 400, is_packed=False)], 1)
+    assert found.prompt == list(range(100 + 395 - 256, 100 + 395))
 
 
 def test_a_sample_of_a_damaged_checkpoint_is_refused() -> None:
