@@ -68,12 +68,13 @@ class Recipe:
 FULL = Recipe()
 SHORT = replace(
     FULL,
-    source_iters=60,
-    prune_iters=24,
+    source_iters=40,
+    prune_iters=16,
     recover_iters=16,
-    sparsity_warmup_iters=5,
+    sparsity_warmup_iters=4,
     score_sequences=16,
     eval_interval=8,
     eval_sequences=2,
+    held_out_fraction=0.005,
 )
 """Steps to check that everything runs, in a fraction of the time; too few to compare models."""

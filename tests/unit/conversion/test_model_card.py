@@ -135,7 +135,7 @@ def test_a_cut_by_scores_and_a_cut_by_masks_are_told_apart(trained: Path) -> Non
     details = {name: value for name, value in source.details.items() if name != "pruned_for"}
     one_shot = replace(source, details=details, description=None)
     text = model_card.Card(title="x", source=one_shot, has_tokenizer=False).text()
-    assert "to a uniform shape by importance scores, in one shot" in text
+    assert "to a uniform shape, by importance scores, in one shot" in text
     assert "Sheared LLaMA" not in text
     assert "sheared" not in text.partition("---\n\n")[0]
     assert "## How it was made" not in text
