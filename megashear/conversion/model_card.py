@@ -97,8 +97,8 @@ class Card:
             if self.known.pruned_for is None:
                 way = "importance scores, in one shot"
             what += (
-                f", pruned from {of} of {before.num_params():,}, to a uniform shape, by {way}, with "
-                f"megashear {__version__}"
+                f", pruned from {of} of {before.num_params():,}, to a uniform shape, by {way}, "
+                f"with megashear {__version__}"
             )
         else:
             what += f", written by megashear {__version__}" + (

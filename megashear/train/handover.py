@@ -91,7 +91,7 @@ def hand_over(pruned: Trainer, pruning: PreparedRun, *, command: Sequence[str]) 
         following,
         start=dataclasses.replace(start, shape=target, resumes=False),
         # a checkpoint may carry another than the data of the second run
-        tokenizer=following.tokenizer and pruning.tokenizer,
+        tokenizer=following.tokenizer and (pruning.tokenizer or following.tokenizer),
         lineage={
             SOURCE_SHAPE: start.shape.to_dict(),
             PRUNED_FOR: pruned.train.train_iters,
