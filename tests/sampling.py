@@ -19,7 +19,7 @@ import pytest
 
 SCENARIOS = "scenarios"
 SEED_VARIABLE = "MEGASHEAR_TEST_SAMPLE"
-NUM_SCENARIOS = 2
+NUM_SCENARIOS = 1
 """Tests marked ``scenario`` that a plain run takes."""
 RANKS = "tests/distributed/"
 """Folder of the tests that start ranks."""
