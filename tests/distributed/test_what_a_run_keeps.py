@@ -80,12 +80,16 @@ def test_a_job_that_saves_when_it_is_stopped_deletes_what_keep_has_too_many(
     assert sorted(path.name for path in (tmp_path / "saved").glob("iter_*")) == left
 
 
+def own_model(text: TextRun, folder: Path) -> tuple[TextRun, Path]:
+    """The starting checkpoint as a copy that a test may change, and its iteration."""
+    shutil.copytree(text.checkpoint, folder)
+    return text._replace(checkpoint=folder), find_iteration(folder)
+
+
 def test_a_run_carries_the_models_own_tokenizer_and_token_ids(
     text: TextRun, tmp_path: Path
 ) -> None:
-    model = text._replace(checkpoint=tmp_path / "model")
-    shutil.copytree(text.checkpoint, model.checkpoint)
-    before = find_iteration(model.checkpoint)
+    model, before = own_model(text, tmp_path / "model")
     # as a chat model's config.json has it, and no tokenizer file could tell
     ids = read_description(before).token_ids | {"eos_token_id": [2, 7]}
     write_description(before, replace(read_description(before), token_ids=ids))
@@ -107,9 +111,7 @@ def test_a_run_carries_the_models_own_tokenizer_and_token_ids(
 def test_a_model_without_a_tokenizer_goes_on_with_that_of_its_data(
     text: TextRun, tmp_path: Path
 ) -> None:
-    model = text._replace(checkpoint=tmp_path / "model")
-    shutil.copytree(text.checkpoint, model.checkpoint)
-    before = find_iteration(model.checkpoint)
+    model, before = own_model(text, tmp_path / "model")
     for file in (before / TOKENIZER).iterdir():
         file.unlink()
     (before / TOKENIZER / "generation_config.json").write_text('{"temperature": 0.6}')
